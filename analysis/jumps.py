@@ -1,0 +1,230 @@
+"""Jumps: rises and falls that smooth drift and autocorrelated noise do not explain, each located with its errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from devmon.analysis.scan import TIGHT, Scan
+from devmon.analysis.shapes import LOG, PULSE, SIDE, SKEWED, STEP, Shapes, columns_of
+from devmon.analysis.smooth import Array, Grid, Whitened, normalised
+
+WIDEST = 1.2  # decades; slower changes are drift
+SPIKE = 12.0  # gain in log likelihood (about 5 sd) from which a point is left out as a spike
+STEEPER = 3.0  # a jump is at least this many times as steep as the curve beside it
+
+
+@dataclass(frozen=True)
+class Jump:
+    """A located jump or pulse: posterior draws of centre and width (on the time axis) and of the amplitude."""
+
+    centre: Array
+    width: Array
+    size: Array
+    form: int
+    p_value: float
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        return float(np.median(self.centre)), float(np.median(self.width))
+
+    @property
+    def up(self) -> bool:
+        return float(np.median(self.size)) > 0
+
+
+def shapes_of(jumps: list[Jump]) -> Shapes:
+    """The median shape of each jump."""
+    centre, width = np.array([jump.middle for jump in jumps]).reshape(-1, 2).T
+    return Shapes(centre, width, np.array([jump.form for jump in jumps], dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class JumpSearch:
+    """The jumps and pulses found, the p-value of every test, and the model that holds them and the spikes left out."""
+
+    jumps: list[Jump]
+    p_values: list[float]
+    null: Whitened
+
+
+def find_jumps(first: Scan, y: Array, *, alpha: float, level: float, n_null: int, most: int) -> JumpSearch:
+    """All jumps and pulses at once, then one at a time beside those found, until the next is not significant.
+
+    A point, or a pair of neighbours, that leaves and comes back explains itself: where that is the better account, or
+    no jump is left to find, it is left out and the test is made again. A jump without a certain sign, wider than WIDEST
+    or hardly steeper than its surroundings is none: its test counts with p = 1.
+    """
+    grid, scan = first.null.grid, first
+    found: list[Jump] = []
+    p_values: list[float] = []
+    spikes: tuple[int, ...] = ()
+    while True:
+        p, gains = 1.0, np.array([-np.inf])
+        spike, spike_gain = isolated(scan.null, y)
+        possible = len(scan.shapes.centre) > 0 and scan.null.df >= 6 and len(found) < most
+        if possible:
+            gains, picks = (part[0] for part in scan.path(y[:, None]))
+            if not spike_gain > max(SPIKE, gains[0]):
+                p, count = scan.test(y, gains, n_null)
+        if p <= alpha:
+            start = [coarse(scan.shapes, int(j)) for j in picks[: min(count, most - len(found))]]
+            kept = settle(scan, y, found, start, p, alpha=alpha, level=level, n_null=n_null)
+            if kept:
+                found += kept
+                p_values += [jump.p_value for jump in kept]
+                scan = Scan(with_shapes(grid, found, spikes), shapes_of(found), 1, first.seed)
+                continue
+            p = 1.0
+        if spike_gain > SPIKE and len(spikes) < max(2, len(y) // 10):
+            spikes += spike
+            scan = Scan(with_shapes(grid, found, spikes), shapes_of(found), 1 if found else first.depth, first.seed)
+            continue
+        return JumpSearch(found, [*p_values, p] if possible else p_values, scan.null)
+
+
+def settle(
+    scan: Scan, y: Array, found: list[Jump], new: list[Jump], p: float, *, alpha: float, level: float, n_null: int
+) -> list[Jump]:
+    """Locate the new jumps, each beside all others; those that then fail their own test or are no event are dropped."""
+    spikes = scan.null.spikes
+    while new:
+        located: list[Jump] = []
+        for i in range(len(new)):
+            if len(new) == 1:
+                located.append(locate(scan, y, p))
+                continue
+            others = [*found, *located, *new[i + 1 :]]
+            own = Scan(with_shapes(scan.null.grid, others, spikes), shapes_of(others), 1, scan.seed)
+            if not len(own.shapes.centre) or own.null.df < 6:
+                return []
+            mine, _ = own.test(y, own.path(y[:, None])[0][0], n_null)
+            located.append(locate(own, y, max(p, mine)))
+        null = with_shapes(scan.null.grid, [*found, *located], spikes)
+        good = [
+            jump.p_value <= alpha and is_event(null, y, [*found, *located], len(found) + i, level)
+            for i, jump in enumerate(located)
+        ]
+        if all(good):
+            return located
+        worst = max((i for i, fine in enumerate(good) if not fine), key=lambda i: located[i].p_value)
+        new = [jump for i, jump in enumerate(located) if i != worst]
+    return []
+
+
+def coarse(shapes: Shapes, j: int) -> Jump:
+    return Jump(shapes.centre[j : j + 1], shapes.width[j : j + 1], np.ones(1), int(shapes.form[j]), 1.0)
+
+
+def with_shapes(grid: Grid, jumps: list[Jump], spikes: tuple[int, ...]) -> Whitened:
+    return Whitened(grid, columns_of(grid, shapes_of(jumps), grid.x)[0], spikes)
+
+
+def is_event(null: Whitened, y: Array, jumps: list[Jump], which: int, level: float) -> bool:
+    """Whether one of the jumps has a certain sign and, unless it is a pulse, is narrow and steep."""
+    jump, tail = jumps[which], (1 - level) / 2
+    low, high = np.quantile(jump.size, [tail, 1 - tail])
+    if low * high <= 0:
+        return False
+    return jump.form == PULSE or (jump.middle[1] <= WIDEST and steepness(null, y, jumps, which) >= STEEPER)
+
+
+def steepness(null: Whitened, y: Array, jumps: list[Jump], which: int) -> float:
+    """Slope of the fitted curve over the t10-t90 of one jump, as a multiple of the slope beside it.
+
+    Compared are windows of the same width before and after, other jumps taken away; the steeper of the two counts. An
+    exact power law or a rise over two decades has curvature that no noise hides, but no place that is steeper
+    than its surroundings.
+    """
+    grid = null.grid
+    c, w = jumps[which].middle
+    w = max(w, float(grid.gaps[np.clip(np.searchsorted(grid.x, c) - 1, 0, len(grid.gaps) - 1)]))
+    at = np.clip(c + w * np.array([-1.5, -0.5, 0.5, 1.5]), grid.x[0], grid.x[-1])
+    columns, owner = columns_of(grid, shapes_of(jumps), at)
+    columns[:, (owner >= 0) & (owner != which)] = 0
+    smoother, _ = null.smoother(int(np.argmax(null.loglik(null.rss(y)))), at, columns)
+    length = np.diff(at)
+    slope = np.abs(np.diff(smoother @ y)) / np.maximum(length, 1e-9)
+    beside = [slope[i] for i in (0, 2) if length[i] > w / 4]
+    return float(slope[1] / max(*beside, 1e-12, 1e-12)) if beside else np.inf
+
+
+def joined(jumps: list[Jump]) -> list[Jump]:
+    """The jumps without the pulses; neighbours of one sign whose spans touch are one transition of another shape."""
+    result: list[Jump] = []
+    for jump in sorted((jump for jump in jumps if jump.form != PULSE), key=lambda jump: jump.middle[0]):
+        if result and result[-1].up == jump.up:
+            a, b = result[-1], jump
+            start = np.minimum(a.centre - a.width / 2, b.centre - b.width / 2)
+            end = np.maximum(a.centre + a.width / 2, b.centre + b.width / 2)
+            between = b.middle[0] - a.middle[0] - (a.middle[1] + b.middle[1]) / 2
+            if between < min(a.middle[1], b.middle[1]) / 2:
+                size = a.size + b.size
+                share = np.clip(a.size / np.where(size == 0, 1, size), 0, 1)
+                centre = share * a.centre + (1 - share) * b.centre
+                result[-1] = Jump(centre, end - start, size, a.form, min(a.p_value, b.p_value))
+                continue
+        result.append(jump)
+    return result
+
+
+def isolated(null: Whitened, y: Array) -> tuple[tuple[int, ...], float]:
+    """The point, or pair of neighbours, whose own free value raises the log likelihood most, and by how much.
+
+    A free value at point i lowers the residual sum of squares by (P y)_i² / P_ii with P = Aᵀ A.
+    """
+    rss = null.rss(y)[:, None]
+    pull = np.stack([project.T @ (project @ y) for project in null.project])
+    own, cross = null.leverage
+    a, b, det = pull[:, :-1], pull[:, 1:], own[:, :-1] * own[:, 1:] - cross**2
+    one = np.where(own > 1e-9, pull**2 / np.maximum(own, 1e-9), 0)
+    two = (own[:, 1:] * a**2 - 2 * cross * a * b + own[:, :-1] * b**2) / np.maximum(det, 1e-9)
+    two = np.where(det > 1e-6 * own[:, :-1] * own[:, 1:], two, 0)
+    base = null.loglik(rss).max()
+    gains = [null.loglik(np.maximum(rss - lowered, TIGHT * rss)).max(0) - base for lowered in (one, two)]
+    i, j = (int(np.argmax(gain)) for gain in gains)
+    return ((i,), float(gains[0][i])) if gains[1][j] < gains[0][i] + SPIKE else ((j, j + 1), float(gains[1][j]))
+
+
+def locate(scan: Scan, y: Array, p: float, draws: int = 4000) -> Jump:
+    """Posterior draws of centre, width and size; flat priors on c and log w, the covariance integrated over its grid.
+
+    Two passes over an ever finer grid around the best candidates, so that the answer is not bound to the coarse one.
+    """
+    null, grid, with_jump = scan.null, scan.null.grid, scan.loglik(y)
+    best = with_jump.max(0)
+    forms = [PULSE] if scan.shapes.form[np.argmax(best)] == PULSE else [LOG, STEP]
+    near = scan.shapes[(best > best.max() - 8) & np.isin(scan.shapes.form, forms)]
+    pad = np.maximum(near.width / 2, np.median(grid.gaps)).max()
+    low, high = near.centre.min() - pad, near.centre.max() + pad
+    thetas = np.argsort(-with_jump.max(1), kind="stable")[:24]
+    thetas = thetas[with_jump.max(1)[thetas] > with_jump.max() - 6]
+    widths = np.geomspace(0.01, 1.5, 22)
+    for last in (False, True):
+        low, high = max(low, grid.x[SIDE - 1]), min(high, grid.x[-SIDE])
+        centres = np.linspace(low, high, 121 if last else 61)
+        c, w, form = (a.ravel() for a in np.meshgrid(centres, widths, forms, indexing="ij"))
+        inside = (c - w / 2 >= grid.x[0]) & (c + w / 2 <= grid.x[-1]) & ((w >= SKEWED / 2) | (form != STEP))
+        shapes = Shapes(c, w, form)[inside]
+        target = null.project[thetas] @ y
+        dot, norm = np.empty((2, len(thetas), len(shapes.centre)))
+        raw = shapes.template(grid)
+        for i, theta in enumerate(thetas):
+            white = null.project[theta] @ raw
+            dot[i], norm[i] = target[i] @ white, np.maximum(np.square(white).sum(0), 1e-9)
+        rss = np.square(target).sum(1)[:, None]
+        left = np.maximum(rss - dot**2 / norm, TIGHT * rss)
+        logs = -(null.df - 1) / 2 * np.log(left) - null.penalty[thetas][:, None]
+        kept = shapes[logs.max(0) > logs.max() - 7]
+        step, ratio = (high - low) / (len(centres) - 1), widths[1] / widths[0]
+        if not last:
+            low, high = kept.centre.min() - step, kept.centre.max() + step
+            widths = np.geomspace(max(kept.width.min() / ratio, 0.005), min(kept.width.max() * ratio, 1.5), 16)
+    generator = np.random.default_rng([scan.seed, 0x10CA7E])
+    row, j = np.unravel_index(generator.choice(logs.size, size=draws, p=normalised(logs.ravel())), logs.shape)
+    spread = np.sqrt(left[row, j] / (null.df - 1) / norm[row, j])
+    size = dot[row, j] / norm[row, j] + spread * generator.standard_t(null.df - 1, draws)
+    centre = np.clip(shapes.centre[j] + step * (generator.random(draws) - 0.5), grid.x[0], grid.x[-1])
+    width = shapes.width[j] * ratio ** (generator.random(draws) - 0.5)
+    return Jump(centre, width, size, int(np.bincount(shapes.form[j]).argmax()), p)

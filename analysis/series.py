@@ -1,0 +1,72 @@
+"""One measured quantity over training, `Series(name, steps, values, se)`: the input of the detector and the plots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devmon.errors import DataError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named number at each measured step.
+
+    `steps` (n,) optimizer steps; `values` (n,) in `units`; `se` (n,) the standard error of each value, or None;
+    `rejected` (n,) true where the instrument's own health check refused the value, or None.
+    """
+
+    name: str
+    steps: NDArray[Any]
+    values: NDArray[Any]
+    se: NDArray[Any] | None = None
+    units: str = ""
+    rejected: NDArray[Any] | None = None
+
+
+def checked(steps: Any, values: Any, se: Any = None, name: str = "") -> tuple[Array, Array, Array | None]:
+    """The arrays in float64 with missing (NaN) points dropped.
+
+    Raises DataError on steps that are negative, unsorted or repeated, on infinite values, on a negative standard error
+    and on arrays of unequal length. A point whose standard error is NaN is dropped like one whose value is.
+    """
+    label = f"series {name!r}: " if name else ""
+    t, y = _vector(steps, "steps", label), _vector(values, "values", label)
+    s = None if se is None else _vector(se, "se", label)
+    for other, what in ((y, "values"), (s, "se")):
+        if other is not None and len(other) != len(t):
+            raise DataError(f"{label}steps and {what} need one length, got {len(t)} and {len(other)}")
+    if not np.all(np.isfinite(t)) or np.any(t < 0):
+        raise DataError(f"{label}steps count from 0, got {_some(t[~np.isfinite(t) | (t < 0)])}: drop or renumber them")
+    for bad, what in ((np.diff(t) < 0, "sorted"), (np.diff(t) == 0, "distinct")):
+        if np.any(bad):
+            at = int(np.argmax(bad))
+            hint = "sort steps, values and se together" if what == "sorted" else "keep one value a step"
+            raise DataError(f"{label}steps must be {what}, got {t[at]:g} then {t[at + 1]:g}: {hint}")
+    if np.any(np.isinf(y)):
+        where = _some(t[np.isinf(y)])
+        raise DataError(f"{label}values must be finite or NaN (missing), got infinity at step {where}: set it to NaN")
+    if s is not None and (np.any(s < 0) or np.any(np.isinf(s))):
+        where = _some(t[(s < 0) | np.isinf(s)])
+        raise DataError(f"{label}se must be finite and at least 0, it is not at step {where}: set the value to NaN")
+    keep = np.isfinite(y) if s is None else np.isfinite(y) & np.isfinite(s)
+    return t[keep], y[keep], None if s is None else s[keep]
+
+
+def _vector(data: Any, what: str, label: str) -> Array:
+    try:
+        array = np.asarray(data, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{label}{what} must be numbers, got {type(data).__name__} ({error})") from None
+    if array.ndim != 1:
+        raise DataError(f"{label}{what} must have one dimension, got shape {array.shape}")
+    return array
+
+
+def _some(steps: Array) -> str:
+    return ", ".join(f"{step:g}" for step in steps[:3]) + (", …" if len(steps) > 3 else "")

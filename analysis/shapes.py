@@ -1,0 +1,90 @@
+"""The shapes that stand out from smooth drift: a rise (logistic in log step or in step) and a pulse that comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devmon.analysis.smooth import Array, Grid
+
+WIDTHS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)  # t10-t90 on the time axis, beside the step that lies within one gap
+SKEWED = 0.2  # from this width on a logistic in step differs from one in log step
+BRIEF = 0.35  # up to this width a pulse is too narrow for the smooth part
+NINETY = float(np.log(9.0))  # a logistic is at 90% here
+SIDE = 3  # checkpoints needed before and after a centre, and within the half height of a pulse
+
+LOG, STEP, PULSE = 0, 1, 2  # logistic in log step, logistic in step, the slope of a logistic in log step
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Centres and widths on the time axis, and forms; the width is t10-t90 of a rise and 1.25 x FWHM of a pulse."""
+
+    centre: Array
+    width: Array
+    form: NDArray[np.int64]
+
+    def __getitem__(self, which: NDArray[np.bool_]) -> Shapes:
+        return Shapes(self.centre[which], self.width[which], self.form[which])
+
+    def at(self, x: Array) -> tuple[Array, Array, Array]:
+        """(J, n) height at places x, and its changes with centre and with width, up to a factor: 0 to 1."""
+        c, w, form = self.centre[:, None], np.maximum(self.width, 1e-6)[:, None], self.form[:, None]
+        ratio = 10.0**w
+        in_log = (x - c) * (2 * NINETY / w)
+        in_step = (10.0 ** np.minimum(x - c, 50.0) - 1) * (NINETY * (ratio + 1) / (ratio - 1))
+        z = np.clip(np.where(form == STEP, in_step, in_log), -500, 500)
+        rise = 1 / (1 + np.exp(-z))
+        slope = rise * (1 - rise)
+        height = np.where(form == PULSE, 4 * slope, rise)
+        change = np.where(form == PULSE, 4 * slope * (1 - 2 * rise), slope)
+        return height, change, change * z
+
+    def template(self, grid: Grid) -> Array:
+        """(m, J) the shapes at the points of the model."""
+        return grid.average(self.at(grid.raw_x)[0]).T
+
+
+def candidates(grid: Grid) -> Shapes:
+    """Shapes worth trying: they lie within the data, with `SIDE` checkpoints beyond the centre."""
+    x, gaps = grid.x, grid.gaps
+    steps = ((x[1:] + x[:-1]) / 2)[SIDE - 1 : len(gaps) - SIDE + 1]
+    rows = [(steps, 0.0, LOG)]
+    for width in WIDTHS:
+        c = np.arange(max(x[0] + width / 2, x[SIDE - 1]), min(x[-1] - width / 2, x[-SIDE]), width / 4)
+        c = c[gaps[np.clip(np.searchsorted(x, c) - 1, 0, len(gaps) - 1)] < width / 2]
+        rows.append((c, width, LOG))
+        if width >= SKEWED:
+            rows.append((c, width, STEP))
+        if width <= BRIEF:
+            rows.append((c[within(grid, c, np.full(len(c), width)) >= SIDE], width, PULSE))
+    return Shapes(
+        np.concatenate([c for c, _, _ in rows]),
+        np.concatenate([np.full(len(c), width) for c, width, _ in rows]),
+        np.concatenate([np.full(len(c), form) for c, _, form in rows]),
+    )
+
+
+def within(grid: Grid, centre: Array, width: Array) -> NDArray[np.int64]:
+    """Number of the model's points within the half height of a pulse."""
+    half = 0.4 * width
+    return np.searchsorted(grid.x, centre + half, side="right") - np.searchsorted(grid.x, centre - half)
+
+
+def columns_of(grid: Grid, shapes: Shapes, at: Array) -> tuple[Array, NDArray[np.int64]]:
+    """Fixed effects (g, p) at places `at`: drift, then each shape and its changes with place and width.
+
+    Also which shape each column belongs to (-1: drift). Changes that no checkpoint can tell from nothing are left out.
+    """
+    columns, owner = [np.ones(len(at)), at - grid.x.mean()], [-1, -1]
+    wide = Shapes(shapes.centre, np.maximum(shapes.width, 0.02), shapes.form)
+    here, there = wide.at(grid.x), wide.at(at)
+    for j in range(len(shapes.centre)):
+        size = np.linalg.norm(here[0][j])
+        for known, new in zip(here, there, strict=True):
+            if np.linalg.norm(known[j]) > 0.02 * size:
+                columns.append(new[j])
+                owner.append(j)
+    return np.stack(columns, axis=1), np.array(owner)

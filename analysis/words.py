@@ -1,0 +1,79 @@
+"""The fixed words of a report: what its terms mean, how its numbers were made, and whom to cite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from devmon.analysis.detect import Detection
+
+GLOSSARY = (
+    ("jump", "A rise or fall that smooth drift with correlated noise does not explain. Its step is the middle of the "
+     "change; its width is the time from 10% to 90% of the change, in decades (factors of ten) of the step."),
+    ("turn", "A maximum or minimum: the smoothed curve certainly rises before it and falls after it, or the reverse. "
+     "Its size is the prominence (+ maximum, − minimum)."),
+    ("90% interval", "Given the model of the curve and of its noise, the step (or size) lies within it with "
+     "probability 0.9. Bands around a curve are ±1.64 standard errors of each value."),
+    ("p", "The share of simulated series without the event (same steps and kind of noise) that show one as prominent."),
+    ("q", "p after correction for the number of tests in this report (Benjamini–Hochberg): among all events with "
+     "q ≤ 0.05 about 5% or fewer are expected to be false."),
+    ("resolved", "At least three checkpoints lie within the jump (or within the interval of a turn). Otherwise it may "
+     "be more abrupt than it looks, and the note names steps to measure."),
+    ("max", "The largest element of an array at each step, with that element's standard error. The largest of many "
+     "noisy values lies above the true largest one."),
+    ("NO EVENT", "A result: the series was searched and nothing stands out."),
+    ("UNRESOLVED", "Too few checkpoints to tell a transition from noise."),
+    ("SAMPLER REJECTED", "No estimate of the series passed its own health check."),
+    ("verdict", "The health of one LLC estimate. ok: accepted. not mixed: the chains disagree or hold too few "
+     "independent draws. downhill: the point is no minimum, so λ̂ is no learning coefficient (usual early in training). "
+     "diverged: chains ran away. non-finite: NaN or infinity was met."),
+)  # fmt: skip
+
+_LLC = "Lau et al. (2023), The local learning coefficient: a singularity-aware complexity measure. arXiv:2308.12108"
+_OLSSON = "Olsson et al. (2022), In-context learning and induction heads. arXiv:2209.11895"
+_CITED = {
+    "LLC": (
+        _LLC,
+        "Watanabe (2009), Algebraic geometry and statistical learning theory. Cambridge University Press",
+        "Hoogland et al. (2024), The developmental landscape of in-context learning. arXiv:2402.02364",
+        "Vehtari et al. (2021), Rank-normalization, folding, and localization: an improved R̂. Bayesian Analysis 16(2)",
+    ),
+    "InductionHeads": (_OLSSON,),
+    "PreviousTokenHeads": (_OLSSON,),
+    "RepeatGain": (_OLSSON,),
+    "ProbeLoss": (_OLSSON,),
+    "LinearProbe": ("Hewitt & Liang (2019), Designing and interpreting probes with control tasks. arXiv:1909.03368",),
+}
+_DETECTION = (
+    "Benjamini & Hochberg (1995), Controlling the false discovery rate. J. R. Stat. Soc. B 57(1)",
+    "Besag & Clifford (1991), Sequential Monte Carlo p-values. Biometrika 78(2)",
+)
+
+
+def methods(watches: Mapping[str, Mapping[str, Any]], detection: Detection) -> list[tuple[str, str]]:
+    """How each watch measured (the first paragraph of its instrument) and how events were found."""
+    told = [(name, str(attrs["doc"])) for name, attrs in watches.items() if attrs.get("doc")]
+    for name, attrs in watches.items():
+        if attrs.get("kind") == "llc":
+            keys = ("nbeta", "gamma", "lr", "batch_size", "n", "burn_in", "steps_per_draw", "kernel")
+            used = ", ".join(f"{key} {attrs[key]}" for key in keys if key in attrs)
+            told.append((
+                f"{name}: estimate",
+                "λ̂ = nβ (E[L(w)] − L(w*)), with L the mean loss and w drawn from exp(−nβ L(w) − (γ/2)‖w − w*‖²); each "
+                f"draw and w* are scored on the same examples. {used}.",
+            ))  # fmt: skip
+    settings = detection.settings
+    told.append((
+        "events",
+        "Each series is y = drift + smooth process + correlated and white noise over log step. A jump adds "
+        "A · logistic((log step − c)/w); a turn is a change of sign of the slope of the smoothed curve. Its statistic "
+        f"is the largest over all places and widths, compared with that of {settings.get('n_null', '?')} simulated "
+        f"series. Intervals are at level {settings.get('level', 0.9)}; q-values count {detection.family} tests.",
+    ))  # fmt: skip
+    return told
+
+
+def references(instruments: Iterable[str]) -> list[str]:
+    """Whom to cite for these instrument classes and for the detection of events."""
+    found = [one for name in instruments for one in _CITED.get(name.rpartition(".")[2], ())]
+    return sorted({*found, *_DETECTION})

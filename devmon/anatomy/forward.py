@@ -1,0 +1,87 @@
+"""One forward pass of any language model: logits at every position, and the loss and hits of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from devmon.errors import InstrumentError
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile(model)` wraps, or the model itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Runs compiled parts of the model as plain Python inside: hooks and captures do not fire in compiled code."""
+    modules = list(model.modules())
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def forward(model: nn.Module, tokens: Tensor, who: str) -> Any:
+    """`model(tokens)` without gradients, uncompiled, on the model's device; whatever the model returns.
+
+    `tokens` is (batch, pos) int64 on any device. Raises InstrumentError where a token or a position is outside
+    the model's tables.
+    """
+    first = next((t for t in (*model.parameters(), *model.buffers())), None)
+    tokens = tokens if first is None else tokens.to(first.device)
+    try:
+        with torch.no_grad(), uncompiled(model):
+            return original(model)(tokens)
+    except IndexError as error:
+        raise InstrumentError(
+            f"{who}: {type(original(model)).__name__} cannot look up tokens 0..{int(tokens.max())} at "
+            f"{tokens.shape[1]} positions ({error}): lower vocab_size or length, or give tokens of this model"
+        ) from error
+
+
+def logits(model: nn.Module, tokens: Tensor, who: str = "logits") -> Tensor:
+    """Logits (batch, pos, vocab) of a model that returns them, an output that holds them, or a tuple led by either.
+
+    `tokens` is (batch, pos) int64. Raises InstrumentError where the output is none of these or lacks positions.
+    """
+    output = forward(model, tokens, who)
+    found = output[0] if isinstance(output, (tuple, list)) and output else output
+    found = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", found)
+    name = type(original(model)).__name__
+    if not isinstance(found, Tensor):
+        raise InstrumentError(
+            f"{who} needs logits: a tensor, an output or mapping with `logits`, or a tuple led by them; "
+            f"{name} returned {type(output).__name__}: wrap the model so that it returns (batch, pos, vocab)"
+        )
+    if found.ndim != 3 or found.shape[:2] != tokens.shape:
+        raise InstrumentError(
+            f"{who} needs logits (batch, pos, vocab) at all {tuple(tokens.shape)} places; {name} returned "
+            f"{tuple(found.shape)}: wrap the model so that it returns the logits of every position"
+        )
+    return found
+
+
+def next_token(model: nn.Module, tokens: Tensor, who: str = "next_token") -> tuple[Tensor, Tensor]:
+    """Loss and hits of the next token: (nats, argmax is right), both (batch, pos - 1) on the CPU.
+
+    Column i speaks of token i + 1 given tokens 0..i. Losses are computed in float32 at least, returned in float64.
+    """
+    scores = logits(model, tokens, who)[:, :-1]
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    target = tokens[:, 1:].to(scores.device)
+    if int(target.max()) >= scores.shape[-1]:
+        raise InstrumentError(
+            f"{who}: the tokens go up to {int(target.max())} but {type(original(model)).__name__} has "
+            f"{scores.shape[-1]} logits: give tokens of this model's vocabulary"
+        )
+    nats = F.cross_entropy(scores.flatten(0, 1), target.flatten(), reduction="none").reshape(target.shape)
+    return nats.double().cpu(), (scores.argmax(-1) == target).cpu()

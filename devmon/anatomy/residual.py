@@ -1,0 +1,113 @@
+"""The residual stream of any model made of a chain of blocks, through hooks on the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from devmon.anatomy.forward import forward, original
+from devmon.errors import InstrumentError
+
+
+def residual_stream(
+    model: nn.Module, tokens: Tensor, blocks: str | None = None, who: str = "residual_stream"
+) -> list[Tensor]:
+    """The input of the first block, then the output of each block: block count + 1 tensors (batch, pos, d).
+
+    `tokens` is (batch, pos) int64. `blocks` is the path of the container of blocks, such as "transformer.h"; without
+    it `find_blocks` looks for it. The tensors are copies, so a block that writes in place cannot change them; the
+    hooks are removed in every case. Raises InstrumentError where a block does not run once or returns another shape.
+    """
+    model = original(model)
+    path = find_blocks(model, tokens[:1], who) if blocks is None else blocks
+    children = _children(model, path, who)
+    shape = tuple(tokens.shape)
+    stream: list[Tensor] = []
+    calls = [0] * len(children)
+
+    def enter(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[index] += 1
+            if index == 0 and (found := _state((*args, *kwargs.values()), shape)) is not None:
+                stream.append(found.detach().clone())
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if (found := _state(output, shape)) is not None:
+            stream.append(found.detach().clone())
+
+    handles = [child.register_forward_pre_hook(enter(i), with_kwargs=True) for i, child in enumerate(children)]
+    handles += [child.register_forward_hook(leave) for child in children]
+    try:
+        forward(model, tokens, who)
+    finally:
+        for handle in handles:
+            handle.remove()
+    widths = {found.shape[-1] for found in stream}
+    if len(stream) != len(children) + 1 or len(widths) != 1:
+        shapes = [tuple(found.shape) for found in stream]
+        raise InstrumentError(
+            f"{who} needs blocks that each run once and take and return (batch, pos, d); the {len(children)} modules "
+            f'in {path!r} of {type(model).__name__} ran {calls} times and gave {shapes}: set blocks="path.to.blocks"'
+        )
+    return stream
+
+
+def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> str:
+    """The path of the largest nn.ModuleList or nn.Sequential, by parameters, whose modules all return (batch, pos, d).
+
+    Tries one forward pass of `tokens` (batch, pos). Raises InstrumentError, naming the field `blocks`, for none.
+    """
+    model = original(model)
+    shape = tuple(tokens.shape)
+    widths: dict[nn.Module, set[int | None]] = {}
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        found = _state(output, shape)
+        widths.setdefault(module, set()).add(None if found is None else found.shape[-1])
+
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
+    }
+    handles = [child.register_forward_hook(leave) for child in {c for m in lists.values() for c in m.children()}]
+    try:
+        forward(model, tokens, who)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sizes: dict[str, int] = {}
+    for path, module in lists.items():
+        seen = set[int | None]().union(*(widths.get(child, {None}) for child in module.children()))
+        if len(seen) == 1 and None not in seen:
+            sizes[path] = sum(p.numel() for p in module.parameters())
+    if not sizes:
+        raise InstrumentError(
+            f"{who} needs the residual stream; {type(model).__name__} has no nn.ModuleList or nn.Sequential whose "
+            'modules all return (batch, pos, d): set blocks="path.to.blocks"'
+        )
+    return max(sizes, key=lambda path: sizes[path])
+
+
+def _children(model: nn.Module, path: str, who: str) -> list[nn.Module]:
+    try:
+        children = list(model.get_submodule(path).children())
+    except AttributeError as error:
+        raise InstrumentError(
+            f"{who}: {type(model).__name__} has no module {path!r} ({error}): set blocks=..."
+        ) from error
+    if not children:
+        raise InstrumentError(f"{who}: {path!r} of {type(model).__name__} holds no modules: set blocks=... to the list")
+    return children
+
+
+def _state(values: Any, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor, or the first tensor of the tuple, if it is (batch, pos, d)."""
+    items = values if isinstance(values, (tuple, list)) else (values,)
+    first = next((item for item in items if isinstance(item, torch.Tensor)), None)
+    return first if first is not None and first.ndim == 3 and tuple(first.shape[:2]) == shape else None

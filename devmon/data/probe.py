@@ -1,0 +1,77 @@
+"""Fixed probe data inside an instrument: checked once, compared by content, walked in minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from devmon.errors import DataError
+
+
+class ByContent:
+    """Equality and hash of a `@dataclass(frozen=True, eq=False)` over its fields, tensors by their bytes."""
+
+    def _content(self) -> tuple[object, ...]:
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return tuple(
+            (tuple(v.shape), str(v.dtype), v.cpu().numpy().tobytes()) if isinstance(v, Tensor) else v for v in values
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and isinstance(other, ByContent) and self._content() == other._content()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._content()))
+
+
+def probe_tokens(tokens: Tensor, who: str, name: str = "tokens", shortest: int = 2) -> Tensor:
+    """The tokens as a contiguous (batch, pos) int64 CPU tensor of their own; DataError where they cannot be that."""
+    kind = torch.as_tensor(tokens)
+    if kind.ndim != 2 or kind.is_floating_point() or kind.dtype == torch.bool or not kind.shape[0]:
+        raise DataError(f"{who} needs {name} (batch, pos) of integers, got {tuple(kind.shape)} of {kind.dtype}")
+    if kind.shape[1] < shortest:
+        raise DataError(f"{who} needs {name} of at least {shortest} positions, got {kind.shape[1]}")
+    return kind.detach().to("cpu", torch.int64, copy=True).contiguous()
+
+
+def random_tokens(vocab_size: int, sequences: int, length: int, seed: int = 0) -> Tensor:
+    """Independent uniform tokens (sequences, length) int64 from a generator of their own."""
+    if min(vocab_size, sequences, length) < 1:
+        raise DataError(
+            f"random tokens need vocab_size, sequences, length >= 1, got {vocab_size}, {sequences}, {length}"
+        )
+    return torch.randint(vocab_size, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def minibatches(sequences: int, batch_size: int) -> Iterator[slice]:
+    """Slices that cover `sequences` in order, at most `batch_size` at a time.
+
+    >>> list(minibatches(5, 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size must be at least 1, got {batch_size}")
+    for start in range(0, sequences, batch_size):
+        yield slice(start, min(start + batch_size, sequences))
+
+
+def clustered_mean(total: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over items that come in independent sequences, and its standard error.
+
+    `total` (sequence, ...) holds each sequence's sum, `count` (sequence,) its number of items; returns arrays (...).
+    mean m = Σ total / Σ count; se = sqrt(n / (n - 1) Σ (total - m count)²) / Σ count over the n sequences with items:
+    the linearised ratio estimator (Cochran, Sampling Techniques, 6.3), which is sd/√n where all counts are equal.
+    The standard error is NaN for fewer than two sequences.
+    """
+    total, count = np.asarray(total, np.float64), np.asarray(count, np.float64)
+    used = count > 0
+    total, count, n = total[used], count[used], int(used.sum())
+    if n == 0:
+        return np.full(total.shape[1:], np.nan), np.full(total.shape[1:], np.nan)
+    mean = total.sum(0) / count.sum()
+    spread = ((total - mean * count.reshape(-1, *[1] * (total.ndim - 1))) ** 2).sum(0)
+    return mean, np.sqrt(spread * n / (n - 1)) / count.sum() if n > 1 else np.full(mean.shape, np.nan)

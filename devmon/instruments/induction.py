@@ -1,0 +1,81 @@
+"""Induction heads: attention to the token after the previous occurrence of the current token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from devmon.anatomy import attention_patterns, stack_heads
+from devmon.data import best_fixed_offset, clustered_mean, minibatches, repeats
+from devmon.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class InductionHeads:
+    """Prefix matching of every attention head on random tokens repeated with a random period per sequence.
+
+    Queries are the places q of the second copy without accidental collisions (`devmon.data.repeats`), p the period of
+    the sequence; all values are attention weights in [0, 1], means over queries.
+    prefix_matching(layer, head): A[q, q - p + 1], with `_se` over sequences (Olsson et al. 2022, 2209.11895);
+    duplicate_token(layer, head): A[q, q - p], with `_se`;
+    fixed_offset(layer, head): max over o of the mean of A[q, q - o], what the head's best fixed offset gets of the same
+    queries: a head whose prefix matching is no higher looks at positions, not at content;
+    uniform: the mean of 1 / (q + 1), the score of attention spread evenly over the past.
+    Raises InstrumentError for a model that shows no attention patterns, DataError for a probe that cannot be drawn.
+    """
+
+    vocab_size: int
+    sequences: int = 64
+    length: int = 64
+    seed: int = 0
+    bos: int | None = None
+    exclude: tuple[int, ...] = ()
+    batch_size: int = 32
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        probe = repeats(self.vocab_size, self.sequences, self.length, self.seed, self.bos, self.exclude)
+        parts = [
+            [
+                _sums(pattern, probe.period[rows], probe.query[rows])
+                for pattern in attention_patterns(snapshot.model, probe.tokens[rows], type(self).__name__)
+            ]
+            for rows in minibatches(self.sequences, self.batch_size)
+        ]
+        layers = list(zip(*parts, strict=True))  # layer, minibatch, (prefix, duplicate, offset)
+        count = probe.query.sum(1).numpy()
+        queries = probe.query.sum(0).double()
+        prefix, prefix_se = _by_head([torch.cat([part[0] for part in layer]) for layer in layers], count)
+        duplicate, duplicate_se = _by_head([torch.cat([part[1] for part in layer]) for layer in layers], count)
+        offset = stack_heads([best_fixed_offset(sum(part[2] for part in layer), queries).numpy() for layer in layers])
+        uniform = float((queries / torch.arange(1, self.length + 1)).sum() / queries.sum())
+        dims, units = ("layer", "head"), {"units": "attention"}
+        return xr.Dataset(
+            {
+                "prefix_matching": (dims, prefix, {"long_name": "attention to the place after the last match"} | units),
+                "prefix_matching_se": (dims, prefix_se, {"long_name": "standard error over sequences"} | units),
+                "duplicate_token": (dims, duplicate, {"long_name": "attention to the last match itself"} | units),
+                "duplicate_token_se": (dims, duplicate_se, {"long_name": "standard error over sequences"} | units),
+                "fixed_offset": (dims, offset, {"long_name": "best fixed offset for the same queries"} | units),
+                "uniform": ((), uniform, {"long_name": "prefix matching of uniform attention"} | units),
+            },
+            coords={"layer": np.arange(prefix.shape[0]), "head": np.arange(prefix.shape[1])},
+            attrs={"headline": ["prefix_matching"]},
+        )
+
+
+def _sums(pattern: Tensor, period: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the queries of one minibatch: prefix and duplicate attention (batch, head), and all of it (head, q, k)."""
+    pattern = pattern.cpu().double() * query[:, None, :, None]
+    back = (torch.arange(pattern.shape[-1]) - period[:, None]).clamp(min=0)  # (batch, q): q - p
+    ahead, itself = ((back + shift)[:, None, :, None].expand(*pattern.shape[:3], 1) for shift in (1, 0))
+    return pattern.gather(-1, ahead).sum((-2, -1)), pattern.gather(-1, itself).sum((-2, -1)), pattern.sum(0)
+
+
+def _by_head(layers: list[Tensor], count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over queries and standard error (layer, head) from per-sequence sums (batch, head) of each layer."""
+    pairs = [clustered_mean(sums.numpy(), count) for sums in layers]
+    return stack_heads([mean for mean, _ in pairs]), stack_heads([se for _, se in pairs])

@@ -1,0 +1,147 @@
+"""Linear probes of the residual stream, with a control task that tells what the probe itself can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from devmon.anatomy import find_blocks, residual_stream
+from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.errors import DataError
+from devmon.snapshot import Snapshot, derive_seed
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProbe(ByContent):
+    """A linear classifier of `labels` at every layer of the residual stream, minus the same on a control task.
+
+    `tokens`, `labels`, `types` are (batch, pos) integers; labels of -100 are ignored; `types` (the tokens by default)
+    are what the control task labels. Half of the sequences, drawn by `seed`, train the probe, the others test it: no
+    sequence is in both. The probe is ridge regression on one-hot labels in float64, in closed form: features
+    standardised on the training part, an intercept, `penalty` times the number of training tokens added to the
+    diagonal. Layer 0 is the input of the first block, layer l the output of block l; `blocks` is the path of the
+    blocks where they are not found.
+    accuracy(layer): share of test tokens right; control_accuracy(layer): the same where every type has one random label
+    for good, drawn from the labels' own frequencies (Hewitt & Liang 2019, 1909.03368);
+    selectivity(layer) = accuracy - control_accuracy; all three with `_se` over test sequences;
+    r2(layer): held-out explained variance of the one-hot labels against their training means, the continuous twin;
+    majority: test accuracy of the most frequent training label.
+    Raises InstrumentError for a model whose blocks are not found, DataError for labels no probe can be trained on.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    types: Tensor | None = None
+    blocks: str | None = None
+    seed: int = 0
+    penalty: float = 1e-3
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "labels", "types"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, probe_tokens(getattr(self, name), "LinearProbe", name, shortest=1))
+        shapes = {tuple(t.shape) for t in (self.tokens, self.labels, self.types) if t is not None}
+        if len(shapes) > 1:
+            raise DataError(
+                f"LinearProbe needs tokens, labels and types of one shape (batch, pos), got {sorted(shapes)}"
+            )
+        if not self.penalty > 0:
+            raise DataError(f"LinearProbe needs penalty > 0, got {self.penalty}")
+        self._task()
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        who = type(self).__name__
+        task = self._task()
+        blocks = self.blocks or find_blocks(snapshot.model, self.tokens[:1], who)
+        parts = []
+        for rows in minibatches(len(self.tokens), self.batch_size):
+            stream = residual_stream(snapshot.model, self.tokens[rows], blocks, who)
+            parts.append([state.cpu()[task.used[rows]] for state in stream])
+        rows_of = [_probe(torch.cat(part).double().numpy(), task, self.penalty) for part in zip(*parts, strict=True)]
+        dims, share = "layer", {"units": "share"}
+        dataset = xr.Dataset(coords={"layer": np.arange(len(rows_of))}, attrs={"headline": ["selectivity", "accuracy"]})
+        names = {
+            "selectivity": "probe accuracy minus control accuracy",
+            "accuracy": "held-out probe accuracy",
+            "control_accuracy": "held-out accuracy on random labels per type",
+        }
+        for name, long_name in names.items():
+            mean, se = (np.array(values) for values in zip(*(row[name] for row in rows_of), strict=True))
+            dataset[name] = (dims, mean, {"long_name": long_name} | share)
+            dataset[f"{name}_se"] = (dims, se, {"long_name": "standard error over test sequences"} | share)
+        r2 = np.array([row["r2"] for row in rows_of])
+        dataset["r2"] = (dims, r2, {"long_name": "held-out explained variance of one-hot labels", "units": "share"})
+        dataset["majority"] = ((), task.majority, {"long_name": "accuracy of the most frequent label"} | share)
+        return dataset
+
+    def _task(self) -> _Task:
+        used = self.labels != -100
+        classes, label = np.unique(self.labels[used].numpy(), return_inverse=True)
+        sequence = used.nonzero()[:, 0].numpy()
+        order = torch.randperm(len(self.labels), generator=_generator(self.seed, "split")).numpy()
+        train = np.isin(sequence, order[: len(order) // 2])
+        held_out = len(np.unique(sequence[~train]))
+        if len(classes) < 2 or held_out < 2 or len(np.unique(label[train])) < 2:
+            raise DataError(
+                "LinearProbe needs two classes in the training half and two labelled sequences in the other; got "
+                f"{len(np.unique(label[train]))} of {len(classes)} classes in training and {held_out} sequences held "
+                "out: give more labelled sequences"
+            )
+        types = (self.tokens if self.types is None else self.types)[used].numpy()
+        kinds, kind = np.unique(types, return_inverse=True)
+        drawn = torch.randint(len(label), (len(kinds),), generator=_generator(self.seed, "control")).numpy()
+        control = label[drawn][kind]  # one label per type, drawn as frequent as it is
+        most = np.bincount(label[train]).argmax()
+        return _Task(used, label, control, sequence, train, len(classes), float((label[~train] == most).mean()))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The labelled places (batch, pos); per labelled token its label, control label, sequence, and half."""
+
+    used: Tensor
+    label: np.ndarray
+    control: np.ndarray
+    sequence: np.ndarray
+    train: np.ndarray
+    classes: int
+    majority: float
+
+
+def _generator(seed: int, what: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(seed, "LinearProbe", what))
+
+
+def _probe(features: np.ndarray, task: _Task, penalty: float) -> dict[str, tuple[float, float] | float]:
+    """Scores of one layer from its features (token, d): (mean, standard error) of the shares, and r2."""
+    train = task.train
+    centred = features - features[train].mean(0)
+    scale = centred[train].std(0)
+    centred /= np.where(scale > 1e-9 * scale.max(initial=0.0), scale, np.inf)  # a constant feature says nothing
+    target = np.concatenate([np.eye(task.classes)[task.label], np.eye(task.classes)[task.control]], axis=1)
+    base = target[train].mean(0)
+    gram = centred[train].T @ centred[train]
+    gram[np.diag_indices_from(gram)] += penalty * train.sum()
+    weights = np.linalg.solve(gram, centred[train].T @ (target[train] - base))
+    truth, guess = target[~train], centred[~train] @ weights + base
+    hit = guess[:, : task.classes].argmax(1) == task.label[~train]
+    control_hit = guess[:, task.classes :].argmax(1) == task.control[~train]
+    own = slice(None, task.classes)
+    r2 = 1 - ((truth - guess)[:, own] ** 2).sum() / ((truth - base)[:, own] ** 2).sum()
+
+    def over_sequences(values: np.ndarray) -> tuple[float, float]:
+        where = task.sequence[~train]
+        mean, se = clustered_mean(np.bincount(where, values.astype(float)), np.bincount(where))
+        return float(mean), float(se)
+
+    return {
+        "accuracy": over_sequences(hit),
+        "control_accuracy": over_sequences(control_hit),
+        "selectivity": over_sequences(hit.astype(float) - control_hit),
+        "r2": float(r2),
+    }

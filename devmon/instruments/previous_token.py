@@ -1,0 +1,75 @@
+"""Previous-token heads: attention to the place before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from devmon.anatomy import attention_patterns, stack_heads
+from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens, random_tokens
+from devmon.errors import DataError
+from devmon.snapshot import Snapshot
+
+
+@dataclass(frozen=True, eq=False)
+class PreviousTokenHeads(ByContent):
+    """Mean attention A[i, i - 1] over i >= 2 of every head: the first column, where attention rests idle, is left out.
+
+    The probe is either independent uniform tokens of `vocab_size`, or `tokens` (batch, pos) such as text.
+    previous_token(layer, head): attention weight in [0, 1], with `_se` over sequences;
+    uniform: the mean of 1 / (i + 1), the score of attention spread evenly over the past.
+    Raises InstrumentError for a model that shows no attention patterns, DataError unless exactly one probe is given.
+    """
+
+    vocab_size: int | None = None
+    sequences: int = 64
+    length: int = 64
+    seed: int = 0
+    tokens: Tensor | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if (self.vocab_size is None) == (self.tokens is None):
+            raise DataError("PreviousTokenHeads needs either vocab_size=... (random tokens) or tokens=... (batch, pos)")
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", probe_tokens(self.tokens, "PreviousTokenHeads", shortest=3))
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        tokens = self._probe
+        parts = [
+            [_sums(pattern) for pattern in attention_patterns(snapshot.model, tokens[rows], type(self).__name__)]
+            for rows in minibatches(len(tokens), self.batch_size)
+        ]
+        layers = [torch.cat(layer).numpy() for layer in zip(*parts, strict=True)]
+        count = np.full(len(tokens), tokens.shape[1] - 2)
+        pairs = [clustered_mean(sums, count) for sums in layers]
+        mean, se = stack_heads([m for m, _ in pairs]), stack_heads([s for _, s in pairs])
+        uniform = float(np.mean(1 / np.arange(3, tokens.shape[1] + 1)))
+        dims, units = ("layer", "head"), {"units": "attention"}
+        return xr.Dataset(
+            {
+                "previous_token": (dims, mean, {"long_name": "attention to the place before"} | units),
+                "previous_token_se": (dims, se, {"long_name": "standard error over sequences"} | units),
+                "uniform": ((), uniform, {"long_name": "previous-token score of uniform attention"} | units),
+            },
+            coords={"layer": np.arange(mean.shape[0]), "head": np.arange(mean.shape[1])},
+            attrs={"headline": ["previous_token"]},
+        )
+
+    @cached_property
+    def _probe(self) -> Tensor:
+        if self.tokens is not None:
+            return self.tokens
+        assert self.vocab_size is not None
+        drawn = random_tokens(self.vocab_size, self.sequences, self.length, self.seed)
+        return probe_tokens(drawn, "PreviousTokenHeads", shortest=3)
+
+
+def _sums(pattern: Tensor) -> Tensor:
+    """Sum over i >= 2 of A[i, i - 1], (batch, head)."""
+    return pattern.cpu().double().diagonal(-1, -2, -1)[..., 1:].sum(-1)

@@ -1,0 +1,81 @@
+"""Loss on fixed tokens, and how much it falls along the sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from devmon.anatomy import next_token
+from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.errors import DataError
+from devmon.snapshot import Snapshot
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeLoss(ByContent):
+    """Next-token loss on fixed `tokens` (batch, pos) int64, in nats per token, and the in-context-learning score.
+
+    The coordinate `pos` is the index of the token predicted, 1 .. length - 1: how many tokens came before it.
+    loss: mean over all predicted tokens, loss_by_position(pos): mean over sequences, both with `_se` over sequences;
+    icl_score: mean loss at the positions of `late` minus mean loss at those of `early`, paired by sequence, with `_se`:
+    negative where the model learns in context (Olsson et al. 2022, 2209.11895: the 500th minus the 50th of 512).
+    `early` and `late` are half-open ranges of `pos`; by default positions 50/512 and 500/512 of the length, and
+    length // 64 more on either side to average over. A sequence should be one document: positions count from its start.
+    Raises InstrumentError for a model without logits at every position, DataError for ranges outside 1 .. length.
+    """
+
+    tokens: Tensor
+    early: tuple[int, int] | None = None
+    late: tuple[int, int] | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        tokens = probe_tokens(self.tokens, "ProbeLoss", shortest=4)
+        object.__setattr__(self, "tokens", tokens)
+        for name, share in (("early", 50 / 512), ("late", 500 / 512)):
+            window = getattr(self, name) or _window(share, tokens.shape[1])
+            if not 1 <= window[0] < window[1] <= tokens.shape[1]:
+                raise DataError(
+                    f"ProbeLoss: {name}=(start, stop) must satisfy 1 <= start < stop <= {tokens.shape[1]}, the "
+                    f"positions predicted, got {window}"
+                )
+            object.__setattr__(self, name, (int(window[0]), int(window[1])))
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        nats = torch.cat(
+            [
+                next_token(snapshot.model, self.tokens[rows], type(self).__name__)[0]
+                for rows in minibatches(len(self.tokens), self.batch_size)
+            ]
+        ).numpy()  # (batch, pos - 1), column i is pos i + 1
+        assert self.early is not None
+        assert self.late is not None
+        late, early = (nats[:, start - 1 : stop - 1].mean(1) for start, stop in (self.late, self.early))
+        each = np.ones(len(nats))
+        loss, loss_se = clustered_mean(nats.mean(1), each)
+        curve, curve_se = clustered_mean(nats, each)
+        score, score_se = clustered_mean(late - early, each)
+        units, error = {"units": "nats per token"}, "standard error over sequences"
+        window = f"loss at positions {self.late} minus loss at {self.early}"
+        return xr.Dataset(
+            {
+                "loss": ((), float(loss), {"long_name": "next-token loss"} | units),
+                "loss_se": ((), float(loss_se), {"long_name": error} | units),
+                "loss_by_position": ("pos", curve, {"long_name": "next-token loss by position"} | units),
+                "loss_by_position_se": ("pos", curve_se, {"long_name": error} | units),
+                "icl_score": ((), float(score), {"long_name": f"in-context learning: {window}"} | units),
+                "icl_score_se": ((), float(score_se), {"long_name": error} | units),
+            },
+            coords={"pos": np.arange(1, nats.shape[1] + 1)},
+            attrs={"headline": ["loss", "icl_score"]},
+        )
+
+
+def _window(share: float, length: int) -> tuple[int, int]:
+    """The half-open range of positions around `share` of the length, inside 1 .. length - 1."""
+    centre, half = min(max(round(share * length), 1), length - 1), length // 64
+    return max(centre - half, 1), min(centre + half + 1, length)

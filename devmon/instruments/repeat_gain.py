@@ -1,0 +1,69 @@
+"""Repeat gain: how much better tokens are predicted the second time they come by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from devmon.anatomy import next_token
+from devmon.data import best_fixed_offset, clustered_mean, minibatches, repeats
+from devmon.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class RepeatGain:
+    """The drop of loss from the first copy of random tokens to the second, at a random period per sequence.
+
+    The same tokens are compared in both copies: where a query q of the second copy (`devmon.data.repeats`) has its next
+    token q + 1 in the second copy too, that token counts, and its first occurrence q + 1 - p. So the first token of a
+    copy never counts, nor one that follows an accidental collision. Means over these tokens, `_se` over sequences.
+    nll_first, nll_second: nats per token in either copy; gain: nll_first - nll_second, positive where the model copies;
+    at most about the log of the number of tokens drawn from for a calibrated model.
+    accuracy: share of these tokens in the second copy that get the highest logit (the thresholded twin of nll_second);
+    accuracy_reference: the best that one fixed offset back, or one fixed token, gets on them without reading content.
+    Raises InstrumentError for a model without logits at every position, DataError for a probe that cannot be drawn.
+    """
+
+    vocab_size: int
+    sequences: int = 64
+    length: int = 64
+    seed: int = 0
+    bos: int | None = None
+    exclude: tuple[int, ...] = ()
+    batch_size: int = 32
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        probe = repeats(self.vocab_size, self.sequences, self.length, self.seed, self.bos, self.exclude)
+        parts = [
+            next_token(snapshot.model, probe.tokens[rows], type(self).__name__)
+            for rows in minibatches(self.sequences, self.batch_size)
+        ]
+        nats = torch.cat([part[0] for part in parts])  # (batch, pos - 1), column q predicts token q + 1
+        hits = torch.cat([part[1] for part in parts])
+        counted = probe.query[:, :-1] & (probe.copy[:, 1:] == 1)
+        first = nats.gather(1, (torch.arange(self.length - 1) - probe.period[:, None]).clamp(min=0))
+        values = {
+            "gain": (first - nats, "loss of the first copy minus loss of the second", "nats per token"),
+            "nll_first": (first, "loss in the first copy", "nats per token"),
+            "nll_second": (nats, "loss in the second copy", "nats per token"),
+            "accuracy": (hits, "share of the second copy predicted right", "share"),
+        }
+        dataset = xr.Dataset(attrs={"headline": ["gain"]})
+        for name, (each, long_name, units) in values.items():
+            mean, se = clustered_mean((each * counted).sum(1).numpy(), counted.sum(1).numpy())
+            dataset[name] = ((), float(mean), {"long_name": long_name, "units": units})
+            dataset[f"{name}_se"] = ((), float(se), {"long_name": "standard error over sequences", "units": units})
+        reference = {"long_name": "accuracy of the best fixed offset or token", "units": "share"}
+        dataset["accuracy_reference"] = ((), _content_blind(probe.tokens, counted), reference)
+        return dataset
+
+
+def _content_blind(tokens: Tensor, counted: Tensor) -> float:
+    """The best share of the counted next tokens that a fixed offset back or one fixed token predicts."""
+    same = (tokens[:, 1:, None] == tokens[:, None, :-1]) & counted[:, :, None]  # (batch, q, k): token q + 1 is token k
+    copied = best_fixed_offset(same.double().sum(0), counted.sum(0))
+    constant = torch.bincount(tokens[:, 1:][counted]).max() / counted.sum()
+    return float(torch.maximum(copied, constant.double()))

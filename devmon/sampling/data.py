@@ -1,0 +1,141 @@
+"""Data as indexed examples: whatever form it comes in, a batch leaves in that form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from devmon.errors import DataError
+
+Tree = Any  # a tensor, or tuples, lists and mappings of such
+
+
+@dataclass(frozen=True)
+class Examples:
+    """`n` examples in memory: every tensor of `tree` has the example as its leading dimension."""
+
+    tree: Tree
+    n: int
+
+    def batch(self, index: Tensor) -> Tree:
+        """The examples at `index` (any shape), as a tree of tensors of shape (*index.shape, ...)."""
+        return map_tree(lambda t: t[index], self.tree)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
+        """The same examples on `device`, floating-point tensors as `dtype`."""
+        return Examples(map_tree(lambda t: t.to(device, dtype if t.is_floating_point() else None), self.tree), self.n)
+
+    def numel(self) -> int:
+        """Elements of one example, all tensors together."""
+        return sum(math.prod(t.shape[1:]) for t in leaves(self.tree))
+
+
+def as_examples(data: Any) -> Examples:
+    """Indexed examples from a tensor (n, ...), a tuple or mapping of such, a list of batches, a DataLoader, a dataset
+    of examples, or a Hugging Face dataset of equally long columns.
+
+    A loader and a list are read once, and the batches they give are joined along their first dimension: the loss
+    meets batches in the form that they had. Raises DataError for data that is empty, ragged or of another form.
+    """
+    tree = _tree(data)
+    sizes = {len(t) if t.dim() else 0 for t in leaves(tree)}
+    if len(sizes) != 1 or 0 in sizes:
+        found = "no tensor" if not sizes else f"leading dimensions {sorted(sizes)}"
+        raise DataError(f"expected at least one example and equally long tensors, got {found}: give data of one length")
+    return Examples(tree, sizes.pop())
+
+
+def draw_batches(n: int, size: int, count: int, generator: torch.Generator, *, replacement: bool = False) -> Tensor:
+    """`count` independent batches of `size` indices below `n`, shape (count, size), int64.
+
+    Examples within a batch are distinct unless `replacement`, so that `size == n` is the full batch. Batches never
+    depend on each other: an epoch's leftovers, met by weights that the rest of it moved, would bias the score.
+    """
+    if replacement:
+        return torch.randint(n, (count, size), generator=generator)
+    if size == n:
+        return torch.arange(n).expand(count, n)
+    if 3 * size >= n:
+        return torch.stack([torch.randperm(n, generator=generator)[:size] for _ in range(count)])
+    # the first `size` different numbers of a longer list: n > 3 size keeps repeats rare enough for 2 size + 32
+    numbers = torch.randint(n, (count, 2 * size + 32), generator=generator)
+    ordered, order = numbers.sort(dim=1, stable=True)
+    repeat = torch.zeros_like(numbers, dtype=torch.bool)
+    repeat.scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+    first = repeat.sort(dim=1, stable=True).indices[:, :size]
+    short = (~repeat).sum(1) < size
+    batches = numbers.gather(1, first)
+    for row in short.nonzero().flatten().tolist():
+        batches[row] = torch.randperm(n, generator=generator)[:size]
+    return batches
+
+
+def map_tree(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    """The tree with `function` applied to each tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tree(function, value) for key, value in tree.items()}
+    return type(tree)(map_tree(function, value) for value in tree)
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of a tree in order."""
+    found: list[Tensor] = []
+    map_tree(found.append, tree)
+    return found
+
+
+def _tree(data: Any) -> Tree:
+    if isinstance(data, Examples):
+        return data.tree
+    if isinstance(data, Tensor):
+        return data
+    if isinstance(data, tuple):
+        return tuple(_tree(part) for part in data)
+    if isinstance(data, Mapping):
+        return {key: _tree(value) for key, value in data.items()}
+    if isinstance(data, DataLoader):
+        return _joined(list(data), "the DataLoader")
+    if isinstance(data, list):
+        return _joined(data, "the list of batches")
+    if hasattr(data, "with_format") and hasattr(data, "column_names"):
+        columns = data.with_format("torch")[:]
+        ragged = [name for name, value in columns.items() if not isinstance(value, Tensor)]
+        if ragged:
+            raise DataError(f"columns {ragged} are no tensors of one shape: pad, chunk or remove them first")
+        return dict(columns)
+    if isinstance(data, Sequence) or (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        if len(data) == 0:
+            raise DataError("expected at least one example, got an empty dataset")
+        return default_collate([data[i] for i in range(len(data))])
+    raise DataError(
+        f"expected a tensor, a tuple or mapping of tensors, a list of batches, a DataLoader or a dataset with "
+        f"__len__ and __getitem__, got {type(data).__name__}"
+    )
+
+
+def _joined(batches: list[Any], what: str) -> Tree:
+    if not batches:
+        raise DataError(f"expected at least one batch, got none from {what}")
+    rows = [leaves(batch) for batch in batches if _is_batch(batch)]
+    if len(rows) < len(batches) or len({len(row) for row in rows}) != 1:
+        raise DataError(f"expected batches of tensors, all of one form, from {what}")
+    try:
+        columns = iter([torch.cat(column) for column in zip(*rows, strict=True)])
+    except RuntimeError as error:
+        raise DataError(f"the batches of {what} differ in more than their length: {error}") from error
+    return map_tree(lambda _: next(columns), batches[0])
+
+
+def _is_batch(batch: Any) -> bool:
+    if isinstance(batch, Tensor):
+        return batch.dim() > 0
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else None
+    return parts is not None and len(parts) > 0 and all(_is_batch(part) for part in parts)

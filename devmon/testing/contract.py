@@ -1,0 +1,164 @@
+"""What every instrument owes its users, as tests to inherit."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import xarray as xr
+
+from devmon.snapshot import Instrument, Snapshot
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class InstrumentContract:
+    """Subclass it, name the subclass Test..., define `instrument` and `model`, and pytest runs these tests.
+
+    `without_error` maps a headline variable that has no standard error to the reason why.
+
+    >>> from devmon.instruments import InductionHeads
+    >>> from devmon.testing import even
+    >>> class TestMine(InstrumentContract):
+    ...     def instrument(self):
+    ...         return InductionHeads(vocab_size=50, length=16)
+    ...
+    ...     def model(self, seed):
+    ...         return even(vocab_size=50, length=16)
+    """
+
+    without_error: Mapping[str, str] = {}
+
+    def instrument(self) -> Instrument:
+        """The instrument under test, configured anew at each call."""
+        raise NotImplementedError("define instrument(self) -> Instrument")
+
+    def model(self, seed: int) -> torch.nn.Module:
+        """A small model that the instrument can measure; another seed gives other weights of the same architecture."""
+        raise NotImplementedError("define model(self, seed) -> torch.nn.Module")
+
+    def measure(self, model: torch.nn.Module) -> xr.Dataset:
+        return self.instrument()(Snapshot(step=3, model=model, seed=7))
+
+    def test_the_same_weights_give_the_same_numbers(self) -> None:
+        model = self.model(0).eval()
+        first, again, twin = self.measure(model), self.measure(model), self.measure(copy.deepcopy(model))
+        xr.testing.assert_identical(first, again)
+        xr.testing.assert_identical(first, twin)
+
+    def test_the_step_does_not_matter(self) -> None:
+        model, instrument = self.model(0).eval(), self.instrument()
+        xr.testing.assert_identical(instrument(Snapshot(0, model, 7)), instrument(Snapshot(900, model, 7)))
+
+    def test_other_weights_give_other_numbers(self) -> None:
+        one, two = (self.measure(self.model(seed).eval()) for seed in (0, 1))
+        headline = headlines(one)
+        assert any(not np.array_equal(one[name], two[name], equal_nan=True) for name in headline), (
+            f"{headline} do not change with the weights"
+        )
+
+    def test_the_model_is_untouched(self) -> None:
+        model = self.model(0).eval()
+        before = state(model)
+        self.measure(model)
+        after = state(model)
+        changed = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+        assert not changed, f"the instrument changed {sorted(changed)} of the model"
+
+    def test_frozen_parameters_give_the_same_numbers(self) -> None:
+        model = self.model(0).eval()
+        free = self.measure(model)
+        xr.testing.assert_identical(free, self.measure(model.requires_grad_(False)))
+
+    def test_global_randomness_is_neither_used_nor_moved(self) -> None:
+        model = self.model(0).eval()
+        results = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            random.seed(seed)
+            before = randomness()
+            results.append(self.measure(model))
+            assert randomness() == before, "the instrument moved a global random state: use snapshot.generator(...)"
+        xr.testing.assert_identical(*results)
+
+    def test_process_wide_switches_come_back(self) -> None:
+        model = self.model(0).eval()
+        before = switches()
+        self.measure(model)
+        assert switches() == before
+
+    def test_variables_and_dimensions_do_not_depend_on_the_weights(self) -> None:
+        one, two = (self.measure(self.model(seed).eval()) for seed in (0, 1))
+        assert dict(one.sizes) == dict(two.sizes)
+        assert {name: (v.dims, v.dtype) for name, v in one.variables.items()} == {
+            name: (v.dims, v.dtype) for name, v in two.variables.items()
+        }
+        assert headlines(one) == headlines(two)
+        for name in one.coords:
+            np.testing.assert_array_equal(one[name], two[name])
+
+    def test_every_dimension_has_a_coordinate_and_every_variable_a_label(self) -> None:
+        dataset = self.measure(self.model(0).eval())
+        assert set(dataset.dims) <= set(dataset.coords), f"dimensions without coordinate: {set(dataset.dims)}"
+        bare = [name for name, v in dataset.data_vars.items() if not {"long_name", "units"} <= set(v.attrs)]
+        assert not bare, f"{bare} have no long_name or units"
+
+    def test_headline_numbers_carry_their_error(self) -> None:
+        dataset = self.measure(self.model(0).eval())
+        for name in headlines(dataset):
+            assert name in dataset, f"headline {name!r} is no variable"
+            assert f"{name}_se" in dataset or self.without_error.get(name), (
+                f"headline {name!r} has no {name}_se: give it one, or say why not in `without_error`"
+            )
+        for name in (str(n) for n in dataset.data_vars if str(n).endswith("_se")):
+            assert dataset[name].dims == dataset[name.removesuffix("_se")].dims
+            assert not bool((dataset[name] < 0).any()), f"{name} is negative"
+
+    def test_numbers_are_finite_or_nan(self) -> None:
+        dataset = self.measure(self.model(0).eval())
+        for name, values in dataset.data_vars.items():
+            if values.dtype.kind == "f":
+                assert not np.isinf(values).any(), f"{name} is infinite"
+
+
+def headlines(dataset: xr.Dataset) -> list[str]:
+    """The followed variables: attrs["headline"], or every scalar that is no standard error."""
+    scalars = [str(name) for name, v in dataset.data_vars.items() if v.ndim == 0 and not str(name).endswith("_se")]
+    return list(dataset.attrs.get("headline", scalars))
+
+
+def state(model: torch.nn.Module) -> dict[str, object]:
+    """Everything of a model that an instrument could change: values by bytes, gradients, modes, hooks, settings."""
+    found: dict[str, object] = {"config": str(getattr(model, "config", None))}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found[name] = _bytes(tensor)
+        found[f"{name}.requires_grad"] = tensor.requires_grad
+        found[f"{name}.grad"] = None if tensor.grad is None else _bytes(tensor.grad)
+    for name, module in model.named_modules():
+        found[f"{name}.training"] = module.training
+        found[f"{name}.hooks"] = [sorted(getattr(module, kind)) for kind in HOOKS]
+        found[f"{name}.forward"] = "forward" in vars(module)
+    return found
+
+
+def _bytes(tensor: torch.Tensor) -> tuple[str, str, bytes]:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return str(tensor.dtype), str(tensor.device), flat.numpy().tobytes()
+
+
+def randomness() -> tuple[bytes, str, str]:
+    return torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), str(random.getstate())  # noqa: NPY002
+
+
+def switches() -> tuple[object, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.get_num_threads(),
+    )

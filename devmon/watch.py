@@ -1,0 +1,92 @@
+"""What is measured, and when: `Watch(name, instrument, steps)`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from devmon.errors import DevmonError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A set of optimizer steps given by a rule; `a | b` is the union with any other container of steps."""
+
+    rule: Callable[[int], bool]
+    text: str
+
+    def __contains__(self, step: object) -> bool:
+        return isinstance(step, int) and step >= 0 and self.rule(step)
+
+    def __or__(self, other: Container[int]) -> Steps:
+        return Steps(lambda step: step in self or step in other, f"{self.text} | {other!r}")
+
+    __ror__ = __or__
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def every(n: int, *, start: int = 0, stop: int | None = None) -> Steps:
+    """Every `n` steps from `start` (0 by default: the initialisation is measured) up to and including `stop`."""
+    if n < 1 or start < 0:
+        raise DevmonError(f"every(n, start=...) needs n >= 1 and start >= 0, got n={n}, start={start}")
+    text = f"every({n}" + (f", start={start}" if start else "") + (f", stop={stop})" if stop is not None else ")")
+    return Steps(lambda s: s >= start and (s - start) % n == 0 and (stop is None or s <= stop), text)
+
+
+def log_spaced(count: int, last: int, *, first: int = 1) -> Steps:
+    """Step 0 and about `count` steps spaced evenly in log(step) from `first` to `last`, both included.
+
+    Steps that round to the same integer count once, so there are fewer than `count` where `last` is small.
+
+    >>> steps = log_spaced(5, 10_000)
+    >>> [s for s in range(10_001) if s in steps]
+    [0, 1, 10, 100, 1000, 10000]
+    """
+    if count < 2 or not 1 <= first < last:
+        raise DevmonError(
+            f"log_spaced(count, last, first=...) needs count >= 2 and 1 <= first < last, "
+            f"got count={count}, first={first}, last={last}"
+        )
+    ratio = math.log(last / first) / (count - 1)
+    chosen = frozenset({0, *(round(first * math.exp(i * ratio)) for i in range(count))})
+    text = f"log_spaced({count}, {last})" if first == 1 else f"log_spaced({count}, {last}, first={first})"
+    return Steps(chosen.__contains__, text)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """One instrument, followed under one name at the steps that answer `step in steps`."""
+
+    name: str
+    instrument: Callable[..., Any]
+    steps: Container[int]
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise DevmonError(
+                f"a watch's name is made of letters, digits, '_', '.' and '-' (it names a folder), got {self.name!r}"
+            )
+        if not callable(self.instrument):
+            raise DevmonError(f"watch {self.name!r} needs an instrument to call, got {type(self.instrument).__name__}")
+        if isinstance(self.steps, int) or not hasattr(self.steps, "__contains__"):
+            raise DevmonError(
+                f"watch {self.name!r} needs steps that answer 'step in steps', such as every(100), "
+                f"log_spaced(60, 10_000) or range(0, 1000, 50); got {self.steps!r}"
+            )
+
+
+def unique_names(watches: Iterable[Watch]) -> tuple[Watch, ...]:
+    """The watches as a tuple; refuses two of one name."""
+    watches = tuple(watches)
+    names = [watch.name for watch in watches]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise DevmonError(f"two watches are named {double[0]!r}: give each its own name")
+    return watches

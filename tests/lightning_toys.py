@@ -1,0 +1,97 @@
+"""Small Lightning trainings that the callback tests share."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import xarray as xr
+
+from devmon import Snapshot
+
+for _name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+class Net(L.LightningModule):
+    """Everything that a careless monitor would disturb: dropout, running statistics, Adam, Python and NumPy noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(5, 16),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.3),
+            torch.nn.Linear(16, 3),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+        x, y = batch
+        x = x + 0.01 * random.random() + 0.01 * float(np.random.rand())  # noqa: NPY002
+        return torch.nn.functional.cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.02)
+
+
+def loader(batches: int = 24) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8 * batches, 5, generator=generator)
+    data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+    return torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+
+
+def train(
+    callbacks: list[L.Callback], *, resume: Any = None, steps: int = 12, accumulate: int = 1, **options: Any
+) -> Net:
+    L.seed_everything(7, verbose=False)
+    module = Net()
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=callbacks, accumulate_grad_batches=accumulate, **options,
+    )  # fmt: skip
+    trainer.fit(module, loader(), ckpt_path=resume, weights_only=True if resume else None)
+    return module
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The norm of all weights: exact, cheap, different at every step."""
+
+    scale: float = 1.0
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        total = sum(float((p.detach().double() ** 2).sum()) for p in snapshot.model.parameters())
+        return xr.Dataset({"norm": ((), self.scale * total**0.5)})
+
+
+@dataclass(frozen=True)
+class Careless:
+    """Trains, reseeds, changes switches, hooks, modes and its model's weights: all of it must stay without effect."""
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        model = snapshot.model.train()
+        torch.set_grad_enabled(True)
+        model.register_forward_hook(lambda *_: None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        x = torch.randn(16, 5)
+        model(x).sum().backward()
+        optimizer.step()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_grad_enabled(False)
+        return xr.Dataset({"x": ((), float(x.sum()))})

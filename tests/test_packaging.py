@@ -1,0 +1,130 @@
+"""The frame of the project: what installs, who may import whom, what stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "devmon": "devmon",
+    "devmon.analysis": "analysis",
+    "devmon.callbacks": "callbacks",
+    "devmon.recipes": "recipes",
+}
+TORCH = {"torch", "lightning", "transformers", "devinterp"}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package, folder in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if not any(parent.is_symlink() for parent in path.parents):
+                parts = path.relative_to(ROOT / folder).with_suffix("").parts
+                yield ".".join([package, *(part for part in parts if part != "__init__")]), path
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """Names of imported modules, anywhere in the file (or at its top level only), but for those under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(n)
+        for c in ast.walk(tree)
+        if isinstance(c, ast.If) and ast.unparse(c.test) == "TYPE_CHECKING"
+        for n in ast.walk(c)
+    }
+    found = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if id(node) not in skipped and isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif id(node) not in skipped and isinstance(node, ast.ImportFrom):
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+ALL = dict(modules())
+
+
+def offenders(inside: str, forbidden: set[str]) -> list[str]:
+    return [
+        f"{name} imports {target}" for name, path in ALL.items() if name.startswith(inside)
+        for target in imports(path) if any(target == f or target.startswith(f + ".") for f in forbidden)
+    ]  # fmt: skip
+
+
+def reached(name: str) -> set[str]:
+    """Every module that `name` brings in when imported, through devmon's own modules."""
+    seen: set[str] = set()
+    todo = [name]
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo += imports(ALL[current], top_level=True) if current in ALL else []
+    return seen
+
+
+def test_analysis_reads_without_torch() -> None:
+    for name in [*(n for n in ALL if n.startswith("devmon.analysis")), "devmon.trajectory", "devmon.cli"]:
+        brought = {target.split(".")[0] for target in reached(name)} & TORCH
+        assert not brought, f"{name} brings in {brought}"
+
+
+def test_only_callbacks_and_recipes_import_lightning() -> None:
+    assert [
+        o for o in offenders("devmon", {"lightning"}) if not o.startswith(("devmon.callbacks", "devmon.recipes"))
+    ] == []
+
+
+def test_only_plots_and_report_import_matplotlib() -> None:
+    allowed = ("devmon.analysis.plots ", "devmon.analysis.report ")
+    assert [o for o in offenders("devmon", {"matplotlib"}) if not o.startswith(allowed)] == []
+
+
+def test_instruments_stand_alone() -> None:
+    others = {name for name in ALL if name.startswith("devmon.instruments.")}
+    for name in others:
+        assert not imports(ALL[name]) & (others - {name} | {"lightning", "zarr", "matplotlib"}), name
+
+
+def test_only_the_demo_command_reaches_recipes() -> None:
+    assert set(offenders("devmon", {"devmon.recipes"})) == {
+        "devmon.cli imports devmon.recipes.language_model", "devmon.cli imports devmon.recipes.language_model.app"}  # fmt: skip
+    assert not any("recipes" in target for target in imports(ALL["devmon.cli"], top_level=True))
+
+
+def test_every_package_of_the_tree_is_installed() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    assert listed == {name for name, path in ALL.items() if path.name == "__init__.py"}
+
+
+def test_the_public_names_exist() -> None:
+    import devmon
+    import devmon.analysis
+    import devmon.callbacks
+    import devmon.instruments
+
+    for package in (devmon, devmon.analysis, devmon.callbacks, devmon.instruments):
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="no"):
+        _ = devmon.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("statement", ["import devmon", "import devmon.analysis", "import devmon.cli"])
+def test_start_up_is_light(statement: str) -> None:
+    heavy = "{'torch', 'xarray', 'pandas', 'matplotlib', 'zarr', 'scipy'}"
+    code = f"import sys; {statement}; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("folder", ["callbacks", "analysis", "recipes"])
+def test_a_folder_is_refused_as_a_package_of_its_own(folder: str) -> None:
+    run = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert f"devmon.{folder}" in run.stderr.splitlines()[-1]

@@ -70,8 +70,11 @@ def units_of(array: xr.DataArray) -> str:
 
 
 def elements(array: xr.DataArray) -> Iterator[tuple[str, xr.DataArray]]:
-    """Each element of an array over (step, ...) as (label, series over step), e.g. ("layer=1, head=3", ...)."""
-    dims = [str(dim) for dim in array.dims if dim != "step"]
+    """Each element of an array over (step, ...) as (label, series over step), e.g. ("layer=1, head=3", ...).
+
+    Layers come first, then heads, in whatever order the dimensions are stored.
+    """
+    dims = sorted((str(dim) for dim in array.dims if dim != "step"), key=lambda dim: (dim != "layer", dim != "head"))
     for index in np.ndindex(*(array.sizes[dim] for dim in dims)):
         where = dict(zip(dims, index, strict=True))
         label = ", ".join(f"{d}={array[d].values[i] if d in array.coords else i}" for d, i in where.items())

@@ -30,6 +30,7 @@ from devmon.errors import DataError
 __all__ = ["Detection", "Detector", "Event", "Fit", "LeadLag", "Noise", "Series", "Trend", "detect", "lead_lag"]
 
 FEWEST = 8  # finite points below which nothing is said
+MOST_CHECKPOINTS = 600  # more are averaged in blocks of neighbours
 MOST_NULLS = 4999
 EXACT = 1e-10  # distance from a straight line, as a share of the range, that is rounding
 KINDS = ("jump", "turn")
@@ -69,6 +70,10 @@ class Detector:
             note = f"{len(t)} finite points, at least {FEWEST} are needed: measure more checkpoints"
             return Fit("UNRESOLVED", notes=(note,), settings=settings, series=name)
         notes: list[str] = []
+        if len(t) > MOST_CHECKPOINTS:
+            block = -(-len(t) // MOST_CHECKPOINTS)
+            notes.append(f"{len(t)} checkpoints averaged in blocks of {block}")
+            t, y, s = _blocks(t, block), _blocks(y, block), None if s is None else _blocks(s, block)
         s = _floored(s, notes)
         offset, scale = float(np.mean(y)), float(np.ptp(y))
         if scale <= 1e-12 * max(abs(offset), 1e-300):
@@ -252,6 +257,11 @@ def _own(steps: bytes, se: bytes, most: int, seed: int) -> Scan:
     """The same for noise shaped like the standard errors of one series."""
     grid = Grid(np.frombuffer(steps), np.frombuffer(se))
     return Scan(Whitened(grid, grid.drift), shapes_of([]), most, seed)
+
+
+def _blocks(values: Array, size: int) -> Array:
+    """Means of consecutive blocks; what does not fill the last one is left out."""
+    return values[: len(values) // size * size].reshape(-1, size).mean(1)
 
 
 def _plain(t: Array, y: Array, note: str, settings: dict[str, Any], name: str) -> Fit:

@@ -73,12 +73,12 @@ class Page:
         self.names.add(name)
         with plots.style():
             image = io.BytesIO()
-            drawing.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
+            drawing.savefig(image, format="svg")
             if self.folder is not None:
                 png = io.BytesIO()
                 drawing.savefig(png, format="png")
                 _write(self.folder / f"{name}.png", png.getvalue())
-        return Figure(name, _inline(image.getvalue().decode(), name, caption), caption, data)
+        return Figure(name, _inline(image.getvalue().decode(), f"figure-{name}", caption), caption, data)
 
 
 def report(
@@ -429,7 +429,7 @@ def _interval(interval: tuple[float, float], words: Any) -> str:
 def _inline(svg: str, name: str, label: str) -> Markup:
     """An SVG document as part of a page: no prologue, no fixed size, ids that no other figure uses, and a label."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)  # it holds the time of drawing
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-")

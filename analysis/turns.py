@@ -64,15 +64,17 @@ class Curve:
         return np.interp(at, self.at, mean), np.interp(at, self.at, low), np.interp(at, self.at, high)
 
     def noise_profile(self) -> Array | None:
-        """(n,) sd of the noise at each checkpoint where it plainly varies, else None.
+        """(n,) relative sd of the noise at each checkpoint where it plainly varies, else None.
 
-        From squared differences of neighbouring residuals, smoothed over the index; it varies plainly where the largest
-        is UNEVEN times the smallest.
+        From squared differences of neighbouring residuals, in units of the likeliest noise of constant size and smoothed
+        over the index; it varies plainly where the largest is UNEVEN times the smallest.
         """
         grid = self.null.grid
         kept = np.delete(np.arange(len(grid.x)), list(self.null.spikes))
         residual = (self.y - np.interp(grid.x, self.at, self.draws.mean(0)))[kept]
-        squares = np.square(np.diff(residual)) / 2
+        flat = [k for k, theta in enumerate(grid.thetas) if theta.shape == "flat"]
+        size = np.diagonal(grid.noise[max(flat, key=lambda k: self.weights[k])])[kept]
+        squares = np.square(np.diff(residual)) / (size[1:] + size[:-1])
         apart = np.subtract.outer(np.arange(len(grid.x)), (kept[1:] + kept[:-1]) / 2)
         kernel = np.exp(-0.5 * (apart / max(len(kept) / 12, 4)) ** 2)
         sd = np.sqrt(kernel @ squares / kernel.sum(1))

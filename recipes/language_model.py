@@ -154,10 +154,10 @@ class Training(L.LightningModule):
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def watches(text: Text, steps: int) -> list[Watch]:
-    """The monitor's watches: cheap ones at about 120 steps, the LLC at about 25."""
+def watches(text: Text, steps: int, draws: int = 60) -> list[Watch]:
+    """The monitor's watches: cheap ones at about 120 steps, the LLC at about 25 (from where there is a basin to sample)."""
     vocab = len(text.alphabet)
-    often, seldom = log_spaced(60, steps) | every(max(1, steps // 80), stop=steps), log_spaced(30, steps)
+    often, seldom = log_spaced(60, steps) | every(max(1, steps // 80), stop=steps), log_spaced(24, steps, first=max(1, steps // 100))
 
     def probe(name: str, count: int, *, repeats: bool, held_out: bool = True) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(0, "probe", name))
@@ -171,8 +171,8 @@ def watches(text: Text, steps: int) -> list[Watch]:
         Watch("previous_token", PreviousTokenHeads(vocab, length=CONTEXT), often),
         Watch("repeats", RepeatGain(vocab, length=CONTEXT), often),
         Watch("probe", LinearProbe(plain, *previous_kinds(plain, text.alphabet)), often),
-        Watch("llc", LLC(probe("llc", 2048, repeats=True, held_out=False), nbeta=1000, gamma=100, lr=1e-5,
-                         chains=3, draws=60, burn_in=40, batch_size=16), seldom),
+        Watch("llc", LLC(probe("llc", 2048, repeats=True, held_out=False), nbeta=300, gamma=1000, lr=1e-4,
+                         chains=3, draws=draws, burn_in=max(1, 2 * draws // 3), batch_size=16), seldom),
     ]  # fmt: skip
 
 
@@ -224,11 +224,12 @@ def run(
     steps: Annotated[int, typer.Option(min=20, help="Optimizer steps.")] = 2000,
     text: Annotated[Path | None, typer.Option(help="A text file, or a folder of them, to train on. [default: the sources of Python's standard library]")] = None,
     repeats: Annotated[bool, typer.Option(help="Make half of every batch of repeated random characters. Without them no induction event is expected: the control.")] = True,
+    draws: Annotated[int, typer.Option(min=4, help="SGLD draws of each LLC chain: fewer are quicker, and rejected more often.")] = 60,
 ) -> None:  # fmt: skip
     """Run it; ends the process with an error in one line where something is wrong with the input."""
     console = Console(stderr=True)
     try:
-        main(out, seed=seed, steps=steps, text=text, repeats=repeats, console=console)
+        main(out, seed=seed, steps=steps, text=text, repeats=repeats, draws=draws, console=console)
     except DevmonError as error:
         console.print(f"[red]error:[/red] {error}", markup=True, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -237,7 +238,7 @@ def run(
         raise typer.Exit(130) from None
 
 
-def main(out: Path, *, seed: int, steps: int, text: Path | None, repeats: bool, console: Console) -> Trajectory:
+def main(out: Path, *, seed: int, steps: int, text: Path | None, repeats: bool, draws: int, console: Console) -> Trajectory:
     corpus = read_text(text)
     console.print(
         f"text: {corpus.source}, {len(corpus.train) + len(corpus.held_out):,} characters. "
@@ -258,7 +259,7 @@ def main(out: Path, *, seed: int, steps: int, text: Path | None, repeats: bool, 
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Monitor(trajectory, watches(corpus, steps), strict=True), saved, Bar(console, steps)],
+        callbacks=[Monitor(trajectory, watches(corpus, steps, draws), strict=True), saved, Bar(console, steps)],
     )  # fmt: skip
     trainer.fit(training, ckpt_path=latest(out / "checkpoints"), weights_only=True)
     console.print("writing the report")

@@ -126,6 +126,7 @@ def test_patterns_of_every_way_of_attending(way: str) -> None:
         handle.remove()
     assert len(patterns) == 2, "one pattern per attention call, neither missed nor seen twice"
     for block, state, pattern in zip(model.blocks, seen, patterns, strict=True):
+        assert isinstance(block, Attention)
         torch.testing.assert_close(pattern, block.reference(state).detach(), atol=1e-5, rtol=1e-4)
 
 

@@ -185,13 +185,13 @@ def test_induction_scores_by_brute_force(bos: int | None) -> None:
 def test_heads_permute_with_the_weights() -> None:
     model, order = random_model(0), [2, 0, 1]
     moved = random_model(0)
-    for block in moved.blocks:
-        block.attend.data, block.add.data = block.attend.data[order], block.add.data[order]
+    for name, parameter in moved.blocks.named_parameters():
+        parameter.data = parameter.data[order]  # (head, d, d)
+        assert name.endswith(("attend", "add"))
     for instrument, name in (
         (InductionHeads(VOCAB, 16, 48), "prefix_matching"),
-        (PreviousTokenHeads(VOCAB, 16), "previous_token"),
+        (PreviousTokenHeads(VOCAB, 16, 48), "previous_token"),
     ):
-        instrument = replace(instrument, length=48)
         plain, permuted = instrument(snapshot(model))[name], instrument(snapshot(moved))[name]
         np.testing.assert_allclose(permuted, plain[:, order], rtol=1e-10)
 
@@ -223,7 +223,7 @@ def test_previous_token_head_scores_one_and_leaves_the_first_column_out() -> Non
     assert float(found["previous_token"][1, 0]) < 0.1
     # a head that only ever attends to place 0 has A[1, 0] = 1 and owes that to the idle column
     sink = even(VOCAB, 16, 1, 1)
-    sink.blocks[0].attend.data[0, :, -16] = 60.0
+    sink.get_parameter("blocks.0.attend").data[0, :, -16] = 60.0
     assert float(PreviousTokenHeads(VOCAB, 8, 16)(snapshot(sink))["previous_token"][0, 0]) < 1e-9
 
 
@@ -280,7 +280,7 @@ def test_repeat_gain_by_brute_force() -> None:
         hits.append(int(chances[b, q].argmax()) == token)
         offsets.append((b, q, token))
     for name, values in {"nll_first": first, "nll_second": second, "accuracy": hits}.items():
-        np.testing.assert_allclose(found[name], np.mean(values), rtol=1e-10)
+        np.testing.assert_allclose(found[name], np.array(values).mean(), rtol=1e-10)
     np.testing.assert_allclose(found["gain"], np.mean(first) - np.mean(second), rtol=1e-10)
     shares = [np.mean([t == token for _, _, token in offsets]) for t in range(VOCAB)]
     for o in range(48):

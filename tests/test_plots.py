@@ -14,12 +14,12 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from synthetic import STEPS, induction_run, watch
 
 from devmon.analysis import plots
 from devmon.analysis.derive_llc import llc
 from devmon.analysis.detect import Event
 from devmon.analysis.series import Series
+from tests.synthetic import STEPS, induction_run, watch
 
 
 def event(kind: str = "jump", step: float = 640.0, series: str = "a/b", q: float | None = 0.01) -> Event:
@@ -201,7 +201,7 @@ def test_axes_that_are_given_are_drawn_on(draw: Any, data: tuple[Any, ...]) -> N
 
 
 def test_names_are_text_and_no_formulas() -> None:
-    values = {"$\\frac{": ("step", np.arange(12.0)), "a<b>&$x$": ("step", np.arange(12.0))}
+    values = {"$\\frac$": ("step", np.arange(12.0)), "a<b>&$x$": ("step", np.arange(12.0))}
     data = xr.Dataset(values, {"step": np.arange(12)})
     for name in map(str, data.data_vars):
         fig, _ = plots.plot_series(Series(name, data["step"].values, data[name].values))

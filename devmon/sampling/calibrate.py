@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from devmon.analysis.derive_llc import llc, scaled_excess
+from devmon.analysis.derive_llc import llc, mean_and_error, scaled_excess
 from devmon.errors import InstrumentError
 from devmon.sampling.data import Examples, as_examples
 from devmon.sampling.estimate import Settings, sample
@@ -20,8 +21,8 @@ from devmon.sampling.flat import Flat
 from devmon.sampling.losses import Loss
 from devmon.sampling.masks import as_mask
 
-LR_SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of 1 / the largest curvature of the log density
-GAMMA_SHARES = (0.1, 0.01, 0.001, 0.0001)  # of the largest curvature of nbeta L
+LR_SHARES = (1.0, 0.3, 0.1, 0.03)  # of 1 / the largest curvature of the log density
+GAMMA_SHARES = (0.1, 0.01, 0.001)  # of the largest curvature of nbeta L
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ def calibrate(
     """Settings that suit all of `models` (a late checkpoint first, then a middle one), chosen by short trials.
 
     The largest curvature of nbeta L at w* sets the scale. Step sizes are tried from large to small, with control
-    variates: the largest is taken whose heat (temperature above 1, in units of λ̂) and whose distance from the next
-    smaller one are within `tolerance`. Then gamma: the largest for which a tenth of it gives the same λ̂ within
-    tolerance or error. Control variates stay where gradient noise would heat by more than half the tolerance or would
-    double the variance of the score. The number of steps a draw is what brings the error to `tolerance`, within
-    `max_steps` a chain. All else, nbeta and kernel included, is taken from `start`.
+    variates. Heat, the excess of the temperature over 1 in units of λ̂, grows like lr: the largest healthy step whose
+    λ̂ agrees with that of the next smaller one is scaled down until its heat is `tolerance`. Then gamma: the
+    largest for which a tenth of it gives the same λ̂ within tolerance or error. Control variates stay where gradient
+    noise would heat by more than half the tolerance or would double the variance of the score. The number of steps a
+    draw is what brings the error to `tolerance`, within `max_steps` a chain. All else, nbeta and kernel included, is
+    taken from `start`.
 
     Raises InstrumentError where no step size gives a finite and stable run.
     """
@@ -63,58 +65,56 @@ def calibrate(
     start = start or Settings(lr=0.0, gamma=0.0, sampler="baoab")
     examples = as_examples(data)
     nbeta = examples.n / math.log(max(examples.n, 2)) if start.nbeta is None else start.nbeta
-    trial = replace(start, nbeta=nbeta, draws=200, burn_in=200, steps_per_draw=1, control_variate=True)
+    trial = replace(start, nbeta=nbeta, draws=100, burn_in=100, steps_per_draw=1, control_variate=True)
     stiff = nbeta * max(largest_curvature(model, loss, examples, start) for model in models)
     rows: list[dict[str, Any]] = []
 
-    def run(lr: float, gamma: float) -> list[tuple[xr.Dataset, xr.Dataset]]:
-        found = [sample(model, loss, examples, replace(trial, lr=lr, gamma=gamma)) for model in models]
-        derived = [(traces, llc(traces)) for traces in found]
+    def run(lr: float, gamma: float, steps: int = 1) -> list[tuple[xr.Dataset, xr.Dataset]]:
+        settings = replace(trial, lr=lr, gamma=gamma, steps_per_draw=steps)
+        derived = [(traces, llc(traces)) for traces in (sample(model, loss, examples, settings) for model in models)]
         for number, (_, result) in enumerate(derived):
             names = ("llc", "se", "ess", "rhat", "temperature", "verdict")
             rows.append({"model": number, "lr": lr, "gamma": gamma} | {name: result[name].item() for name in names})
         return derived
 
     gamma = GAMMA_SHARES[1] * stiff
-    by_lr = {lr: run(lr, gamma) for lr in (share / (stiff + gamma) for share in LR_SHARES)}
+    by_lr = {share / (stiff + gamma): run(share / (stiff + gamma), gamma) for share in LR_SHARES}
     rates = list(by_lr)
-    usable = [
-        lr
-        for lr, smaller in zip(rates, [*rates[1:], rates[-1]], strict=True)
-        if all(
-            _cool(result, traces, tolerance) and _same(result, other, 2 * tolerance)
-            for (traces, result), (_, other) in zip(by_lr[lr], by_lr[smaller], strict=True)
-        )
-    ]
     calm = [lr for lr in rates if all(result["verdict"].item() in ("ok", "not mixed") for _, result in by_lr[lr])]
-    if not calm and not usable:
+    if not calm:
         seen = ", ".join(sorted({str(row["verdict"]) for row in rows}))
         raise InstrumentError(f"no step size from {rates[-1]:.2g} to {rates[0]:.2g} ran healthily ({seen}): check w*")
-    lr = max(usable) if usable else min(calm)
-    gammas = [share * stiff for share in GAMMA_SHARES]
-    by_gamma = {g: by_lr[lr] if g == gamma else run(lr, g) for g in gammas}
+    usable = [
+        lr
+        for lr, smaller in itertools.pairwise(rates)
+        if lr in calm and all(_same(a, b, tolerance) for a, b in zip(by_lr[lr], by_lr[smaller], strict=True))
+    ]
+    lr = max(usable or calm)
+    measured = [(tried, pair) for tried in calm if tried >= lr for pair in by_lr[tried]]
+    lr = min(lr, *(tried * _cooling(result, traces, tolerance) for tried, (traces, result) in measured))
+    by_gamma = {share * stiff: run(lr, share * stiff, steps=2) for share in GAMMA_SHARES}
     plateau = [
-        g
-        for g, smaller in zip(gammas, gammas[1:], strict=False)
+        larger
+        for larger, smaller in itertools.pairwise(by_gamma)
         if all(
-            _same(result, other, tolerance) and result["verdict"].item() == "ok"
-            for (_, result), (_, other) in zip(by_gamma[g], by_gamma[smaller], strict=True)
+            a[1]["verdict"].item() == "ok" and _same(a, b, tolerance)
+            for a, b in zip(by_gamma[larger], by_gamma[smaller], strict=True)
         )
     ]
     gamma = max(plateau) if plateau else gamma
     chosen = by_gamma[gamma]
     variates = any(_variates_pay(traces, tolerance) for traces, _ in chosen)
     error = max(float(result["se"] / abs(result["llc"])) for _, result in chosen)
-    wanted = 200 * (error / tolerance) ** 2 if math.isfinite(error) else math.inf
+    wanted = 2 * trial.draws * (error / tolerance) ** 2 if math.isfinite(error) else math.inf
     draws = start.draws + start.burn_in
     per_draw = int(np.clip(math.ceil(wanted / start.draws), 1, max(1, max_steps // draws)))
     settings = replace(
         start, nbeta=nbeta, lr=lr, gamma=gamma, control_variate=variates, steps_per_draw=per_draw, mask=start.mask
     )
     reasons = (
-        f"nbeta {nbeta:.4g}; the largest curvature of nbeta L is {stiff:.3g}. lr {lr:.3g} is "
-        + ("the largest that leaves λ̂ where smaller steps put it" if usable else "the smallest tried; none was flat")
-        + f" (within {tolerance:.0%} or its error). gamma {gamma:.3g} "
+        f"nbeta {nbeta:.4g}; the largest curvature of nbeta L is {stiff:.3g}. lr {lr:.3g} keeps the chains' heat within "
+        f"{tolerance:.1%} of λ̂" + ("" if usable else ", but no two step sizes tried agreed on λ̂")
+        + f". gamma {gamma:.3g} "
         + ("is the largest for which a tenth of it gives the same λ̂." if plateau else "lies on no plateau: λ̂ moves with "
         "gamma, so compare only estimates of the same gamma.")
         + f" Control variates {'pay: label noise would heat the chain or drown the score' if variates else 'do not pay'}."
@@ -164,17 +164,19 @@ def _gradient(flat: Flat, examples: Examples, index: torch.Tensor, position: tor
     return total
 
 
-def _cool(result: xr.Dataset, traces: xr.Dataset, tolerance: float) -> bool:
-    if result["verdict"].item() not in ("ok", "not mixed"):
-        return False
+def _cooling(result: xr.Dataset, traces: xr.Dataset, tolerance: float) -> float:
+    """The factor on lr that brings the heat of this trial to the tolerance; 1 where its heat is not sure."""
     heat = (result["temperature"].item() - 1) * traces.attrs["parameters"] / 2
-    return heat <= max(tolerance * result["llc"].item(), result["se"].item())
+    sure = heat > 2 * result["se"].item()
+    return min(1.0, tolerance * max(result["llc"].item() - heat, 0.1 * heat) / heat) if sure else 1.0
 
 
-def _same(one: xr.Dataset, other: xr.Dataset, tolerance: float) -> bool:
-    difference = abs(one["llc"].item() - other["llc"].item())
-    error = math.hypot(one["se"].item(), other["se"].item())
-    return difference <= max(tolerance * abs(one["llc"].item()), 1.645 * error)
+def _same(one: tuple[xr.Dataset, xr.Dataset], other: tuple[xr.Dataset, xr.Dataset], tolerance: float) -> bool:
+    """Whether two trials agree; they share noise and batches, so their difference is known better than either."""
+    burn_in = int(one[0].attrs["burn_in"])
+    excess = [scaled_excess(traces).values[:, burn_in:] for traces, _ in (one, other)]
+    difference, error, _ = mean_and_error(excess[0] - excess[1], bool(one[0].attrs["shared_batches"]))
+    return abs(difference) <= max(tolerance * abs(one[1]["llc"].item()), 1.645 * error)
 
 
 def _variates_pay(traces: xr.Dataset, tolerance: float) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,9 @@ from devmon.snapshot import derive_seed
 
 NOISE_BLOCK = 8192  # numbers drawn at once for one chain of a small model; depends on nothing but the model's size
 STACK_BELOW = 3e7  # parameters times numbers in a batch: below it one CPU core spends its time on dispatch, not on sums
+
+
+Probe = Callable[[nn.Module, int, int], None]
 
 
 class Sampler(Protocol):
@@ -78,11 +81,12 @@ def run_chains(
     *,
     dtype: torch.dtype = torch.float32,
     mask: Mask | None = None,
+    probe: Probe | None = None,
 ) -> tuple[Traces, int]:
     """The traces of the chains numbered `chains`, and the number of parameters sampled.
 
     A chain's noise and batches follow from the plan's seed and its own number, so any split over calls, groups or
-    ranks gives the same traces up to rounding.
+    ranks gives the same traces up to rounding. `probe(model, chain, draw)` sees the weights at the start of each draw.
     """
     if plan.batch_size > examples.n or plan.batch_size < 1:
         raise InstrumentError(f"batch_size must be from 1 to the {examples.n} examples, got {plan.batch_size}")
@@ -104,7 +108,7 @@ def run_chains(
     parts = []
     for start in range(0, len(chains), size):
         group = chains[start : start + size]
-        parts.append(_run_group(flat, evaluator, sampler, plan, group, batches, table, full, where))
+        parts.append(_run_group(flat, evaluator, sampler, plan, group, batches, table, full, where, probe))
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in Traces.__dataclass_fields__}
     sampled = int(where.sum()) if where is not None else flat.center.numel()
     return Traces(**joined), sampled
@@ -121,6 +125,7 @@ def _run_group(
     table: Tensor,
     full: Tensor | None,
     where: Tensor | None,
+    probe: Probe | None,
 ) -> Traces:
     center = flat.center
     rows = center.expand(len(group), -1).clone()
@@ -142,13 +147,17 @@ def _run_group(
         loss += score(index[step]).to(torch.float64).mean(1)
         start += baseline[step]
         torch.sub(rows, center, out=away)
+        if probe is not None and step % plan.steps_per_draw == 0:
+            for row, slope_row, chain in zip(rows, grads, group, strict=True):
+                flat.bind(row, slope_row)
+                probe(flat.model, chain, step // plan.steps_per_draw)
         if full is not None:
             score_copies(index[step])
             slopes.sub_(full)
             grads.sub_(slopes)
-            linear += (away * slopes).sum(1, dtype=torch.float64)
-        square += torch.linalg.vector_norm(away, dim=1).to(torch.float64).square()
-        slope += away.mul_(grads).sum(1, dtype=torch.float64)
+            linear += torch.linalg.vecdot(away, slopes)
+        square += torch.linalg.vecdot(away, away)
+        slope += torch.linalg.vecdot(away, grads)
         state = sampler.step(state, grads, next(noise), where)
     loss, start, square, slope, linear = (sums / plan.steps_per_draw).transpose(1, 2).cpu()
     return Traces(loss, start, square.sqrt(), slope, linear)

@@ -13,7 +13,7 @@ import xarray as xr
 from torch import nn
 
 from devmon.errors import InstrumentError
-from devmon.sampling.chains import Plan, Sampler, run_chains
+from devmon.sampling.chains import Plan, Probe, Sampler, run_chains
 from devmon.sampling.data import as_examples
 from devmon.sampling.losses import Loss
 from devmon.sampling.masks import as_mask
@@ -54,10 +54,12 @@ def sample(
     chains: Sequence[int] | None = None,
     stacked: bool | None = None,
     group: int | None = None,
+    probe: Probe | None = None,
 ) -> xr.Dataset:
     """The stored traces (chain, draw) of `settings`, burn-in included; see `devmon.instruments.LLC`.
 
     `chains` picks some of the chains (a rank's share); `stacked` and `group` choose how they are run, not the numbers.
+    `probe(model, chain, draw)` sees the weights at the start of each draw.
     """
     examples = as_examples(data)
     nbeta = examples.n / math.log(max(examples.n, 2)) if settings.nbeta is None else settings.nbeta
@@ -84,7 +86,7 @@ def sample(
     numbers = list(range(settings.chains)) if chains is None else list(chains)
     dtype = torch.float64 if settings.float64 else torch.float32
     mask = as_mask(settings.mask, model)
-    traces, sampled = run_chains(model, loss, examples, kernel, plan, numbers, dtype=dtype, mask=mask)
+    traces, sampled = run_chains(model, loss, examples, kernel, plan, numbers, dtype=dtype, mask=mask, probe=probe)
     names = {
         "loss": ("mean loss of the minibatch at w", "loss"),
         "baseline": ("mean loss of the same examples at w*", "loss"),
@@ -151,6 +153,7 @@ def estimate_llc(
     over (chain, draw), burn-in included. `attrs["calibration"]` holds the reasons of a calibration.
 
     >>> import torch
+    >>> from devmon.sampling import regression_loss
     >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
     >>> model = torch.nn.Linear(3, 1, bias=False)
     >>> result = estimate_llc(model, regression_loss, (x, model(x).detach()), lr=0.005, gamma=1.0, draws=300)
@@ -181,7 +184,12 @@ def estimate_llc(
     if lr is None or gamma is None:
         found = calibrate(model, loss, examples, settings)
         reasons = found.reasons
-        given = {"lr": lr, "gamma": gamma, "control_variate": control_variate, "steps_per_draw": steps_per_draw}
+        given: dict[str, Any] = {
+            "lr": lr,
+            "gamma": gamma,
+            "control_variate": control_variate,
+            "steps_per_draw": steps_per_draw,
+        }
         settings = replace(found.settings, **{name: value for name, value in given.items() if value is not None})
     elif control_variate is None:
         settings = replace(settings, control_variate=False)

@@ -47,9 +47,8 @@ class PreconditionedSGLD:
         if state.taken < self.adapt:
             state.taken += 1
             state.square.lerp_(drift.square(), 1 / state.taken)
-            root = state.square.sqrt()
-            root.add_(self.eps * state.square.mean(1, keepdim=True).sqrt() + torch.finfo(root.dtype).tiny)
-            state.scale = root.reciprocal_()
+            least = self.eps * state.square.mean(1, keepdim=True).sqrt()
+            state.scale = (state.square.sqrt() + least + (least == 0)).reciprocal_()  # M is 1 before any drift
             state.scale /= state.scale.mean(1, keepdim=True)
         move = noise.mul_(state.scale.sqrt()).mul_(self.lr**0.5).addcmul_(drift, state.scale, value=-0.5 * self.lr)
         state.position.add_(move if mask is None else move.mul_(mask))

@@ -39,10 +39,15 @@ class SGLD:
     def step(self, state: State, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> State:
         """One step from the gradient of the mean loss and standard normals, all (chain, parameter); the state given,
         the gradient and the noise are used up. Where `mask` is 0 a parameter rests."""
-        drift = grad.mul_(self.nbeta)
-        drift.add_(state.position, alpha=self.gamma + self.prior).add_(state.center, alpha=-self.gamma)
-        move = noise.mul_(math.sqrt(self.lr)).add_(drift, alpha=-0.5 * self.lr)
-        state.position.add_(move if mask is None else move.mul_(mask))
+        if mask is not None:
+            grad.mul_(mask)
+            noise.mul_(mask)
+        if self.prior:
+            noise.sub_(
+                state.position if mask is None else state.position * mask, alpha=0.5 * math.sqrt(self.lr) * self.prior
+            )
+        state.position.lerp_(state.center, self.lr * self.gamma / 2)
+        state.position.add_(grad, alpha=-self.lr * self.nbeta / 2).add_(noise, alpha=math.sqrt(self.lr))
         return state
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import xarray as xr
 
+from devmon.isolation import HOOKS, isolated
 from devmon.snapshot import Instrument, Snapshot
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class InstrumentContract:
@@ -77,12 +76,13 @@ class InstrumentContract:
         model = self.model(0).eval()
         results = []
         for seed in (1, 2):
-            torch.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            random.seed(seed)
-            before = randomness()
-            results.append(self.measure(model))
-            assert randomness() == before, "the instrument moved a global random state: use snapshot.generator(...)"
+            with isolated():
+                torch.manual_seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
+                random.seed(seed)
+                before = randomness()
+                results.append(self.measure(model))
+                assert randomness() == before, "the instrument moved a global random state: use snapshot.generator(...)"
         xr.testing.assert_identical(*results)
 
     def test_process_wide_switches_come_back(self) -> None:
@@ -103,7 +103,9 @@ class InstrumentContract:
 
     def test_every_dimension_has_a_coordinate_and_every_variable_a_label(self) -> None:
         dataset = self.measure(self.model(0).eval())
-        assert set(dataset.dims) <= set(dataset.coords), f"dimensions without coordinate: {set(dataset.dims)}"
+        assert set(dataset.dims) <= set(dataset.coords), (
+            f"dimensions without coordinate: {set(dataset.dims) - set(dataset.coords)}"
+        )
         bare = [name for name, v in dataset.data_vars.items() if not {"long_name", "units"} <= set(v.attrs)]
         assert not bare, f"{bare} have no long_name or units"
 

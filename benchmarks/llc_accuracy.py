@@ -1,0 +1,197 @@
+"""How near λ̂ comes to coefficients that are known, and whether its error bar is one.
+
+    python benchmarks/llc_accuracy.py [CASES…] [--seeds 20] [--intervals 200] [--nets 30] [--json PATH]
+
+Cases: regression, intervals, reduced-rank, deep-linear, crossings. Every estimate is calibrated unaided; regression
+and intervals are calibrated once, on another seed's data. Label noise is made orthogonal to the features where w* is
+built by hand, so that w* is a minimum of the empirical loss and λ̂ estimates λ and not λ − λ / log n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from devmon.analysis import llc
+from devmon.sampling import Settings, calibrate, estimate_llc, regression_loss, sample
+from devmon.testing import exact
+
+
+class Product(nn.Module):
+    """x → W_L … W_1 x."""
+
+    def __init__(self, weights: list[np.ndarray]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.tensor(w, dtype=torch.float32) for w in weights])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = x @ weight.T
+        return x
+
+
+class Point(nn.Module):
+    """Weights at 0, and a loss of them alone."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size))
+
+
+def regression(seed: int, n: int = 100_000, d: int = 64) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Unit label noise, w* the least-squares solution: λ = d / 2."""
+    generator = torch.Generator().manual_seed(seed)
+    x, truth = torch.randn(n, d, generator=generator), torch.randn(d, 1, generator=generator)
+    y = x @ truth + torch.randn(n, 1, generator=generator)
+    model = nn.Linear(d, 1, bias=False)
+    model.weight.data = torch.linalg.lstsq(x.double(), y.double()).solution.T.float()
+    return model, (x, y)
+
+
+def deep_linear(widths: list[int], rank: int, seed: int, *, noise: float = 0.0, n: int = 20_000) -> Any:
+    """w* on a stratum that attains λ, label noise orthogonal to the inputs."""
+    model = Product(exact.deep_linear_point(widths, rank, np.random.default_rng(seed)))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, widths[0], generator=generator)
+    with torch.no_grad():
+        y = model(x)
+    if noise:
+        e = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        e -= x.double() @ torch.linalg.lstsq(x.double(), e).solution
+        y = y + noise * e.float()
+    return model, (x, y)
+
+
+def settings_for_regression(tolerance: float) -> Settings:
+    model, data = regression(10_000)
+    start = Settings(lr=0.0, gamma=0.0, batch_size=64, sampler="baoab")
+    return calibrate(model, regression_loss, data, start, tolerance=tolerance).settings
+
+
+def case_regression(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_for_regression(0.01)
+    found = []
+    for seed in range(args.seeds):
+        model, data = regression(seed)
+        found.append(float(llc(sample(model, regression_loss, data, replace(settings, seed=seed)))["llc"]))
+    steps = settings.chains * (settings.draws + settings.burn_in) * settings.steps_per_draw
+    passes = 2 * steps * settings.batch_size + 100_000  # forward and backward at w and at w*, and once over the data
+    return {
+        "truth": 32.0,
+        "mean": float(np.mean(found)),
+        "relative_bias": float(np.mean(found) / 32 - 1),
+        "seed_sd": float(np.std(found, ddof=1) / 32),
+        "examples_times_gradients": passes,
+        "settings": {"lr": settings.lr, "gamma": settings.gamma, "steps_per_draw": settings.steps_per_draw},
+    }
+
+
+def case_intervals(args: argparse.Namespace) -> dict[str, Any]:
+    """Over fewer steps than `regression`, so that the interval is the sampler's error and not the calibration's."""
+    settings = replace(settings_for_regression(0.01), steps_per_draw=2, draws=200, burn_in=100)
+    covered = []
+    for seed in range(args.intervals):
+        model, data = regression(seed, n=100_000)
+        result = llc(sample(model, regression_loss, data, replace(settings, seed=seed)))
+        covered.append(bool(result["low"] <= 32 <= result["high"]))
+    return {"nominal": 0.9, "coverage": float(np.mean(covered)), "runs": len(covered)}
+
+
+def case_reduced_rank(args: argparse.Namespace) -> dict[str, Any]:
+    rows = []
+    for noise in (0.0, 1.0):
+        model, data = deep_linear([8, 6, 8], 3, 0, noise=noise, n=100_000)
+        result = estimate_llc(model, regression_loss, data, draws=400, batch_size=256)
+        rows.append(summary(result, 26.0) | {"label_noise": noise})
+    return {"rows": rows}
+
+
+def case_deep_linear(args: argparse.Namespace) -> dict[str, Any]:
+    rng, rows = np.random.default_rng(7), []
+    for net in range(args.nets):
+        widths = rng.integers(5, 61, rng.integers(3, 8)).tolist()
+        rank = int(rng.integers(1, min(widths) + 1))
+        model, data = deep_linear(widths, rank, net)
+        start = time.perf_counter()
+        result = estimate_llc(model, regression_loss, data, chains=2, draws=200, batch_size=128)
+        row = summary(result, float(exact.deep_linear(widths, rank)[0])) | {"widths": widths, "rank": rank}
+        rows.append(row | {"seconds": time.perf_counter() - start})
+        print("deep-linear", json.dumps(rows[-1]), flush=True)
+    errors = np.abs([row["relative_error"] for row in rows])
+    return {"median": float(np.median(errors)), "p90": float(np.quantile(errors, 0.9)), "rows": rows}
+
+
+def case_crossings(args: argparse.Namespace) -> dict[str, Any]:
+    """Against the expectation at this nbeta and gamma, by quadrature: the limit is approached like 1 / log n."""
+    nbeta, gamma = 1e3, 10.0
+    cases: dict[str, tuple[int, Callable[..., Any], float]] = {
+        "w^4": (1, lambda w: w**4, exact.gibbs_one(lambda w: w**4, nbeta, gamma)),
+        "(w1 w2)^2": (2, lambda a, b: (a * b) ** 2, exact.gibbs_two(lambda a, b: (a * b) ** 2, nbeta, gamma)),
+        "(w1 w2^2)^2": (2, lambda a, b: a**2 * b**4, exact.gibbs_two(lambda a, b: a**2 * b**4, nbeta, gamma)),
+        "w1^2 + w2^4": (2, lambda a, b: a**2 + b**4, exact.gibbs_two(lambda a, b: a**2 + b**4, nbeta, gamma)),
+    }
+    rows = []
+    for name, (size, potential, truth) in cases.items():
+
+        def loss(model: nn.Module, batch: Tensor, potential: Any = potential, size: int = size) -> Tensor:
+            weights = torch.as_tensor(model.w)
+            return potential(*(weights[i] for i in range(size))).expand(len(batch))
+
+        settings = Settings(
+            sampler="baoab", lr=3e-4, gamma=gamma, nbeta=nbeta, chains=1024, draws=200, burn_in=60,
+            steps_per_draw=10, batch_size=1,
+        )  # fmt: skip
+        result = llc(sample(Point(size), loss, torch.zeros(1, 1), settings))
+        rows.append(summary(result, truth) | {"potential": name})
+    return {"rows": rows}
+
+
+def summary(result: Any, truth: float) -> dict[str, Any]:
+    value = float(result["llc"])
+    row = {"truth": truth, "llc": value, "se": float(result["se"]), "relative_error": value / truth - 1}
+    row |= {name: float(result[name]) for name in ("low", "high", "ess", "rhat", "temperature")}
+    settings = {k: result.attrs[k] for k in ("lr", "gamma", "nbeta", "steps_per_draw", "control_variate")}
+    return row | {"verdict": str(result["verdict"].item()), "settings": settings}
+
+
+CASES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "crossings": case_crossings,
+    "reduced-rank": case_reduced_rank,
+    "regression": case_regression,
+    "intervals": case_intervals,
+    "deep-linear": case_deep_linear,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASES", help=", ".join(CASES))
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--intervals", type=int, default=200)
+    parser.add_argument("--nets", type=int, default=30)
+    parser.add_argument("--json", default=None, help="write the results here")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {
+        "machine": {"platform": platform.platform(), "torch": torch.__version__, "python": platform.python_version()}
+    }
+    for name in args.cases:
+        start = time.perf_counter()
+        results[name] = CASES[name](args) | {"seconds": time.perf_counter() - start}
+        print(name, json.dumps(results[name], indent=1), flush=True)
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

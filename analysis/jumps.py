@@ -200,7 +200,9 @@ def locate(scan: Scan, y: Array, p: float, draws: int = 4000) -> Jump:
     low, high = near.centre.min() - pad, near.centre.max() + pad
     thetas = np.argsort(-with_jump.max(1), kind="stable")[:24]
     thetas = thetas[with_jump.max(1)[thetas] > with_jump.max() - 6]
-    widths = np.geomspace(0.01, 1.5, 22)
+    span = float(np.ptp(grid.x))
+    narrow, wide = min(0.005, float(grid.gaps.min()) / 2), min(1.5, span / 2)
+    widths = np.geomspace(2 * narrow, wide, 22)
     for last in (False, True):
         low, high = max(low, grid.x[SIDE - 1]), min(high, grid.x[-SIDE])
         centres = np.linspace(low, high, 121 if last else 61)
@@ -220,7 +222,7 @@ def locate(scan: Scan, y: Array, p: float, draws: int = 4000) -> Jump:
         step, ratio = (high - low) / (len(centres) - 1), widths[1] / widths[0]
         if not last:
             low, high = kept.centre.min() - step, kept.centre.max() + step
-            widths = np.geomspace(max(kept.width.min() / ratio, 0.005), min(kept.width.max() * ratio, 1.5), 16)
+            widths = np.geomspace(max(kept.width.min() / ratio, narrow), min(kept.width.max() * ratio, wide), 16)
     generator = np.random.default_rng([scan.seed, 0x10CA7E])
     row, j = np.unravel_index(generator.choice(logs.size, size=draws, p=normalised(logs.ravel())), logs.shape)
     spread = np.sqrt(left[row, j] / (null.df - 1) / norm[row, j])

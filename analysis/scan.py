@@ -32,14 +32,17 @@ class Scan:
     def __init__(self, null: Whitened, taken: Shapes, depth: int, seed: int) -> None:
         self.null, self.depth, self.seed = null, depth, seed
         shapes = candidates(null.grid)
-        self.shapes = shapes[~self._near(shapes, taken).any(1)]
+        taken_up = np.asarray(self._near(shapes, taken).any(axis=1))
+        self.shapes = shapes[~taken_up]
         self.raw = self.shapes.template(null.grid)
         self._streams: dict[int, tuple[np.random.Generator, Array]] = {}
 
     def _near(self, shapes: Shapes, others: Shapes) -> NDArray[np.bool_]:
         """(J, K) whether a shape is so close to another that it would mend the other's form."""
         apart = np.abs(np.subtract.outer(shapes.centre, others.centre))
-        return apart <= 0.6 * np.add.outer(shapes.width, others.width) + 2 * float(np.median(self.null.grid.gaps))
+        return np.asarray(
+            apart <= 0.6 * np.add.outer(shapes.width, others.width) + 2 * float(np.median(self.null.grid.gaps))
+        )
 
     @cached_property
     def _free(self) -> Single:

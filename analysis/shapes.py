@@ -79,7 +79,7 @@ def columns_of(grid: Grid, shapes: Shapes, at: Array) -> tuple[Array, NDArray[np
     Also which shape each column belongs to (-1: drift). Changes that no checkpoint can tell from nothing are left out.
     """
     columns, owner = [np.ones(len(at)), at - grid.x.mean()], [-1, -1]
-    wide = Shapes(shapes.centre, np.maximum(shapes.width, 0.02), shapes.form)
+    wide = Shapes(shapes.centre, np.maximum(shapes.width, min(0.02, float(np.median(grid.gaps)))), shapes.form)
     here, there = wide.at(grid.x), wide.at(at)
     for j in range(len(shapes.centre)):
         size = np.linalg.norm(here[0][j])

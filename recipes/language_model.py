@@ -154,10 +154,13 @@ class Training(L.LightningModule):
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def watches(text: Text, steps: int, draws: int = 60) -> list[Watch]:
+def watches(text: Text, steps: int, *, repeats: bool = True, draws: int = 60) -> list[Watch]:
     """The monitor's watches: cheap ones at about 120 steps, the LLC at about 25 (from where there is a basin to sample)."""
     vocab = len(text.alphabet)
-    often, seldom = log_spaced(60, steps) | every(max(1, steps // 80), stop=steps), log_spaced(24, steps, first=max(1, steps // 100))
+    often, seldom = (
+        log_spaced(60, steps) | every(max(1, steps // 80), stop=steps),
+        log_spaced(24, steps, first=max(1, steps // 100)),
+    )
 
     def probe(name: str, count: int, *, repeats: bool, held_out: bool = True) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(0, "probe", name))
@@ -171,7 +174,7 @@ def watches(text: Text, steps: int, draws: int = 60) -> list[Watch]:
         Watch("previous_token", PreviousTokenHeads(vocab, length=CONTEXT), often),
         Watch("repeats", RepeatGain(vocab, length=CONTEXT), often),
         Watch("probe", LinearProbe(plain, *previous_kinds(plain, text.alphabet)), often),
-        Watch("llc", LLC(probe("llc", 2048, repeats=True, held_out=False), nbeta=300, gamma=1000, lr=1e-4,
+        Watch("llc", LLC(probe("llc", 2048, repeats=repeats, held_out=False), nbeta=300, gamma=1000, lr=1e-4,
                          chains=3, draws=draws, burn_in=max(1, 2 * draws // 3), batch_size=16), seldom),
     ]  # fmt: skip
 
@@ -238,7 +241,9 @@ def run(
         raise typer.Exit(130) from None
 
 
-def main(out: Path, *, seed: int, steps: int, text: Path | None, repeats: bool, draws: int, console: Console) -> Trajectory:
+def main(
+    out: Path, *, seed: int, steps: int, text: Path | None, repeats: bool, draws: int, console: Console
+) -> Trajectory:
     corpus = read_text(text)
     console.print(
         f"text: {corpus.source}, {len(corpus.train) + len(corpus.held_out):,} characters. "
@@ -259,7 +264,7 @@ def main(out: Path, *, seed: int, steps: int, text: Path | None, repeats: bool, 
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Monitor(trajectory, watches(corpus, steps, draws), strict=True), saved, Bar(console, steps)],
+        callbacks=[Monitor(trajectory, watches(corpus, steps, repeats=repeats, draws=draws), strict=True), saved, Bar(console, steps)],
     )  # fmt: skip
     trainer.fit(training, ckpt_path=latest(out / "checkpoints"), weights_only=True)
     console.print("writing the report")

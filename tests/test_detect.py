@@ -21,6 +21,7 @@ from devmon.errors import DataError
 from devmon.watch import log_spaced
 
 DETECTOR = Detector()
+QUICK = Detector(n_null=99)
 STEPS = np.array([step for step in range(2001) if step in log_spaced(100, 2000)], dtype=float)
 SIXTY = np.unique(np.append(0, np.round(np.geomspace(1, 20_000, 66))))
 X = np.log10(SIXTY + 1)
@@ -199,10 +200,10 @@ def test_a_score_that_rises_like_induction_is_one_jump(noise: str) -> None:
     assert event.p_value == 1 / 200
 
 
-@pytest.mark.parametrize("steps", [STEPS[STEPS >= 50], np.arange(25.0, 2001, 25)], ids=["log", "linear"])
-def test_a_rise_and_fall_is_a_turn(steps: Array) -> None:
+@pytest.mark.parametrize("steps,noise", [(STEPS[STEPS >= 50], 1.0), (np.arange(25.0, 2001, 25), 4.0)])
+def test_a_rise_and_fall_is_a_turn(steps: Array, noise: float) -> None:
     y = np.interp(steps, [50, 200, 500, 600, 650, 700, 800, 900], [24, 57, 72, 95, 130, 96, 90, 85])
-    y = y + 2.0 * rng(6).standard_normal(len(steps))
+    y = y + noise * rng(6).standard_normal(len(steps))
     tops = [event for event in DETECTOR.fit(steps, y).events() if event.kind == "turn" and event.size > 0]
     assert len(tops) == 1, steps_of(tops)
     assert 600 <= tops[0].step <= 700
@@ -212,12 +213,12 @@ def test_a_rise_and_fall_is_a_turn(steps: Array) -> None:
 
 def test_a_smooth_maximum_is_located() -> None:
     hits = 0
-    for run in range(10):
+    for run in range(8):
         centre = rng(run, 1).uniform(1.5, 2.8)
         y = 20 * np.exp(-0.5 * ((X - centre) / 0.5) ** 2) + rng(run, 2).standard_normal(len(X))
-        (event,) = [event for event in DETECTOR.fit(SIXTY, y).events() if event.kind == "turn" and event.size > 0]
+        (event,) = [event for event in QUICK.fit(SIXTY, y).events() if event.kind == "turn" and event.size > 0]
         hits += event.interval[0] <= 10**centre - 1 <= event.interval[1]
-    assert hits >= 7, hits  # 90% intervals: fewer than 7 of 10 has probability .013
+    assert hits >= 5, hits  # 90% intervals: fewer than 5 of 8 has probability .005
 
 
 def test_a_staircase_is_not_taken_for_a_random_walk() -> None:
@@ -246,10 +247,10 @@ def test_p_values_of_a_random_walk_are_not_small_too_often() -> None:
     grid = Grid(SIXTY)
     scan = Scan(Whitened(grid, grid.drift), NOTHING, 2, 0)
     small = 0
-    for run in range(60):
+    for run in range(50):
         y = np.cumsum(rng(run, 21).standard_normal(len(X)))
         small += scan.test(y, scan.path(y[:, None])[0][0], 99)[0] <= 0.05
-    assert small <= 8, small  # more than 8 of 60 has probability .003
+    assert small <= 7, small  # more than 7 of 50 has probability .003
 
 
 def test_turns_of_a_monotone_curve_are_as_prominent_as_those_of_its_nulls() -> None:
@@ -267,9 +268,8 @@ def test_turns_of_a_monotone_curve_are_as_prominent_as_those_of_its_nulls() -> N
     assert np.mean(p_values) > 0.3, p_values
 
 
-@pytest.mark.parametrize("exponent", [0.114, 0.209])
-def test_no_jump_in_an_exact_power_law_at_even_steps(exponent: float) -> None:
-    events = Detector(kinds=("jump",)).fit(EVEN, (1 + EVEN / EVEN[1] / 10) ** -exponent).events()
+def test_no_jump_in_an_exact_power_law_at_even_steps() -> None:
+    events = Detector(kinds=("jump",), n_null=99).fit(EVEN, (1 + EVEN / EVEN[1] / 10) ** -0.114).events()
     assert not events, steps_of(events)
 
 
@@ -295,7 +295,7 @@ def test_a_spike_beside_a_jump_leaves_the_jump() -> None:
 @pytest.mark.parametrize("null", ["white", "power law", "AR .8", "random walk", "growing noise"])
 def test_false_alarms(null: str) -> None:
     alarms = 0
-    for run in range(12):
+    for run in range(10):
         generator = rng(run, 20)
         y = {
             "white": lambda g: g.standard_normal(len(X)),
@@ -304,8 +304,8 @@ def test_false_alarms(null: str) -> None:
             "random walk": lambda g: np.cumsum(g.standard_normal(len(X))),
             "growing noise": lambda g: g.standard_normal(len(X)) * np.geomspace(1, 10, len(X)),
         }[null](generator)
-        alarms += DETECTOR.fit(SIXTY, y).outcome == "EVENTS"
-    assert alarms <= 3, alarms  # two kinds at 5% each: more than 3 of 12 has probability .02
+        alarms += QUICK.fit(SIXTY, y).outcome == "EVENTS"
+    assert alarms <= 3, alarms  # two kinds at 5% each: more than 3 of 10 has probability .01
 
 
 @pytest.mark.parametrize("width,snr", [(0.05, 10), (0.2, 10), (0.5, 100)])
@@ -314,7 +314,7 @@ def test_recall_and_coverage(width: float, snr: float) -> None:
     for run in range(8):
         centre = rng(run, 30).uniform(1.0, 3.3)
         y = snr * logistic(X, centre, width) + rng(run, 31).standard_normal(len(X))
-        jumps = [event for event in DETECTOR.fit(SIXTY, y).events() if event.kind == "jump"]
+        jumps = [event for event in QUICK.fit(SIXTY, y).events() if event.kind == "jump"]
         if len(jumps) == 1:
             found += 1
             covered += jumps[0].interval[0] <= 10**centre - 1 <= jumps[0].interval[1]

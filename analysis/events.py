@@ -114,7 +114,7 @@ def lead_lag(a: Location, b: Location, level: float = 0.90) -> LeadLag:
     tail = (1 - level) / 2
     places = np.minimum(np.searchsorted(cumulative, [tail, 0.5, 1 - tail]), len(lags) - 1)
     low, middle, high = (float(lag) for lag in lags[places])
-    first = float(np.sum(weights[order] * ((lags > 0) + 0.5 * (lags == 0))))
+    first = float(np.clip(np.sum(weights[order] * ((lags > 0) + 0.5 * (lags == 0))), 0, 1))
     return LeadLag(middle, (low, high), first)
 
 

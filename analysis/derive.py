@@ -31,7 +31,7 @@ def series_of(trajectory: RunData) -> list[Series]:
     LLC traces give `llc/llc` with its standard error, points whose verdict is not "ok" marked as rejected. Any other
     watch gives its headline variables: a scalar as `watch/variable`, an array as `watch/variable max` (the largest
     element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each.
-    An infinite value is marked as rejected.
+    An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series' `smallest`.
     """
     found: list[Series] = []
     for name in trajectory.names():
@@ -112,7 +112,8 @@ def _series(name: str, values: xr.DataArray, se: xr.DataArray | None, rejected: 
     if infinite.any():
         rejected = infinite if rejected is None else rejected | infinite
     steps = np.asarray(values["step"].values, dtype=np.int64)
-    return Series(name, steps, numbers, error, units_of(values), rejected)
+    smallest = float(values.attrs.get("smallest_change", 0.0))
+    return Series(name, steps, numbers, error, units_of(values), rejected, smallest)
 
 
 def _largest(array: xr.DataArray, error: xr.DataArray | None) -> tuple[xr.DataArray, xr.DataArray | None]:

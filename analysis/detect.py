@@ -232,17 +232,27 @@ def _series(run: Any) -> list[Series]:
 def _fit(detector: Detector, series: Series) -> Fit:
     values = np.array(series.values, dtype=np.float64)
     if series.rejected is None:
-        return detector.fit(series.steps, values, series.se, name=series.name)
+        return _of_interest(detector.fit(series.steps, values, series.se, name=series.name), series)
     refused = np.asarray(series.rejected, dtype=bool)
     if refused.shape != values.shape:
         raise DataError(
             f"series {series.name!r}: rejected and values need one length, got {refused.shape} and {values.shape}"
         )
     values[refused] = np.nan
-    fit = detector.fit(series.steps, values, series.se, name=series.name)
+    fit = _of_interest(detector.fit(series.steps, values, series.se, name=series.name), series)
     if not refused.any():
         return fit
     return replace(fit, notes=(*fit.notes, f"{refused.sum()} of {len(refused)} points rejected"))
+
+
+def _of_interest(fit: Fit, series: Series) -> Fit:
+    """The fit without events smaller than the series' smallest change of interest; the notes name them."""
+    kept = tuple(event for event in fit.found if abs(event.size) >= series.smallest)
+    if len(kept) == len(fit.found):
+        return fit
+    left = [f"{e.kind} of {e.size:+.2g} at step {e.step:.0f}" for e in fit.found if e not in kept]
+    note = f"below the smallest change of interest ({series.smallest:g}), left out: {', '.join(left)}"
+    return replace(fit, found=kept, outcome="EVENTS" if kept else "NO EVENT", notes=(*fit.notes, note))
 
 
 @lru_cache(maxsize=4)

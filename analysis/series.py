@@ -18,7 +18,8 @@ class Series:
     """A named number at each measured step.
 
     `steps` (n,) optimizer steps; `values` (n,) in `units`; `se` (n,) the standard error of each value, or None;
-    `rejected` (n,) true where the instrument's own health check refused the value, or None.
+    `rejected` (n,) true where the instrument's own health check refused the value, or None. `smallest` is the smallest
+    change of interest, in `units`: a run's search notes an event below it, and does not report it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Series:
     se: NDArray[Any] | None = None
     units: str = ""
     rejected: NDArray[Any] | None = None
+    smallest: float = 0.0
 
 
 def checked(steps: Any, values: Any, se: Any = None, name: str = "") -> tuple[Array, Array, Array | None]:

@@ -38,7 +38,8 @@ class Instrument(Protocol):
     """A pure function of the weights. Ours are frozen dataclasses: the fields are the whole configuration.
 
     The dataset has named dimensions and the same variables at every step. `x_se` is the standard error of `x`.
-    `attrs["headline"]` lists the variables that are followed as series (default: every scalar without `_se`).
+    `attrs["headline"]` lists the variables that are followed as series (default: every scalar without `_se`). A
+    variable's attribute `smallest_change` is the smallest change of interest: events below it are noted, not reported.
     """
 
     def __call__(self, snapshot: Snapshot, /) -> xr.Dataset: ...

@@ -154,12 +154,12 @@ class Training(L.LightningModule):
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def watches(text: Text, steps: int, *, repeats: bool = True, draws: int = 60) -> list[Watch]:
-    """The monitor's watches: cheap ones at about 120 steps, the LLC at about 25 (from where there is a basin to sample)."""
+def watches(text: Text, steps: int, *, repeats: bool = True, draws: int = 50) -> list[Watch]:
+    """The monitor's watches: cheap ones at about 100 steps, the LLC at about 20 (from where there is a basin to sample)."""
     vocab = len(text.alphabet)
     often, seldom = (
-        log_spaced(60, steps) | every(max(1, steps // 80), stop=steps),
-        log_spaced(24, steps, first=max(1, steps // 100)),
+        log_spaced(45, steps) | every(max(1, steps // 64), stop=steps),
+        log_spaced(20, steps, first=max(1, steps // 100)),
     )
 
     def probe(name: str, count: int, *, repeats: bool, held_out: bool = True) -> torch.Tensor:
@@ -227,7 +227,7 @@ def run(
     steps: Annotated[int, typer.Option(min=20, help="Optimizer steps.")] = 2000,
     text: Annotated[Path | None, typer.Option(help="A text file, or a folder of them, to train on. [default: the sources of Python's standard library]")] = None,
     repeats: Annotated[bool, typer.Option(help="Make half of every batch of repeated random characters. Without them no induction event is expected: the control.")] = True,
-    draws: Annotated[int, typer.Option(min=4, help="SGLD draws of each LLC chain: fewer are quicker, and rejected more often.")] = 60,
+    draws: Annotated[int, typer.Option(min=4, help="SGLD draws of each LLC chain: fewer are quicker, and rejected more often.")] = 50,
 ) -> None:  # fmt: skip
     """Run it; ends the process with an error in one line where something is wrong with the input."""
     console = Console(stderr=True)

@@ -489,3 +489,16 @@ def test_bad_settings() -> None:
             Detector(**settings)
     with pytest.raises(DataError, match="two series are named"):
         detect([Series("a", SIXTY, X), Series("a", SIXTY, X)])
+
+
+def test_a_change_below_the_smallest_of_interest_is_noted_and_not_reported() -> None:
+    steps = np.unique(np.geomspace(1, 2000, 60).astype(int))
+    noise = 0.002 * np.random.default_rng(0).standard_normal(len(steps))
+    values = 0.04 - 0.02 / (1 + np.exp(-(steps - 80) / 5)) + noise
+    counted = detect(Series("score", steps, values, smallest=0.01))
+    assert [round(event.size, 2) for event in counted.events] == [-0.02]
+    left = detect(Series("score", steps, values, smallest=0.05))
+    assert left.events == ()
+    assert left.fits["score"].outcome == "NO EVENT"
+    assert "smallest change of interest (0.05)" in left.fits["score"].notes[-1]
+    assert left.family == counted.family  # the test was made, so it still counts among the others

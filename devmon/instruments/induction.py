@@ -55,7 +55,11 @@ class InductionHeads:
         dims, units = ("layer", "head"), {"units": "attention"}
         return xr.Dataset(
             {
-                "prefix_matching": (dims, prefix, {"long_name": "attention to the place after the last match"} | units),
+                "prefix_matching": (
+                    dims,
+                    prefix,
+                    {"long_name": "attention to the place after the last match", "smallest_change": 0.05} | units,
+                ),
                 "prefix_matching_se": (dims, prefix_se, {"long_name": "standard error over sequences"} | units),
                 "duplicate_token": (dims, duplicate, {"long_name": "attention to the last match itself"} | units),
                 "duplicate_token_se": (dims, duplicate_se, {"long_name": "standard error over sequences"} | units),

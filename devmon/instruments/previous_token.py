@@ -53,7 +53,11 @@ class PreviousTokenHeads(ByContent):
         dims, units = ("layer", "head"), {"units": "attention"}
         return xr.Dataset(
             {
-                "previous_token": (dims, mean, {"long_name": "attention to the place before"} | units),
+                "previous_token": (
+                    dims,
+                    mean,
+                    {"long_name": "attention to the place before", "smallest_change": 0.05} | units,
+                ),
                 "previous_token_se": (dims, se, {"long_name": "standard error over sequences"} | units),
                 "uniform": ((), uniform, {"long_name": "previous-token score of uniform attention"} | units),
             },

@@ -56,6 +56,7 @@ class RepeatGain:
             mean, se = clustered_mean((each * counted).sum(1).numpy(), counted.sum(1).numpy())
             dataset[name] = ((), float(mean), {"long_name": long_name, "units": units})
             dataset[f"{name}_se"] = ((), float(se), {"long_name": "standard error over sequences", "units": units})
+        dataset["gain"].attrs["smallest_change"] = 0.1
         reference = {"long_name": "accuracy of the best fixed offset or token", "units": "share"}
         dataset["accuracy_reference"] = ((), _content_blind(probe.tokens, counted), reference)
         return dataset

@@ -244,6 +244,7 @@ def run(
 def main(
     out: Path, *, seed: int, steps: int, text: Path | None, repeats: bool, draws: int, console: Console
 ) -> Trajectory:
+    torch.set_num_threads(1)  # as fast as two for a model this small, and the same numbers on any machine
     corpus = read_text(text)
     console.print(
         f"text: {corpus.source}, {len(corpus.train) + len(corpus.held_out):,} characters. "

@@ -155,10 +155,10 @@ class Training(L.LightningModule):
 
 
 def watches(text: Text, steps: int, *, repeats: bool = True, draws: int = 50) -> list[Watch]:
-    """The monitor's watches: cheap ones at about 100 steps, the LLC at about 20 (from where there is a basin to sample)."""
+    """The monitor's watches: cheap ones at about 80 steps, the LLC at about 20 (from where there is a basin to sample)."""
     vocab = len(text.alphabet)
     often, seldom = (
-        log_spaced(45, steps) | every(max(1, steps // 64), stop=steps),
+        log_spaced(36, steps) | every(max(1, steps // 50), stop=steps),
         log_spaced(20, steps, first=max(1, steps // 100)),
     )
 

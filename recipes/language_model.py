@@ -11,7 +11,7 @@ for half of every batch, random characters repeated with a random period. The se
 small rewards induction too little for a model of this size to learn it within minutes. `--no-repeats` leaves it out:
 the control, in which the detector finds no induction event.
 
-Cost: about five minutes on two cores. Writes OUT/trajectory.zarr, OUT/checkpoints/, OUT/report.html, OUT/figures/.
+Cost: five to ten minutes on two cores. Writes OUT/trajectory.zarr, OUT/checkpoints/, OUT/report.html, OUT/figures/.
 An interrupted run goes on where its last checkpoint was saved when the same command is given again.
 """
 

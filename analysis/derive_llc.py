@@ -32,6 +32,10 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
     - `downhill`: share of draws scored below w*. `drift`: second half minus first half, over λ̂
     - `temperature`: (nbeta E[∇L·(w−w*)] + gamma E‖w−w*‖²) / parameters. It is 1 in the law that should be sampled
       (integrate by parts), above 1 where step size or gradient noise heat the chain, below 1 while directions spread.
+    - `acceptance`: mean Metropolis acceptance of a step of SGLD, where the traces hold it (0.57 is the optimum of MALA)
+    - `fluctuation`, `fluctuation_se`: the singular fluctuation ν = ½ nbeta E_examples[Var_w(loss of the example)], where
+      the traces hold `example_loss` (Watanabe 2010, 1004.2316; d/2 in a regular realisable model at nbeta = n, λ and ν
+      of which give the gap between training and test loss). Its error is that between chains.
     - `wbic`: n E[L(w)], an estimate of the free energy where nbeta = n / log n (Watanabe 2013)
     - `verdict`: "non-finite" (a chain met NaN or infinity; λ̂ is NaN), "diverged" (distances still grow, temperature
       above 2, or λ̂ above the number of parameters), "downhill" (λ̂ or E[∇L·(w−w*)] below 0 by more than its error: w* is
@@ -114,6 +118,8 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
         row |= {"llc_chain": chains, "ess": np.nan, "rhat": np.nan, "drift": drift, "temperature": np.nan}
         row["downhill"] = float((kept < 0).mean())
         row["wbic"] = float(attrs.get("n", np.nan)) * float(dataset["loss"].values[..., skip:].mean())
+    row["acceptance"] = float(dataset["acceptance"].values[..., skip:].mean()) if "acceptance" in dataset else np.nan
+    row["fluctuation"], row["fluctuation_se"] = _fluctuation(dataset, skip)
     slope = (np.nan, np.nan)
     if finite and kept.shape[1] >= 4 and kept.std() > 0:
         row["ess"] = float(array_stats.ess(kept, method="mean"))
@@ -125,6 +131,18 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
         slope = mean_and_error(pull, shared)[:2]
     row["verdict"] = _verdict(row, slope, dataset, finite)
     return row
+
+
+def _fluctuation(dataset: xr.Dataset, skip: int) -> tuple[float, float]:
+    if "example_loss" not in dataset:
+        return np.nan, np.nan
+    losses = dataset["example_loss"].transpose("chain", "draw", "example").values[:, skip:].astype(np.float64)
+    half = 0.5 * float(dataset.attrs["nbeta"])
+    away = (losses - losses.mean((0, 1))) ** 2
+    chains, draws, _ = losses.shape
+    by_chain = half * away.mean((1, 2)) * chains * draws / max(chains * draws - 1, 1)
+    se = by_chain.std(ddof=1) / np.sqrt(chains) if chains > 1 else np.nan
+    return float(by_chain.mean()), float(se)
 
 
 def _verdict(row: dict[str, Any], slope: tuple[float, float], dataset: xr.Dataset, finite: bool) -> str:
@@ -161,6 +179,9 @@ _WORDS = {
     "drift": "second half minus first half, relative",
     "temperature": "effective temperature",
     "downhill": "share of draws below the loss at w*",
+    "acceptance": "Metropolis acceptance of a step",
+    "fluctuation": "singular fluctuation",
+    "fluctuation_se": "standard error of the singular fluctuation",
     "wbic": "n times the mean loss of the draws",
 }
 

@@ -2,17 +2,18 @@
 
     python benchmarks/llc_cost.py [--device cpu|cuda] [--json PATH] [--large]
 
-Times are process CPU seconds of one thread on the CPU, synchronised wall seconds on CUDA: the best of three rounds that
-take plain passes and chain steps in turn. A chain's fixed cost (the baseline at w*) is taken out by comparing two
-lengths. `--large` adds Pythia-sized models on CUDA (bfloat16 model, float32 chains, random weights).
+Times are process CPU seconds of one thread on the CPU, synchronised wall seconds on CUDA: medians over rounds that take
+plain passes and chain steps in turn. The fixed cost of an estimate (one forward pass over the examples at w*)
+is taken out by comparing two lengths. `--large` adds Pythia-sized models on CUDA (bfloat16 model, float32 chains, random weights).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import platform
-import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from devmon.sampling import Settings, next_token_loss, regression_loss, sample
+
+ROUNDS = 7
 
 
 def neox(hidden: int = 128, layers: int = 2, heads: int = 4, vocab: int = 5000) -> nn.Module:
@@ -78,6 +81,7 @@ def measure(
     """Seconds of a plain pass and of a chain step, and their ratio."""
     model = model.to(device)
     parts = data if isinstance(data, tuple) else (data,)
+    short = 12  # draws after which all examples have been met: their losses at w* are a fixed cost
     some = tuple(part[:batch].to(device) for part in parts)
     settings = {"lr": 1e-7, "gamma": 10.0, "nbeta": 30.0, "chains": chains, "burn_in": 0, "batch_size": batch}
 
@@ -94,14 +98,22 @@ def measure(
         sample(model, loss, data, Settings(**settings, draws=count, **options))
 
     plain(3)
-    chain(2)
+    chain(short)
     rounds = []
-    for _ in range(3):
-        base = clock(lambda: plain(steps), device) / steps
-        long, short = clock(lambda: chain(2 + steps), device), clock(lambda: chain(2), device)
-        rounds.append((base, (long - short) / steps / chains))
-    base, step = (min(column) for column in zip(*rounds, strict=True))
-    return {"plain_ms": 1e3 * base, "chain_step_ms": 1e3 * step, "ratio": step / base}
+    for _ in range(ROUNDS):
+        before = clock(lambda: plain(steps), device)
+        more, less = clock(lambda: chain(short + steps), device), clock(lambda: chain(short), device)
+        base = (before + clock(lambda: plain(steps), device)) / 2 / steps
+        rounds.append((base, (more - less) / steps / chains))
+    ratios = sorted(step / base for base, step in rounds)
+    base, step = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return {
+        "plain_ms": 1e3 * base,
+        "chain_step_ms": 1e3 * step,
+        "ratio": statistics.median(ratios),
+        "lowest": ratios[0],
+        "highest": ratios[-1],
+    }
 
 
 def clock(work: Callable[[], None], device: str) -> float:
@@ -124,7 +136,7 @@ def peak(kind: str) -> float:
 
 def run_peak(kind: str) -> None:
     model, tokens = neox(), torch.randint(5000, (256, 128))
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    idle = resident("VmRSS")
     if kind == "step":
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         for _ in range(3):
@@ -133,7 +145,13 @@ def run_peak(kind: str) -> None:
             optimizer.zero_grad()
     else:
         sample(model, next_token_loss, tokens, Settings(lr=1e-7, gamma=1.0, draws=2, burn_in=0, batch_size=32))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024)
+    print(resident("VmHWM") - idle)
+
+
+def resident(field: str) -> float:
+    """MiB of this process: now (VmRSS) or at most (VmHWM)."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return float(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def main() -> None:
@@ -147,9 +165,9 @@ def main() -> None:
     if args.peak:
         run_peak(args.peak)
         return
-    tokens, chars = torch.randint(5000, (256, 128)), torch.randint(96, (512, 64))
-    wide, digits = torch.randn(2048, 64), torch.randint(10, (2048,))
-    x = torch.randn(2048, 8)
+    tokens, chars = torch.randint(5000, (64, 128)), torch.randint(96, (64, 64))
+    wide, digits = torch.randn(1024, 64), torch.randint(10, (1024,))
+    x = torch.randn(1024, 8)
     from devmon.sampling import classification_loss
 
     lm, shared = neox(), {"control_variate": True, "shared_batches": True}

@@ -59,7 +59,9 @@ class CheckpointSeries(L.Callback):
             return
         self._seen = step
         path = self.folder / f"step-{step:08d}.ckpt"
-        if step in self.steps and not path.exists():
+        if step in self.steps and not trainer.strategy.broadcast(
+            path.exists()
+        ):  # rank 0's answer: saving is collective
             trainer.save_checkpoint(path)
 
 

@@ -9,13 +9,15 @@ from typing import Any
 import lightning as L
 import torch
 
+from devmon.distributed import ALONE, Ranks
 from devmon.errors import DevmonError
 from devmon.instruments import LLC, InductionHeads, LinearProbe
-from devmon.observe import observe
+from devmon.observing import observe
 from devmon.trajectory import Trajectory
 from devmon.watch import Watch, every, unique_names
 
 Model = str | Callable[[L.LightningModule], torch.nn.Module] | None
+SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy"}
 
 
 class Monitor(L.Callback):
@@ -30,7 +32,11 @@ class Monitor(L.Callback):
 
     Training is not touched: instruments work on a copy, and random states and switches are put back. Steps are counted
     once under gradient accumulation. When training resumes from step k, rows past k are set aside as an earlier attempt.
-    Under data parallelism rank 0 measures.
+
+    Under data parallelism every rank has this callback, with the same watches. Rank 0 holds the trajectory and measures;
+    the work of instruments that can be divided (`devmon.snapshot.Divisible`: the chains of an `LLC`) is dealt to all
+    ranks, with the same numbers up to rounding. What ends training ends it on every rank. The ranks talk over gloo,
+    and only at steps at which something is due. Strategies that shard the weights are refused before training.
     """
 
     def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, watches: Iterable[Watch], *,
@@ -41,16 +47,23 @@ class Monitor(L.Callback):
         self.model = model
         self.strict = strict
         self._seen = -1
+        self._ranks = ALONE
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            network(pl_module, self.model)  # a misfit is told before anything is trained
-            if self.trajectory is None:
-                self.trajectory = Trajectory(self.path)
+        if stage == "fit":
+            refuse_sharded(trainer.strategy)
+            self._ranks = Ranks.of_training() if trainer.world_size > 1 else ALONE
+            self._ranks.agree(self._open, pl_module, trainer.is_global_zero)
+
+    def _open(self, pl_module: L.LightningModule, first: bool) -> None:
+        network(pl_module, self.model)  # a misfit is told before anything is trained
+        if not first:
+            self.trajectory = None
+        elif self.trajectory is None:
+            self.trajectory = Trajectory(self.path)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.trajectory is not None:
-            self.trajectory.supersede(after=trainer.global_step)
+        self._ranks.agree(self._supersede, trainer.global_step)
         self._seen = -1
         self._observe(trainer, pl_module)
 
@@ -58,17 +71,26 @@ class Monitor(L.Callback):
         self._observe(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._fold()
+        self._ranks.agree(self._fold)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._ranks.close()
+        self._ranks = ALONE
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._fold()
 
     def _observe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
-        if step == self._seen or self.trajectory is None:
-            return
+        if step == self._seen or (self.trajectory is None and self._ranks.size == 1):
+            return  # the latter: ranks without torch.distributed (TPUs), of which rank 0 measures
         self._seen = step
-        observe(step, network(pl_module, self.model), self.watches, self.trajectory, strict=self.strict)
+        model = network(pl_module, self.model)
+        observe(step, model, self.watches, self.trajectory, strict=self.strict, ranks=self._ranks)
+
+    def _supersede(self, step: int) -> None:
+        if self.trajectory is not None:
+            self.trajectory.supersede(after=step)
 
     def _fold(self) -> None:
         if self.trajectory is not None:
@@ -108,6 +130,17 @@ class RepresentationMonitor(Monitor):
                  model: Model = None, strict: bool = False, **settings: Any) -> None:  # fmt: skip
         super().__init__(
             trajectory, [Watch("probe", LinearProbe(*args, **settings), steps)], model=model, strict=strict
+        )
+
+
+def refuse_sharded(strategy: object) -> None:
+    """Raise `DevmonError` for a strategy under which no rank holds the whole model."""
+    names = {kind.__name__ for kind in type(strategy).__mro__}
+    if names & SHARDED or ("DeepSpeedStrategy" in names and getattr(strategy, "zero_stage_3", False)):
+        raise DevmonError(
+            f"{type(strategy).__name__} shards the weights over the ranks, and Monitor needs all of them on one: save "
+            "whole checkpoints (CheckpointSeries, with the strategy set to a full state dict) and measure those "
+            "afterwards with devmon.observe, or train with strategy='ddp'"
         )
 
 

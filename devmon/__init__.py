@@ -11,11 +11,12 @@ _PUBLIC = {
     # what is measured, and when
     "Snapshot": "devmon.snapshot",
     "Instrument": "devmon.snapshot",
+    "Divisible": "devmon.snapshot",
     "Watch": "devmon.watch",
     "every": "devmon.watch",
     "log_spaced": "devmon.watch",
     # measuring and keeping
-    "observe": "devmon.observe",
+    "observe": "devmon.observing",
     "Trajectory": "devmon.trajectory",
     # errors
     "DevmonError": "devmon.errors",
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from devmon.errors import IdentityError as IdentityError
     from devmon.errors import InstrumentError as InstrumentError
     from devmon.errors import StoreError as StoreError
-    from devmon.observe import observe as observe
+    from devmon.observing import observe as observe
+    from devmon.snapshot import Divisible as Divisible
     from devmon.snapshot import Instrument as Instrument
     from devmon.snapshot import Snapshot as Snapshot
     from devmon.trajectory import Trajectory as Trajectory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import xarray as xr
@@ -43,6 +43,22 @@ class Instrument(Protocol):
     """
 
     def __call__(self, snapshot: Snapshot, /) -> xr.Dataset: ...
+
+
+@runtime_checkable
+class Divisible(Instrument, Protocol):
+    """An instrument whose work the ranks of a data-parallel training do together; others run on rank 0 alone.
+
+    `join` of what the shares return is what the instrument itself returns, up to rounding, for any number of ranks:
+    random numbers belong to what is drawn (`snapshot.generator("chain", 3)`), never to the rank. Every rank has the
+    weights, the buffers and the seed of rank 0. Parts travel to all ranks, so they should be small: traces, sums.
+    """
+
+    def share(self, rank: int, ranks: int, /) -> Instrument | None:
+        """The part of the work that `rank` of `ranks` does, from 0; None where nothing is left for it (not rank 0)."""
+
+    def join(self, parts: list[xr.Dataset], /) -> xr.Dataset:
+        """The whole from the parts, in order of rank, those of ranks that had nothing to do left out."""
 
 
 def derive_seed(seed: int, *what: object) -> int:

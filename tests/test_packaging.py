@@ -128,3 +128,11 @@ def test_a_folder_is_refused_as_a_package_of_its_own(folder: str) -> None:
     run = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode != 0
     assert f"devmon.{folder}" in run.stderr.splitlines()[-1]
+
+
+def test_public_names_are_not_hidden_by_modules_of_their_name():
+    code = (
+        "import devmon.callbacks, devmon; from devmon import observe; "
+        "assert not [name for name in devmon.__all__ if isinstance(getattr(devmon, name), type(devmon))]"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

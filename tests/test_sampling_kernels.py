@@ -9,6 +9,8 @@ from devmon.analysis import llc
 from devmon.errors import DataError, InstrumentError
 from devmon.sampling import (
     BAOAB,
+    SGLD,
+    SGNHT,
     PreconditionedSGLD,
     Settings,
     classification_loss,
@@ -18,7 +20,7 @@ from devmon.sampling.data import as_examples, draw_batches, leaves
 from devmon.sampling.masks import as_mask
 from devmon.sampling.tree import sample_tree, token_losses
 from devmon.testing import exact
-from tests.test_sampling import CURVATURE, Bowl, assert_within_ess_gated, bowl_loss, net_and_data, run
+from tests.test_sampling import CURVATURE, Bowl, assert_within_ess_gated, bowl_loss, net_and_data, run, slopes
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -30,6 +32,36 @@ def test_baoab_has_no_step_size_bias_on_quadratics(momentum):
     assert exact.sgld_quadratic(CURVATURE, 50, 2, lr) > 1.5 * expected
     kernel = BAOAB(lr=lr, nbeta=50, gamma=2, momentum=momentum)
     assert_within_ess_gated(llc(run(sampler=kernel)), expected, percent=1.0)
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.015])
+def test_the_thermostat_keeps_the_law_of_quadratics(lr):
+    kernel = SGNHT(lr=lr, nbeta=50, gamma=2)
+    assert_within_ess_gated(llc(run(sampler=kernel)), exact.gibbs_quadratic(CURVATURE, 50, 2), percent=1.0)
+
+
+def test_the_thermostat_takes_most_of_an_even_heat_away():
+    data, law = slopes(size=0.8), exact.gibbs_quadratic(CURVATURE, 50, 2)
+    heat = [llc(run(data=data, sampler=k(lr=0.002, nbeta=50, gamma=2)))["llc"].item() - law for k in (BAOAB, SGNHT)]
+    assert heat[0] > 0.15 * law
+    assert abs(heat[1]) < 0.25 * heat[0], heat
+
+
+@pytest.mark.parametrize("kernel", [SGLD, BAOAB, SGNHT])
+def test_the_prior_pulls_towards_zero(kernel):
+    """Precision 3 around 0 beside 2 around w* = 1.5: the law moves as well as narrows."""
+    sampler = kernel(lr=0.002, nbeta=50, gamma=2, prior=3)
+    a = 50 * np.array(CURVATURE) + 5
+    variance = 1 / (a * (1 - (0.002 * a / 4 if kernel is SGLD else 0)))
+    expected = (0.5 * 50 * np.array(CURVATURE) * (variance + (3 * 1.5 / a) ** 2)).sum()
+    data = run(sampler=sampler)
+    assert data.attrs["prior"] == 3
+    assert_within_ess_gated(llc(data), expected, percent=1.5)
+
+
+def test_a_kernel_brings_its_own_settings():
+    data = run(sampler=SGLD(lr=0.002, nbeta=20, gamma=7), chains=2, draws=3, burn_in=0)
+    assert {name: data.attrs[name] for name in ("lr", "nbeta", "gamma")} == {"lr": 0.002, "nbeta": 20, "gamma": 7}
 
 
 def test_momentum_mixes_flat_directions_faster():
@@ -60,7 +92,7 @@ def preconditioned_law(kernel, chains=512):
     return np.mean([exact.sgld_quadratic(h, 50, 2, 0.01 * row) for row in m])
 
 
-@pytest.mark.parametrize("sampler", ["preconditioned", "baoab"])
+@pytest.mark.parametrize("sampler", ["preconditioned", "baoab", "sgnht"])
 def test_every_kernel_is_the_same_stacked_and_looped(sampler):
     net, data = net_and_data()
     settings = {"sampler": sampler, "chains": 3, "draws": 70, "burn_in": 0, "lr": 1e-3, "loss": classification_loss}
@@ -73,7 +105,7 @@ def test_every_kernel_is_the_same_stacked_and_looped(sampler):
 
 def test_masked_parameters_rest_and_the_rest_has_its_law():
     entries = torch.tensor([True, False, True, False])
-    for sampler in ("sgld", "baoab", "preconditioned"):
+    for sampler in ("sgld", "baoab", "sgnht", "preconditioned"):
         data = run(mask={"w": entries}, sampler=sampler, draws=300)
         assert data.attrs["parameters"] == 2
         if sampler != "preconditioned":

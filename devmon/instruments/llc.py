@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import xarray as xr
 
 from devmon.sampling.estimate import Settings, sample
 from devmon.sampling.losses import Loss, next_token_loss
-from devmon.snapshot import Snapshot
+from devmon.snapshot import Instrument, Snapshot
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,13 @@ class LLC:
     `nbeta` None means n / log n for n examples. Each chain makes `burn_in + draws` draws of `steps_per_draw` steps.
     Noise and batches belong to the chain and the run's seed, so they are the same at every checkpoint and *changes* of
     λ̂ are sharper than its level. `control_variate` moves by ∇L_B(w) − ∇L_B(w*) + ∇L(w*): about twice the cost of a step
-    (less with `shared_batches`), and the right law where label noise would heat the chain.
+    (less with `shared_batches`), and the right law where label noise would heat the chain. `prior` adds (prior/2)‖w‖²
+    to the exponent. `mask` restricts what is sampled (`devmon.sampling.masks.as_mask`).
 
     Returns (chain, draw), burn-in included: `loss`, `baseline` (the same examples at w*), `distance` ‖w − w*‖, `slope`
-    ∇L_B(w)·(w − w*), with control variates `linear`; settings in attrs. `devmon.analysis.llc` turns them into λ̂, its
+    ∇L_B(w)·(w − w*), with control variates `linear`; settings in attrs. On request: `example_loss` (chain, draw,
+    example) of `examples` single examples, a forward pass of them a draw; `acceptance` of a Metropolis-adjusted step
+    of SGLD, a pass a draw. `devmon.analysis.llc` turns them into λ̂, its
     standard error and a verdict. Raises InstrumentError for settings that cannot be run and a loss that is not finite.
     """
 
@@ -44,12 +49,31 @@ class LLC:
     control_variate: bool = False
     shared_batches: bool = False
     replacement: bool = False
+    prior: float = 0.0
     mask: Any = None
+    examples: int = 0
+    acceptance: bool = False
     float64: bool = False
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        return self._traces(snapshot, range(self.chains))
+
+    def share(self, rank: int, ranks: int) -> Instrument | None:
+        """Chains rank, rank + ranks, …: a chain's noise and batches are its own, whoever runs it."""
+        chains = range(rank, self.chains, ranks)
+        return partial(self._traces, chains=chains) if chains or rank == 0 else None
+
+    def join(self, parts: list[xr.Dataset]) -> xr.Dataset:
+        """The traces of all chains, in order of their numbers."""
+        joined = xr.concat(
+            parts, "chain", data_vars="minimal", coords="minimal", compat="override", join="exact",
+            combine_attrs="identical",
+        )  # fmt: skip
+        return joined.sortby("chain")
+
+    def _traces(self, snapshot: Snapshot, chains: Sequence[int]) -> xr.Dataset:
         settings = Settings(
             **{name: getattr(self, name) for name in Settings.__dataclass_fields__ if hasattr(self, name)},
             seed=snapshot.seed,
         )
-        return sample(snapshot.model, self.loss, self.data, settings)
+        return sample(snapshot.model, self.loss, self.data, settings, chains=chains)

@@ -10,6 +10,7 @@ from devmon.sampling.losses import classification_loss, next_token_loss, regress
 # Kernels
 from devmon.sampling.preconditioned import PreconditionedSGLD
 from devmon.sampling.sgld import SGLD
+from devmon.sampling.thermostat import SGNHT
 from devmon.sampling.underdamped import BAOAB
 
 __all__ = [  # noqa: RUF022 (in groups)
@@ -27,4 +28,5 @@ __all__ = [  # noqa: RUF022 (in groups)
     "SGLD",
     "PreconditionedSGLD",
     "BAOAB",
+    "SGNHT",
 ]

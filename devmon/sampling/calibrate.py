@@ -53,8 +53,8 @@ def calibrate(
 
     The largest curvature of nbeta L at w* sets the scale. Step sizes are tried from large to small, with control
     variates. Heat, the excess of the temperature over 1 in units of λ̂, grows like lr: the largest healthy step whose
-    λ̂ agrees with that of the next smaller one is scaled down until its heat is `tolerance`. Then gamma: the
-    largest for which a tenth of it gives the same λ̂ within tolerance or error. Control variates stay where gradient
+    λ̂ agrees with that of the next smaller one is scaled down until its heat is `tolerance`. Then gamma: between the
+    largest for which a tenth of it gives the same λ̂, within tolerance or error, and that tenth (where it mixes too). Control variates stay where gradient
     noise would heat by more than half the tolerance or would double the variance of the score. The number of steps a
     draw is what brings the error to `tolerance`, within `max_steps` a chain. All else, nbeta and kernel included, is
     taken from `start`.
@@ -94,15 +94,18 @@ def calibrate(
     lr = min(lr, *(tried * _cooling(result, traces, tolerance) for tried, (traces, result) in measured))
     by_gamma = {share * stiff: run(lr, share * stiff, steps=2) for share in GAMMA_SHARES}
     plateau = [
-        larger
+        (larger, smaller)
         for larger, smaller in itertools.pairwise(by_gamma)
         if all(
             a[1]["verdict"].item() == "ok" and _same(a, b, tolerance)
             for a, b in zip(by_gamma[larger], by_gamma[smaller], strict=True)
         )
     ]
-    gamma = max(plateau) if plateau else gamma
-    chosen = by_gamma[gamma]
+    chosen = by_gamma[max(plateau)[0] if plateau else gamma]
+    if plateau:
+        larger, smaller = max(plateau)
+        healthy = all(result["verdict"].item() == "ok" for _, result in by_gamma[smaller])
+        gamma = math.sqrt(larger * smaller) if healthy else larger
     variates = any(_variates_pay(traces, tolerance) for traces, _ in chosen)
     error = max(float(result["se"] / abs(result["llc"])) for _, result in chosen)
     wanted = 2 * trial.draws * (error / tolerance) ** 2 if math.isfinite(error) else math.inf
@@ -115,7 +118,7 @@ def calibrate(
         f"nbeta {nbeta:.4g}; the largest curvature of nbeta L is {stiff:.3g}. lr {lr:.3g} keeps the chains' heat within "
         f"{tolerance:.1%} of λ̂" + ("" if usable else ", but no two step sizes tried agreed on λ̂")
         + f". gamma {gamma:.3g} "
-        + ("is the largest for which a tenth of it gives the same λ̂." if plateau else "lies on no plateau: λ̂ moves with "
+        + ("lies on a plateau: a few times more and a few times less give the same λ̂." if plateau else "lies on no plateau: λ̂ moves with "
         "gamma, so compare only estimates of the same gamma.")
         + f" Control variates {'pay: label noise would heat the chain or drown the score' if variates else 'do not pay'}."
         + f" {per_draw} steps a draw."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,8 +35,21 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """The density and the step whose Metropolis acceptance is asked for: those of `devmon.sampling.SGLD`."""
+
+    lr: float
+    nbeta: float
+    gamma: float
+    prior: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """How the chains are run. `stacked` and `group` (chains held at once; None: chosen) change cost, not numbers."""
+    """How the chains are run. `stacked` and `group` (chains held at once; None: chosen) change cost, not numbers.
+
+    Where a group does not fit into the accelerator's memory it is halved, and its chains start again.
+    """
 
     draws: int
     batch_size: int
@@ -45,6 +58,7 @@ class Plan:
     control_variate: bool = False
     shared_batches: bool = False
     replacement: bool = False
+    proposal: Proposal | None = None
     stacked: bool | None = None
     group: int | None = None
 
@@ -61,7 +75,7 @@ class Traces:
     """Float64 arrays (chain, draw), on the CPU: means over the steps of a draw, for the distance the root mean square.
 
     `linear` is (∇L_B(w*) − ∇L(w*))·(w − w*), the first-order noise of the score (0 without control variates);
-    `slope` is ∇L_B(w)·(w − w*) with the gradient that moved the chain.
+    `slope` is ∇L_B(w)·(w − w*) with the gradient that moved the chain; `acceptance` is what `Plan.proposal` asks for.
     """
 
     loss: Tensor
@@ -69,6 +83,7 @@ class Traces:
     distance: Tensor
     slope: Tensor
     linear: Tensor
+    acceptance: Tensor
 
 
 def run_chains(
@@ -81,12 +96,12 @@ def run_chains(
     *,
     dtype: torch.dtype = torch.float32,
     mask: Mask | None = None,
-    probe: Probe | None = None,
+    probes: Sequence[Probe] = (),
 ) -> tuple[Traces, int]:
     """The traces of the chains numbered `chains`, and the number of parameters sampled.
 
     A chain's noise and batches follow from the plan's seed and its own number, so any split over calls, groups or
-    ranks gives the same traces up to rounding. `probe(model, chain, draw)` sees the weights at the start of each draw.
+    ranks gives the same traces up to rounding. Each probe(model, chain, draw) sees the weights at the start of a draw.
     """
     if plan.batch_size > examples.n or plan.batch_size < 1:
         raise InstrumentError(f"batch_size must be from 1 to the {examples.n} examples, got {plan.batch_size}")
@@ -100,15 +115,28 @@ def run_chains(
     if plan.control_variate:
         table, full = gradient_at_center(flat, examples, plan.batch_size)
     else:
-        met = torch.cat([order.flatten() for order in batches.values()]).unique()
-        table = score_at_center(flat, examples, met, plan.batch_size)
+        met = torch.zeros(examples.n, dtype=torch.bool, device=device)
+        for order in batches.values():
+            met[order.flatten()] = True
+        table = score_at_center(flat, examples, met.nonzero().flatten(), plan.batch_size)
     stack = plan.stacked if plan.stacked is not None else _stacking_pays(flat, examples, plan, len(chains))
     evaluator: Evaluator = Stacked(flat, examples) if stack else Looped(flat, examples)
-    size = plan.group or _group_size(flat, plan, stack, len(chains))
-    parts = []
-    for start in range(0, len(chains), size):
-        group = chains[start : start + size]
-        parts.append(_run_group(flat, evaluator, sampler, plan, group, batches, table, full, where, probe))
+    size = plan.group or _group_size(plan, stack, len(chains))
+    parts: list[Traces] = []
+    done = 0
+    while done < len(chains):
+        group = chains[done : done + size]
+        part = None
+        try:
+            part = _run_group(flat, evaluator, sampler, plan, group, batches, table, full, where, probes)
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise
+        if part is None:  # what this group held is free again by now: the same chains, fewer at once
+            size = (len(group) + 1) // 2
+            continue
+        parts.append(part)
+        done += len(group)
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in Traces.__dataclass_fields__}
     sampled = int(where.sum()) if where is not None else flat.center.numel()
     return Traces(**joined), sampled
@@ -125,7 +153,7 @@ def _run_group(
     table: Tensor,
     full: Tensor | None,
     where: Tensor | None,
-    probe: Probe | None,
+    probes: Sequence[Probe],
 ) -> Traces:
     center = flat.center
     rows = center.expand(len(group), -1).clone()
@@ -139,18 +167,22 @@ def _run_group(
     streams: Sequence[int | None] = [None] if plan.shared_batches else group
     index = torch.stack([batches[stream] for stream in streams], 1)  # (step, chain or 1, batch)
     baseline = table[index].mean(2).expand(-1, len(group))
-    noise = _noise(plan.seed, group, rows)
-    sums = torch.zeros(5, plan.draws, len(group), dtype=torch.float64, device=center.device)
+    noise = _noise(plan.seed, "noise", group, rows)
+    judge = _Judge(plan.proposal, evaluator, rows, center, _noise(plan.seed, "proposal", group, rows), where)
+    sums = torch.zeros(6, plan.draws, len(group), dtype=torch.float64, device=center.device)
     away = torch.empty_like(rows)
     for step in range(plan.draws * plan.steps_per_draw):
-        loss, start, square, slope, linear = sums[:, step // plan.steps_per_draw]
-        loss += score(index[step]).to(torch.float64).mean(1)
+        draw, within = divmod(step, plan.steps_per_draw)
+        loss, start, square, slope, linear, acceptance = sums[:, draw]
+        scored = score(index[step]).to(torch.float64).mean(1)
+        loss += scored
         start += baseline[step]
         torch.sub(rows, center, out=away)
-        if probe is not None and step % plan.steps_per_draw == 0:
+        if probes and within == 0:
             for row, slope_row, chain in zip(rows, grads, group, strict=True):
                 flat.bind(row, slope_row)
-                probe(flat.model, chain, step // plan.steps_per_draw)
+                for probe in probes:
+                    probe(flat.model, chain, draw)
         if full is not None:
             score_copies(index[step])
             slopes.sub_(full)
@@ -158,14 +190,67 @@ def _run_group(
             linear += torch.linalg.vecdot(away, slopes)
         square += torch.linalg.vecdot(away, away)
         slope += torch.linalg.vecdot(away, grads)
+        if plan.proposal is not None and within == 0:
+            acceptance += plan.steps_per_draw * judge(index[step], scored, grads, None if full is None else slopes)
         state = sampler.step(state, grads, next(noise), where)
-    loss, start, square, slope, linear = (sums / plan.steps_per_draw).transpose(1, 2).cpu()
-    return Traces(loss, start, square.sqrt(), slope, linear)
+    loss, start, square, slope, linear, acceptance = (sums / plan.steps_per_draw).transpose(1, 2).cpu()
+    return Traces(loss, start, square.sqrt(), slope, linear, acceptance)
 
 
-def _noise(seed: int, group: Sequence[int], rows: Tensor) -> Any:
+class _Judge:
+    """The Metropolis acceptance of one SGLD proposal from where the chains are, on the minibatch that they meet there.
+
+    The proposal is judged and dropped, so the chains go their way; it costs one more pass and noise of its own.
+    """
+
+    def __init__(
+        self,
+        proposal: Proposal | None,
+        evaluator: Evaluator,
+        rows: Tensor,
+        center: Tensor,
+        noise: Iterator[Tensor],
+        where: Tensor | None,
+    ) -> None:
+        if proposal is None:
+            return
+        self.proposal, self.rows, self.center, self.noise, self.where = proposal, rows, center, noise, where
+        self.there, self.grads = torch.empty_like(rows), torch.empty_like(rows)
+        self.score = evaluator.bind(self.there, self.grads)
+
+    def __call__(self, index: Tensor, losses: Tensor, grads: Tensor, slopes: Tensor | None) -> Tensor:
+        p = self.proposal
+        drift, noise = self._drift(self.rows, grads), next(self.noise)
+        if self.where is not None:
+            noise.mul_(self.where)
+        self.there.copy_(self.rows).add_(drift, alpha=-p.lr / 2).add_(noise, alpha=p.lr**0.5)
+        found = self.score(index).to(torch.float64).mean(1)
+        if slopes is not None:
+            self.grads.sub_(slopes)
+        back = self._drift(self.there, self.grads)
+        energy = p.nbeta * (found - losses)
+        if slopes is not None:
+            energy -= p.nbeta * torch.linalg.vecdot(slopes, self.there - self.rows)
+        for strength, origin in ((p.gamma, self.center), (p.prior, torch.zeros_like(self.center))):
+            if strength:
+                middle = (self.there + self.rows) / 2 - origin
+                energy += strength * torch.linalg.vecdot(middle, self.there - self.rows)
+        away = (self.rows - self.there).add_(back, alpha=p.lr / 2)
+        ratio = torch.linalg.vecdot(noise, noise) / 2 - torch.linalg.vecdot(away, away) / (2 * p.lr)
+        return (ratio - energy).clamp(max=0).exp()
+
+    def _drift(self, rows: Tensor, grads: Tensor) -> Tensor:
+        p = self.proposal
+        drift = grads * p.nbeta
+        drift.add_(rows - self.center, alpha=p.gamma)
+        if p.prior:
+            drift.add_(rows, alpha=p.prior)
+        return drift if self.where is None else drift.mul_(self.where)
+
+
+def _noise(seed: int, what: str, group: Sequence[int], rows: Tensor) -> Iterator[Tensor]:
     """Standard normals (chain, parameter), step after step; each chain has its own stream."""
-    generators = [torch.Generator(rows.device).manual_seed(derive_seed(seed, "noise", chain)) for chain in group]
+    generators = [torch.Generator(rows.device).manual_seed(derive_seed(seed, what, chain)) for chain in group]
     block = rows.new_empty(len(group), max(1, NOISE_BLOCK // rows.shape[1]), rows.shape[1])
     while True:
         for part, generator in zip(block, generators, strict=True):
@@ -182,10 +267,6 @@ def _stacking_pays(flat: Flat, examples: Examples, plan: Plan, chains: int) -> b
     return Stacked(flat, examples).works()
 
 
-def _group_size(flat: Flat, plan: Plan, stack: bool, chains: int) -> int:
-    if not stack:
-        return chains if plan.control_variate and plan.shared_batches else 1
-    if flat.center.device.type != "cuda":
-        return chains
-    free, _ = torch.cuda.mem_get_info(flat.center.device)
-    return chains if free > 0 else 1
+def _group_size(plan: Plan, stack: bool, chains: int) -> int:
+    """Chains held at once: all that are stacked or share a gradient at w*, otherwise one."""
+    return chains if stack or (plan.control_variate and plan.shared_batches) else 1

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
@@ -25,7 +26,23 @@ class Examples:
 
     def batch(self, index: Tensor) -> Tree:
         """The examples at `index` (any shape), as a tree of tensors of shape (*index.shape, ...)."""
-        return map_tree(lambda t: t[index], self.tree)
+        flat = index.flatten()
+        return map_tree(lambda t: t.index_select(0, flat).unflatten(0, index.shape), self.tree)
+
+    def reader(self) -> Callable[[Tensor], Tree]:
+        """`batch`, but into memory that the next call with as many indices overwrites: no page is touched anew."""
+        kept: dict[int, list[Tensor]] = {}
+
+        def read(index: Tensor) -> Tree:
+            flat = index.flatten()
+            if len(flat) not in kept:
+                kept[len(flat)] = [t.new_empty((len(flat), *t.shape[1:])) for t in leaves(self.tree)]
+            buffers = iter(kept[len(flat)])
+            return map_tree(
+                lambda t: torch.index_select(t, 0, flat, out=next(buffers)).unflatten(0, index.shape), self.tree
+            )
+
+        return read
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
         """The same examples on `device`, floating-point tensors as `dtype`."""
@@ -63,15 +80,19 @@ def draw_batches(n: int, size: int, count: int, generator: torch.Generator, *, r
         return torch.arange(n).expand(count, n)
     if 3 * size >= n:
         return torch.stack([torch.randperm(n, generator=generator)[:size] for _ in range(count)])
-    # the first `size` different numbers of a longer list: n > 3 size keeps repeats rare enough for 2 size + 32
-    numbers = torch.randint(n, (count, 2 * size + 32), generator=generator)
-    ordered, order = numbers.sort(dim=1, stable=True)
-    repeat = torch.zeros_like(numbers, dtype=torch.bool)
-    repeat.scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
-    first = repeat.sort(dim=1, stable=True).indices[:, :size]
-    short = (~repeat).sum(1) < size
-    batches = numbers.gather(1, first)
-    for row in short.nonzero().flatten().tolist():
+    # the first `size` different numbers of a list that is long enough: a sort by number, then by place, finds repeats
+    needed = -n * math.log1p(-size / n)
+    length = math.ceil(needed + 6 * math.sqrt(needed - size) + 6)
+    numbers = torch.randint(n, (count, length), generator=generator).numpy()
+    order = np.sort(numbers * length + np.arange(length, dtype=np.int64), axis=1)
+    value, place = np.divmod(order, length)
+    first = np.ones((count, length), dtype=bool)
+    np.put_along_axis(first, place, np.diff(value, axis=1, prepend=-1) != 0, axis=1)
+    chosen = first & (np.cumsum(first, axis=1) <= size)
+    short = np.flatnonzero(chosen.sum(1) < size)
+    chosen[short] = np.arange(length) < size
+    batches = torch.from_numpy(numbers[chosen].reshape(count, size))
+    for row in short.tolist():
         batches[row] = torch.randperm(n, generator=generator)[:size]
     return batches
 

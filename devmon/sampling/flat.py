@@ -92,12 +92,14 @@ class Looped:
         self.flat, self.examples = flat, examples
 
     def bind(self, rows: Tensor, grads: Tensor) -> Score:
+        read = self.examples.reader()
+
         def score(index: Tensor) -> Tensor:
             grads.zero_()
             losses = []
             for chain in range(len(rows)):
                 if chain == 0 or len(index) > 1:
-                    batch = self.examples.batch(index[chain])
+                    batch = read(index[chain])
                 self.flat.bind(rows[chain], grads[chain])
                 losses.append(self.flat.backward(batch))
             return torch.stack(losses)
@@ -119,13 +121,14 @@ class Stacked:
         leaves = [leaf.requires_grad_() for leaf in self.flat.parts(rows.detach())]
         places = self.flat.parts(grads)
         names = [f"model.{name}" for name in self.flat.names]
+        read = self.examples.reader()
 
         def one(parameters: Sequence[Tensor], batch: Any) -> Tensor:
             return torch.func.functional_call(self.whole, dict(zip(names, parameters, strict=True)), (batch,))
 
         def score(index: Tensor) -> Tensor:
             shared = len(index) < len(rows)
-            batch = self.examples.batch(index[0] if shared else index)
+            batch = read(index[0] if shared else index)
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 losses = torch.vmap(one, in_dims=(0, None if shared else 0))(leaves, batch)
                 found = torch.autograd.grad(losses.mean(1).sum(), leaves, allow_unused=True)

@@ -44,7 +44,7 @@ def regression_loss(model: nn.Module, batch: Any) -> Tensor:
     """Half the squared error, summed over outputs, shape (batch,): the negative log-likelihood under unit noise, up to
     a constant. `batch` is (inputs, targets)."""
     inputs, targets = batch
-    return 0.5 * (outputs(model(inputs)) - targets).square().flatten(1).sum(1)
+    return 0.5 * F.mse_loss(outputs(model(inputs)), targets, reduction="none").flatten(1).sum(1)
 
 
 def outputs(result: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Instruments: each a frozen dataclass that reads one thing off a snapshot of the weights."""
 
+from devmon.instruments.curvature import Curvature
 from devmon.instruments.induction import InductionHeads
 from devmon.instruments.linear_probe import LinearProbe
 from devmon.instruments.llc import LLC
@@ -18,4 +19,5 @@ __all__ = [  # noqa: RUF022 (in groups)
     "LinearProbe",
     # geometry
     "LLC",
+    "Curvature",
 ]

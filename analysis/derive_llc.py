@@ -32,6 +32,8 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
     - `downhill`: share of draws scored below w*. `drift`: second half minus first half, over λ̂
     - `temperature`: (nbeta E[∇L·(w−w*)] + gamma E‖w−w*‖²) / parameters. It is 1 in the law that should be sampled
       (integrate by parts), above 1 where step size or gradient noise heat the chain, below 1 while directions spread.
+    - `valley`: E[∇L·(w−w*)] / (2 E[L(w) − L(w*)]): 1 where the loss is quadratic around w*, 2 where it is quartic, below
+      1 where the chain has climbed out of the valley it should describe
     - `acceptance`: mean Metropolis acceptance of a step of SGLD, where the traces hold it (0.57 is the optimum of MALA)
     - `fluctuation`, `fluctuation_se`: the singular fluctuation ν = ½ nbeta E_examples[Var_w(loss of the example)], where
       the traces hold `example_loss` (Watanabe 2010, 1004.2316; d/2 in a regular realisable model at nbeta = n, λ and ν
@@ -115,7 +117,7 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
         half = kept.shape[1] // 2
         drift = (kept[:, half:].mean() - kept[:, :half].mean()) / value if finite and half and value else np.nan
         row: dict[str, Any] = {"llc": value, "se": se, "low": value - Z * se, "high": value + Z * se, "dof": dof}
-        row |= {"llc_chain": chains, "ess": np.nan, "rhat": np.nan, "drift": drift, "temperature": np.nan}
+        row |= {"llc_chain": chains, "ess": np.nan, "rhat": np.nan, "drift": drift, "temperature": np.nan, "valley": np.nan}
         row["downhill"] = float((kept < 0).mean())
         row["wbic"] = float(attrs.get("n", np.nan)) * float(dataset["loss"].values[..., skip:].mean())
     row["acceptance"] = float(dataset["acceptance"].values[..., skip:].mean()) if "acceptance" in dataset else np.nan
@@ -129,6 +131,7 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
         spread = float(attrs["gamma"]) * dataset["distance"].transpose("chain", "draw").values[:, skip:] ** 2
         row["temperature"] = float((pull + spread).mean()) / int(attrs["parameters"])
         slope = mean_and_error(pull, shared)[:2]
+        row["valley"] = slope[0] / (2 * value) if value else np.nan
     row["verdict"] = _verdict(row, slope, dataset, finite)
     return row
 
@@ -178,6 +181,7 @@ _WORDS = {
     "rhat": "rank-normalised split R̂",
     "drift": "second half minus first half, relative",
     "temperature": "effective temperature",
+    "valley": "growth of the loss, 1 in a quadratic valley",
     "downhill": "share of draws below the loss at w*",
     "acceptance": "Metropolis acceptance of a step",
     "fluctuation": "singular fluctuation",

@@ -106,6 +106,7 @@ def report(
     watches = [_watch(page, name, trajectory[name], series, events) for name in trajectory.names()]
     first = [_overview(page, series, events)] if series else []
     llcs = [_llc(page, name, data, events) for name, data in derived.items()]
+    calibration = _calibration(page, attrs.pop("calibration")) if "trials" in attrs.get("calibration", ()) else None
     order = _order(page, detection)
     drawn = _forest(page, forest)
     context = {
@@ -119,6 +120,7 @@ def report(
         "silent": _silent(detection),
         "lags": order,
         "llcs": llcs,
+        "calibration": calibration,
         "watches": watches,
         "run": _run(attrs),
         "measured": _measured(trajectory),
@@ -128,7 +130,7 @@ def report(
         "methods": methods({name: trajectory[name].attrs for name in trajectory.names()}, detection),
         "references": references(str(trajectory[name].attrs.get("instrument", "")) for name in trajectory.names()),
     }
-    shown = {"overview": first, "stages": context["stages"], "order": order, "llc": llcs}
+    shown = {"overview": first, "stages": context["stages"], "order": order, "llc": llcs, "calibration": calibration}
     context["contents"] = [(key, words) for key, words in SECTIONS if shown.get(key, True)]
     environment = Environment(
         loader=PackageLoader("devmon.analysis", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -144,6 +146,7 @@ SECTIONS = (
     ("events", "Events"),
     ("order", "What came first"),
     ("llc", "LLC"),
+    ("calibration", "Calibration"),
     ("watches", "Every watch"),
     ("provenance", "Provenance"),
     ("reading", "How to read this"),
@@ -227,6 +230,28 @@ def _llc(page: Page, name: str, derived: xr.Dataset, events: Sequence[Event]) ->
             Row([str(int(derived["step"].values[i])), *(number(v, 4) for v in values), verdict], verdict != "ok")
         )
     return page.add(f"{name}-llc", drawing, caption, _thinned(columns, rows))
+
+
+def _calibration(page: Page, stored: Mapping[str, Any]) -> tuple[str, Figure]:
+    """The reasons and the figure of what `devmon calibrate` stored."""
+    table, settings = stored["trials"], stored["settings"]
+    trials = xr.Dataset({name: ("trial", _array(values)) for name, values in table.items()}, attrs=settings)
+    drawing, _ = plots.plot_calibration(trials)
+    steps = " and ".join(f"{step} ({name})" for name, step in stored["steps"].items())
+    caption = (
+        f"λ̂ of the trials at step {steps}. Bars: ±1.64 standard errors. Hollow: a rejected trial, at the edge where it is "
+        "off the scale. Faint: the first of two trials of the same settings. Dotted: the chosen lr and gamma."
+    )
+    names = {"model": "checkpoint", "llc": "LLC", "se": "standard error", "ess": "ESS", "rhat": "R̂"}
+    columns = [
+        name for name in ("model", "lr", "gamma", "llc", "se", "ess", "rhat", "temperature", "verdict") if name in table
+    ]
+    models = list(stored["steps"])
+    rows = []
+    for model, *values, verdict in zip(*(table[name] for name in columns), strict=True):
+        rows.append(Row([models[int(model)], *(number(value, 4) for value in values), verdict], verdict != "ok"))
+    data = Table([names.get(name, name) for name in columns], rows)
+    return str(stored["reasons"]), page.add("calibration", drawing, caption, data)
 
 
 @dataclass(frozen=True)
@@ -416,6 +441,11 @@ def _subtitle(trajectory: RunData, attrs: Mapping[str, Any]) -> str:
 
 def _has_rows(data: xr.Dataset) -> bool:
     return data.sizes.get("step", 0) > 0
+
+
+def _array(values: Sequence[Any]) -> np.ndarray:
+    """A column as JSON keeps it: text, or numbers with null for NaN and infinity."""
+    return np.array(values) if all(isinstance(value, str) for value in values) else np.array(values, dtype=float)
 
 
 def _bands(series: Sequence[Series]) -> str:

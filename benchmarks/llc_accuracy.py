@@ -137,6 +137,7 @@ def case_crossings(args: argparse.Namespace) -> dict[str, Any]:
         "w^4": (1, lambda w: w**4, exact.gibbs_one(lambda w: w**4, nbeta, gamma)),
         "(w1 w2)^2": (2, lambda a, b: (a * b) ** 2, exact.gibbs_two(lambda a, b: (a * b) ** 2, nbeta, gamma)),
         "(w1 w2^2)^2": (2, lambda a, b: a**2 * b**4, exact.gibbs_two(lambda a, b: a**2 * b**4, nbeta, gamma)),
+        "(w1 w2 w3)^2": (3, lambda a, b, c: (a * b * c) ** 2, exact.gibbs_crossing_three(nbeta, gamma)),
         "w1^2 + w2^4": (2, lambda a, b: a**2 + b**4, exact.gibbs_two(lambda a, b: a**2 + b**4, nbeta, gamma)),
     }
     rows = []

@@ -11,7 +11,7 @@ for half of every batch, random characters repeated with a random period. The se
 small rewards induction too little for a model of this size to learn it within minutes. `--no-repeats` leaves it out:
 the control, in which the detector finds no induction event.
 
-Cost: five to ten minutes on two cores. Writes OUT/trajectory.zarr, OUT/checkpoints/, OUT/report.html, OUT/figures/.
+Cost: about three minutes on two cores. Writes OUT/trajectory.zarr, OUT/checkpoints/, OUT/report.html, OUT/figures/.
 An interrupted run goes on where its last checkpoint was saved when the same command is given again.
 """
 
@@ -179,6 +179,16 @@ def watches(text: Text, steps: int, *, repeats: bool = True, draws: int = 50) ->
     ]  # fmt: skip
 
 
+def model_and_llc() -> tuple[torch.nn.Module, LLC]:
+    """An untrained model and the LLC of `watches`, of the demo as it is by default (its own text, with repeats):
+
+    devmon calibrate devmon.recipes.language_model:model_and_llc runs/demo
+    """
+    text = read_text()
+    (llc,) = (watch.instrument for watch in watches(text, 2000) if isinstance(watch.instrument, LLC))
+    return AttentionOnly(len(text.alphabet)), llc
+
+
 def previous_kinds(tokens: torch.Tensor, alphabet: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """The probe's task: the kind of the previous character (letter, digit, space, other); and that character itself."""
     kinds = [0 if c.isalpha() else 1 if c.isdigit() else 2 if c.isspace() else 3 for c in alphabet]
@@ -225,7 +235,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for trajectory.zarr, checkpoints/, report.html and figures/.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the measurements.")] = 0,
     steps: Annotated[int, typer.Option(min=20, help="Optimizer steps.")] = 2000,
-    text: Annotated[Path | None, typer.Option(help="A text file, or a folder of them, to train on. [default: the sources of Python's standard library]")] = None,
+    text: Annotated[Path | None, typer.Option(show_default="the sources of Python's standard library", help="A text file, or a folder of them, to train on.")] = None,
     repeats: Annotated[bool, typer.Option(help="Make half of every batch of repeated random characters. Without them no induction event is expected: the control.")] = True,
     draws: Annotated[int, typer.Option(min=4, help="SGLD draws of each LLC chain: fewer are quicker, and rejected more often.")] = 50,
 ) -> None:  # fmt: skip

@@ -92,6 +92,14 @@ def test_gibbs_integrals_match_each_other():
     assert both == pytest.approx(exact.gibbs_quadratic([2, 4], 50, 1), rel=1e-5)
 
 
+def test_three_crossing_weights_by_importance_sampling():
+    nbeta, gamma = 1000.0, 10.0
+    w = np.random.default_rng(0).standard_normal((2_000_000, 3)) / gamma**0.5
+    energy = nbeta * w.prod(1) ** 2
+    expected = (energy * np.exp(-energy)).mean() / np.exp(-energy).mean()
+    assert exact.gibbs_crossing_three(nbeta, gamma) == pytest.approx(expected, rel=0.005)
+
+
 def test_sgld_law_is_the_gibbs_law_for_small_steps_and_unstable_for_large():
     h = [2.0, 0.5]
     assert exact.sgld_quadratic(h, 50, 1, 1e-9) == pytest.approx(exact.gibbs_quadratic(h, 50, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,15 +22,24 @@ from devmon.sampling.losses import Loss
 from devmon.sampling.masks import as_mask
 
 LR_SHARES = (1.0, 0.3, 0.1, 0.03)  # of 1 / the largest curvature of the log density
-GAMMA_SHARES = (0.1, 0.01, 0.001)  # of the largest curvature of nbeta L
+GAMMA_RATIO = 10**0.5
+GAMMA_SHARES = tuple(1 / GAMMA_RATIO**k for k in range(8))  # of the largest curvature of nbeta L
+GAMMA_START = 2
+MOST_STEPS = 8  # steps a draw of a trial
+LEAST_VALLEY = 0.75
+
+HEALTHY = ("ok", "not mixed")
+
+Trial = tuple[xr.Dataset, xr.Dataset]  # traces and what is derived from them
+Run = Callable[[float, float, int], list[Trial]]  # lr, gamma, steps a draw: a trial a model
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The settings chosen for a whole trajectory, the trials behind them, and the reasons in words.
 
-    `trials` has one row a trial: `lr`, `gamma`, `model` (0 is the first model given), `llc`, `se`, `ess`, `rhat`,
-    `temperature`, `verdict`. `flat` says whether a plateau was found; where none is, λ̂ depends on gamma and belongs
+    `trials` has one row a trial: `lr`, `gamma`, `steps_per_draw`, `model` (0 is the first model given), `llc`, `se`,
+    `ess`, `rhat`, `temperature`, `valley`, `verdict`. `flat` says whether a plateau was found; where none is, λ̂ depends on gamma and belongs
     beside it.
     """
 
@@ -48,16 +57,19 @@ def calibrate(
     *,
     tolerance: float = 0.02,
     max_steps: int = 4000,
+    progress: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Settings that suit all of `models` (a late checkpoint first, then a middle one), chosen by short trials.
 
-    The largest curvature of nbeta L at w* sets the scale. Step sizes are tried from large to small, with control
-    variates. Heat, the excess of the temperature over 1 in units of λ̂, grows like lr: the largest healthy step whose
-    λ̂ agrees with that of the next smaller one is scaled down until its heat is `tolerance`. Then gamma: between the
-    largest for which a tenth of it gives the same λ̂, within tolerance or error, and that tenth (where it mixes too). Control variates stay where gradient
-    noise would heat by more than half the tolerance or would double the variance of the score. The number of steps a
-    draw is what brings the error to `tolerance`, within `max_steps` a chain. All else, nbeta and kernel included, is
-    taken from `start`.
+    The largest curvature of nbeta L at w* sets the scale. Step sizes are tried from large to small, for the same time
+    and with control variates, until λ̂ agrees with that of the next smaller one. Heat, the excess of the temperature
+    over 1 in units of λ̂, grows like lr: where it is above `tolerance` lr is scaled down. Then gamma, which holds curved
+    directions back too: it is lowered by √10 at a time until λ̂ moves by no more than `tolerance`, in trials that are
+    lengthened while their error hides it. Where λ̂ never stops moving, the choice is the least gamma at which the chains
+    mix and the loss still rises as in a valley (`devmon.analysis.llc`, `valley` at least 0.75), and `flat` is False.
+    Control variates stay where gradient noise would heat by more than half the tolerance or would double the variance
+    of the score. The number of steps a draw is what brings the error to `tolerance`, within `max_steps` a chain. All
+    else, nbeta and kernel included, is taken from `start`. `progress` hears of each trial.
 
     Raises InstrumentError where no step size gives a finite and stable run.
     """
@@ -65,50 +77,38 @@ def calibrate(
     start = start or Settings(lr=0.0, gamma=0.0, sampler="baoab")
     examples = as_examples(data)
     nbeta = examples.n / math.log(max(examples.n, 2)) if start.nbeta is None else start.nbeta
-    trial = replace(start, nbeta=nbeta, draws=100, burn_in=100, steps_per_draw=1, control_variate=True)
+    trial = replace(
+        start,
+        nbeta=nbeta,
+        draws=100,
+        burn_in=100,
+        steps_per_draw=1,
+        control_variate=True,
+        chains=max(4, start.chains),
+        examples=0,
+        acceptance=False,
+    )
     stiff = nbeta * max(largest_curvature(model, loss, examples, start) for model in models)
     rows: list[dict[str, Any]] = []
 
-    def run(lr: float, gamma: float, steps: int = 1) -> list[tuple[xr.Dataset, xr.Dataset]]:
-        settings = replace(trial, lr=lr, gamma=gamma, steps_per_draw=steps)
-        derived = [(traces, llc(traces)) for traces in (sample(model, loss, examples, settings) for model in models)]
-        for number, (_, result) in enumerate(derived):
-            names = ("llc", "se", "ess", "rhat", "temperature", "verdict")
-            rows.append({"model": number, "lr": lr, "gamma": gamma} | {name: result[name].item() for name in names})
-        return derived
+    def run(lr: float, gamma: float, steps: int) -> list[Trial]:
+        trials = []
+        for number, model in enumerate(models):
+            if progress is not None:
+                progress(f"lr {lr:.2g}, gamma {gamma:.3g}, checkpoint {number + 1} of {len(models)}")
+            traces = sample(model, loss, examples, replace(trial, lr=lr, gamma=gamma, steps_per_draw=steps))
+            trials.append((traces, llc(traces)))
+            names = ("llc", "se", "ess", "rhat", "temperature", "valley", "verdict")
+            found = {name: trials[-1][1][name].item() for name in names}
+            rows.append({"model": number, "lr": lr, "gamma": gamma, "steps_per_draw": steps} | found)
+        return trials
 
-    gamma = GAMMA_SHARES[1] * stiff
-    by_lr = {share / (stiff + gamma): run(share / (stiff + gamma), gamma) for share in LR_SHARES}
-    rates = list(by_lr)
-    calm = [lr for lr in rates if all(result["verdict"].item() in ("ok", "not mixed") for _, result in by_lr[lr])]
-    if not calm:
-        seen = ", ".join(sorted({str(row["verdict"]) for row in rows}))
-        raise InstrumentError(f"no step size from {rates[-1]:.2g} to {rates[0]:.2g} ran healthily ({seen}): check w*")
-    usable = [
-        lr
-        for lr, smaller in itertools.pairwise(rates)
-        if lr in calm and all(_same(a, b, tolerance) for a, b in zip(by_lr[lr], by_lr[smaller], strict=True))
-    ]
-    lr = max(usable or calm)
-    measured = [(tried, pair) for tried in calm if tried >= lr for pair in by_lr[tried]]
-    lr = min(lr, *(tried * _cooling(result, traces, tolerance) for tried, (traces, result) in measured))
-    by_gamma = {share * stiff: run(lr, share * stiff, steps=2) for share in GAMMA_SHARES}
-    plateau = [
-        (larger, smaller)
-        for larger, smaller in itertools.pairwise(by_gamma)
-        if all(
-            a[1]["verdict"].item() == "ok" and _same(a, b, tolerance)
-            for a, b in zip(by_gamma[larger], by_gamma[smaller], strict=True)
-        )
-    ]
-    chosen = by_gamma[max(plateau)[0] if plateau else gamma]
-    if plateau:
-        larger, smaller = max(plateau)
-        healthy = all(result["verdict"].item() == "ok" for _, result in by_gamma[smaller])
-        gamma = math.sqrt(larger * smaller) if healthy else larger
+    lr, agreed = _step_size(run, stiff, GAMMA_SHARES[GAMMA_START] * stiff, tolerance)
+    gamma, chosen, plateau = _localisation(run, lr, stiff, tolerance)
     variates = any(_variates_pay(traces, tolerance) for traces, _ in chosen)
     error = max(float(result["se"] / abs(result["llc"])) for _, result in chosen)
-    wanted = 2 * trial.draws * (error / tolerance) ** 2 if math.isfinite(error) else math.inf
+    spent = trial.chains * trial.draws * int(chosen[0][0].attrs["steps_per_draw"])
+    wanted = spent * (error / tolerance) ** 2 / start.chains if math.isfinite(error) else math.inf
     draws = start.draws + start.burn_in
     per_draw = int(np.clip(math.ceil(wanted / start.draws), 1, max(1, max_steps // draws)))
     settings = replace(
@@ -116,16 +116,73 @@ def calibrate(
     )
     reasons = (
         f"nbeta {nbeta:.4g}; the largest curvature of nbeta L is {stiff:.3g}. lr {lr:.3g} keeps the chains' heat within "
-        f"{tolerance:.1%} of λ̂" + ("" if usable else ", but no two step sizes tried agreed on λ̂")
+        f"{tolerance:.1%} of λ̂" + ("" if agreed else ", but no two step sizes tried agreed on λ̂")
         + f". gamma {gamma:.3g} "
-        + ("lies on a plateau: a few times more and a few times less give the same λ̂." if plateau else "lies on no plateau: λ̂ moves with "
-        "gamma, so compare only estimates of the same gamma.")
+        + ("lies on a plateau: three times more gives the same λ̂." if plateau else "lies on no plateau, but is the least "
+        "at which the chains mix and stay in the valley of w*: λ̂ moves with gamma, so compare only estimates of the same one.")
         + f" Control variates {'pay: label noise would heat the chain or drown the score' if variates else 'do not pay'}."
         + f" {per_draw} steps a draw."
     )  # fmt: skip
     trials = xr.Dataset({name: ("trial", np.array([row[name] for row in rows])) for name in rows[0]})
     trials.attrs = {"kind": "calibration", "reasons": reasons, "lr": lr, "gamma": gamma, "nbeta": float(nbeta)}
-    return Calibration(settings, trials, reasons, bool(usable) and bool(plateau))
+    return Calibration(settings, trials, reasons, agreed and plateau)
+
+
+def _step_size(run: Run, stiff: float, gamma: float, tolerance: float) -> tuple[float, bool]:
+    """The step size, and whether λ̂ agreed with that of a smaller one. Trials are equally long in time lr · steps."""
+    rates = [share / (stiff + gamma) for share in LR_SHARES]
+    tried: dict[float, list[Trial]] = {}
+    lr, agreed = rates[0], False
+    for above, below in itertools.pairwise(rates):
+        for rate in (above, below):
+            if rate not in tried:
+                tried[rate] = run(rate, gamma, min(round(rates[0] / rate), MOST_STEPS))
+        healthy = all(result["verdict"].item() in HEALTHY for _, result in tried[above])
+        if healthy and all(_same(*pair, tolerance) for pair in zip(tried[above], tried[below], strict=True)):
+            lr, agreed = above, True
+            break
+    else:
+        calm = [lr for lr, trials in tried.items() if all(r["verdict"].item() in HEALTHY for _, r in trials)]
+        if not calm:
+            seen = ", ".join(sorted({str(r["verdict"].item()) for trials in tried.values() for _, r in trials}))
+            raise InstrumentError(
+                f"no step size from {rates[-1]:.2g} to {rates[0]:.2g} ran healthily ({seen}): w* is perhaps no minimum; "
+                f"take a later checkpoint or a smaller nbeta"
+            )
+        lr = max(calm)
+    heats = [
+        rate * _cooling(result, traces, tolerance) for rate in tried if rate >= lr for traces, result in tried[rate]
+    ]
+    return min(lr, *heats), agreed
+
+
+def _localisation(run: Run, lr: float, stiff: float, tolerance: float) -> tuple[float, list[Trial], bool]:
+    """gamma, its trials, and whether it lies on a plateau."""
+    tried: dict[float, list[Trial]] = {}
+    steps, above = 2, 0.0
+    for share in GAMMA_SHARES:
+        below = share * stiff
+        tried[below] = run(lr, below, steps)
+        if not all(_in_valley(result) for _, result in tried[below]):
+            break
+        if above:
+            pairs = list(zip(tried[above], tried[below], strict=True))
+            while steps < MOST_STEPS and any(_undecided(*pair, tolerance) for pair in pairs):
+                steps *= 2
+                tried[above], tried[below] = run(lr, above, steps), run(lr, below, steps)
+                pairs = list(zip(tried[above], tried[below], strict=True))
+            if all(_same(*pair, tolerance) for pair in pairs):
+                mixed = [g for g in (below, above) if all(r["verdict"].item() == "ok" for _, r in tried[g])]
+                if mixed:
+                    return mixed[0], tried[mixed[0]], True
+        above = below
+    usable = [g for g, trials in tried.items() if all(r["verdict"].item() == "ok" and _in_valley(r) for _, r in trials)]
+    gamma = min(usable) if usable else max(tried)
+    return gamma, tried[gamma], False
+
+
+def _in_valley(result: xr.Dataset) -> bool:
+    return result["verdict"].item() in HEALTHY and result["valley"].item() >= LEAST_VALLEY
 
 
 def largest_curvature(model: nn.Module, loss: Loss, data: Any, settings: Settings, *, rounds: int = 12) -> float:
@@ -174,12 +231,24 @@ def _cooling(result: xr.Dataset, traces: xr.Dataset, tolerance: float) -> float:
     return min(1.0, tolerance * max(result["llc"].item() - heat, 0.1 * heat) / heat) if sure else 1.0
 
 
-def _same(one: tuple[xr.Dataset, xr.Dataset], other: tuple[xr.Dataset, xr.Dataset], tolerance: float) -> bool:
-    """Whether two trials agree; they share noise and batches, so their difference is known better than either."""
+def _difference(one: Trial, other: Trial) -> tuple[float, float]:
+    """How far two trials are apart and its error, over λ̂: they share noise and batches, which makes it small."""
     burn_in = int(one[0].attrs["burn_in"])
     excess = [scaled_excess(traces).values[:, burn_in:] for traces, _ in (one, other)]
     difference, error, _ = mean_and_error(excess[0] - excess[1], bool(one[0].attrs["shared_batches"]))
-    return abs(difference) <= max(tolerance * abs(one[1]["llc"].item()), 1.645 * error)
+    scale = max(abs(other[1]["llc"].item()), 1e-300)
+    return abs(difference) / scale, error / scale
+
+
+def _same(one: Trial, other: Trial, tolerance: float) -> bool:
+    difference, error = _difference(one, other)
+    return difference <= max(tolerance, 1.645 * error)
+
+
+def _undecided(one: Trial, other: Trial, tolerance: float) -> bool:
+    """Whether the trials agree only because they are short."""
+    difference, error = _difference(one, other)
+    return tolerance / 2 < error and tolerance < difference + 1.645 * error and difference <= 1.645 * error
 
 
 def _variates_pay(traces: xr.Dataset, tolerance: float) -> bool:

@@ -171,3 +171,16 @@ def gibbs_two(loss: Callable[[NDArray, NDArray], NDArray], nbeta: float, gamma: 
     energy = nbeta * loss(x, y)
     weight = np.exp(-(energy + 0.5 * gamma * (x**2 + y**2))) * np.outer(jacobian, jacobian)
     return float((energy * weight).sum() / weight.sum())
+
+
+def gibbs_crossing_three(nbeta: float, gamma: float, points: int = 4001) -> float:
+    """The same for K = (w1 w2 w3)² around 0 (λ = ½, θ = 3): given two weights, the third is Gaussian of precision
+    gamma + 2 nbeta (w1 w2)², which leaves two integrals."""
+    width = 8 / math.sqrt(gamma)
+    t = np.linspace(0, 1, points)[1:]
+    w, jacobian = width * t**3, t**2
+    square = np.multiply.outer(w, w) ** 2
+    precision = gamma + 2 * nbeta * square
+    gauss = jacobian * np.exp(-0.5 * gamma * w**2)
+    weight = np.outer(gauss, gauss) / np.sqrt(precision)
+    return float((weight * nbeta * square / precision).sum() / weight.sum())

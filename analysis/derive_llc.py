@@ -30,7 +30,7 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
       the interval's half-width / 1.645, so that llc ± 1.645 se is that interval also where few chains make it wide.
     - `llc_chain(chain)`; `ess` and `rhat` of the loss differences (rank-normalised split R̂, Vehtari et al. 2021)
     - `downhill`: share of draws scored below w*. `drift`: second half minus first half, over λ̂
-    - `temperature`: (nbeta E[∇L·(w−w*)] + gamma E‖w−w*‖²) / parameters. It is 1 in the law that should be sampled
+    - `temperature`, `temperature_se`: (nbeta E[∇L·(w−w*)] + gamma E‖w−w*‖²) / parameters. It is 1 in the law that should be sampled
       (integrate by parts), above 1 where step size or gradient noise heat the chain, below 1 while directions spread.
     - `valley`: E[∇L·(w−w*)] / (2 E[L(w) − L(w*)]): 1 where the loss is quadratic around w*, 2 where it is quartic, below
       1 where the chain has climbed out of the valley it should describe
@@ -117,7 +117,7 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
         half = kept.shape[1] // 2
         drift = (kept[:, half:].mean() - kept[:, :half].mean()) / value if finite and half and value else np.nan
         row: dict[str, Any] = {"llc": value, "se": se, "low": value - Z * se, "high": value + Z * se, "dof": dof}
-        row |= {"llc_chain": chains, "ess": np.nan, "rhat": np.nan, "drift": drift, "temperature": np.nan, "valley": np.nan}
+        row |= {"llc_chain": chains, "ess": np.nan, "rhat": np.nan, "drift": drift, "temperature": np.nan, "temperature_se": np.nan, "valley": np.nan}
         row["downhill"] = float((kept < 0).mean())
         row["wbic"] = float(attrs.get("n", np.nan)) * float(dataset["loss"].values[..., skip:].mean())
     row["acceptance"] = float(dataset["acceptance"].values[..., skip:].mean()) if "acceptance" in dataset else np.nan
@@ -129,7 +129,8 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
     if finite and "slope" in dataset and "parameters" in attrs:
         pull = float(attrs["nbeta"]) * dataset["slope"].transpose("chain", "draw").values[:, skip:]
         spread = float(attrs["gamma"]) * dataset["distance"].transpose("chain", "draw").values[:, skip:] ** 2
-        row["temperature"] = float((pull + spread).mean()) / int(attrs["parameters"])
+        heat, heat_se, _ = mean_and_error(pull + spread, shared)
+        row["temperature"], row["temperature_se"] = (x / int(attrs["parameters"]) for x in (heat, heat_se))
         slope = mean_and_error(pull, shared)[:2]
         row["valley"] = slope[0] / (2 * value) if value else np.nan
     row["verdict"] = _verdict(row, slope, dataset, finite)
@@ -181,6 +182,7 @@ _WORDS = {
     "rhat": "rank-normalised split R̂",
     "drift": "second half minus first half, relative",
     "temperature": "effective temperature",
+    "temperature_se": "standard error of the effective temperature",
     "valley": "growth of the loss, 1 in a quadratic valley",
     "downhill": "share of draws below the loss at w*",
     "acceptance": "Metropolis acceptance of a step",

@@ -2,7 +2,7 @@
 
     python benchmarks/llc_accuracy.py [CASES…] [--seeds 20] [--intervals 200] [--nets 30] [--json PATH]
 
-Cases: regression, intervals, reduced-rank, deep-linear, crossings. Every estimate is calibrated unaided; regression
+Cases: regression, intervals, reduced-rank, deep-linear, crossings, peers. Every estimate is calibrated unaided; regression
 and intervals are calibrated once, on another seed's data. Label noise is made orthogonal to the features where w* is
 built by hand, so that w* is a minimum of the empirical loss and λ̂ estimates λ and not λ − λ / log n.
 """
@@ -10,9 +10,13 @@ built by hand, so that w* is a minimum of the empirical loss and λ̂ estimates 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import platform
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -164,12 +168,66 @@ def summary(result: Any, truth: float) -> dict[str, Any]:
     return row | {"verdict": str(result["verdict"].item()), "settings": settings}
 
 
+def case_peers(args: argparse.Namespace) -> dict[str, Any]:
+    """The label-noise regression at the same nbeta and batch size: devinterp at its defaults (lr has none: four are
+    tried, the best counts), devmon on a small budget.
+
+    Cost is examples × gradient evaluations (a forward pass alone counts a third). What an estimator would need for an
+    error of 5% is its cost times (its root mean square error over the seeds / 5%)², as if all of it were noise.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    settings = replace(settings_for_regression(0.02), draws=150, burn_in=100, steps_per_draw=1, chains=4)
+    rates = (1e-4, 1e-5, 1e-6, 1e-7)
+    for seed in range(args.peer_seeds):
+        model, data = regression(seed)
+        found["devmon"].append(float(llc(sample(model, regression_loss, data, replace(settings, seed=seed)))["llc"]))
+        for lr in rates:
+            found[f"devinterp, lr {lr:g}"].append(devinterp_llc(model, data, seed, lr))
+    n, batch = len(data[0]), settings.batch_size
+    ours = 2 * settings.chains * (settings.draws + settings.burn_in) * batch + n  # at w, at w*, all data once
+    theirs = 4 * 200 * batch + 4 * 32 * batch / 3
+    rows: dict[str, Any] = {"truth": 32.0, "settings": {"lr": settings.lr, "gamma": settings.gamma}}
+    for name, values in found.items():
+        error, cost = float(np.sqrt(np.mean((np.array(values) / 32 - 1) ** 2))), ours if name == "devmon" else theirs
+        needed = cost * max((error / 0.05) ** 2, float(name == "devmon"))
+        rows[name] = {"values": values, "rms_error": error, "cost": cost, "cost_for_5_percent": needed}
+    best = min(rows[name]["cost_for_5_percent"] for name in found if name != "devmon")
+    return rows | {"ratio": best / rows["devmon"]["cost_for_5_percent"]}
+
+
+def devinterp_llc(model: nn.Module, data: tuple[Tensor, Tensor], seed: int, lr: float) -> float:
+    """devinterp 2 through its public functions, the example's loss in the place of each token's."""
+    from devinterp.slt.llc import compute_llc
+    from devinterp.slt.sampling import sample as devinterp_sample
+    from torch.utils.data import Dataset
+
+    table = torch.cat(data, 1)
+
+    class Rows(Dataset):
+        def __len__(self) -> int:
+            return len(table)
+
+        def __getitem__(self, i: int) -> dict[str, Tensor]:
+            return {"input_ids": table[i]}
+
+    def loss(network: nn.Module, rows: Tensor) -> Tensor:
+        return regression_loss(network, (rows[:, :-1], rows[:, -1:]))[:, None].expand(-1, rows.shape[1] - 1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tree = devinterp_sample(
+            copy.deepcopy(model), Rows(), {}, lr=lr, n_beta=len(table) / math.log(len(table)), localization=1.0,
+            batch_size=64, init_seed=seed, loss_fn=loss, output_path=f"{folder}/samples.zarr", device="cpu",
+        )  # fmt: skip
+        return float(compute_llc(tree)["llc_mean"])
+
+
 CASES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "crossings": case_crossings,
     "reduced-rank": case_reduced_rank,
     "regression": case_regression,
     "intervals": case_intervals,
     "deep-linear": case_deep_linear,
+    "peers": case_peers,
 }
 
 
@@ -178,6 +236,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASES", help=", ".join(CASES))
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--intervals", type=int, default=200)
+    parser.add_argument("--peer-seeds", type=int, default=8)
     parser.add_argument("--nets", type=int, default=30)
     parser.add_argument("--json", default=None, help="write the results here")
     args = parser.parse_args()

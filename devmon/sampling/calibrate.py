@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,15 @@ from devmon.sampling.flat import Flat
 from devmon.sampling.losses import Loss
 from devmon.sampling.masks import as_mask
 
-LR_SHARES = (1.0, 0.3, 0.1, 0.03)  # of 1 / the largest curvature of the log density
-GAMMA_RATIO = 10**0.5
-GAMMA_SHARES = tuple(1 / GAMMA_RATIO**k for k in range(8))  # of the largest curvature of nbeta L
-GAMMA_START = 2
-MOST_STEPS = 8  # steps a draw of a trial
+RATIO = 10**0.5  # between the step sizes and the gammas that are compared
+GAMMAS = tuple(1 / RATIO**k for k in range(1, 8))  # over the largest curvature of nbeta L
+GAMMA_FOR_LR = 0.1
 LEAST_VALLEY = 0.75
 
 HEALTHY = ("ok", "not mixed")
 
 Trial = tuple[xr.Dataset, xr.Dataset]  # traces and what is derived from them
-Run = Callable[[float, float, int], list[Trial]]  # lr, gamma, steps a draw: a trial a model
+Run = Callable[[float, float, int], list[Trial]]  # lr, gamma, steps a draw: one trial a model
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,15 @@ def calibrate(
 ) -> Calibration:
     """Settings that suit all of `models` (a late checkpoint first, then a middle one), chosen by short trials.
 
-    The largest curvature of nbeta L at w* sets the scale. Step sizes are tried from large to small, for the same time
-    and with control variates, until λ̂ agrees with that of the next smaller one. Heat, the excess of the temperature
-    over 1 in units of λ̂, grows like lr: where it is above `tolerance` lr is scaled down. Then gamma, which holds curved
-    directions back too: it is lowered by √10 at a time until λ̂ moves by no more than `tolerance`, in trials that are
-    lengthened while their error hides it. Where λ̂ never stops moving, the choice is the least gamma at which the chains
-    mix and the loss still rises as in a valley (`devmon.analysis.llc`, `valley` at least 0.75), and `flat` is False.
-    Control variates stay where gradient noise would heat by more than half the tolerance or would double the variance
-    of the score. The number of steps a draw is what brings the error to `tolerance`, within `max_steps` a chain. All
-    else, nbeta and kernel included, is taken from `start`. `progress` hears of each trial.
+    The largest curvature of nbeta L at w* sets the scale. lr: from one over it downwards until the chains are healthy
+    and their heat (the excess of the temperature over 1, in units of λ̂) is at most `tolerance`, and until a step √10
+    times smaller gives the same λ̂. gamma: from that curvature downwards by √10 at a time, in trials that are lengthened
+    while their error hides a move; large ones hold curved directions back, small ones let the chains walk to where the
+    loss has another shape (`valley` in `devmon.analysis.llc`). The choice is where λ̂ moved least; `flat` says whether
+    that is a plateau, a move within `tolerance` or error. Control variates stay where gradient noise would heat by more
+    than half the tolerance or would double the variance of the score. The number of steps a draw is what brings the
+    error to `tolerance` after a burn-in as long as that of the trials, within `max_steps` a chain. All else, nbeta and kernel included, is taken from `start`.
+    `progress` hears of each trial.
 
     Raises InstrumentError where no step size gives a finite and stable run.
     """
@@ -91,6 +89,7 @@ def calibrate(
     stiff = nbeta * max(largest_curvature(model, loss, examples, start) for model in models)
     rows: list[dict[str, Any]] = []
 
+    @cache
     def run(lr: float, gamma: float, steps: int) -> list[Trial]:
         trials = []
         for number, model in enumerate(models):
@@ -103,14 +102,17 @@ def calibrate(
             rows.append({"model": number, "lr": lr, "gamma": gamma, "steps_per_draw": steps} | found)
         return trials
 
-    lr, agreed = _step_size(run, stiff, GAMMA_SHARES[GAMMA_START] * stiff, tolerance)
-    gamma, chosen, plateau = _localisation(run, lr, stiff, tolerance)
+    most = max(1, max_steps // (trial.draws + trial.burn_in))
+    lr, steps, agreed = _step_size(run, stiff, tolerance, most)
+    gamma, steps, plateau = _localisation(run, lr, stiff, tolerance, steps, most)
+    chosen = run(lr, gamma, steps)
     variates = any(_variates_pay(traces, tolerance) for traces, _ in chosen)
     error = max(float(result["se"] / abs(result["llc"])) for _, result in chosen)
     spent = trial.chains * trial.draws * int(chosen[0][0].attrs["steps_per_draw"])
     wanted = spent * (error / tolerance) ** 2 / start.chains if math.isfinite(error) else math.inf
     draws = start.draws + start.burn_in
-    per_draw = int(np.clip(math.ceil(wanted / start.draws), 1, max(1, max_steps // draws)))
+    settle = trial.burn_in * steps / max(start.burn_in, 1)  # burn-in as long as that of the trials
+    per_draw = int(np.clip(math.ceil(max(wanted / start.draws, settle)), 1, max(1, max_steps // draws)))
     settings = replace(
         start, nbeta=nbeta, lr=lr, gamma=gamma, control_variate=variates, steps_per_draw=per_draw, mask=start.mask
     )
@@ -118,8 +120,8 @@ def calibrate(
         f"nbeta {nbeta:.4g}; the largest curvature of nbeta L is {stiff:.3g}. lr {lr:.3g} keeps the chains' heat within "
         f"{tolerance:.1%} of λ̂" + ("" if agreed else ", but no two step sizes tried agreed on λ̂")
         + f". gamma {gamma:.3g} "
-        + ("lies on a plateau: three times more gives the same λ̂." if plateau else "lies on no plateau, but is the least "
-        "at which the chains mix and stay in the valley of w*: λ̂ moves with gamma, so compare only estimates of the same one.")
+        + ("lies on a plateau: three times more gives the same λ̂." if plateau else "is where λ̂ moved least with gamma, "
+        "but no plateau: compare only estimates of the same gamma.")
         + f" Control variates {'pay: label noise would heat the chain or drown the score' if variates else 'do not pay'}."
         + f" {per_draw} steps a draw."
     )  # fmt: skip
@@ -128,57 +130,66 @@ def calibrate(
     return Calibration(settings, trials, reasons, agreed and plateau)
 
 
-def _step_size(run: Run, stiff: float, gamma: float, tolerance: float) -> tuple[float, bool]:
-    """The step size, and whether λ̂ agreed with that of a smaller one. Trials are equally long in time lr · steps."""
-    rates = [share / (stiff + gamma) for share in LR_SHARES]
-    tried: dict[float, list[Trial]] = {}
-    lr, agreed = rates[0], False
-    for above, below in itertools.pairwise(rates):
-        for rate in (above, below):
-            if rate not in tried:
-                tried[rate] = run(rate, gamma, min(round(rates[0] / rate), MOST_STEPS))
-        healthy = all(result["verdict"].item() in HEALTHY for _, result in tried[above])
-        if healthy and all(_same(*pair, tolerance) for pair in zip(tried[above], tried[below], strict=True)):
-            lr, agreed = above, True
+def _step_size(run: Run, stiff: float, tolerance: float, most: int) -> tuple[float, int, bool]:
+    """The step size, the steps a draw that its chains need, and whether λ̂ agreed with that of a smaller one."""
+    gamma = GAMMA_FOR_LR * stiff
+    top = 1 / (stiff + gamma)
+
+    def tried(lr: float) -> tuple[list[Trial], int]:
+        steps = min(math.ceil(top / lr), most)  # all trials are equally long in time lr · steps
+        return run(lr, gamma, steps), steps
+
+    lr, seen, healthy = top, set(), False
+    for _ in range(8):
+        trials, steps = tried(lr)
+        verdicts = {result["verdict"].item() for _, result in trials}
+        seen |= verdicts
+        healthy = verdicts <= set(HEALTHY)
+        factor = min(_cooling(result, traces, tolerance) for traces, result in trials) if healthy else 1 / RATIO
+        if healthy and factor > 0.8:
             break
-    else:
-        calm = [lr for lr, trials in tried.items() if all(r["verdict"].item() in HEALTHY for _, r in trials)]
-        if not calm:
-            seen = ", ".join(sorted({str(r["verdict"].item()) for trials in tried.values() for _, r in trials}))
-            raise InstrumentError(
-                f"no step size from {rates[-1]:.2g} to {rates[0]:.2g} ran healthily ({seen}): w* is perhaps no minimum; "
-                f"take a later checkpoint or a smaller nbeta"
-            )
-        lr = max(calm)
-    heats = [
-        rate * _cooling(result, traces, tolerance) for rate in tried if rate >= lr for traces, result in tried[rate]
-    ]
-    return min(lr, *heats), agreed
+        lr *= factor
+    if not healthy:
+        raise InstrumentError(
+            f"no step size from {top:.2g} down to {lr:.2g} ran healthily ({', '.join(sorted(seen))}): w* is perhaps no "
+            f"minimum; take a later checkpoint or a smaller nbeta"
+        )
+    for _ in range(3):
+        smaller, longer = tried(lr / RATIO)
+        if all(_same(*pair, tolerance) for pair in zip(trials, smaller, strict=True)):
+            return lr, steps, True
+        lr, trials, steps = lr / RATIO, smaller, longer
+    return lr, steps, False
 
 
-def _localisation(run: Run, lr: float, stiff: float, tolerance: float) -> tuple[float, list[Trial], bool]:
-    """gamma, its trials, and whether it lies on a plateau."""
-    tried: dict[float, list[Trial]] = {}
-    steps, above = 2, 0.0
-    for share in GAMMA_SHARES:
-        below = share * stiff
-        tried[below] = run(lr, below, steps)
-        if not all(_in_valley(result) for _, result in tried[below]):
+def _localisation(
+    run: Run, lr: float, stiff: float, tolerance: float, steps: int, most: int
+) -> tuple[float, int, bool]:
+    """gamma, the steps a draw of its trials, and whether it lies on a plateau. Large gammas hold curved directions back, small ones let the chains
+    walk to where the loss has another shape; in between λ̂ moves least."""
+    tried: list[tuple[float, list[Trial]]] = []
+    moves: list[float] = []
+    flat: list[bool] = []
+    for share in GAMMAS:
+        trials = run(lr, share * stiff, steps)
+        if not all(_in_valley(result) for _, result in trials):
             break
-        if above:
-            pairs = list(zip(tried[above], tried[below], strict=True))
-            while steps < MOST_STEPS and any(_undecided(*pair, tolerance) for pair in pairs):
-                steps *= 2
-                tried[above], tried[below] = run(lr, above, steps), run(lr, below, steps)
-                pairs = list(zip(tried[above], tried[below], strict=True))
-            if all(_same(*pair, tolerance) for pair in pairs):
-                mixed = [g for g in (below, above) if all(r["verdict"].item() == "ok" for _, r in tried[g])]
-                if mixed:
-                    return mixed[0], tried[mixed[0]], True
-        above = below
-    usable = [g for g, trials in tried.items() if all(r["verdict"].item() == "ok" and _in_valley(r) for _, r in trials)]
-    gamma = min(usable) if usable else max(tried)
-    return gamma, tried[gamma], False
+        tried.append((share * stiff, trials))
+        if len(tried) == 1:
+            continue
+        pairs = list(zip(tried[-2][1], tried[-1][1], strict=True))
+        while 2 * steps <= most and any(_undecided(*pair, tolerance) for pair in pairs):
+            steps *= 2
+            tried[-2:] = [(gamma, run(lr, gamma, steps)) for gamma, _ in tried[-2:]]
+            pairs = list(zip(tried[-2][1], tried[-1][1], strict=True))
+        moves.append(max(_difference(*pair)[0] for pair in pairs))
+        flat.append(all(_same(*pair, tolerance) for pair in pairs))
+        if moves[-1] <= tolerance / 2 or moves[-1] > 1.5 * min(moves):
+            break
+    if not moves:
+        return (tried[0][0] if tried else stiff), steps, False
+    least = moves.index(min(moves))
+    return tried[least + 1][0], steps, flat[least]  # the smaller of the two: beyond it the other error begins
 
 
 def _in_valley(result: xr.Dataset) -> bool:
@@ -226,9 +237,10 @@ def _gradient(flat: Flat, examples: Examples, index: torch.Tensor, position: tor
 
 def _cooling(result: xr.Dataset, traces: xr.Dataset, tolerance: float) -> float:
     """The factor on lr that brings the heat of this trial to the tolerance; 1 where its heat is not sure."""
-    heat = (result["temperature"].item() - 1) * traces.attrs["parameters"] / 2
-    sure = heat > 2 * result["se"].item()
-    return min(1.0, tolerance * max(result["llc"].item() - heat, 0.1 * heat) / heat) if sure else 1.0
+    half = int(traces.attrs["parameters"]) / 2
+    heat, error = half * (result["temperature"].item() - 1), half * result["temperature_se"].item()
+    cool = max(result["llc"].item() - heat, 0.1 * heat)
+    return max(tolerance * cool / heat, 0.1) if heat > 2 * error and heat > tolerance * cool else 1.0
 
 
 def _difference(one: Trial, other: Trial) -> tuple[float, float]:

@@ -155,46 +155,71 @@ def _run_group(
     where: Tensor | None,
     probes: Sequence[Probe],
 ) -> Traces:
-    center = flat.center
-    rows = center.expand(len(group), -1).clone()
-    grads = torch.zeros_like(rows)
-    state = sampler.init(rows, center)
-    score = evaluator.bind(rows, grads)
-    if full is not None:
-        copies = center.expand(1 if plan.shared_batches else len(group), -1).clone()
+    center, apart = flat.center, isinstance(evaluator, Looped)
+    copies = center.expand(1 if plan.shared_batches else len(group), -1).clone() if full is not None else None
+    if copies is not None:
         slopes = torch.zeros_like(copies)
         score_copies = (Looped(flat, evaluator.examples) if len(copies) == 1 else evaluator).bind(copies, slopes)
     streams: Sequence[int | None] = [None] if plan.shared_batches else group
     index = torch.stack([batches[stream] for stream in streams], 1)  # (step, chain or 1, batch)
     baseline = table[index].mean(2).expand(-1, len(group))
-    noise = _noise(plan.seed, "noise", group, rows)
-    judge = _Judge(plan.proposal, evaluator, rows, center, _noise(plan.seed, "proposal", group, rows), where)
+    parts = [slice(i, i + 1) for i in range(len(group))] if apart else [slice(0, len(group))]
+    grads = torch.zeros_like(center.expand(1 if apart else len(group), -1))  # lanes take turns, so one will do
+    lanes = [_Lane(evaluator, sampler, plan, group[part], center, grads, where) for part in parts]
     sums = torch.zeros(6, plan.draws, len(group), dtype=torch.float64, device=center.device)
-    away = torch.empty_like(rows)
+    away = torch.empty_like(grads)
     for step in range(plan.draws * plan.steps_per_draw):
         draw, within = divmod(step, plan.steps_per_draw)
-        loss, start, square, slope, linear, acceptance = sums[:, draw]
-        scored = score(index[step]).to(torch.float64).mean(1)
-        loss += scored
-        start += baseline[step]
-        torch.sub(rows, center, out=away)
-        if probes and within == 0:
-            for row, slope_row, chain in zip(rows, grads, group, strict=True):
-                flat.bind(row, slope_row)
-                for probe in probes:
-                    probe(flat.model, chain, draw)
-        if full is not None:
+        if copies is not None and full is not None:
             score_copies(index[step])
             slopes.sub_(full)
-            grads.sub_(slopes)
-            linear += torch.linalg.vecdot(away, slopes)
-        square += torch.linalg.vecdot(away, away)
-        slope += torch.linalg.vecdot(away, grads)
-        if plan.proposal is not None and within == 0:
-            acceptance += plan.steps_per_draw * judge(index[step], scored, grads, None if full is None else slopes)
-        state = sampler.step(state, grads, next(noise), where)
+        for part, lane in zip(parts, lanes, strict=True):
+            loss, start, square, slope, linear, acceptance = sums[:, draw, part]
+            met = index[step] if plan.shared_batches else index[step, part]
+            losses = lane.score(met).to(torch.float64).mean(1)
+            loss += losses
+            start += baseline[step, part]
+            torch.sub(lane.rows, center, out=away)
+            if probes and within == 0:
+                for row, slope_row, chain in zip(lane.rows, grads, group[part], strict=True):
+                    flat.bind(row, slope_row)
+                    for probe in probes:
+                        probe(flat.model, chain, draw)
+            noise_at_center = None
+            if copies is not None:
+                noise_at_center = slopes if plan.shared_batches else slopes[part]
+                grads.sub_(noise_at_center)
+                linear += torch.linalg.vecdot(away, noise_at_center)
+            square += torch.linalg.vecdot(away, away)
+            slope += torch.linalg.vecdot(away, grads)
+            if lane.judge is not None and within == 0:
+                acceptance += plan.steps_per_draw * lane.judge(met, losses, grads, noise_at_center)
+            lane.state = sampler.step(lane.state, grads, next(lane.noise), where)
     loss, start, square, slope, linear, acceptance = (sums / plan.steps_per_draw).transpose(1, 2).cpu()
     return Traces(loss, start, square.sqrt(), slope, linear, acceptance)
+
+
+class _Lane:
+    """Chains that move together: all of a group where they are stacked, else one, so that its weights stay at hand."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        sampler: Sampler,
+        plan: Plan,
+        chains: Sequence[int],
+        center: Tensor,
+        grads: Tensor,
+        where: Tensor | None,
+    ) -> None:
+        self.rows = center.expand(len(chains), -1).clone()
+        self.state = sampler.init(self.rows, center)
+        self.score = evaluator.bind(self.rows, grads)
+        self.noise = _noise(plan.seed, "noise", chains, self.rows)
+        self.judge = None
+        if plan.proposal is not None:
+            proposals = _noise(plan.seed, "proposal", chains, self.rows)
+            self.judge = _Judge(plan.proposal, evaluator, self.rows, center, proposals, where)
 
 
 class _Judge:
@@ -205,15 +230,13 @@ class _Judge:
 
     def __init__(
         self,
-        proposal: Proposal | None,
+        proposal: Proposal,
         evaluator: Evaluator,
         rows: Tensor,
         center: Tensor,
         noise: Iterator[Tensor],
         where: Tensor | None,
     ) -> None:
-        if proposal is None:
-            return
         self.proposal, self.rows, self.center, self.noise, self.where = proposal, rows, center, noise, where
         self.there, self.grads = torch.empty_like(rows), torch.empty_like(rows)
         self.score = evaluator.bind(self.there, self.grads)

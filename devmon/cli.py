@@ -151,6 +151,8 @@ def show(run: Run) -> None:
     for series in series_of(trajectory):
         if "[" not in series.name and len(series.values):
             error = f"± {series.se[-1]:.2g}" if series.se is not None else ""
+            if series.rejected is not None and series.rejected[-1]:
+                error += " rejected by the sampler's checks"
             values.add_row(_safe(series.name), f"{series.values[0]:.4g}", f"{series.values[-1]:.4g}",
                            f"{error} {series.units}")  # fmt: skip
     console.print(values)

@@ -79,7 +79,9 @@ def test_reduced_rank_unaided():
     """λ = 26 of 96 parameters: d / 2 = 48 and the generic stratum's 27 are the wrong answers at hand."""
     model = Product(exact.deep_linear_point([8, 6, 8], 3, np.random.default_rng(0)))
     x = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
-    result = estimate_llc(model, regression_loss, (x, model(x).detach()), draws=200, batch_size=128)
+    data, start = (x, model(x).detach()), Settings(lr=0.0, gamma=0.0, batch_size=128, sampler="baoab")
+    found = calibrate(model, regression_loss, data, start, max_steps=1600)
+    result = llc(sample(model, regression_loss, data, replace(found.settings, seed=1)))
     assert result["verdict"].item() == "ok"
     assert result["se"].item() < 0.02 * 26
     assert result["llc"].item() == pytest.approx(26, rel=0.05), (result["llc"].item(), result["se"].item())

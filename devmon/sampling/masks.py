@@ -90,6 +90,9 @@ def _component(text: str, model: nn.Module) -> Mapping[str, Tensor] | None:
         found = create_param_masks(model, words)
     except ValueError as error:
         raise InstrumentError(f"the mask {text!r} names no parameter and no component: {error}") from error
+    if not found and words == "unembed":  # a family whose unembedding transformers has renamed since
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        found = {name: None for name, p in model.named_parameters() if head is not None and p is head.weight}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     return {name: torch.ones(shapes[name], dtype=torch.bool) if m is None else m for name, m in found.items()}
 

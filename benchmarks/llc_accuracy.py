@@ -124,7 +124,7 @@ def case_deep_linear(args: argparse.Namespace) -> dict[str, Any]:
     for net in range(args.nets):
         widths = rng.integers(5, 61, rng.integers(3, 8)).tolist()
         rank = int(rng.integers(1, min(widths) + 1))
-        model, data = deep_linear(widths, rank, net)
+        model, data = deep_linear(widths, rank, net, n=100_000)
         start = time.perf_counter()
         result = estimate_llc(model, regression_loss, data, chains=2, draws=200, batch_size=128)
         row = summary(result, float(exact.deep_linear(widths, rank)[0])) | {"widths": widths, "rank": rank}

@@ -47,7 +47,7 @@ def calibrate(
     late: Annotated[int | None, typer.Option(show_default="the last", help="Step of the late checkpoint.")] = None,
     middle: Annotated[int | None, typer.Option(show_default="in the middle of the series, by count", help="Step of the middle checkpoint.")] = None,
     tolerance: Annotated[float, typer.Option(min=0.001, max=0.5, help="Error that the settings may cause, as a share of the LLC.")] = 0.02,
-    max_steps: Annotated[int, typer.Option(min=1, help="Sampler steps that one chain of an estimate may cost.")] = 4000,
+    max_steps: Annotated[int, typer.Option(min=1, help="Sampler steps that one chain of an estimate may cost.")] = 2000,
     prefix: Annotated[str | None, typer.Option(help="What the checkpoint's keys start with (net.), where several would do.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Also draw the trials into this file (calibration.png).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace another calibration that the run holds.")] = False,
@@ -99,7 +99,7 @@ def calibrate(
     try:
         with errors.status("sampling") as status:
             found = find(models, instrument.loss, instrument.data, start, tolerance=tolerance, max_steps=max_steps,
-                         progress=status.update)  # fmt: skip
+                         progress=status.update if errors.is_terminal else errors.print)  # fmt: skip
     except InstrumentError as error:
         raise InstrumentError(f"{error} ({told}; --late and --middle give others)") from error
     settings = _settings(found.settings)

@@ -25,6 +25,7 @@ RATIO = 10**0.5  # between the step sizes and the gammas that are compared
 GAMMAS = tuple(1 / RATIO**k for k in range(1, 8))  # over the largest curvature of nbeta L
 GAMMA_FOR_LR = 0.1
 LEAST_VALLEY = 0.75
+LEAST_TEMPERATURE = 0.8
 
 HEALTHY = ("ok", "not mixed")
 
@@ -54,20 +55,20 @@ def calibrate(
     start: Settings | None = None,
     *,
     tolerance: float = 0.02,
-    max_steps: int = 4000,
+    max_steps: int = 2000,
     progress: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Settings that suit all of `models` (a late checkpoint first, then a middle one), chosen by short trials.
 
-    The largest curvature of nbeta L at w* sets the scale. lr: from one over it downwards until the chains are healthy
-    and their heat (the excess of the temperature over 1, in units of λ̂) is at most `tolerance`, and until a step √10
-    times smaller gives the same λ̂. gamma: from that curvature downwards by √10 at a time, in trials that are lengthened
-    while their error hides a move; large ones hold curved directions back, small ones let the chains walk to where the
-    loss has another shape (`valley` in `devmon.analysis.llc`). The choice is where λ̂ moved least; `flat` says whether
-    that is a plateau, a move within `tolerance` or error. Control variates stay where gradient noise would heat by more
-    than half the tolerance or would double the variance of the score. The number of steps a draw is what brings the
-    error to `tolerance` after a burn-in as long as that of the trials, within `max_steps` a chain. All else, nbeta and kernel included, is taken from `start`.
-    `progress` hears of each trial.
+    The largest curvature of nbeta L at w* sets the scale. lr: from one over it downwards by √10 until the chains are
+    healthy and the next smaller step gives the same λ̂, within `tolerance` or error, in the same time lr · steps. gamma:
+    from a third of that curvature downwards by √10, in trials that are lengthened while their error hides a move, for as
+    long as the chains fill their flat directions (temperature at least 0.8) and the loss still rises as in a valley
+    (`valley` of `devmon.analysis.llc` at least 0.75). The choice is the first at which λ̂ moved least; `flat` says
+    whether that is a plateau, a move within `tolerance` or error. Control variates stay where gradient noise would heat
+    by more than half the tolerance or would double the variance of the score. The number of steps a draw is what brings
+    the error to `tolerance` after a burn-in as long as that of the trials, within `max_steps` a chain. All else, nbeta
+    and kernel included, is taken from `start`. `progress` hears of each trial.
 
     Raises InstrumentError where no step size gives a finite and stable run.
     """
@@ -117,8 +118,8 @@ def calibrate(
         start, nbeta=nbeta, lr=lr, gamma=gamma, control_variate=variates, steps_per_draw=per_draw, mask=start.mask
     )
     reasons = (
-        f"nbeta {nbeta:.4g}; the largest curvature of nbeta L is {stiff:.3g}. lr {lr:.3g} keeps the chains' heat within "
-        f"{tolerance:.1%} of λ̂" + ("" if agreed else ", but no two step sizes tried agreed on λ̂")
+        f"nbeta {nbeta:.4g}; the largest curvature of nbeta L is {stiff:.3g}. lr {lr:.3g} gives the λ̂ of a step three times "
+        f"smaller" + ("" if agreed else ", but no two step sizes tried agreed on λ̂")
         + f". gamma {gamma:.3g} "
         + ("lies on a plateau: three times more gives the same λ̂." if plateau else "is where λ̂ moved least with gamma, "
         "but no plateau: compare only estimates of the same gamma.")
@@ -139,40 +140,33 @@ def _step_size(run: Run, stiff: float, tolerance: float, most: int) -> tuple[flo
         steps = min(math.ceil(top / lr), most)  # all trials are equally long in time lr · steps
         return run(lr, gamma, steps), steps
 
-    lr, seen, healthy = top, set(), False
-    for _ in range(8):
-        trials, steps = tried(lr)
-        verdicts = {result["verdict"].item() for _, result in trials}
-        seen |= verdicts
-        healthy = verdicts <= set(HEALTHY)
-        factor = min(_cooling(result, traces, tolerance) for traces, result in trials) if healthy else 1 / RATIO
-        if healthy and factor > 0.8:
-            break
-        lr *= factor
-    if not healthy:
-        raise InstrumentError(
-            f"no step size from {top:.2g} down to {lr:.2g} ran healthily ({', '.join(sorted(seen))}): w* is perhaps no "
-            f"minimum; take a later checkpoint or a smaller nbeta"
-        )
-    for _ in range(3):
+    lr, (trials, steps) = top, tried(top)
+    for _ in range(6):
         smaller, longer = tried(lr / RATIO)
-        if all(_same(*pair, tolerance) for pair in zip(trials, smaller, strict=True)):
+        if _healthy(trials) and all(_same(*pair, tolerance) for pair in zip(trials, smaller, strict=True)):
             return lr, steps, True
         lr, trials, steps = lr / RATIO, smaller, longer
-    return lr, steps, False
+    if _healthy(trials):
+        return lr, steps, False
+    verdicts = ", ".join(sorted({result["verdict"].item() for _, result in trials}))
+    raise InstrumentError(
+        f"no step size from {top:.2g} down to {lr:.2g} ran healthily ({verdicts}): w* is perhaps no minimum; take a "
+        f"later checkpoint or a smaller nbeta"
+    )
 
 
 def _localisation(
     run: Run, lr: float, stiff: float, tolerance: float, steps: int, most: int
 ) -> tuple[float, int, bool]:
-    """gamma, the steps a draw of its trials, and whether it lies on a plateau. Large gammas hold curved directions back, small ones let the chains
-    walk to where the loss has another shape; in between λ̂ moves least."""
+    """gamma, the steps a draw of its trials, and whether it lies on a plateau. Large gammas hold curved directions back;
+    under small ones the chains still spread along flat directions, to where the loss has another shape, and λ̂ would
+    grow with their length."""
     tried: list[tuple[float, list[Trial]]] = []
     moves: list[float] = []
     flat: list[bool] = []
     for share in GAMMAS:
         trials = run(lr, share * stiff, steps)
-        if not all(_in_valley(result) for _, result in trials):
+        if not _settled(trials):
             break
         tried.append((share * stiff, trials))
         if len(tried) == 1:
@@ -184,16 +178,24 @@ def _localisation(
             pairs = list(zip(tried[-2][1], tried[-1][1], strict=True))
         moves.append(max(_difference(*pair)[0] for pair in pairs))
         flat.append(all(_same(*pair, tolerance) for pair in pairs))
-        if moves[-1] <= tolerance / 2 or moves[-1] > 1.5 * min(moves):
+        if moves[-1] <= tolerance or moves[-1] > 1.5 * min(moves):
             break
     if not moves:
         return (tried[0][0] if tried else stiff), steps, False
-    least = moves.index(min(moves))
+    least = next(k for k, move in enumerate(moves) if move <= 1.25 * min(moves))
     return tried[least + 1][0], steps, flat[least]  # the smaller of the two: beyond it the other error begins
 
 
-def _in_valley(result: xr.Dataset) -> bool:
-    return result["verdict"].item() in HEALTHY and result["valley"].item() >= LEAST_VALLEY
+def _healthy(trials: list[Trial]) -> bool:
+    return all(result["verdict"].item() in HEALTHY for _, result in trials)
+
+
+def _settled(trials: list[Trial]) -> bool:
+    """Whether the chains fill the directions they have, and stay where the loss rises as around w*."""
+    return _healthy(trials) and all(
+        result["temperature"].item() >= LEAST_TEMPERATURE and result["valley"].item() >= LEAST_VALLEY
+        for _, result in trials
+    )
 
 
 def largest_curvature(model: nn.Module, loss: Loss, data: Any, settings: Settings, *, rounds: int = 12) -> float:
@@ -233,14 +235,6 @@ def _gradient(flat: Flat, examples: Examples, index: torch.Tensor, position: tor
         flat.backward(examples.batch(part))
         total.add_(grad, alpha=len(part) / len(index))
     return total
-
-
-def _cooling(result: xr.Dataset, traces: xr.Dataset, tolerance: float) -> float:
-    """The factor on lr that brings the heat of this trial to the tolerance; 1 where its heat is not sure."""
-    half = int(traces.attrs["parameters"]) / 2
-    heat, error = half * (result["temperature"].item() - 1), half * result["temperature_se"].item()
-    cool = max(result["llc"].item() - heat, 0.1 * heat)
-    return max(tolerance * cool / heat, 0.1) if heat > 2 * error and heat > tolerance * cool else 1.0
 
 
 def _difference(one: Trial, other: Trial) -> tuple[float, float]:

@@ -80,7 +80,7 @@ def test_reduced_rank_unaided():
     model = Product(exact.deep_linear_point([8, 6, 8], 3, np.random.default_rng(0)))
     x = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
     data, start = (x, model(x).detach()), Settings(lr=0.0, gamma=0.0, batch_size=128, sampler="baoab")
-    found = calibrate(model, regression_loss, data, start, max_steps=1600)
+    found = calibrate(model, regression_loss, data, start, max_steps=800)
     result = llc(sample(model, regression_loss, data, replace(found.settings, seed=1)))
     assert result["verdict"].item() == "ok"
     assert result["se"].item() < 0.02 * 26
@@ -99,7 +99,7 @@ def test_a_small_classifier_unaided():
         optimizer.zero_grad()
         classification_loss(model, (x, y)).mean().backward()
         optimizer.step()
-    found = calibrate(model, classification_loss, (x, y), max_steps=800)
+    found = calibrate(model, classification_loss, (x, y), max_steps=400)
     one, two = (llc(sample(model, classification_loss, (x, y), replace(found.settings, seed=seed))) for seed in (1, 2))
     assert one["verdict"].item() == two["verdict"].item() == "ok"
     assert one["valley"].item() > 0.75

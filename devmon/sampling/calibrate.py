@@ -25,7 +25,7 @@ RATIO = 10**0.5  # between the step sizes and the gammas that are compared
 GAMMAS = tuple(1 / RATIO**k for k in range(1, 8))  # over the largest curvature of nbeta L
 GAMMA_FOR_LR = 0.1
 LEAST_VALLEY = 0.75
-LEAST_TEMPERATURE = 0.8
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.8, 1.15
 
 HEALTHY = ("ok", "not mixed")
 
@@ -63,8 +63,8 @@ def calibrate(
     The largest curvature of nbeta L at w* sets the scale. lr: from one over it downwards by √10 until the chains are
     healthy and the next smaller step gives the same λ̂, within `tolerance` or error, in the same time lr · steps. gamma:
     from a third of that curvature downwards by √10, in trials that are lengthened while their error hides a move, for as
-    long as the chains fill their flat directions (temperature at least 0.8) and the loss still rises as in a valley
-    (`valley` of `devmon.analysis.llc` at least 0.75). The choice is the first at which λ̂ moved least; `flat` says
+    long as the chains fill their flat directions (temperature from 0.8 to 1.15) and the loss still rises as in a valley
+    (`valley` of `devmon.analysis.llc` at least 0.75), lr falling on where gradient noise heats them. The choice is the first at which λ̂ moved least; `flat` says
     whether that is a plateau, a move within `tolerance` or error. Control variates stay where gradient noise would heat
     by more than half the tolerance or would double the variance of the score. The number of steps a draw is what brings
     the error to `tolerance` after a burn-in as long as that of the trials, within `max_steps` a chain. All else, nbeta
@@ -105,7 +105,7 @@ def calibrate(
 
     most = max(1, max_steps // (trial.draws + trial.burn_in))
     lr, steps, agreed = _step_size(run, stiff, tolerance, most)
-    gamma, steps, plateau = _localisation(run, lr, stiff, tolerance, steps, most)
+    lr, gamma, steps, plateau = _localisation(run, lr, stiff, tolerance, steps, most)
     chosen = run(lr, gamma, steps)
     variates = any(_variates_pay(traces, tolerance) for traces, _ in chosen)
     error = max(float(result["se"] / abs(result["llc"])) for _, result in chosen)
@@ -156,17 +156,25 @@ def _step_size(run: Run, stiff: float, tolerance: float, most: int) -> tuple[flo
 
 
 def _localisation(
-    run: Run, lr: float, stiff: float, tolerance: float, steps: int, most: int
-) -> tuple[float, int, bool]:
-    """gamma, the steps a draw of its trials, and whether it lies on a plateau. Large gammas hold curved directions back;
+    run: Run, first_lr: float, stiff: float, tolerance: float, steps: int, most: int
+) -> tuple[float, float, int, bool]:
+    """lr, gamma, the steps a draw of their trials, and whether gamma lies on a plateau. Large gammas hold curved directions back;
     under small ones the chains still spread along flat directions, to where the loss has another shape, and λ̂ would
     grow with their length."""
+    lr = first_lr
     tried: list[tuple[float, list[Trial]]] = []
     moves: list[float] = []
     flat: list[bool] = []
     for share in GAMMAS:
         trials = run(lr, share * stiff, steps)
-        if not _settled(trials):
+        while lr > 0.1 * first_lr and any(_suspect(trial, tolerance) for trial in trials):
+            longer = min(math.ceil(steps * RATIO), most)
+            smaller = run(lr / RATIO, share * stiff, longer)
+            if all(_difference(*pair)[0] <= tolerance for pair in zip(trials, smaller, strict=True)):
+                break
+            lr, steps, trials = lr / RATIO, longer, smaller  # gradients are noisier farther out
+            tried[-1:] = [(gamma, run(lr, gamma, steps)) for gamma, _ in tried[-1:]]
+        if not _settled(trials) or (moves and any(_vague(trial, tolerance) for trial in trials)):
             break
         tried.append((share * stiff, trials))
         if len(tried) == 1:
@@ -181,9 +189,9 @@ def _localisation(
         if moves[-1] <= tolerance or moves[-1] > 1.5 * min(moves):
             break
     if not moves:
-        return (tried[0][0] if tried else stiff), steps, False
+        return lr, (tried[0][0] if tried else stiff), steps, False
     least = next(k for k, move in enumerate(moves) if move <= 1.25 * min(moves))
-    return tried[least + 1][0], steps, flat[least]  # the smaller of the two: beyond it the other error begins
+    return lr, tried[least + 1][0], steps, flat[least]  # the smaller of the two: beyond it the other error begins
 
 
 def _healthy(trials: list[Trial]) -> bool:
@@ -193,9 +201,25 @@ def _healthy(trials: list[Trial]) -> bool:
 def _settled(trials: list[Trial]) -> bool:
     """Whether the chains fill the directions they have, and stay where the loss rises as around w*."""
     return _healthy(trials) and all(
-        result["temperature"].item() >= LEAST_TEMPERATURE and result["valley"].item() >= LEAST_VALLEY
+        LEAST_TEMPERATURE <= result["temperature"].item() <= MOST_TEMPERATURE
+        and result["valley"].item() >= LEAST_VALLEY
         for _, result in trials
     )
+
+
+def _vague(trial: Trial, tolerance: float) -> bool:
+    """Whether the noise of the score has grown so far that a move could not be seen."""
+    return not trial[1]["se"].item() <= 2.5 * tolerance * abs(trial[1]["llc"].item())
+
+
+def _suspect(trial: Trial, tolerance: float) -> bool:
+    """Whether gradient noise may have added more than the tolerance to λ̂. SGLD's own step-size heat along flat
+    directions, a factor 1 / (1 − lr gamma / 4), does not: it spreads the chain where the loss does not change."""
+    traces, result = trial
+    attrs = traces.attrs
+    expected = 1 / (1 - attrs["lr"] * attrs["gamma"] / 4) if attrs["kernel"] in ("sgld", "preconditioned") else 1.0
+    heat = int(attrs["parameters"]) / 2 * (result["temperature"].item() - expected)
+    return heat > tolerance * max(result["llc"].item() - heat, 0.0)
 
 
 def largest_curvature(model: nn.Module, loss: Loss, data: Any, settings: Settings, *, rounds: int = 12) -> float:

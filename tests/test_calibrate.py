@@ -46,7 +46,7 @@ def test_regression_with_label_noise_unaided():
 
 def test_calibration_records_every_trial_and_its_reasons():
     model, data = linear_regression(n=500, d=4, noise=0.0)
-    found = calibrate(model, regression_loss, data)
+    found = calibrate(model, regression_loss, data, max_steps=800)
     assert found.flat, found.reasons
     assert not found.settings.control_variate
     assert set(found.trials.data_vars) >= {"lr", "gamma", "model", "llc", "se", "verdict"}

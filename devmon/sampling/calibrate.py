@@ -108,7 +108,7 @@ def calibrate(
     lr, gamma, steps, plateau = _localisation(run, lr, stiff, tolerance, steps, most)
     chosen = run(lr, gamma, steps)
     variates = any(_variates_pay(traces, tolerance) for traces, _ in chosen)
-    error = max(float(result["se"] / abs(result["llc"])) for _, result in chosen)
+    error = _error(chosen)
     spent = trial.chains * trial.draws * int(chosen[0][0].attrs["steps_per_draw"])
     wanted = spent * (error / tolerance) ** 2 / start.chains if math.isfinite(error) else math.inf
     draws = start.draws + start.burn_in
@@ -174,7 +174,7 @@ def _localisation(
                 break
             lr, steps, trials = lr / RATIO, longer, smaller  # gradients are noisier farther out
             tried[-1:] = [(gamma, run(lr, gamma, steps)) for gamma, _ in tried[-1:]]
-        if not _settled(trials) or (moves and any(_vague(trial, tolerance) for trial in trials)):
+        if not _settled(trials) or (tried and _error(trials) > 2.5 * max(tolerance, _error(tried[0][1]))):
             break
         tried.append((share * stiff, trials))
         if len(tried) == 1:
@@ -207,9 +207,9 @@ def _settled(trials: list[Trial]) -> bool:
     )
 
 
-def _vague(trial: Trial, tolerance: float) -> bool:
-    """Whether the noise of the score has grown so far that a move could not be seen."""
-    return not trial[1]["se"].item() <= 2.5 * tolerance * abs(trial[1]["llc"].item())
+def _error(trials: list[Trial]) -> float:
+    """The largest relative error; it grows where the score of far weights is noise."""
+    return max(abs(result["se"].item() / result["llc"].item()) for _, result in trials)
 
 
 def _suspect(trial: Trial, tolerance: float) -> bool:

@@ -102,12 +102,21 @@ def case_regression(args: argparse.Namespace) -> dict[str, Any]:
 def case_intervals(args: argparse.Namespace) -> dict[str, Any]:
     """Over fewer steps than `regression`, so that the interval is the sampler's error and not the calibration's."""
     settings = replace(settings_for_regression(0.01), steps_per_draw=2, draws=200, burn_in=100)
-    covered = []
+    found = []
     for seed in range(args.intervals):
         model, data = regression(seed, n=100_000)
         result = llc(sample(model, regression_loss, data, replace(settings, seed=seed)))
-        covered.append(bool(result["low"] <= 32 <= result["high"]))
-    return {"nominal": 0.9, "coverage": float(np.mean(covered)), "runs": len(covered)}
+        found.append([float(result[name]) for name in ("llc", "low", "high", "se")])
+    value, low, high, se = np.array(found).T
+    return {
+        "nominal": 0.9,
+        "coverage": float(((low <= 32) & (high >= 32)).mean()),
+        "coverage_of_the_mean_over_runs": float(((low <= value.mean()) & (value.mean() <= high)).mean()),
+        "relative_bias": float(value.mean() / 32 - 1),
+        "mean_relative_se": float(se.mean() / 32),
+        "sd_over_runs": float(value.std(ddof=1) / 32),
+        "runs": len(found),
+    }
 
 
 def case_reduced_rank(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def case_crossings(args: argparse.Namespace) -> dict[str, Any]:
             return potential(*(weights[i] for i in range(size))).expand(len(batch))
 
         settings = Settings(
-            sampler="baoab", lr=3e-4, gamma=gamma, nbeta=nbeta, chains=1024, draws=200, burn_in=60,
+            sampler="baoab", lr=3e-4, gamma=gamma, nbeta=nbeta, chains=1024, draws=200, burn_in=200,
             steps_per_draw=10, batch_size=1,
         )  # fmt: skip
         result = llc(sample(Point(size), loss, torch.zeros(1, 1), settings))

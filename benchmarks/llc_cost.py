@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import platform
 import statistics
@@ -81,7 +82,7 @@ def measure(
     """Seconds of a plain pass and of a chain step, and their ratio."""
     model = model.to(device)
     parts = data if isinstance(data, tuple) else (data,)
-    short = 12  # draws after which all examples have been met: their losses at w* are a fixed cost
+    short = max(2, math.ceil(4 * len(parts[0]) / chains / batch))  # draws after which all examples have been met
     some = tuple(part[:batch].to(device) for part in parts)
     settings = {"lr": 1e-7, "gamma": 10.0, "nbeta": 30.0, "chains": chains, "burn_in": 0, "batch_size": batch}
 

@@ -25,13 +25,14 @@ class RunData(Protocol):
     def __getitem__(self, name: str, /) -> xr.Dataset: ...
 
 
-def series_of(trajectory: RunData) -> list[Series]:
+def series_of(trajectory: RunData, *, costs: bool = False) -> list[Series]:
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 
     LLC traces give `llc/llc` with its standard error, points whose verdict is not "ok" marked as rejected. Any other
     watch gives its headline variables: a scalar as `watch/variable`, an array as `watch/variable max` (the largest
     element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each.
     An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series' `smallest`.
+    With `costs`, each watch gives `watch/seconds` too: what its observations took.
     """
     found: list[Series] = []
     for name in trajectory.names():
@@ -39,7 +40,20 @@ def series_of(trajectory: RunData) -> list[Series]:
         if dataset.sizes.get("step", 0) == 0:
             continue
         found += _llc_series(name, dataset) if is_llc(dataset) else _plain_series(name, dataset)
+        if costs and "seconds" in dataset.coords:
+            found.append(_series(f"{name}/seconds", dataset["seconds"].assign_attrs(units="s"), None))
     return found
+
+
+def numbers_of(dataset: xr.Dataset) -> dict[str, float]:
+    """The headline scalars of one observation (no `step` dimension); of LLC traces λ̂ as `llc`, its standard error `se`
+    and `accepted`, 1 where the verdict is "ok"."""
+    if is_llc(dataset):
+        derived = llc(dataset)
+        accepted = float(str(derived["verdict"].item()) == "ok")
+        return {"llc": float(derived["llc"]), "se": float(derived["se"]), "accepted": accepted}
+    row = dataset.expand_dims("step")
+    return {name: float(dataset[name]) for name in headline(row) if dataset[name].ndim == 0}
 
 
 def is_llc(dataset: xr.Dataset) -> bool:

@@ -117,7 +117,15 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
         half = kept.shape[1] // 2
         drift = (kept[:, half:].mean() - kept[:, :half].mean()) / value if finite and half and value else np.nan
         row: dict[str, Any] = {"llc": value, "se": se, "low": value - Z * se, "high": value + Z * se, "dof": dof}
-        row |= {"llc_chain": chains, "ess": np.nan, "rhat": np.nan, "drift": drift, "temperature": np.nan, "temperature_se": np.nan, "valley": np.nan}
+        row |= {
+            "llc_chain": chains,
+            "ess": np.nan,
+            "rhat": np.nan,
+            "drift": drift,
+            "temperature": np.nan,
+            "temperature_se": np.nan,
+            "valley": np.nan,
+        }
         row["downhill"] = float((kept < 0).mean())
         row["wbic"] = float(attrs.get("n", np.nan)) * float(dataset["loss"].values[..., skip:].mean())
     row["acceptance"] = float(dataset["acceptance"].values[..., skip:].mean()) if "acceptance" in dataset else np.nan

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from devmon.sampling import Settings, next_token_loss, regression_loss, sample
 
-ROUNDS = 7
+ROUNDS = 5
 
 
 def neox(hidden: int = 128, layers: int = 2, heads: int = 4, vocab: int = 5000) -> nn.Module:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import os
+import time
+import warnings
 from collections.abc import Callable, Container, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
 import torch
+import xarray as xr
 
+from devmon.callbacks.budget import Budget
 from devmon.distributed import ALONE, Ranks
-from devmon.errors import DevmonError
+from devmon.errors import DevmonError, StoreError
+from devmon.fingerprint import identity
 from devmon.instruments import LLC, InductionHeads, LinearProbe
+from devmon.isolation import isolated
 from devmon.observing import observe
+from devmon.snapshot import weights_digest
 from devmon.trajectory import Trajectory
 from devmon.watch import Watch, every, unique_names
 
 Model = str | Callable[[L.LightningModule], torch.nn.Module] | None
 SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy"}
+
+
+OPTIONS = {"model", "strict", "log", "max_overhead", "clock"}  # of Monitor, which its one-line forms hand on
 
 
 class Monitor(L.Callback):
@@ -27,11 +38,20 @@ class Monitor(L.Callback):
     - `watches`: what is measured, and at which optimizer steps; step 0 is the model before the first update.
     - `model`: what the instruments see. By default the LightningModule if it defines `forward`, else its only child;
       otherwise the name of an attribute (`"net"`), or a function of the LightningModule.
-    - `strict`: let any failure of an instrument end training. By default it is recorded, warned of, and training goes
-      on; an instrument that does not fit the model raises either way, at its first step.
+    - `strict`: let any failure end training. By default an instrument that fails, or a row that cannot be written
+      (a full disk, a lost mount), is warned of once a watch, recorded with its reason in `Trajectory.failures` (as soon
+      as that can be written again), and training goes on without that row. Refused either way: a store that cannot be
+      opened before the first step, an instrument that does not fit the model, a store that holds another run.
+    - `log`: send the headline numbers of each observation to the trainer's loggers too, as `devmon/<watch>/<variable>`
+      at the optimizer step; of an LLC its `llc`, `se` and `accepted` (1 or 0). Arrays are in the trajectory only.
+    - `max_overhead`: the share of the wall time, such as 0.1, that the monitor may take. Due observations that would
+      exceed it are left out and listed in the trajectory's `attrs["skipped"]` (when training ends, also by an
+      exception). Step 0 and the first observation of each watch are always made; `Budget` has the rule. `clock` tells
+      the seconds.
 
-    Training is not touched: instruments work on a copy, and random states and switches are put back. Steps are counted
-    once under gradient accumulation. When training resumes from step k, rows past k are set aside as an earlier attempt.
+    Training is not touched: instruments work on a copy (not compiled, where the model is), and random states and
+    switches are put back. Steps are counted once under gradient accumulation. When training resumes from step k, rows
+    past k are set aside as an earlier attempt, once configuration and weights at k are found to be those stored.
 
     Under data parallelism every rank has this callback, with the same watches. Rank 0 holds the trajectory and measures;
     the work of instruments that can be divided (`devmon.snapshot.Divisible`: the chains of an `LLC`) is dealt to all
@@ -40,12 +60,21 @@ class Monitor(L.Callback):
     """
 
     def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, watches: Iterable[Watch], *,
-                 model: Model = None, strict: bool = False) -> None:  # fmt: skip
+                 model: Model = None, strict: bool = False, log: bool = False, max_overhead: float | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+        if max_overhead is not None and not 0 < max_overhead <= 1:
+            raise DevmonError(f"max_overhead is a share of the wall time above 0 and up to 1, got {max_overhead}")
         self.trajectory = trajectory if isinstance(trajectory, Trajectory) else None
         self.path = trajectory.path if isinstance(trajectory, Trajectory) else trajectory
         self.watches = unique_names(watches)
         self.model = model
         self.strict = strict
+        self.log_numbers = log  # Lightning overwrites `log` of a callback
+        self.max_overhead = max_overhead
+        self.clock = clock
+        self._budget: Budget | None = None
+        self._failures: dict[str, dict[int, str]] = {}
+        self._unlogged: set[str] = set()
         self._seen = -1
         self._ranks = ALONE
 
@@ -63,7 +92,11 @@ class Monitor(L.Callback):
             self.trajectory = Trajectory(self.path)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ranks.agree(self._supersede, trainer.global_step)
+        self._ranks.agree(self._begin, trainer.global_step, network(pl_module, self.model))
+        self._failures = {}
+        self._budget = None
+        if self.max_overhead is not None:
+            self._budget = Budget(self.max_overhead, [watch.name for watch in self.watches], self.clock)
         self._seen = -1
         self._observe(trainer, pl_module)
 
@@ -71,66 +104,132 @@ class Monitor(L.Callback):
         self._observe(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ranks.agree(self._fold)
+        self._ranks.agree(self._end)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._ranks.close()
         self._ranks = ALONE
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._fold()
+        self._end(raising=False)  # what ended training is what should be raised
+
+    def _begin(self, step: int, model: torch.nn.Module) -> None:
+        """Refuse another configuration or another run first, then set aside what a resumption supersedes."""
+        if self.trajectory is None:
+            return
+        known = [watch for watch in self.watches if watch.name in self.trajectory]
+        for watch in known:
+            self.trajectory.declare(watch.name, identity(watch.instrument))
+        held = [watch.name for watch in known if self.trajectory.holds(watch.name, step)]
+        weights = weights_digest(model) if held else ""
+        for name in held:
+            self.trajectory.holds(name, step, weights=weights)
+        self.trajectory.supersede(after=step)
+        skipped = self.trajectory.attrs.get("skipped", {})
+        kept = {name: [s for s in steps if s <= step] for name, steps in skipped.items()}
+        if kept != skipped:
+            self.trajectory.record(skipped=kept)
 
     def _observe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
         if step == self._seen or (self.trajectory is None and self._ranks.size == 1):
             return  # the latter: ranks without torch.distributed (TPUs), of which rank 0 measures
         self._seen = step
-        model = network(pl_module, self.model)
-        observe(step, model, self.watches, self.trajectory, strict=self.strict, ranks=self._ranks)
+        due = [watch for watch in self.watches if step in watch.steps]
+        if not due:
+            return
 
-    def _supersede(self, step: int) -> None:
-        if self.trajectory is not None:
-            self.trajectory.supersede(after=step)
+        def each(name: str, dataset: xr.Dataset | None) -> None:
+            if self._budget is not None:
+                self._budget.measured(name)
+            if self.log_numbers and dataset is not None:
+                self._log(trainer, name, step, dataset)
 
-    def _fold(self) -> None:
-        if self.trajectory is not None:
+        with self._budget.at_work() if self._budget is not None else nullcontext():
+            if self._budget is not None:
+                chosen = self._ranks.first(self._budget.choose, [watch.name for watch in due], step)
+                due = [watch for watch in due if watch.name in chosen]
+            observe(step, network(pl_module, self.model), due, self.trajectory, strict=self.strict,
+                    ranks=self._ranks, each=each, failures=self._failures)  # fmt: skip
+
+    def _log(self, trainer: L.Trainer, name: str, step: int, dataset: xr.Dataset) -> None:
+        from devmon.analysis.derive import numbers_of  # loads scipy: only where it is asked for
+
+        try:
+            with isolated():  # loggers may draw random names
+                values = {f"devmon/{name}/{variable}": value for variable, value in numbers_of(dataset).items()}
+                for logger in trainer.loggers if values else ():
+                    logger.log_metrics(values, step=step)
+        except Exception as error:
+            if self.strict:
+                raise
+            if name not in self._unlogged:
+                warnings.warn(f"{name} was measured at step {step} but not logged ({type(error).__name__}: {error}); "
+                              "training goes on", stacklevel=2)  # fmt: skip
+            self._unlogged.add(name)
+
+    def _end(self, raising: bool = True) -> None:
+        """Write what is still to be written, and fold. Units that cannot be folded stay, and are read all the same."""
+        if self.trajectory is None:
+            return
+        try:
+            self._record()
             self.trajectory.fold()
+        except Exception as error:
+            if raising and (self.strict or not isinstance(error, StoreError | OSError)):
+                raise
+            warnings.warn(f"{self.path} was not tidied up at the end ({error}); no row in it is lost", stacklevel=2)
+
+    def _record(self) -> None:
+        """The failures that could not be written when they happened, and what was left out to save time."""
+        assert self.trajectory is not None
+        for name in [watch.name for watch in self.watches if watch.name in self.trajectory]:
+            written = {*self.trajectory.failures(name), *self.trajectory.steps(name)}
+            for step, reason in self._failures.get(name, {}).items():
+                if step not in written:
+                    self.trajectory.fail(name, step, reason)
+        if self._budget is not None and self._budget.skipped:
+            skipped = dict(self.trajectory.attrs.get("skipped", {}))
+            for name, steps in self._budget.skipped.items():
+                held = self.trajectory.steps(name) if name in self.trajectory else []
+                skipped[name] = sorted({*skipped.get(name, []), *steps} - set(held))
+            self.trajectory.record(skipped=skipped)
 
 
 class LLCMonitor(Monitor):
     """A `Monitor` with one watch, `llc`: `LLCMonitor("run.zarr", tokens, steps=every(500), nbeta=30, gamma=300, lr=1e-4)`.
 
-    Everything but `trajectory`, `steps`, `model` and `strict` goes to `devmon.instruments.LLC`.
+    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.LLC`.
     """
 
     def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, *args: Any, steps: Container[int] = every(500),
-                 model: Model = None, strict: bool = False, **settings: Any) -> None:  # fmt: skip
-        super().__init__(trajectory, [Watch("llc", LLC(*args, **settings), steps)], model=model, strict=strict)
+                 **settings: Any) -> None:  # fmt: skip
+        options = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
+        super().__init__(trajectory, [Watch("llc", LLC(*args, **settings), steps)], **options)
 
 
 class InductionMonitor(Monitor):
     """A `Monitor` with one watch, `induction`: `InductionMonitor("run.zarr", vocab_size=5000, steps=every(100))`.
 
-    Everything but `trajectory`, `steps`, `model` and `strict` goes to `devmon.instruments.InductionHeads`.
+    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.InductionHeads`.
     """
 
     def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, *args: Any, steps: Container[int] = every(100),
-                 model: Model = None, strict: bool = False, **settings: Any) -> None:  # fmt: skip
-        watch = Watch("induction", InductionHeads(*args, **settings), steps)
-        super().__init__(trajectory, [watch], model=model, strict=strict)
+                 **settings: Any) -> None:  # fmt: skip
+        options = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
+        super().__init__(trajectory, [Watch("induction", InductionHeads(*args, **settings), steps)], **options)
 
 
 class RepresentationMonitor(Monitor):
     """A `Monitor` with one watch, `probe`: `RepresentationMonitor("run.zarr", tokens, labels, steps=every(500))`.
 
-    Everything but `trajectory`, `steps`, `model` and `strict` goes to `devmon.instruments.LinearProbe`.
+    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.LinearProbe`.
     """
 
     def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, *args: Any, steps: Container[int] = every(500),
-                 model: Model = None, strict: bool = False, **settings: Any) -> None:  # fmt: skip
-        super().__init__(
-            trajectory, [Watch("probe", LinearProbe(*args, **settings), steps)], model=model, strict=strict
-        )
+                 **settings: Any) -> None:  # fmt: skip
+        options = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
+        super().__init__(trajectory, [Watch("probe", LinearProbe(*args, **settings), steps)], **options)
 
 
 def refuse_sharded(strategy: object) -> None:

@@ -1,4 +1,7 @@
-"""The command line: `devmon demo`, `calibrate`, `show`, `detect`, `report`. Heavy imports happen inside the commands."""
+"""The command line: `devmon demo`, `calibrate`, `show`, `detect`, `report`, `compact`, `export`.
+
+Heavy imports happen inside the commands.
+"""
 
 from __future__ import annotations
 
@@ -202,6 +205,39 @@ def report(
     from devmon.analysis import report as write
 
     typer.echo(write(_open(run), out, figures=figures))
+
+
+@app.command()
+def compact(
+    run: Run,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="COPY", help="Write a small copy here instead.")] = None,
+) -> None:  # fmt: skip
+    """Fold a run's new rows into its Zarr groups, or write a consolidated, sharded, compressed copy (-o copy.zarr)."""
+    from devmon.export import compact as write
+    from devmon.trajectory import Trajectory
+
+    trajectory = _open(run)
+    if out is None:
+        Trajectory(trajectory.path).fold()
+        typer.echo(trajectory.path)
+    else:
+        typer.echo(write(trajectory, out))
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A name that ends in .nc, .parquet, .csv or .zarr.")],
+    watch: Annotated[str | None, typer.Option(show_default="all", help="Take this watch alone.")] = None,
+) -> None:
+    """Write a run as netCDF, Parquet, CSV or plain Zarr.
+
+    CSV and Parquet hold the numbers without a dimension but step, one a line: watch, variable, step, value, se, units,
+    verdict; LLC traces give the derived llc. netCDF and Zarr hold everything, one group a watch.
+    """
+    from devmon.export import export as write
+
+    typer.echo(write(_open(run), out, watch=watch))
 
 
 def main() -> None:

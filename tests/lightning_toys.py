@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import matplotlib
 import numpy as np
 import torch
 import xarray as xr
@@ -36,8 +38,10 @@ class Net(L.LightningModule):
 
     def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
         x, y = batch
-        x = x + 0.01 * random.random() + 0.01 * float(np.random.rand())  # noqa: NPY002
-        return torch.nn.functional.cross_entropy(self(x), y)
+        return torch.nn.functional.cross_entropy(self(x + self.noise()), y)
+
+    def noise(self) -> float:
+        return 0.01 * random.random() + 0.01 * float(np.random.rand())  # noqa: NPY002
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=0.02)
@@ -51,12 +55,13 @@ def loader(batches: int = 24) -> Any:
 
 
 def train(
-    callbacks: list[L.Callback], *, resume: Any = None, steps: int = 12, accumulate: int = 1, **options: Any
-) -> Net:
-    L.seed_everything(7, verbose=False)
-    module = Net()
+    callbacks: list[L.Callback], *, resume: Any = None, steps: int = 12, accumulate: int = 1,
+    make: Callable[[], Any] = Net, logger: Any = False, seed: int = 7, **options: Any,
+) -> Any:  # fmt: skip
+    L.seed_everything(seed, verbose=False)
+    module = make()
     trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_steps=steps, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=callbacks, accumulate_grad_batches=accumulate, **options,
     )  # fmt: skip
     trainer.fit(module, loader(), ckpt_path=resume, weights_only=True if resume else None)
@@ -87,6 +92,7 @@ class Careless:
         model.register_forward_hook(lambda *_: None)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         x = torch.randn(16, 5)
+        torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
         model(x).sum().backward()
         optimizer.step()
         for parameter in model.parameters():
@@ -94,4 +100,13 @@ class Careless:
         torch.set_default_dtype(torch.float64)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.set_grad_enabled(False)
+        torch.set_autocast_enabled("cpu", True)
+        torch.set_float32_matmul_precision("medium")
+        torch.set_anomaly_enabled(True)
+        torch.set_default_device("meta")
+        torch.set_num_threads(2)
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.backends.cudnn.deterministic = not torch.backends.cudnn.deterministic
+        np.seterr(all="raise")
+        matplotlib.use("svg")
         return xr.Dataset({"x": ((), float(x.sum()))})

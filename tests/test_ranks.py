@@ -175,6 +175,13 @@ def after(module: L.LightningModule) -> list[str]:
     return [weights_digest(module), str(random.random()), str(np.random.rand()), str(torch.rand(1).item())]  # noqa: NPY002
 
 
+def leave_together() -> None:
+    """End the process group on both ranks at once: a rank that exits while the other still listens may abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def two_processes(rank: int, port: int, folder: Path) -> None:
     """What each of the two ranks does; its findings go to `folder`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
@@ -211,6 +218,7 @@ def two_processes(rank: int, port: int, folder: Path) -> None:
     found["open"] = watch(Norm(), Trajectory(folder / "open.zarr"))
     found["identity"] = watch(Norm(), "zero.zarr")
     (folder / f"{rank}.json").write_text(json.dumps(found))
+    leave_together()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 import xarray as xr
 
 from devmon import IdentityError, StoreError, Trajectory
-from devmon.units import unit_path
 
 WHO = {"instrument": "a.B", "fields": {"nbeta": "30"}, "fingerprint": "0", "doc": "Measures."}
 
@@ -190,14 +189,18 @@ def test_foreign_and_broken_paths_are_named(tmp_path: Path, store: Trajectory) -
         Trajectory(store.path)
 
 
-def test_a_truncated_unit_is_named_and_the_rest_stays(store: Trajectory) -> None:
-    fill(store, [0, 1])
-    broken = unit_path(store.path / "_units" / "heads", 1)
-    broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(StoreError, match=r"000000000001\.npz is not a readable unit"):
-        _ = store["heads"]
-    broken.unlink()
-    assert store["heads"]["total"].values.tolist() == [0.0]
+def test_half_a_row_at_the_end_is_no_row_and_damage_before_it_is_named(store: Trajectory) -> None:
+    fill(store, [0, 1, 2])
+    (path,) = store.path.glob("_units/heads/*.rows")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])  # as a kill leaves it
+    again = Trajectory(store.path)
+    assert again["heads"]["total"].values.tolist() == [0.0, 1.0]
+    fill(again, [2])
+    assert again["heads"]["total"].values.tolist() == [0.0, 1.0, 2.0]
+    path.write_bytes(whole[:200] + b"?" + whole[201:])
+    with pytest.raises(StoreError, match=rf"{path.name} is damaged at byte"):
+        _ = Trajectory(store.path)["heads"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -59,9 +59,7 @@ class CheckpointSeries(L.Callback):
             return
         self._seen = step
         path = self.folder / f"step-{step:08d}.ckpt"
-        if step in self.steps and not trainer.strategy.broadcast(
-            path.exists()
-        ):  # rank 0's answer: saving is collective
+        if step in self.steps and not trainer.strategy.broadcast(path.exists()):  # rank 0's answer: all save, or none
             trainer.save_checkpoint(path)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from devmon import Trajectory, Watch, every
 from devmon.callbacks import Monitor
 from tests.lightning_toys import Norm, train
 from tests.test_monitor_options import Disk, Recorder
-from tests.test_ranks import LIMIT, Divided, after, leave_together, raised
+from tests.test_ranks import Divided, after, leave_together, raised, spawn_two
 
 
 class SlowOnRankZero:
@@ -53,17 +51,7 @@ def two_processes(rank: int, port: int, folder: Path) -> None:
 
 
 def test_rank_zero_decides_for_both_and_none_waits(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(two_processes, (port, tmp_path), nprocs=2, join=False)
-    end = time.monotonic() + LIMIT
-    try:
-        while not context.join(timeout=max(0.1, end - time.monotonic())):
-            assert time.monotonic() < end, f"two processes did not end within {LIMIT} s: a rank waits for the other"
-    finally:
-        for process in context.processes:
-            process.kill()
+    spawn_two(two_processes, tmp_path)
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for found in (zero, one):
         assert found["watched"] == found["alone"]

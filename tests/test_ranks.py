@@ -225,10 +225,17 @@ def two_processes(rank: int, port: int, folder: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Both ranks' findings and the folder of their stores, from one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
+    spawn_two(two_processes, folder)
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return SimpleNamespace(folder=folder, found=found, store=Trajectory(folder / "run.zarr", "r"))
+
+
+def spawn_two(work: Callable[[int, int, Path], None], folder: Path) -> None:
+    """Run `work(rank, port, folder)` in two processes; fails where they do not end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(two_processes, (port, folder), nprocs=2, join=False)
+    context = torch.multiprocessing.spawn(work, (port, folder), nprocs=2, join=False)
     end = time.monotonic() + LIMIT
     try:
         while not context.join(timeout=max(0.1, end - time.monotonic())):
@@ -236,8 +243,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     finally:
         for process in context.processes:
             process.kill()
-    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    return SimpleNamespace(folder=folder, found=found, store=Trajectory(folder / "run.zarr", "r"))
 
 
 def test_training_is_bit_identical_with_and_without_the_monitor_on_both_ranks(ranks: SimpleNamespace) -> None:

@@ -37,7 +37,7 @@ def test_acceptance_is_that_of_the_metropolis_adjusted_step(lr, gamma):
     assert llc(traces)["acceptance"].item() == pytest.approx(expected, abs=0.004)
 
 
-def test_acceptance_is_one_for_tiny_steps_and_less_with_label_noise():
+def test_acceptance_is_one_for_tiny_steps_and_unmoved_by_noise_that_control_variates_take_away():
     data = slopes(size=0.8)
     tiny = run(data=data, lr=1e-7, acceptance=True, draws=5, chains=64)
     np.testing.assert_allclose(tiny["acceptance"], 1, atol=1e-3)

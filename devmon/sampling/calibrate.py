@@ -38,8 +38,8 @@ class Calibration:
     """The settings chosen for a whole trajectory, the trials behind them, and the reasons in words.
 
     `trials` has one row a trial: `lr`, `gamma`, `steps_per_draw`, `model` (0 is the first model given), `llc`, `se`,
-    `ess`, `rhat`, `temperature`, `valley`, `verdict`. `flat` says whether a plateau was found; where none is, λ̂ depends on gamma and belongs
-    beside it.
+    `ess`, `rhat`, `temperature`, `valley`, `verdict`. `flat` says whether a plateau was found; where none is, λ̂ depends
+    on gamma and belongs beside it.
     """
 
     settings: Settings
@@ -64,8 +64,8 @@ def calibrate(
     healthy and the next smaller step gives the same λ̂, within `tolerance` or error, in the same time lr · steps. gamma:
     from a third of that curvature downwards by √10, in trials that are lengthened while their error hides a move, for as
     long as the chains fill their flat directions (temperature from 0.8 to 1.15) and the loss still rises as in a valley
-    (`valley` of `devmon.analysis.llc` at least 0.75), lr falling on where gradient noise heats them. The choice is the first at which λ̂ moved least; `flat` says
-    whether that is a plateau, a move within `tolerance` or error. Control variates stay where gradient noise would heat
+    (`valley` of `devmon.analysis.llc` at least 0.75), lr falling on where gradient noise heats them. The choice is the
+    first at which λ̂ moved least; `flat` says whether that is a plateau, a move within `tolerance` or error. Control variates stay where gradient noise would heat
     by more than half the tolerance or would double the variance of the score. The number of steps a draw is what brings
     the error to `tolerance` after a burn-in as long as that of the trials, within `max_steps` a chain. All else, nbeta
     and kernel included, is taken from `start`. `progress` hears of each trial.
@@ -114,9 +114,7 @@ def calibrate(
     draws = start.draws + start.burn_in
     settle = trial.burn_in * steps / max(start.burn_in, 1)  # burn-in as long as that of the trials
     per_draw = int(np.clip(math.ceil(max(wanted / start.draws, settle)), 1, max(1, max_steps // draws)))
-    settings = replace(
-        start, nbeta=nbeta, lr=lr, gamma=gamma, control_variate=variates, steps_per_draw=per_draw, mask=start.mask
-    )
+    settings = replace(start, nbeta=nbeta, lr=lr, gamma=gamma, control_variate=variates, steps_per_draw=per_draw)
     reasons = (
         f"nbeta {nbeta:.4g}; the largest curvature of nbeta L is {stiff:.3g}. lr {lr:.3g} gives the λ̂ of a step three times "
         f"smaller" + ("" if agreed else ", but no two step sizes tried agreed on λ̂")
@@ -125,6 +123,7 @@ def calibrate(
         "but no plateau: compare only estimates of the same gamma.")
         + f" Control variates {'pay: label noise would heat the chain or drown the score' if variates else 'do not pay'}."
         + f" {per_draw} steps a draw."
+        + ("" if _settled(chosen) else " The chains did not settle at any gamma tried: take a later checkpoint or a smaller nbeta.")
     )  # fmt: skip
     trials = xr.Dataset({name: ("trial", np.array([row[name] for row in rows])) for name in rows[0]})
     trials.attrs = {"kind": "calibration", "reasons": reasons, "lr": lr, "gamma": gamma, "nbeta": float(nbeta)}
@@ -158,9 +157,11 @@ def _step_size(run: Run, stiff: float, tolerance: float, most: int) -> tuple[flo
 def _localisation(
     run: Run, first_lr: float, stiff: float, tolerance: float, steps: int, most: int
 ) -> tuple[float, float, int, bool]:
-    """lr, gamma, the steps a draw of their trials, and whether gamma lies on a plateau. Large gammas hold curved directions back;
-    under small ones the chains still spread along flat directions, to where the loss has another shape, and λ̂ would
-    grow with their length."""
+    """lr, gamma, the steps a draw of their trials, and whether gamma lies on a plateau.
+
+    Large gammas hold curved directions back; under small ones the chains still spread along flat directions, to where
+    the loss has another shape, and λ̂ would grow with their length.
+    """
     lr = first_lr
     tried: list[tuple[float, list[Trial]]] = []
     moves: list[float] = []
@@ -225,7 +226,8 @@ def _suspect(trial: Trial, tolerance: float) -> bool:
 def largest_curvature(model: nn.Module, loss: Loss, data: Any, settings: Settings, *, rounds: int = 12) -> float:
     """The largest curvature of the mean loss at w*, by power iteration on differences of gradients.
 
-    Of large data a part stands for all, at least 512 examples. Differences need no second derivative, which fused attention lacks.
+    Of large data a part stands for all, at least 512 examples. Differences need no second derivative, which fused
+    attention lacks.
     """
     examples = as_examples(data)
     mask = as_mask(settings.mask, model)

@@ -18,8 +18,8 @@ from devmon.analysis.smooth import Array, Grid, Whitened, shares
 
 UNEVEN = 4.0  # ratio of noise sizes along the series from which their change is modelled
 DRAWS = 400
-LIKELY = 8  # covariances over which the curve is averaged
-FINEST = 0.02  # decades between the places at which the curve is drawn, or closer where checkpoints are
+LIKELY = 6  # covariances over which the curve is averaged
+FINEST = 0.03  # decades between the places at which the curve is drawn, or closer where checkpoints are
 
 
 class Curve:
@@ -86,7 +86,8 @@ class Curve:
         kept = np.delete(np.arange(len(grid.x)), list(self.null.spikes))
         residual = (self.y - np.interp(grid.x, self.at, self.mean))[kept]
         flat = [k for k, theta in enumerate(grid.thetas) if theta.shape == "flat"]
-        size = np.diagonal(grid.noise[max(flat, key=lambda k: self.weights[k])])[kept]
+        likeliest = grid.noise[max(flat, key=lambda k: self.weights[k])] if flat else np.eye(len(grid.x))
+        size = np.diagonal(likeliest)[kept]
         squares = np.square(np.diff(residual)) / (size[1:] + size[:-1])
         apart = np.subtract.outer(np.arange(len(grid.x)), (kept[1:] + kept[:-1]) / 2)
         kernel = np.exp(-0.5 * (apart / max(len(kept) / 12, 4)) ** 2)

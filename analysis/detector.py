@@ -25,6 +25,7 @@ MOST_CHECKPOINTS = 600  # more are averaged in blocks of neighbours
 EXACT = 1e-10  # distance from a straight line, as a share of the range, that is rounding
 SURE = 0.90  # share of the posterior in which a plateau is slow
 SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
+PRICES = {"scan": 3.0, "turn": 5.0, "plateau": 4.0}  # what a p-value is multiplied by where all three are made
 KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
 
 
@@ -47,7 +48,9 @@ class Detector:
     intervals.
 
     Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
-    the number of searches made (Bonferroni), so that a series without events shows one with probability alpha.
+    the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
+    probability alpha at most. The inverse prices add up to less than 1: on few checkpoints a random walk is often
+    taken for a smooth curve, and the rest of the budget pays for that (benchmarks/detection.py).
     `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
     (`scan.tail_p`). At most `most` jumps and bumps are sought.
     """
@@ -80,7 +83,6 @@ class Detector:
     def fit_all(self, series: Sequence[tuple[Any, Any, Any, str]]) -> list[Fit]:
         """Search many series (steps, values, se, name); what those measured at the same steps share is done once."""
         ready = [self._ready(*one) for one in series]
-        paths: dict[int, Path] = {}
         alike: dict[bytes, list[int]] = {}
         for i, one in enumerate(ready):
             if isinstance(one, Ready) and one.se is None:
@@ -91,9 +93,7 @@ class Detector:
             units = np.stack([scan.grid.average(ready[i].unit) for i in which], axis=1)
             path = scan.path(units)
             for n, i in enumerate(which):
-                paths[i] = Path(path.gains[n : n + 1], path.picks[n : n + 1], path.weights[:, n : n + 1])
-            for i in which:
-                fits[i] = self._fit(ready[i], scan, paths[i])
+                fits[i] = self._fit(ready[i], scan, path.of(n))
         for i, one in enumerate(ready):
             if isinstance(one, Ready) and one.se is not None:
                 scan = _own(one.steps.tobytes(), one.se.tobytes(), self.most, self.seed)
@@ -133,7 +133,6 @@ class Detector:
         if search.null.spikes:
             where = ", ".join(f"{step:g}" for step in sorted(grid.step_of(grid.x[list(search.null.spikes)])))
             notes.append(f"left out as isolated spikes: steps {where}")
-        alpha = self.alpha / len(self.searches)
         p_values: dict[str, tuple[float, ...]] = {}
         found: list[tuple[Event, Array]] = []
         bumps: list[Event] = []
@@ -145,18 +144,18 @@ class Detector:
         if "turn" in self.searches:
             turns = find_turns(curve, n_null=self.n_null)
             p_values["turn"] = tuple(turn.p_value for turn in turns) or (1.0,)
-            told = [self._turn(turn, grid, ready) for turn in turns if turn.p_value <= alpha]
+            told = [self._turn(turn, grid, ready) for turn in turns if self._adjusted(turn.p_value, "turn") <= self.alpha]
             found += [(turn, draws) for turn, draws in told if not any(_same(turn, bump) for bump in bumps)]
         if "plateau" in self.searches:
-            plateaus = find_plateaus(curve, alpha=alpha, n_null=self.n_null)
+            plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau"), n_null=self.n_null)
             p_values["plateau"] = tuple(plateau.p_value for plateau in plateaus) or (1.0,)
-            found += [self._plateau(p, grid, ready) for p in plateaus if p.p_value <= alpha and p.sure >= SURE]
+            found += [self._plateau(plateau, grid, ready) for plateau in plateaus if plateau.sure >= SURE]
         found = sorted(((e, d) for e, d in found if e.kind in self.kinds), key=lambda pair: pair[0].step)
         mean, low, high = (ready.offset + ready.scale * part for part in curve.band(grid.raw_x, self.level))
         theta = grid.thetas[curve.best]
         noise = Noise(ready.scale * curve.noise_sd, theta.rho * (1 - theta.white))
         events = tuple(event for event, _ in found)
-        adjusted = {kind: tuple(self._adjusted(p) for p in tests) for kind, tests in p_values.items()}
+        adjusted = {search: tuple(self._adjusted(p, search) for p in tests) for search, tests in p_values.items()}
         outcome = "EVENTS" if events else "NO EVENT"
         trend = Trend(t, mean, low, high)
         return Fit(outcome, events, trend, noise, adjusted, tuple(notes), asdict(self), ready.name, tuple(found))
@@ -164,18 +163,23 @@ class Detector:
     def _search(self, scan: Scan, unit: Array, path: Path | None) -> tuple[JumpSearch, Curve]:
         points = scan.grid.average(unit)
         path = scan.path(points[:, None]) if path is None else path
-        alpha = self.alpha / len(self.searches)
+        alpha = self.alpha / self._price("scan")
         search = find_jumps(scan, points, path, alpha=alpha, level=self.level, n_null=self.n_null, most=self.most)
         return search, Curve(search.null, search.jumps, points, self.seed)
 
-    def _adjusted(self, p: float) -> float:
-        return min(p * len(self.searches), 1.0)
+    def _price(self, search: str) -> float:
+        made = sum(1 / PRICES[other] for other in self.searches) / sum(1 / price for price in PRICES.values())
+        return max(PRICES[search] * made, 1.0)
+
+    def _adjusted(self, p: float, search: str) -> float:
+        return min(p * self._price(search), 1.0)
 
     def _event(self, kind: str, place: Array, size: Array, p: float, span: tuple[float, float] | None, vague: str,
                grid: Grid, ready: Ready) -> tuple[Event, Array]:  # fmt: skip
         """An event from draws of its place (on the time axis) and size, and the ends of its span (likewise)."""
         steps = grid.step_of(place)
         low, middle, high = self._quantiles(steps)
+        search = next(name for name, kinds in SEARCHES.items() if kind in kinds)
         small, typical, large = self._quantiles(ready.scale * size)
         ends = None if span is None else (float(grid.step_of(span[0])), float(grid.step_of(span[1])))
         width = None if ends is None else float(np.log10(ends[1] / max(ends[0], 1e-3 * ends[1])))
@@ -183,7 +187,7 @@ class Detector:
         inside = int(np.sum((ready.steps >= start) & (ready.steps <= end)))
         note = "" if inside >= 3 else vague + _add(ready.steps, start, end)
         event = Event(
-            kind, middle, (low, high), typical, (small, large), width, ends, self._adjusted(p), None, inside >= 3, note,
+            kind, middle, (low, high), typical, (small, large), width, ends, self._adjusted(p, search), None, inside >= 3, note,
             ready.name, _percentiles(steps),
         )  # fmt: skip
         return event, np.sort(steps)

@@ -13,6 +13,7 @@ from devmon.analysis.smooth import Array, Grid, Whitened, normalised
 WIDEST = 1.2  # decades; slower changes are drift
 SPIKE = 12.0  # gain in log likelihood (about 5 sd) from which a point is left out as a spike
 LIKELY = 10  # covariances over which a location is averaged
+FAR = 10.0  # covariances this much less likely than the best, with and without shapes, play no part in what is found
 STEEPER = 3.0  # a jump is at least this many times as steep as the curve beside it
 
 
@@ -58,7 +59,7 @@ def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float,
     without a certain sign, wider than WIDEST or hardly steeper than its surroundings is none: its test counts with
     p = 1.
     """
-    grid, null, path = scan.grid, scan.null, first
+    null, path, whole = scan.null, first, scan
     found: list[Jump] = []
     p_values: list[float] = []
     spikes: tuple[int, ...] = ()
@@ -69,9 +70,12 @@ def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float,
         if possible:
             gains, picks = path.gains[0], path.picks[0]
             if not spike_gain > max(SPIKE, gains[0]):
-                p, count = scan.test(gains, path.weights[:, 0], n_null)
+                p, count = scan.test(path, n_null)
         kept: list[Jump] = []
         if p <= alpha:
+            if scan is whole:
+                scan = whole.only(np.flatnonzero(path.behind[:, 0] > -FAR))
+                null = with_shapes(scan.grid, [], spikes)
             start = [coarse(scan.shapes, int(j)) for j in picks[: min(count, most - len(found))]]
             kept = settle(scan, null, y, found, start, p, alpha=alpha, level=level, n_null=n_null)
             p = 1.0 if not kept else p
@@ -82,7 +86,8 @@ def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float,
             spikes += spike
         else:
             return JumpSearch(found, [*p_values, p] if possible else p_values, null)
-        null = with_shapes(grid, found, spikes)
+        scan = scan if found else whole
+        null = with_shapes(scan.grid, found, spikes)
         if len(found) < most and null.df >= 6 and len(scan.shapes.centre):
             path = scan.path(y[:, None], null, shapes_of(found), 1 if found else scan.depth)
 
@@ -101,7 +106,7 @@ def settle(scan: Scan, null: Whitened, y: Array, found: list[Jump], new: list[Ju
                 if own.df < 6:
                     return []
                 path = scan.path(y[:, None], own, shapes_of(others), 1)
-                mine = max(p, scan.test(path.gains[0], path.weights[:, 0], n_null)[0])
+                mine = max(p, scan.test(path, n_null)[0])
             located.append(locate(scan, own, shapes_of(others), y, mine))
         beside = with_shapes(scan.grid, [*found, *located], spikes)
         good = [
@@ -207,7 +212,7 @@ def locate(scan: Scan, null: Whitened, taken: Shapes, y: Array, p: float, draws:
     widths = np.geomspace(2 * narrow, wide, 16)
     for last in (False, True):
         low, high = max(low, grid.x[SIDE - 1]), min(high, grid.x[-SIDE])
-        centres = np.linspace(low, high, 121 if last else 41)
+        centres = np.linspace(low, high, 61 if last else 41)
         c, w, form = (a.ravel() for a in np.meshgrid(centres, widths, forms, indexing="ij"))
         inside = (c - w / 2 >= grid.x[0]) & (c + w / 2 <= grid.x[-1]) & ((w >= SKEWED / 2) | (form != STEP))
         shapes = Shapes(c, w, form)[inside]
@@ -224,7 +229,7 @@ def locate(scan: Scan, null: Whitened, taken: Shapes, y: Array, p: float, draws:
         step, ratio = (high - low) / (len(centres) - 1), widths[1] / widths[0]
         if not last:
             low, high = kept.centre.min() - step, kept.centre.max() + step
-            widths = np.geomspace(max(kept.width.min() / ratio, narrow), min(kept.width.max() * ratio, wide), 14)
+            widths = np.geomspace(max(kept.width.min() / ratio, narrow), min(kept.width.max() * ratio, wide), 12)
     generator = np.random.default_rng([scan.seed, 0x10CA7E])
     row, j = np.unravel_index(generator.choice(logs.size, size=draws, p=normalised(logs.ravel())), logs.shape)
     spread = np.sqrt(left[row, j] / (null.df - 1) / norm[row, j])

@@ -5,11 +5,11 @@ and forms (see `shapes`). Shapes are added greedily, since a staircase seen one 
 random walk; the statistic is the gain in restricted log likelihood after 1, 2, … shapes, maximised over shapes and
 covariances.
 
-Nulls are drawn from the model without the shapes and scanned the same way. Their covariances are drawn from the
-posterior *beside the best shape*: where a shape is there, the noise is what the shape leaves; where none is, one shape
-hardly changes what the noise looks like (a random walk less its largest rise is still one). The statistic does not
-depend on scale or drift, so nulls are kept with the grid of steps and serve every series measured there, and also the
-later tests beside shapes already found.
+Nulls are drawn from the model without the shapes and scanned the same way. Their covariance is the likeliest *beside
+the best shape*: where a shape is there, the noise is what the shape leaves; where none is, one shape hardly changes what
+the noise looks like (a random walk less its largest rise is still one). The statistic does not depend on scale or
+drift, so nulls are kept with the grid of steps and serve every series measured there, and also the later tests beside
+shapes already found.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devmon.analysis.shapes import Shapes, candidates
-from devmon.analysis.smooth import Array, Grid, Whitened, normalised, shares
+from devmon.analysis.smooth import Array, Grid, Theta, Whitened, normalised
 
 TIGHT = 1e-12  # residual sums of squares below this share are rounding
 ENOUGH = 10  # simulation stops early at this many nulls as large as the data (Besag & Clifford 1991)
@@ -37,12 +37,19 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Path:
-    """Greedy gains (B, depth) after 1, 2, … shapes, the shapes picked (B, depth), and the posterior of the covariance
-    beside the first of them (theta, B)."""
+    """Greedy gains (B, depth) after 1, 2, … shapes, the shapes picked (B, depth), the posterior of the covariance
+    beside the first of them (theta, B), and how far behind the best each covariance stays at most, from none to all of
+    the shapes (theta, B)."""
 
     gains: Array
     picks: Ints
     weights: Array
+    behind: Array
+
+    def of(self, i: int) -> Path:
+        """That of one series."""
+        one = slice(i, i + 1)
+        return Path(self.gains[one], self.picks[one], self.weights[:, one], self.behind[:, one])
 
 
 class Scan:
@@ -72,128 +79,138 @@ class Scan:
 
     @cached_property
     def _white(self) -> Single:
-        """(theta, J, m) the whitened shapes, of unit norm. Single precision is ample."""
-        white = np.empty((len(self.grid.thetas), self.raw.shape[1], self.raw.shape[0]), dtype=np.float32)
+        """(theta, m, J) the whitened shapes, of unit norm. Single precision is ample."""
+        white = np.empty((len(self.grid.thetas), *self.raw.shape), dtype=np.float32)
         raw = self.raw.astype(np.float32)
         for k, project in enumerate(self.null.project):
-            part = (project.astype(np.float32) @ raw).T
-            white[k] = part / np.sqrt(np.maximum(np.square(part).sum(1), 1e-9))[:, None]
+            np.matmul(project.astype(np.float32), raw, out=white[k])
+            white[k] /= np.sqrt(np.maximum(np.square(white[k]).sum(0), 1e-9))
         return white
+
+    def only(self, thetas: Ints) -> Scan:
+        """The same search among some of the covariances."""
+        scan = Scan(self.grid.only(thetas), self.depth, self.seed, self.flat or self)
+        scan.__dict__["_white"] = self._white[thetas]
+        scan.__dict__["_free"] = self._free
+        return scan
 
     def path(self, ys: Array, null: Whitened | None = None, taken: Shapes | None = None, depth: int | None = None,
              thetas: Ints | None = None) -> Path:  # fmt: skip
-        """Greedy search in each series of ys (m, B), beside the fixed effects of `null` and away from shapes `taken`."""
+        """Greedy search in each series of ys (m, B), beside the fixed effects of `null` and away from shapes `taken`;
+        among some of the covariances if `thetas` names them."""
         null, depth = null or self.null, depth or self.depth
-        white = self._white if thetas is None else self._white[thetas]
-        project = null.project if thetas is None else null.project[thetas]
-        penalty = (null.penalty if thetas is None else null.penalty[thetas])[:, None]
-        free = np.ones(white.shape[1], dtype=np.float32)
+        which = slice(None) if thetas is None else thetas
+        white, project, penalty = self._white[which], null.project[which], null.penalty[which, None]
+        free = np.ones(white.shape[2], dtype=np.float32)
         if taken is not None and len(taken.centre):
             free[self.near(taken).any(1)] = 0
-        beside = self._beside(null, thetas)
+        beside = self._beside(null, which)
         count = ys.shape[1]
-        ys = np.concatenate([ys, ys[:, :1].repeat(-count % BLOCK, axis=1)], axis=1)
+        if null is self.null:
+            ys = np.concatenate([ys, ys[:, :1].repeat(-count % BLOCK, axis=1)], axis=1)
         parts = [
-            self._greedy(project @ ys[:, start : start + BLOCK], white, penalty, null.df / 2, free, beside, depth)
+            _greedy(project @ ys[:, start : start + BLOCK], white, penalty, null.df / 2, free, self._free, beside, depth)
             for start in range(0, count, BLOCK)
         ]
-        gains, picks, weights = (np.concatenate([part[i] for part in parts], axis=i // 2) for i in range(3))
-        return Path(gains[:count], picks[:count], weights[:, :count])
+        gains, picks, weights, behind = (np.concatenate([part[i] for part in parts], axis=i // 2) for i in range(4))
+        return Path(gains[:count], picks[:count], weights[:, :count], behind[:, :count])
 
-    def _beside(self, null: Whitened, thetas: Ints | None) -> Array | None:
+    def _beside(self, null: Whitened, which: Ints | slice) -> Single | None:
         """(theta, m, p) orthonormal columns of the fixed effects that `null` has beyond the drift."""
         if null is self.null:
             return None
-        base = self.null.project if thetas is None else self.null.project[thetas]
-        return np.asarray(np.linalg.qr(base @ null.columns[:, self.null.columns.shape[1] :])[0])
-
-    def _greedy(self, target: Array, white: Single, penalty: Array, half: float, free: Single, beside: Array | None,
-                depth: int) -> tuple[Array, Ints, Array]:  # fmt: skip
-        count = target.shape[2]
-        series = np.arange(count)
-        rss = np.square(target).sum(1)
-        base = (-half * np.log(rss) - penalty).max(0)
-        floor, left = 1e-6 * rss, target.astype(np.float32)
-        norm = np.ones((*white.shape[:2], 1), dtype=np.float32)  # of each shape beside those taken
-        if beside is not None:
-            norm = norm - np.square(white @ beside.astype(np.float32)).sum(2, keepdims=True)
-        gains, picks = np.zeros((count, depth)), np.zeros((count, depth), dtype=np.int64)
-        weights = np.empty(0)
-        basis: list[Single] = [] if beside is None else [
-            np.broadcast_to(beside[:, :, i, None].astype(np.float32), left.shape) for i in range(beside.shape[2])
-        ]  # fmt: skip
-        allowed = free[:, None]
-        for n in range(depth):
-            score = white @ left
-            np.square(score, out=score)
-            score *= allowed / np.maximum(norm, 0.05)
-            chosen = score.argmax(1)
-            lowered = np.maximum(rss - np.take_along_axis(score, chosen[:, None], 1)[:, 0], floor)
-            loglik = -half * np.log(lowered) - penalty
-            if n == 0:
-                weights = normalised(loglik)
-            theta = loglik.argmax(0)
-            pick = chosen[theta, series]
-            gains[:, n] = np.maximum(loglik[theta, series] - base, gains[:, n - 1] if n else 0)
-            picks[:, n] = pick
-            if n + 1 == depth:
-                break
-            allowed = allowed * self._free[:, pick]
-            new = white[:, pick].transpose(0, 2, 1).copy()
-            for old in basis:
-                new -= old * (old * new).sum(1, keepdims=True)
-            new /= np.maximum(np.linalg.norm(new, axis=1, keepdims=True), 1e-6)
-            basis.append(new)
-            along = (new * left).sum(1)
-            left -= new * along[:, None]
-            rss = np.maximum(rss - along.astype(np.float64) ** 2, floor)
-            norm = norm - np.square(white @ new)
-        return gains, picks, weights
+        extra = null.columns[:, self.null.columns.shape[1] :]
+        return np.asarray(np.linalg.qr(self.null.project[which] @ extra)[0].astype(np.float32))
 
     def loglik(self, y: Array, null: Whitened, taken: Shapes) -> Array:
         """(theta, J) log likelihood of one series with each of the shapes that are not close to those taken."""
         target = null.project @ y
         rss = np.square(target).sum(1)[:, None]
-        norm = np.ones(self._white.shape[:2])
-        if (beside := self._beside(null, None)) is not None:
-            norm -= np.square(self._white @ beside.astype(np.float32)).sum(2)
-        score = np.square((self._white @ target.astype(np.float32)[:, :, None])[:, :, 0]) / np.maximum(norm, 0.05)
+        score = np.square((target.astype(np.float32)[:, None] @ self._white)[:, 0])
+        if (beside := self._beside(null, slice(None))) is not None:
+            score /= np.maximum(1 - np.square(beside.transpose(0, 2, 1) @ self._white).sum(1), 0.05)
         if len(taken.centre):
             score[:, self.near(taken).any(1)] = 0
         return null.loglik(np.maximum(rss - score, TIGHT * rss))
 
-    def nulls(self, counts: Ints) -> Array:
-        """Gains (B, depth) of `counts[k]` series drawn from covariance k; stream k is the same whoever asks."""
+    def nulls(self, k: int, count: int) -> Array:
+        """Gains (count, depth) of series drawn from covariance k; the stream of k is the same whoever asks."""
         if self.flat is not None:
-            known_as = {replace(theta, shape="flat"): k for k, theta in enumerate(self.flat.grid.thetas)}
-            alike = [known_as[replace(theta, shape="flat")] for theta in self.grid.thetas]
-            return self.flat.nulls(np.bincount(alike, counts, len(self.flat.grid.thetas)).astype(np.int64))
-        for k in (int(k) for k in np.flatnonzero(counts)):
-            generator, known = self._streams.setdefault(
-                k, (np.random.default_rng([self.seed, k]), np.empty((0, self.depth)))
-            )
-            while len(known) < counts[k]:  # blocks of one size, so that what was asked before does not matter
-                noise = generator.standard_normal((BLOCK, len(self.grid.x)))
-                ys = np.linalg.solve(self.grid.inverse[k], noise.T)
-                likely = self.null.loglik(np.square(self.null.project @ ys).sum(1))
-                thetas = np.flatnonzero((likely - likely.max(0)).max(1) > -BEHIND)
-                known = np.concatenate([known, self.path(ys, thetas=thetas).gains])
-            self._streams[k] = generator, known
-        return np.concatenate([self._streams[int(k)][1][: counts[k]] for k in np.flatnonzero(counts)])
+            return self.flat.nulls(_index(self.flat.grid.thetas, self.grid.thetas[k]), count)
+        generator, drawn = self._streams.get(k, (np.random.default_rng([self.seed, k]), np.empty((0, self.depth))))
+        while len(drawn) < count:  # blocks of one size, so that what was asked before does not matter
+            noise = generator.standard_normal((BLOCK, len(self.grid.x)))
+            ys = np.linalg.solve(self.grid.inverse[k], noise.T)
+            likely = self.null.loglik(np.square(self.null.project @ ys).sum(1))
+            thetas = np.flatnonzero((likely - likely.max(0)).max(1) > -BEHIND)
+            drawn = np.concatenate([drawn, self.path(ys, thetas=thetas).gains])
+        self._streams[k] = generator, drawn
+        return drawn[:count]
 
-    def test(self, gains: Array, weights: Array, n_null: int) -> tuple[float, int]:
-        """P-value of one series with the given gains (depth,), and how many shapes make its case best.
+    def test(self, path: Path, n_null: int) -> tuple[float, int]:
+        """P-value of one series by its path, and how many shapes make its case best.
 
         The case is max over n of (gain after n shapes - its USUAL quantile over the nulls); p is `tail_p` of it.
         """
-        depth = len(gains)
+        gains, k = path.gains[0], int(path.weights[:, 0].argmax())
         for total in sorted({min(n_null, 49), n_null}):
-            nulls = self.nulls(shares(weights, total))[:, :depth]
+            nulls = self.nulls(k, total)[:, : len(gains)]
             usual = np.quantile(nulls, USUAL, axis=0)
             cases, case = (nulls - usual).max(1), float((gains - usual).max())
             if np.sum(cases >= case) >= ENOUGH:
                 break
         return tail_p(case, cases), int(np.argmax(gains - usual)) + 1
+
+
+def _index(thetas: list[Theta], theta: Theta) -> int:
+    """Where a covariance is in a list that has it, or has it with noise of constant size."""
+    return thetas.index(theta if theta in thetas else replace(theta, shape="flat"))
+
+
+def _greedy(target: Array, white: Single, penalty: Array, half: float, free: Single, both: Single,
+            beside: Single | None, depth: int) -> tuple[Array, Ints, Array, Array]:  # fmt: skip
+    """`Scan.path` for one block: whitened series (theta, m, B), shapes (theta, m, J) of which those `free` (J,) may be
+    picked and those in `both` (J, J) together."""
+    count = target.shape[2]
+    series = np.arange(count)
+    rss = np.square(target).sum(1)  # (theta, B)
+    floor, left = 1e-6 * rss, np.ascontiguousarray(target.transpose(0, 2, 1), dtype=np.float32)  # (theta, B, m)
+    norm = np.ones((len(white), 1, white.shape[2]), dtype=np.float32)  # of each shape beside those taken
+    basis: list[Single] = []
+    if beside is not None:
+        norm -= np.square(beside.transpose(0, 2, 1) @ white).sum(1, keepdims=True)
+        basis += [beside[:, None, :, i] for i in range(beside.shape[2])]
+    gains, picks = np.zeros((count, depth)), np.zeros((count, depth), dtype=np.int64)
+    loglik = -half * np.log(rss) - penalty
+    base, behind, weights = loglik.max(0), loglik - loglik.max(0), loglik
+    allowed = np.broadcast_to(free, (count, len(free)))
+    for n in range(depth):
+        score = left @ white  # (theta, B, J)
+        np.square(score, out=score)
+        score *= allowed / np.maximum(norm, 0.05)
+        chosen = score.argmax(2)
+        lowered = np.maximum(rss - np.take_along_axis(score, chosen[:, :, None], 2)[:, :, 0], floor)
+        loglik = -half * np.log(lowered) - penalty
+        behind = np.maximum(behind, loglik - loglik.max(0))
+        if n == 0:
+            weights = normalised(loglik)
+        theta = loglik.argmax(0)
+        pick = chosen[theta, series]
+        gains[:, n] = np.maximum(loglik[theta, series] - base, gains[:, n - 1] if n else 0)
+        picks[:, n] = pick
+        if n + 1 == depth:
+            break
+        allowed = allowed * both[pick]
+        new = white[:, :, pick].transpose(0, 2, 1).copy()
+        for old in basis:
+            new -= old * (old * new).sum(2, keepdims=True)
+        new /= np.maximum(np.linalg.norm(new, axis=2, keepdims=True), 1e-6)
+        basis.append(new)
+        along = (new * left).sum(2)
+        left -= new * along[:, :, None]
+        rss = np.maximum(rss - along.astype(np.float64) ** 2, floor)
+        norm = norm - np.square(new @ white)
+    return gains, picks, weights, behind
 
 
 def tail_p(value: float, nulls: Array) -> float:

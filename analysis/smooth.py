@@ -14,6 +14,7 @@ for a thousand simulated ones, is matrix multiplication. Restricted likelihood: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,6 +79,14 @@ class Grid:
         root = np.linalg.cholesky(np.array(self.noise) + np.array(self.smooth))
         self.logdet = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
         self.inverse = np.linalg.inv(root)
+
+    def only(self, thetas: NDArray[np.int64]) -> Grid:
+        """The grid with some of its covariances."""
+        grid = copy(self)
+        grid.thetas = [self.thetas[k] for k in thetas]
+        grid.noise, grid.smooth = [self.noise[k] for k in thetas], [self.smooth[k] for k in thetas]
+        grid.logdet, grid.inverse = self.logdet[thetas], self.inverse[thetas]
+        return grid
 
     def average(self, values: Array) -> Array:
         """Values at the n steps (last axis) averaged into the m points of the model."""

@@ -58,7 +58,9 @@ class Curve:
     @cached_property
     def mean(self) -> Array:
         """(g,) posterior mean."""
-        return np.asarray(sum(self.weights[k] * (self.smoother(int(k))[0] @ self.y) for k in np.flatnonzero(self.weights)))
+        return np.asarray(
+            sum(self.weights[k] * (self.smoother(int(k))[0] @ self.y) for k in np.flatnonzero(self.weights))
+        )
 
     @cached_property
     def smoothed(self) -> Array:

@@ -114,5 +114,3 @@ def _of_interest(fit: Fit, series: Series) -> Fit:
     left = [f"{e.kind} of {e.size:+.2g} at step {e.step:.0f}" for e in fit.found if e not in kept]
     note = f"below the smallest change of interest ({series.smallest:g}), left out: {', '.join(left)}"
     return replace(fit, found=kept, outcome="EVENTS" if kept else "NO EVENT", notes=(*fit.notes, note))
-
-

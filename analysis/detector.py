@@ -144,7 +144,9 @@ class Detector:
         if "turn" in self.searches:
             turns = find_turns(curve, n_null=self.n_null)
             p_values["turn"] = tuple(turn.p_value for turn in turns) or (1.0,)
-            told = [self._turn(turn, grid, ready) for turn in turns if self._adjusted(turn.p_value, "turn") <= self.alpha]
+            told = [
+                self._turn(turn, grid, ready) for turn in turns if self._adjusted(turn.p_value, "turn") <= self.alpha
+            ]
             found += [(turn, draws) for turn, draws in told if not any(_same(turn, bump) for bump in bumps)]
         if "plateau" in self.searches:
             plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau"), n_null=self.n_null)

@@ -14,6 +14,7 @@ WIDEST = 1.2  # decades; slower changes are drift
 SPIKE = 12.0  # gain in log likelihood (about 5 sd) from which a point is left out as a spike
 LIKELY = 10  # covariances over which a location is averaged
 FAR = 10.0  # covariances this much less likely than the best, with and without shapes, play no part in what is found
+KEPT = 0.75  # share of a jump that drift leaves standing
 STEEPER = 3.0  # a jump is at least this many times as steep as the curve beside it
 
 
@@ -129,32 +130,44 @@ def with_shapes(grid: Grid, jumps: list[Jump], spikes: tuple[int, ...]) -> White
 
 
 def is_event(null: Whitened, y: Array, jumps: list[Jump], which: int, level: float) -> bool:
-    """Whether one of the jumps has a certain sign and, unless it is a pulse, is narrow and steep."""
+    """Whether one of the jumps has a certain sign, is not undone by the drift beside it and, unless it is a pulse, is
+    narrow and steep."""
     jump, tail = jumps[which], (1 - level) / 2
     low, high = np.quantile(jump.size, [tail, 1 - tail])
     if low * high <= 0:
         return False
-    return jump.form == PULSE or (jump.middle[1] <= WIDEST and steepness(null, y, jumps, which) >= STEEPER)
+    if jump.form != PULSE and jump.middle[1] > WIDEST:
+        return False
+    steep, kept = character(null, y, jumps, which)
+    return kept >= KEPT and (jump.form == PULSE or steep >= STEEPER)
 
 
-def steepness(null: Whitened, y: Array, jumps: list[Jump], which: int) -> float:
-    """Slope of the fitted curve over the t10-t90 of one jump, as a multiple of the slope beside it.
+def character(null: Whitened, y: Array, jumps: list[Jump], which: int) -> tuple[float, float]:
+    """How steep a jump is, and how much of it the curve keeps; other jumps are taken away from the curve.
 
-    Compared are windows of the same width before and after, other jumps taken away; the steeper of the two counts. An
-    exact power law or a rise over two decades has curvature that no noise hides, but no place that is steeper
-    than its surroundings.
+    Steepness is the slope of the fitted curve over the t10-t90 of the jump, as a multiple of the slope beside it in
+    windows of the same width before and after, of which the steeper counts. An exact power law or a rise over two
+    decades has curvature that no noise hides, but no place that is steeper than its surroundings.
+
+    Kept is the change of the curve over t10-t90 (of a pulse: its height over the two feet), as a share of the change
+    of the shape alone: a large shape that drift undoes at once mends a bend of the drift.
     """
     grid = null.grid
     c, w = jumps[which].middle
     w = max(w, float(grid.gaps[np.clip(np.searchsorted(grid.x, c) - 1, 0, len(grid.gaps) - 1)]))
-    at = np.clip(c + w * np.array([-1.5, -0.5, 0.5, 1.5]), grid.x[0], grid.x[-1])
+    pulse = jumps[which].form == PULSE
+    at = np.clip(c + w * np.array([-1.0, 0, 1.0, 1.0] if pulse else [-1.5, -0.5, 0.5, 1.5]), grid.x[0], grid.x[-1])
     columns, owner = columns_of(grid, shapes_of(jumps), at)
     columns[:, (owner >= 0) & (owner != which)] = 0
     smoother, _ = null.smoother(int(np.argmax(null.loglik(null.rss(y)))), at, columns)
+    curve, shape = smoother @ y, shapes_of(jumps[which : which + 1]).height(at)[0] * np.median(jumps[which].size)
     length = np.diff(at)
-    slope = np.abs(np.diff(smoother @ y)) / np.maximum(length, 1e-9)
+    slope = np.abs(np.diff(curve)) / np.maximum(length, 1e-9)
     beside = [slope[i] for i in (0, 2) if length[i] > w / 4]
-    return float(slope[1] / max(*beside, 1e-12, 1e-12)) if beside else np.inf
+    steep = float(slope[1] / max(*beside, 1e-12, 1e-12)) if beside else np.inf
+    if pulse:
+        return steep, float((curve[1] - (curve[0] + curve[2]) / 2) / (shape[1] - (shape[0] + shape[2]) / 2))
+    return steep, float((curve[2] - curve[1]) / (shape[2] - shape[1]))
 
 
 def joined(jumps: list[Jump]) -> list[Jump]:

@@ -195,5 +195,7 @@ def _ends(tilted: Array, up: Array, on: Array, t: Array) -> tuple[NDArray[np.int
     # the lowest place among those that fit and follow the same top
     first = fits.argmax(1)
     i = np.array([int(np.argmax(rises[b, : first[b] + 1])) for b in range(len(tilted))])
-    j = np.array([i[b] + int(np.argmin(np.where(fits[b, i[b] :], tilted[b, i[b] :], np.inf))) for b in range(len(tilted))])
+    j = np.array(
+        [i[b] + int(np.argmin(np.where(fits[b, i[b] :], tilted[b, i[b] :], np.inf))) for b in range(len(tilted))]
+    )
     return i, np.maximum(j, i)

@@ -109,7 +109,9 @@ class Scan:
         if null is self.null:
             ys = np.concatenate([ys, ys[:, :1].repeat(-count % BLOCK, axis=1)], axis=1)
         parts = [
-            _greedy(project @ ys[:, start : start + BLOCK], white, penalty, null.df / 2, free, self._free, beside, depth)
+            _greedy(
+                project @ ys[:, start : start + BLOCK], white, penalty, null.df / 2, free, self._free, beside, depth
+            )
             for start in range(0, count, BLOCK)
         ]
         gains, picks, weights, behind = (np.concatenate([part[i] for part in parts], axis=i // 2) for i in range(4))

@@ -144,3 +144,17 @@ def runs_of_sign(draws: Array, certain: float) -> NDArray[np.int64]:
     """(g - 1,) the sign of the slope between places where at least a share `certain` of the draws agree, else 0."""
     rising = (np.diff(draws, axis=1) > 0).mean(0)
     return np.where(rising >= certain, 1, np.where(rising <= 1 - certain, -1, 0))
+
+
+def vertex(at: Array, curves: Array, top: NDArray[np.int64]) -> Array:
+    """(B,) where the parabola through the highest place of each curve (B, n) and its two neighbours has its top."""
+    if len(at) < 3:
+        return np.asarray(at[top])
+    rows, i = np.arange(len(curves)), np.clip(top, 1, len(at) - 2)
+    left, here, right = (curves[rows, i + k] for k in (-1, 0, 1))
+    a, b = at[i] - at[i - 1], at[i + 1] - at[i]
+    before, after = (here - left) / a, (right - here) / b  # slopes in the middles of the two gaps
+    bend = before - after
+    shift = np.where(bend > 0, (before * b + after * a) / np.where(bend > 0, 2 * bend, 1), 0)
+    inside = (top > 0) & (top < len(at) - 1)
+    return np.where(inside, at[i] + np.clip(shift, -a / 2, b / 2), at[top])

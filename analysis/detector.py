@@ -147,7 +147,7 @@ class Detector:
             told = [
                 self._turn(turn, grid, ready) for turn in turns if self._adjusted(turn.p_value, "turn") <= self.alpha
             ]
-            found += [(turn, draws) for turn, draws in told if not any(_same(turn, bump) for bump in bumps)]
+            found += [(turn, draws) for turn, draws in told if not any(_part(turn, bump) for bump in bumps)]
         if "plateau" in self.searches:
             plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau"), n_null=self.n_null)
             p_values["plateau"] = tuple(plateau.p_value for plateau in plateaus) or (1.0,)
@@ -219,10 +219,11 @@ class Detector:
         return float(low), float(middle), float(high)
 
 
-def _same(turn: Event, bump: Event) -> bool:
-    """Whether a turn is the top of a bump."""
-    low, high = bump.span or bump.interval
-    return low <= turn.step <= high and turn.size * bump.size > 0
+def _part(turn: Event, bump: Event) -> bool:
+    """Whether a turn is the top of a bump, or one of its feet on a sloping curve."""
+    assert bump.width is not None
+    away = abs(np.log10(max(turn.step, 1e-9) / max(bump.step, 1e-9)))
+    return bool(away <= (0.5 if turn.size * bump.size > 0 else 1.5) * bump.width)
 
 
 @lru_cache(maxsize=4)

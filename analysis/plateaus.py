@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from devmon.analysis.curve import Curve, runs_of_sign
+from devmon.analysis.curve import Curve, runs_of_sign, vertex
 from devmon.analysis.jumps import Jump
 from devmon.analysis.scan import tail_p
 from devmon.analysis.shapes import PULSE
@@ -159,8 +159,8 @@ def _located(curve: Curve, low: int, high: int, i: int, j: int, way: int, tilt: 
     right = j + int(np.argmax(slope[j : high + 1])) if high > j else high
     slopes = np.gradient(draws[:, left : right + 1], at[left : right + 1], axis=1)
     a, b = i - left, j - left
-    inner = slopes[:, max(a, 0) : b + 1]
-    place = at[i + inner.argmin(1)]
+    inner = slopes[:, a : b + 1]
+    place = vertex(at[i : i + inner.shape[1]], -inner, inner.argmin(1))
     flank = np.minimum(slopes[:, : a + 1].max(1), slopes[:, b:].max(1))
     sure = float(np.mean(inner.min(1) < SLOW * flank))
     tilted = draws - tilt * at

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.signal import find_peaks
 
-from devmon.analysis.curve import Curve, runs_of_sign
+from devmon.analysis.curve import Curve, runs_of_sign, vertex
 from devmon.analysis.jumps import Jump
 from devmon.analysis.scan import tail_p
 from devmon.analysis.shapes import PULSE
@@ -50,7 +50,7 @@ def find_turns(curve: Curve, *, n_null: int) -> list[Turn]:
         place, size = summit(way * draws, *reach)
         height = float(summit(way * curve.smoothed[None], *reach)[1][0])
         p = min(tail_p(height / curve.noise_sd, nulls), implied(curve.jumps, at[i], at[j + 1], way))
-        turns.append(Turn(at[place], way * size, p))
+        turns.append(Turn(vertex(at, way * draws, place), way * size, p))
     return turns
 
 

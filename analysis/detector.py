@@ -23,9 +23,9 @@ from devmon.errors import DataError
 FEWEST = 8  # finite points below which nothing is said
 MOST_CHECKPOINTS = 600  # more are averaged in blocks of neighbours
 EXACT = 1e-10  # distance from a straight line, as a share of the range, that is rounding
-SURE = 0.90  # share of the posterior in which a plateau is slow
+SURE = 0.80  # share of the posterior in which a plateau is slow
 SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
-PRICES = {"scan": 3.0, "turn": 5.0, "plateau": 4.0}  # what a p-value is multiplied by where all three are made
+PRICES = {"scan": 3.0, "turn": 12.0, "plateau": 10.0}  # what a p-value is multiplied by where all three are made
 KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
 
 
@@ -49,8 +49,8 @@ class Detector:
 
     Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
     the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
-    probability alpha at most. The inverse prices add up to less than 1: on few checkpoints a random walk is often
-    taken for a smooth curve, and the rest of the budget pays for that (benchmarks/detection.py).
+    probability alpha at most. The inverse prices add up to about one half: now and then a random walk looks like a
+    smooth curve with little noise, and the rest of the budget pays for that (benchmarks/detection.py).
     `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
     (`scan.tail_p`). At most `most` jumps and bumps are sought.
     """

@@ -74,7 +74,10 @@ def nulls(runs: int, baseline_runs: int, seed: int) -> dict[str, Any]:
             "by points": {str(points): round(share, 4) for points, share in by_points.items()},
             "baselines": {other: n / asked for other, n in others.items()},
         }  # fmt: skip
-        print(f"{name:14s} {rate:.3f} ± {rows[name]['se']:.3f}  {rows[name]['kinds']} {rows[name]['by points']}", flush=True)
+        print(
+            f"{name:14s} {rate:.3f} ± {rows[name]['se']:.3f}  {rows[name]['kinds']} {rows[name]['by points']}",
+            flush=True,
+        )
         print(f"{'':14s} {rows[name]['baselines']}", flush=True)
     return rows
 
@@ -100,7 +103,9 @@ def held(runs: int, seed: int) -> dict[str, float | None]:
 
 def positives(runs: int, strict: dict[str, float | None], seed: int) -> dict[str, Any]:
     searches = {"devmon": ours} | {name: theirs(baseline) for name, baseline in BASELINES.items()}
-    searches |= {f"{name}, held to 6%": theirs(BASELINES[name], s) for name, s in strict.items() if s not in (None, 1.0)}
+    searches |= {
+        f"{name}, held to 6%": theirs(BASELINES[name], s) for name, s in strict.items() if s not in (None, 1.0)
+    }
     table: dict[str, Any] = {}
     for family, variants in POSITIVES.items():
         scores = {name: np.zeros(3) for name in searches}  # hits, misses, false
@@ -160,7 +165,11 @@ def speed(rounds: int, seed: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for points in (60, 200, 1000, 5000):
         rng = np.random.default_rng([seed, points])
-        steps = np.unique(np.round(np.geomspace(1, 10**6, 2 * points)))[:points] if points < 1000 else np.arange(points) * 100.0
+        steps = (
+            np.unique(np.round(np.geomspace(1, 10**6, 2 * points)))[:points]
+            if points < 1000
+            else np.arange(points) * 100.0
+        )
         flat = [rng.standard_normal(len(steps)) for _ in range(rounds)]
         risen = [y + 10 * (np.arange(len(steps)) > 0.6 * len(steps)) for y in flat]
         begun = time.perf_counter()
@@ -178,7 +187,9 @@ def speed(rounds: int, seed: int) -> dict[str, Any]:
         print(len(steps), row, flush=True)
     steps = grid("log", 200)
     rng = np.random.default_rng([seed, 8])
-    many = [Series(str(i), steps, rng.standard_normal(len(steps)) + (i % 4 == 0) * 10 * (steps > 300)) for i in range(200)]
+    many = [
+        Series(str(i), steps, rng.standard_normal(len(steps)) + (i % 4 == 0) * 10 * (steps > 300)) for i in range(200)
+    ]
     begun = time.perf_counter()
     detect(many)
     rows["1000 series of 200 points, a quarter with a jump"] = round(5 * (time.perf_counter() - begun), 1)
@@ -194,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["nulls", "positives", "published", "speed"])
     parser.add_argument("--null-runs", type=int, default=1002)
-    parser.add_argument("--runs", type=int, default=30, help="series for each variant and number of checkpoints")
+    parser.add_argument("--runs", type=int, default=15, help="series for each variant and number of checkpoints")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -204,12 +215,12 @@ def main() -> None:
     result |= {"machine": platform.platform(), "numpy": np.__version__, "alpha": Detector().alpha}
     for part in options.parts:
         if part == "nulls":
-            result[part] = nulls(null_runs, min(null_runs, 120), options.seed)
+            result[part] = nulls(null_runs, min(null_runs, 60), options.seed)
         if part == "positives":
-            strict = held(8 if options.quick else 50, options.seed)
+            strict = held(8 if options.quick else 30, options.seed)
             result |= {"strictness held to 6%": strict, part: positives(runs, strict, options.seed)}
         if part == "published":
-            result[part] = published(4 if options.quick else 20, options.seed)
+            result[part] = published(4 if options.quick else 8, options.seed)
         if part == "speed":
             result[part] = speed(3 if options.quick else 9, options.seed)
         if options.out:

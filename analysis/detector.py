@@ -82,23 +82,24 @@ class Detector:
 
     def fit_all(self, series: Sequence[tuple[Any, Any, Any, str]]) -> list[Fit]:
         """Search many series (steps, values, se, name); what those measured at the same steps share is done once."""
-        ready = [self._ready(*one) for one in series]
+        checked_series = [self._ready(*one) for one in series]
+        fits = {i: one for i, one in enumerate(checked_series) if isinstance(one, Fit)}
+        ready = {i: one for i, one in enumerate(checked_series) if isinstance(one, Ready)}
         alike: dict[bytes, list[int]] = {}
-        for i, one in enumerate(ready):
-            if isinstance(one, Ready) and one.se is None:
+        for i, one in ready.items():
+            if one.se is None:
                 alike.setdefault(one.steps.tobytes(), []).append(i)
-        fits: list[Fit | None] = [one if isinstance(one, Fit) else None for one in ready]
         for steps, which in alike.items():
             scan = _shared(steps, self.most, self.seed)
             units = np.stack([scan.grid.average(ready[i].unit) for i in which], axis=1)
             path = scan.path(units)
             for n, i in enumerate(which):
                 fits[i] = self._fit(ready[i], scan, path.of(n))
-        for i, one in enumerate(ready):
-            if isinstance(one, Ready) and one.se is not None:
+        for i, one in ready.items():
+            if one.se is not None:
                 scan = _own(one.steps.tobytes(), one.se.tobytes(), self.most, self.seed)
                 fits[i] = self._fit(one, scan, None)
-        return [fit for fit in fits if fit is not None]
+        return [fits[i] for i in range(len(checked_series))]
 
     def _ready(self, steps: Any, values: Any, se: Any, name: str) -> Ready | Fit:
         t, y, s = checked(steps, values, se, name)

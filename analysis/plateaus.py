@@ -54,19 +54,21 @@ def find_plateaus(curve: Curve, *, alpha: float, n_null: int) -> list[Plateau]:
     found: list[Plateau] = []
     while stretches:
         low, high, way = stretches.pop()
-        height, tilt, i, j = prominence(way * curve.smoothed[None, low : high + 1], at[low : high + 1])
-        i, j = low + int(i[0]), low + int(j[0])
-        if not height[0] > 0.5 * curve.noise_sd or _between_jumps(curve.jumps, at[i], at[j]):
+        parts = prominence(way * curve.smoothed[None, low : high + 1], at[low : high + 1])
+        height, tilt = float(parts[0][0]), float(parts[1][0])
+        i, j = low + int(parts[2][0]), low + int(parts[3][0])
+        span = float(at[i]), float(at[j])
+        if not height > 0.5 * curve.noise_sd or _between_jumps(curve.jumps, *span):
             continue
         if nulls is None:
             nulls = _nulls(curve, _stretches(curve), min(n_null, 49))
-            if _p(height[0], curve, nulls) <= 0.5:
+            if tail_p(height / curve.noise_sd, nulls) <= 0.5:
                 nulls = _nulls(curve, _stretches(curve), n_null)
-        p = _p(height[0], curve, nulls)
+        p = tail_p(height / curve.noise_sd, nulls)
         if p > alpha:
-            found.append(Plateau(np.empty(0), np.empty(0), (at[i], at[j]), p, 0.0))
+            found.append(Plateau(np.empty(0), np.empty(0), span, p, 0.0))
             continue
-        plateau = _located(curve, low, high, i, j, way, float(tilt[0]), p)
+        plateau = _located(curve, low, high, i, j, way, tilt, p)
         found.append(plateau)
         middle = int(np.searchsorted(at, np.median(plateau.place)))
         stretches += [(a, b, way) for a, b in ((low, middle), (middle, high)) if b - a > 8]
@@ -145,10 +147,6 @@ def _nulls(curve: Curve, stretches: list[Stretch], count: int) -> Array:
     smoothed, _ = curve.simulated(null + np.mean(mean - null), count, 0x12)
     parts = [prominence(way * smoothed[:, low : high + 1], curve.at[low : high + 1])[0] for low, high, way in stretches]
     return np.asarray(np.max(parts, axis=0))
-
-
-def _p(height: float, curve: Curve, nulls: Array) -> float:
-    return tail_p(float(height) / curve.noise_sd, nulls)
 
 
 def _located(curve: Curve, low: int, high: int, i: int, j: int, way: int, tilt: float, p: float) -> Plateau:

@@ -12,6 +12,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.signal import find_peaks
 
@@ -67,9 +68,9 @@ def implied(jumps: list[Jump], start: float, end: float, way: int) -> float:
     return min(p, default=1.0)
 
 
-def summit(curves: Array, left: int, low: int, high: int, right: int) -> tuple[Array, Array]:
+def summit(curves: Array, left: int, low: int, high: int, right: int) -> tuple[NDArray[np.int64], Array]:
     """Index and prominence of the highest place of each curve between `low` and `high`, bases out to left and right."""
-    top = low + np.argmax(curves[:, low : high + 1], axis=1)
+    top = np.asarray(low + np.argmax(curves[:, low : high + 1], axis=1))
     height = curves[np.arange(len(curves)), top]
     before = height - curves[:, left : low + 1].min(1)
     after = height - curves[:, high : right + 1].min(1)

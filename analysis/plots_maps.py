@@ -11,7 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from devmon.analysis.derive import elements, units_of
-from devmon.analysis.plots_style import MAX_COLUMNS, axes_on, draw_note, figure_of, step_number, styled, thin, title_of
+from devmon.analysis.plots_style import (
+    MAX_COLUMNS,
+    axes_on,
+    brief,
+    draw_note,
+    figure_of,
+    step_number,
+    styled,
+    thin,
+    title_of,
+)
 
 
 @styled
@@ -40,7 +50,7 @@ def plot_heads(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) ->
     bar.outline.set_visible(False)
     ax.grid(False)
     named = thin(len(rows), 48)
-    ax.set_yticks(named, [rows[i][0] for i in named], fontsize=8 if len(rows) <= 24 else 6.5)
+    ax.set_yticks(named, [brief(rows[i][0]) for i in named], fontsize=8 if len(rows) <= 24 else 6.5)
     steps = array["step"].values
     columns = thin(len(steps), 9)
     ax.set_xticks(columns, [step_number(float(steps[c])) for c in columns])

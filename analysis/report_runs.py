@@ -12,7 +12,8 @@ from devmon.analysis import plots
 from devmon.analysis.content import Block, Content, Figure, Row, Section, Story, Table, Text
 from devmon.analysis.derive import RunData, series_of
 from devmon.analysis.report import numbers_of_series
-from devmon.analysis.report_figures import PANELS, Page, curves, key_series
+from devmon.analysis.report_drawing import Page, curves
+from devmon.analysis.report_figures import PANELS, key_series
 from devmon.analysis.report_tables import text_of
 from devmon.analysis.runs import ENOUGH, Matched, RunsComparison
 from devmon.analysis.series import Series

@@ -14,9 +14,9 @@ from devmon.analysis.derive_circuit import circuit_overlap
 from devmon.analysis.derive_representation import similarity
 from devmon.analysis.detect import Event
 from devmon.analysis.essential import essential_dynamics
+from devmon.analysis.report_drawing import Page
 from devmon.analysis.report_figures import (
     PANELS,
-    Page,
     bands,
     essential_figure,
     heads_figure,
@@ -57,10 +57,10 @@ def watch_blocks(
 
 def _followed(
     page: Page, name: str, data: xr.Dataset, series: Sequence[Series], events: Sequence[Event]
-) -> list[Figure]:
+) -> list[Block]:
     mine = [one for one in series if one.name.startswith(f"{name}/")]
     sure = [event for event in events if is_sure(event)]
-    drawn: list[Figure] = []
+    drawn: list[Block] = []
     lines: list[Series] = []
     for variable in headline(data):
         array, prefix = data[variable], f"{name}/{variable}"
@@ -75,14 +75,26 @@ def _followed(
             drawn.append(heads_figure(page, name, data, variable, own))
         else:
             lines += own[:1]
-    for start in range(0, len(lines), PANELS):
-        part = lines[start : start + PANELS]
+    shown = _chosen(lines, {event.series for event in sure}, min(2 * PANELS, page.left))
+    page.left -= len(shown)
+    for start in range(0, len(shown), PANELS):
+        part = shown[start : start + PANELS]
         caption = f"{name}: {', '.join(one.name.partition('/')[2] for one in part)}.{bands(part)}"
         drawn.append(stack(page, f"{name}-series", part, sure, caption))
+    if more := len(lines) - len(shown):
+        drawn.append(
+            Text(f"{more} of {len(lines)} series of {name} are not drawn here: choose them under Any series.", "note")
+        )
     if "loss_by_position" in data and data["loss_by_position"].ndim == 2:
         drawing, _ = plots.plot_position_loss(data)
         drawn.append(page.add(f"{name}-positions", drawing, f"{name}: loss by position at up to six checkpoints."))
     return drawn
+
+
+def _chosen(lines: Sequence[Series], eventful: set[str], room: int) -> list[Series]:
+    """At most `room` of the series in their order, those with an event before the others."""
+    ranked = sorted(range(len(lines)), key=lambda i: (lines[i].name not in eventful, i))[:room]
+    return [lines[i] for i in sorted(ranked)]
 
 
 def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:

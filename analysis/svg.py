@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-KEPT = re.compile(r"axes_\d+|layer-\d+(-band|-control)?|run-\d+-\d+")  # ids that a page's script asks for
+KEPT = re.compile(r"axes_\d+|layer-\d+(-band|-control)?|run-\d+-\d+|at-step-\d+")  # ids that a page's script asks for
 
 
 def compact(svg: str, prefix: str) -> str:

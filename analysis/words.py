@@ -12,6 +12,9 @@ GLOSSARY = (
      "change; its width is the time from 10% to 90% of the change, in decades (factors of ten) of the step."),
     ("turn", "A maximum or minimum: the smoothed curve certainly rises before it and falls after it, or the reverse. "
      "Its size is the prominence (+ maximum, − minimum)."),
+    ("plateau", "A time in which a series that moves before and after stays level, or moves far more slowly."),
+    ("bump", "A passing rise (or dip) that comes back: it leaves the level before it much as it found it. Its size is its height."),
+    ("transition", "Jumps of several series that go on at the same time, taken as one change of the run."),
     ("90% interval", "Given the model of the curve and of its noise, the step (or size) lies within it with "
      "probability 0.9. Bands around a curve are ±1.64 standard errors of each value."),
     ("p", "The share of simulated series without the event (same steps and kind of noise) that show one as prominent."),

@@ -25,6 +25,23 @@ class RunData(Protocol):
     def __getitem__(self, name: str, /) -> xr.Dataset: ...
 
 
+class ReadOnce:
+    """A run whose watches are read from the store once, when first asked for."""
+
+    def __init__(self, run: RunData):
+        self.attrs, self._run = run.attrs, run
+        self._read: dict[str, xr.Dataset] = {}
+        self._names = run.names()
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def __getitem__(self, name: str, /) -> xr.Dataset:
+        if name not in self._read:
+            self._read[name] = self._run[name]
+        return self._read[name]
+
+
 def series_of(trajectory: RunData, *, costs: bool = False) -> list[Series]:
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 

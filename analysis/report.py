@@ -17,7 +17,7 @@ import xarray as xr
 import devmon
 from devmon.analysis.citations import bibtex
 from devmon.analysis.content import Block, Code, Content, Fold, Heading, Items, Section, Story, Terms, Text
-from devmon.analysis.derive import RunData, is_llc, series_of
+from devmon.analysis.derive import ReadOnce, RunData, is_llc, series_of
 from devmon.analysis.derive_llc import llc
 from devmon.analysis.detect import Detection, Detector, Event, detect
 from devmon.analysis.evidence import evidence
@@ -94,14 +94,14 @@ def content_of(
 
     `detection` is that of `series_of(trajectory)`, where it is known already, or of some of them; `note` is told beside the outcome.
     """
-    page, attrs = Page(figures), dict(trajectory.attrs)
-    series = series_of(trajectory)
+    page, attrs, run = Page(figures), dict(trajectory.attrs), ReadOnce(trajectory)
+    series = series_of(run)
     detection = detect(series, detector) if detection is None else detection
-    datasets = {name: trajectory[name] for name in trajectory.names()}
+    datasets = {name: run[name] for name in run.names()}
     derived = {name: llc(data) for name, data in datasets.items() if has_rows(data) and is_llc(data)}
     verdicts = {name: np.asarray(data["verdict"].values).astype(str) for name, data in derived.items()}
     events = sorted(detection.events, key=lambda e: (not run_level(e.series), e.step, e.series))
-    found = evidence(trajectory, series, detection)
+    found = evidence(run, series, detection)
     story = tell(series, detection, verdicts, control=bool(attrs.get("control")), beside=[one.told for one in found])
     said = [f"Transition {i}: {words}" for i, one in enumerate(found, 1) for words in one.against] + story.against
     alarms = attrs.pop("alarms", [])
@@ -173,7 +173,7 @@ def _provenance(
     trajectory: RunData, datasets: Mapping[str, xr.Dataset], detection: Detection, attrs: Mapping[str, Any]
 ) -> list[Block]:
     blocks: list[Block] = [run_table({key: value for key, value in attrs.items() if key != "skipped"})]
-    blocks.append(measured_table(trajectory))
+    blocks.append(measured_table(trajectory, datasets))
     for name, data in datasets.items():
         if (fields := fields_table(data)) is not None:
             blocks.append(Fold(f"Configuration of {name}", [fields]))

@@ -145,10 +145,9 @@ def text_of(value: Any, limit: int = 600) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
 
 
-def measured_table(trajectory: RunData) -> Table:
+def measured_table(trajectory: RunData, datasets: Mapping[str, xr.Dataset]) -> Table:
     rows = []
-    for name in trajectory.names():
-        data = trajectory[name]
+    for name, data in datasets.items():
         steps = data["step"].values.tolist() if has_rows(data) else []
         seconds = float(np.nansum(data["seconds"].values)) if steps and "seconds" in data.coords else None
         span = f"{steps[0]}–{steps[-1]}" if steps else "–"

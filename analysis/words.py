@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from devmon.analysis.detect import Detection
+if TYPE_CHECKING:
+    from devmon.analysis.detect import Detection
 
 GLOSSARY = (
     ("jump", "A rise or fall that smooth drift with correlated noise does not explain. Its step is the middle of the "

@@ -32,11 +32,16 @@ MARK_NAMES = {"jump": "circle", "turn": "diamond", "plateau": "square", "bump": 
 
 @styled
 def plot_events(
-    events: Sequence[Event], transitions: Sequence[Transition] = (), *, ax: Axes | None = None
+    events: Sequence[Event],
+    transitions: Sequence[Transition] = (),
+    *,
+    steps: np.ndarray | None = None,
+    ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
     """A forest plot, one row an event: its 90% interval as a bar, its estimate as a mark, hollow where q > 0.05.
 
     A thin line is the span of an event, from 10% to 90% of a jump. Numbered grey strips are the spans of `transitions`.
+    The axis is that of `steps` (the run's), or reaches as far as the events.
     """
     fig, ax = axes_on(ax, height=1.15 + 0.24 * max(len(events), 2))
     rows = in_order(events)
@@ -60,10 +65,10 @@ def plot_events(
     ax.set_title("Events with 90% intervals")
     marks = ", ".join(f"{MARK_NAMES[kind]}: {kind}" for kind in EVENT_MARKS if any(e.kind == kind for e in rows))
     draw_note(ax, f"{marks}; hollow: q > 0.05", pad=16)
-    spans = [event.span or event.interval for event in rows] + [one.span for one in transitions]
-    step_axis(
-        ax, np.array([x for event in rows for x in (event.step, *event.interval)] + [x for s in spans for x in s])
-    )
+    if steps is None:
+        spans = [event.span or event.interval for event in rows] + [one.span for one in transitions]
+        steps = np.array([x for event in rows for x in (event.step, *event.interval)] + [x for s in spans for x in s])
+    step_axis(ax, steps)
     return fig, ax
 
 

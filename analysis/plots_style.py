@@ -201,7 +201,11 @@ def panels_on(axes: Sequence[Axes] | None, count: int, height: float) -> tuple[F
 
 
 def legend_below(fig: Figure, handles: Sequence[Any]) -> None:
-    """A legend in three columns under the panels of `panels_on`."""
+    """A legend in three columns under the panels of `panels_on`, and as much room for it as it needs."""
+    (_, below, _, top), bottom = MARGINS, 0.5 + 0.19 * -(-len(handles) // 3)
+    inches = fig.get_figheight() - below + bottom
+    fig.set_figheight(inches)
+    fig.subplots_adjust(bottom=bottom / inches, top=1 - top / inches)
     fig.legend(handles=handles, loc="lower center", ncols=3, handlelength=1.6, borderaxespad=0.15)
 
 

@@ -112,7 +112,7 @@ def content_of(
     told.append(Text(" ".join(story.happened[:first]), "lead"))
     if changes := transitions(detection.events):
         told.append(transitions_table(changes, [one.kind for one in found]))
-    if (times := timeline(page, detection)) is not None:
+    if (times := timeline(page, detection, series)) is not None:
         told.append(times)
     if alarms:
         told += [Heading("Alarms raised during training"), alarms_table(alarms)]

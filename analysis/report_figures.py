@@ -29,9 +29,15 @@ def overview(page: Page, series: Sequence[Series], events: Sequence[Event]) -> F
     chosen = key_series(series, events)
     sure = [event for event in events if is_sure(event)]
     caption = (
-        f"{len(chosen)} series of the run on one axis of steps.{bands(chosen)} Shaded: the 90% interval of an event "
-        "with q ≤ 0.05, in its own panel; thin lines mark the events of the other panels."
+        f"{len(chosen)} series of the run on one axis of steps.{bands(chosen)}"
+        if len(chosen) > 1
+        else f"The series of the run.{bands(chosen)}"
     )
+    if any(event.series == one.name for event in sure for one in chosen):
+        caption += (
+            " Shaded: the 90% interval of an event with q ≤ 0.05, in its own panel; thin lines mark the events of the "
+            "other panels."
+        )
     return stack(page, "overview", chosen, sure, caption)
 
 
@@ -58,13 +64,14 @@ def key_series(series: Sequence[Series], events: Iterable[Event]) -> list[Series
     return [row[-1] for row in sorted(chosen, key=lambda row: (row[0], sure.get(row[-1].name, np.inf), row[3]))]
 
 
-def timeline(page: Page, detection: Detection) -> Figure | None:
+def timeline(page: Page, detection: Detection, series: Sequence[Series]) -> Figure | None:
     """The sure events of the run's own series on one axis of steps, over its transitions."""
     events = [event for event in detection.events if is_sure(event) and run_level(event.series)]
     found = transitions(detection.events)
     numbered = " Numbered strips: the transitions." if found else ""
     caption = f"Every event that stands in a series of the whole run (q ≤ 0.05), in the order of its step.{numbered}"
-    return _forest(page, "timeline", events, caption, found)
+    steps = np.unique(np.concatenate([one.steps for one in series if run_level(one.name)] or [[]]))
+    return _forest(page, "timeline", events, caption, found, steps)
 
 
 def forest(page: Page, events: Sequence[Event]) -> Figure | None:
@@ -75,14 +82,14 @@ def forest(page: Page, events: Sequence[Event]) -> Figure | None:
 
 
 def _forest(
-    page: Page, name: str, events: Sequence[Event], caption: str, found: Sequence[Transition] = ()
+    page: Page, name: str, events: Sequence[Event], caption: str, found: Sequence[Transition] = (), steps: Any = None
 ) -> Figure | None:
     if not events:
         return None
     shown = events[:MAX_LINES]
     if len(events) > MAX_LINES:
         caption += f" The first {MAX_LINES} of {len(events)}; all are in the table."
-    drawing, ax = plots.plot_events(shown, found)
+    drawing, ax = plots.plot_events(shown, found, steps=steps)
     return page.add(name, drawing, caption, None, [rows_over_steps(ax, list(map(phrase, in_order(shown))))])
 
 

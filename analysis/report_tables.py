@@ -38,7 +38,7 @@ def transitions_table(found: Sequence[Transition], kinds: Sequence[str]) -> Tabl
 
 def stages_table(series: Sequence[Series], detection: Detection) -> Table | None:
     parts = stages(series, detection)
-    if not parts:
+    if not any(part.changes for part in parts):
         return None
     counts = {"stage": 0, "transition": 0}
     columns = ["change of"]

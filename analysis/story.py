@@ -67,7 +67,13 @@ def tell(
             f"No transition of the run, but {_count(len(sure), 'event')}: {_some(list(map(phrase, sure)))}."
         )
     elif outcome == "NO EVENT":
-        searched = f"{_count(len(detection.fits), 'series', 'series')} and {detection.family} tests"
+        fits = [fit for fit in detection.fits.values() if fit.outcome in ("EVENTS", "NO EVENT")]
+        left = (
+            f" ({len(detection.fits) - len(fits)} more could not be searched)"
+            if len(fits) < len(detection.fits)
+            else ""
+        )
+        searched = f"{_count(len(fits), 'series', 'series')}{left} and {detection.family} tests"
         happened.append(
             f"NO EVENT: in {searched} nothing stands out from smooth drift with correlated noise "
             "(q ≤ 0.05). This is a result: what changed, changed smoothly."
@@ -223,7 +229,7 @@ def _against(series: Sequence[Series], detection: Detection, verdicts: Mapping[s
     if few:
         said.append(f"Too few checkpoints to say anything of {_some(few)}.")
     floor = 1 / (1 + int(detection.settings.get("n_null", 0)))
-    if floor < 1:
+    if floor < 1 and detection.family:
         said.append(
             f"No p-value can be below {number(floor)} ({detection.settings['n_null']} simulated nulls); intervals and "
             "p-values are about noise within this one run and say nothing of other seeds."

@@ -20,6 +20,7 @@ from devmon.analysis.derive import series_of
 from devmon.analysis.derive_llc import llc
 from devmon.analysis.derive_representation import similarity
 from devmon.analysis.evidence import evidence, type_in_words
+from devmon.analysis.notebook import event_html
 from devmon.analysis.phases import types_between
 from devmon.analysis.report import content_of
 from devmon.analysis.report_pages import WRITERS, as_html, as_json, as_markdown
@@ -29,6 +30,7 @@ from devmon.analysis.story import number, tell
 from devmon.analysis.svg import compact, share_styles
 from devmon.analysis.words import _CITED, references
 from devmon.errors import DataError
+from devmon.trajectory import Trajectory
 from tests.synthetic import STEPS, Run, induction_run, watch
 from tests.test_report import TEN, Reader, detection, jump, small_run
 
@@ -390,3 +392,17 @@ def test_a_notebook_shows_the_estimates_and_greys_the_rejected() -> None:
     assert f"<td>{number(float(derived['llc'][-1]), 4)}</td>" in html
     assert "1 of 1 estimates accepted" in llc(induction_run()["llc"].isel(step=-1))._repr_html_()
     assert "estimates accepted" not in derived[["se"]]._repr_html_()
+
+
+def test_a_notebook_shows_a_trajectory_and_an_event_escaped(tmp_path: Path) -> None:
+    store = Trajectory(tmp_path / "run.zarr", seed=3, title="<i>T</i>")
+    store.declare("w", {"instrument": "mine.<b>Norm", "fields": {}, "fingerprint": "ab", "doc": ""})
+    html = store._repr_html_()
+    assert "&lt;i&gt;T&lt;/i&gt;" in html
+    assert "seed 3" in html
+    assert "<td>&lt;b&gt;Norm</td>" in html
+    assert "<i>T" not in html
+    one = jump("<b>/x", 640, resolved=False, note="measure step 600")
+    assert event_html(one) == (
+        "<p><b>jump</b>: &lt;b&gt;/x rises by 1 at step 640 [635, 645] (p = 0.005, q = 0.01). Not resolved in time: measure step 600.</p>"
+    )

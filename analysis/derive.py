@@ -42,21 +42,21 @@ class ReadOnce:
         return self._read[name]
 
 
-def series_of(trajectory: RunData, *, costs: bool = False) -> list[Series]:
+def series_of(trajectory: RunData, *, costs: bool = False, each: bool = True) -> list[Series]:
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 
     LLC traces give `llc/llc` with its standard error, points whose verdict is not "ok" marked as rejected. Any other
     watch gives its headline variables: a scalar as `watch/variable`, an array as `watch/variable max` (the largest
     element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each.
     An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series' `smallest`.
-    With `costs`, each watch gives `watch/seconds` too: what its observations took.
+    Without `each`, arrays give their maximum alone. With `costs`, each watch gives `watch/seconds` too: what its observations took.
     """
     found: list[Series] = []
     for name in trajectory.names():
         dataset = trajectory[name]
         if dataset.sizes.get("step", 0) == 0:
             continue
-        found += _llc_series(name, dataset) if is_llc(dataset) else _plain_series(name, dataset)
+        found += _llc_series(name, dataset) if is_llc(dataset) else _plain_series(name, dataset, each)
         if costs and "seconds" in dataset.coords:
             found.append(_series(f"{name}/seconds", dataset["seconds"].assign_attrs(units="s"), None))
     return found
@@ -118,7 +118,7 @@ def _llc_series(name: str, dataset: xr.Dataset) -> list[Series]:
     return [_series(f"{name}/llc", derived["llc"], derived["se"], rejected)]
 
 
-def _plain_series(name: str, dataset: xr.Dataset) -> list[Series]:
+def _plain_series(name: str, dataset: xr.Dataset, each: bool) -> list[Series]:
     found = []
     for variable in headline(dataset):
         array = dataset[variable].transpose("step", ...)
@@ -128,7 +128,7 @@ def _plain_series(name: str, dataset: xr.Dataset) -> list[Series]:
             found.append(_series(f"{name}/{variable}", array, error))
         elif array[0].size > 0:
             found.append(_series(f"{name}/{variable} max", *_largest(array, error)))
-            if array[0].size <= MAX_ELEMENTS:
+            if each and array[0].size <= MAX_ELEMENTS:
                 errors = [None] * array[0].size if error is None else [one for _, one in elements(error)]
                 for (label, element), one in zip(elements(array), errors, strict=True):
                     found.append(_series(f"{name}/{variable}[{label}]", element, one))

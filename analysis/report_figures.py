@@ -70,8 +70,8 @@ def timeline(page: Page, detection: Detection, series: Sequence[Series]) -> Figu
     found = transitions(detection.events)
     numbered = " Numbered strips: the transitions." if found else ""
     caption = f"Every event that stands in a series of the whole run (q ≤ 0.05), in the order of its step.{numbered}"
-    steps = np.unique(np.concatenate([one.steps for one in series if run_level(one.name)] or [[]]))
-    return _forest(page, "timeline", events, caption, found, steps)
+    grids = [one.steps for one in series if run_level(one.name)]
+    return _forest(page, "timeline", events, caption, found, np.concatenate(grids) if grids else None)
 
 
 def forest(page: Page, events: Sequence[Event]) -> Figure | None:

@@ -116,11 +116,10 @@ def live_page(run: str, refresh: int | None, nulls: int = 99) -> str:
     from devmon.analysis import detect as search
     from devmon.analysis.report import content_of
     from devmon.analysis.report_pages import as_html
-    from devmon.analysis.stages import run_level
     from devmon.trajectory import Trajectory
 
     trajectory = Trajectory(run, "r")
-    found = [one for one in series_of(trajectory) if run_level(one.name)]
+    found = series_of(trajectory, each=False)
     note = (
         f"Provisional: the run may still be written. Only series of the whole run are searched, with {nulls} nulls, and "
         "every look is another chance of a false alarm; devmon report makes the final page."

@@ -12,12 +12,15 @@ function anySeries(charts, listen) {
   const svg = make(figure, "svg", { viewBox: "0 0 619 190", role: "img" });
   figure.append(told);
   section.append(label, figure);
-  const before = document.getElementById("provenance");
-  before.before(section);
+  const before = document.getElementById("provenance"); // a comparison of runs has none
+  if (before) before.before(section);
+  else document.querySelector("main").append(section);
   const link = document.createElement("a");
   link.href = "#any";
   link.textContent = "Any series";
-  document.querySelector('nav a[href="#provenance"]').before(link, " ");
+  const next = document.querySelector('nav a[href="#provenance"]');
+  if (next) next.before(link, " ");
+  else document.querySelector("nav").append(link);
   const box = [61, 12, 610, 150], clip = make(make(svg, "defs", {}), "clipPath", { id: "any-clip" });
   make(clip, "rect", { x: box[0], y: box[1], width: box[2] - box[0], height: box[3] - box[1] });
   const group = make(svg, "g", {}), cursor = make(svg, "line", { class: "cursor", y1: box[1], y2: box[3] });

@@ -75,7 +75,12 @@ def _numbers(content: Content) -> dict[str, Any]:
     grids: dict[tuple[int, ...], int] = {}
     series = [one | {"steps": grids.setdefault(tuple(one["steps"]), len(grids))} for one in content.series]
     events = [
-        {"series": one["series"], "kind": one["kind"], "step": one["step"], "q": one["q_value"]}
+        {
+            "series": f"{one['run']}: {one['series']}" if "run" in one else one["series"],
+            "kind": one["kind"],
+            "step": one["step"],
+            "q": one["q_value"],
+        }
         | dict(zip(("low", "high"), one["interval"], strict=True))
         for one in content.events
     ]

@@ -19,6 +19,7 @@ NEEDS_BROWSER = (  # skipped by name where there is no Chromium; in CI nothing o
     "test_switches_hide_and_show_their_series",
     "test_keys_read_values_zoom_and_turn",
     "test_any_series_can_be_chosen_and_follows_the_zoom",
+    "test_a_comparison_of_runs_has_its_events_and_zooms",
     "test_the_numbers_are_saved_as_csv",
     "test_light_dark_and_print",
     "test_a_live_page_keeps_the_zoom_when_it_loads_itself_again",

@@ -15,8 +15,10 @@ import pytest
 from devmon.analysis.derive import series_of
 from devmon.analysis.report import content_of
 from devmon.analysis.report_pages import as_html
+from devmon.analysis.report_runs import runs_content
 from tests.browser import Browser
 from tests.synthetic import STEPS, Run, induction_run, traces, watch
+from tests.test_live_and_compare import runs_compared
 from tests.test_report import TEN, detection, jump, small_run
 
 EVIL = "<img src=x onerror=document.title='evil'><script>document.title='evil'</script>"
@@ -68,6 +70,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         said = content_of(run, detection=detection(*events, outcomes=silent))
         made[name] = folder / f"{name}.html"
         made[name].write_text(as_html(said), encoding="utf-8")
+    made["compared"] = folder / "compared.html"
+    made["compared"].write_text(as_html(runs_content(*runs_compared())), encoding="utf-8")
     made["live"] = folder / "live.html"
     run, events = CASES["events"]
     made["live"].write_text(as_html(content_of(run, detection=detection(*events)), refresh=3600), encoding="utf-8")
@@ -115,7 +119,7 @@ def drawing(browser: Browser) -> list[str]:
                        "(node) => !node.closest('#any')).map((node) => (node.getAttribute('x') ?? '') + (node.getAttribute('d') ?? '')).join())")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*CASES, "live"])
+@pytest.mark.parametrize("name", [*CASES, "live", "compared"])
 def test_page_opens_without_errors_and_asks_for_nothing(browser: Browser, pages: dict[str, Path], name: str) -> None:
     browser.requests()
     browser.open(pages[name])
@@ -271,6 +275,18 @@ def test_any_series_can_be_chosen_and_follows_the_zoom(browser: Browser, pages: 
     after = browser.run(dots)
     assert after[-1] > 620 > before[-1]
     assert marks(browser, panels(browser, "overview")[0])[0] < 0  # and the other figures with it
+
+
+def test_a_comparison_of_runs_has_its_events_and_zooms(browser: Browser, pages: dict[str, Path]) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    browser.open(pages["compared"])
+    Select(browser.find("#any select")).select_by_visible_text("r3: w/x")
+    assert browser.run("return document.querySelectorAll('#any line.event.jump').length") == 1
+    before = drawing(browser)
+    box = panels(browser, "runs")[0]["box"]
+    browser.pointer('figure[data-name="runs"]', (box[0] + 300, box[1] + 20), (box[2] - 20, box[1] + 20), drag=True)
+    assert drawing(browser) != before
 
 
 def test_the_numbers_are_saved_as_csv(browser: Browser, pages: dict[str, Path]) -> None:

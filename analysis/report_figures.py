@@ -90,7 +90,19 @@ def _forest(
     if len(events) > MAX_LINES:
         caption += f" The first {MAX_LINES} of {len(events)}; all are in the table."
     drawing, ax = plots.plot_events(shown, found, steps=steps)
-    return page.add(name, drawing, caption, None, [rows_over_steps(ax, list(map(phrase, in_order(shown))))])
+    words = list(map(phrase, in_order(shown)))
+    table = Table(["event"], [Row([each]) for each in words], "", "long")
+    return page.add(name, drawing, caption, table, [rows_over_steps(ax, words)])
+
+
+def positions_figure(page: Page, name: str, data: xr.Dataset) -> Figure:
+    drawing, ax = plots.plot_position_loss(data)
+    lines = ax.get_lines()
+    places = np.asarray(lines[0].get_xdata()).astype(int)
+    values = np.array([line.get_ydata() for line in lines], dtype=float).T
+    rows = [Row([str(place), *(number(float(v)) for v in row)]) for place, row in zip(places, values, strict=True)]
+    table = thinned(["position", *(str(line.get_label()) for line in lines)], rows)
+    return page.add(f"{name}-positions", drawing, f"{name}: loss by position at up to six checkpoints.", table)
 
 
 def lead_lag_figure(page: Page, detection: Detection) -> Figure | None:

@@ -40,7 +40,7 @@ def large() -> Run:
 
 
 def evil() -> Run:
-    data = watch(TEN, {f"x{EVIL}": np.sin(TEN), "y": np.cos(TEN)}, None, EVIL)
+    data = watch(TEN, {f"x{EVIL}": np.sin(TEN), "y": np.where(TEN == 0, np.nan, np.cos(TEN))}, None, EVIL)
     data.attrs |= {"doc": EVIL, "fields": {EVIL: EVIL}}
     data[f"x{EVIL}"].attrs["units"] = EVIL
     return Run(
@@ -125,6 +125,13 @@ def test_page_opens_without_errors_and_asks_for_nothing(browser: Browser, pages:
     browser.open(pages[name])
     assert browser.run("return document.querySelectorAll('#tools button').length") >= 3  # the script came to its end
     assert browser.run("return document.querySelectorAll('figure svg').length") > 0
+    bare = (
+        "return [...document.querySelectorAll('figure:not(:has(table))')].map((one) => one.parentElement.id + one.id)"
+    )
+    assert set(browser.run(bare)) <= {
+        "any",
+        "matchedfigure-matched",
+    }  # whose numbers are the figures', or the table beside
     assert browser.run("return performance.getEntriesByType('resource').length") == 0
     assert browser.logged() == []
     assert browser.requests() == []
@@ -296,6 +303,7 @@ def test_the_numbers_are_saved_as_csv(browser: Browser, pages: dict[str, Path]) 
     lines = browser.run("return new Promise((done) => setTimeout(() => done(window.saved), 50))").split("\n")
     assert lines[0] == "series,units,step,value,se,rejected"
     assert len(lines) == 1 + 2 * len(TEN)
+    assert lines[11].endswith(",,0,,,0")  # no value is an empty cell
     assert lines[-1].endswith(f",,90,{float(f'{math.cos(90):.5g}')},,0")
 
 

@@ -174,3 +174,12 @@ def test_labels_are_cut_in_the_middle() -> None:
     assert brief("start" + "x" * 100 + "end") == "start" + "x" * 23 + "…" + "x" * 24 + "end"
     fig, _ = plots.plot_events([jump("layer/" + "x" * 300, 640)])
     fig.draw_without_rendering()  # no warning of axes without room
+
+
+def test_of_many_layers_four_are_compared_at_all_pairs_of_steps() -> None:
+    states = np.random.default_rng(0).standard_normal((12, 9, 16, 4))
+    data = watch(np.arange(12), {"sketch": (("step", "layer", "item", "feature"), states)}, [], "Sketch")
+    drawn = {name: one for name, one in figures(content(Run({"sketch": data}))).items() if "similarity" in name}
+    captions = [one.caption for one in drawn.values()]
+    assert [caption.partition("layer ")[2].partition(" ")[0] for caption in captions] == ["0", "3", "5", "8"]
+    assert "4 of 9 layers are drawn" in captions[0]

@@ -36,7 +36,8 @@ class Panel:
     `group` is the SVG id of its parts; `box` is left, top, right, bottom; `limits` are the steps at left and right.
     `scale` is that of the axis of steps: "linear", "log", "symlog" (linear up to `threshold`, with 0.35 decades for it),
     or "columns" where each of `steps` is a column, as wide as the others ("square": and a row). `lines` names series of
-    the run; other panels have `rows` of labels instead, and a heat map `values` (row, step).
+    the run; other panels have `rows` of labels instead, and a heat map `values` (row, step) in `unit`s, of
+    which the largest value has three digits.
     """
 
     group: str
@@ -47,7 +48,8 @@ class Panel:
     lines: list[str] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
-    values: list[list[float | None]] = field(default_factory=list)
+    values: list[list[int | None]] = field(default_factory=list)
+    unit: float = 1.0
 
 
 @dataclass(frozen=True)

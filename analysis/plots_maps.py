@@ -107,10 +107,10 @@ def plot_pairs(dataset: xr.Dataset, *, most: int = 20, ax: Axes | None = None) -
     excess = dataset["composition"] - dataset["null"] if "null" in dataset else dataset["composition"]
     flat = excess.transpose("step", *dims).stack(pair=dims, create_index=False)
     height = flat.max("step", skipna=True).fillna(-np.inf).values
-    names = [[dataset[d].values[i] if d in dataset.coords else i for d, i in zip(dims, index, strict=True)]
-             for index in np.ndindex(*(dataset.sizes[d] for d in dims))]  # fmt: skip
     chosen = [int(i) for i in np.argsort(-height, kind="stable")[:most] if np.isfinite(height[i])]
-    told = ["{} L{}H{} from L{}H{}".format(*names[i]) for i in chosen]
+    where = np.unravel_index(chosen, [dataset.sizes[d] for d in dims])
+    names = [dataset[d].values[i] if d in dataset.coords else i for d, i in zip(dims, where, strict=True)]
+    told = ["{} L{}H{} from L{}H{}".format(*name) for name in zip(*names, strict=True)]
     data = xr.Dataset({"excess": flat.isel(pair=chosen).assign_coords(pair=told)})
     data["excess"].attrs |= {"long_name": "composition score above its null", "units": "1"}
     fig, ax = plot_heads(data, "excess", ax=ax)

@@ -51,7 +51,8 @@ function lines(panel, step, y) {
     const height = (panel.box[3] - panel.box[1]) / panel.rows.length;
     const row = Math.min(Math.max(Math.floor((y - panel.box[1]) / height), 0), panel.rows.length - 1);
     if (!panel.values.length) return [panel.rows[row]];
-    return [`${panel.rows[row]}: ${words(panel.values[row][nearest(panel.steps, step)])}`];
+    const value = panel.values[row][nearest(panel.steps, step)];
+    return [`${panel.rows[row]}: ${words(value === null ? null : value * panel.unit)}`];
   }
   return panel.own.slice(0, 16).flatMap((one) => {
     const i = one.steps.indexOf(step);

@@ -29,7 +29,8 @@ class Where(NamedTuple):
     lines: list[str] = []  # noqa: RUF012
     steps: list[float] = []  # noqa: RUF012
     rows: list[str] = []  # noqa: RUF012
-    values: list[list[float | None]] = []  # noqa: RUF012
+    values: list[list[int | None]] = []  # noqa: RUF012
+    unit: float = 1.0
 
 
 @dataclass
@@ -83,13 +84,20 @@ def rows_over_steps(ax: Axes, rows: Sequence[str]) -> Where:
 def heat(ax: Axes, steps: Sequence[float], rows: list[str], *, square: bool = False) -> Where:
     """Axes with a heat map, one column a step. A `square` one has steps upward, too, and its first row is the lowest."""
     values: Any = np.ma.filled(np.ma.asarray(ax.images[0].get_array(), dtype=float), np.nan)
-    table = [[rounded(x, 3) for x in row] for row in (values[::-1] if square else values)]
+    peak = float(np.max(np.abs(values), where=np.isfinite(values), initial=0.0))
+    unit = float(f"1e{int(np.floor(np.log10(peak))) - 2}") if peak else 1.0
+    table = [[rounded_to(x, unit) for x in row] for row in (values[::-1] if square else values)]
     scale = "square" if square else "columns"
-    return Where(ax, scale, steps=list(steps), rows=rows[::-1] if square else rows, values=table)
+    return Where(ax, scale, steps=list(steps), rows=rows[::-1] if square else rows, values=table, unit=unit)
 
 
 def rounded(value: float, digits: int = 4) -> float | None:
     return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+
+
+def rounded_to(value: float, unit: float) -> int | None:
+    """How many units; a page holds many thousands of these."""
+    return round(value / unit) if np.isfinite(value) else None
 
 
 def _panel(drawing: Drawing, one: Where, prefix: str) -> Panel:
@@ -108,6 +116,7 @@ def _panel(drawing: Drawing, one: Where, prefix: str) -> Panel:
         steps=[float(f"{s:.6g}") for s in one.steps],
         rows=one.rows,
         values=one.values,
+        unit=one.unit,
     )
 
 

@@ -215,7 +215,8 @@ def pairs_figure(page: Page, name: str, data: xr.Dataset) -> Figure:
         "pairs that rise highest. Chosen by their height, so their maxima lean upward."
     )
     where = heat(ax, steps.tolist(), rows)
-    table = [Row([label, number(row[0]), number(row[-1])]) for label, row in zip(rows, where.values, strict=True)]
+    ends = np.ma.filled(np.ma.asarray(ax.images[0].get_array(), dtype=float), np.nan)[:, [0, -1]].tolist()
+    table = [Row([label, *map(number, both)]) for label, both in zip(rows, ends, strict=True)]
     return page.add(f"{name}-pairs", drawing, caption, Table(["pair", "first", "last"], table), [where])
 
 

@@ -14,6 +14,7 @@ NEEDS_BROWSER = (  # skipped by name where there is no Chromium; in CI nothing o
     "test_page_opens_without_errors_and_asks_for_nothing",
     "test_markup_in_names_and_errors_does_nothing",
     "test_hover_says_the_value_and_the_cursor_goes_through_all_panels",
+    "test_a_heat_map_says_its_cell_and_zooms_with_the_others",
     "test_dragging_zooms_every_panel_to_the_same_steps_and_back",
     "test_linear_steps_are_evenly_spaced_and_come_back_to_the_drawing",
     "test_switches_hide_and_show_their_series",

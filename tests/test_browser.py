@@ -55,6 +55,7 @@ CASES = {
     "no event": (Run(induction_run(flat=True).data), []),
     "rejected": (Run({"llc": traces(STEPS[:20], np.full(20, -300.0), np.random.default_rng(0))}), []),
     "markup": (evil(), [replace(jump(f"w{EVIL}/x{EVIL}", 50), note=EVIL, resolved=False)]),
+    "heads": (Run({name: induction_run()[name] for name in ("loss", "induction")}), []),
     "large": (large(), [jump("w3/v30", 5000, half=500, span=2000)]),
 }  # fmt: skip
 
@@ -172,6 +173,31 @@ def test_hover_says_the_value_and_the_cursor_goes_through_all_panels(browser: Br
     browser.pointer(OVERVIEW, (x, all_panels[0]["box"][3] - 5), (2.0, 2.0))
     assert cursors(browser, "overview") == [None] * 3
     assert not browser.find("#tip").is_displayed()
+
+
+def test_a_heat_map_says_its_cell_and_zooms_with_the_others(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["heads"])
+    figure = 'figure[data-name="induction-prefix-matching"]'
+    (panel,) = panels(browser, "induction-prefix-matching")
+    left, top, right, bottom = panel["box"]
+    assert panel["rows"] == ["L0H0", "L0H1", "L0H2", "L0H3", "L1H0", "L1H1", "L1H2", "L1H3"]
+    row, column = 6, int(np.flatnonzero(STEPS == 900)[0])
+    place = (left + (column + 0.5) / len(STEPS) * (right - left), top + (row + 0.5) / 8 * (bottom - top))
+    browser.pointer(figure, place)
+    step, cell = browser.find("#tip").text.splitlines()
+    assert (step, cell.partition(": ")[0]) == ("step 900", "L1H2")
+    true = float(CASES["heads"][0]["induction"]["prefix_matching"].values[column, 1, 2])
+    assert float(cell.partition(": ")[2]) == pytest.approx(true, abs=0.0006)
+    overview = panels(browser, "overview")[0]
+    places = dict(zip(STEPS.tolist(), marks(browser, overview), strict=True))
+    browser.pointer(OVERVIEW, (places[550], overview["box"][1] + 9), (places[900], overview["box"][1] + 9), drag=True)
+    shown = [s for s in STEPS.tolist() if 550 <= s <= 900]
+    image = browser.run("const image = document.querySelector(arguments[0] + ' image'); return [Number(image.getAttribute('x')), Number(image.getAttribute('width'))]", figure)  # fmt: skip
+    column = (right - left) / len(shown)
+    assert image[1] == pytest.approx(column * len(STEPS), rel=0.01)
+    assert image[0] == pytest.approx(left - column * STEPS.tolist().index(shown[0]), abs=2)
+    browser.pointer(figure, (right - column / 2, place[1]))
+    assert browser.find("#tip").text.startswith(f"step {shown[-1]}\nL1H2: ")
 
 
 def test_dragging_zooms_every_panel_to_the_same_steps_and_back(browser: Browser, pages: dict[str, Path]) -> None:

@@ -171,8 +171,9 @@ def test_a_heat_map_says_its_rows_and_values() -> None:
     (panel,) = made["circuit-overlap"].panels
     assert panel.scale == "square"
     assert panel.rows[0] == "with step 1000"  # the first row is the top one, the last step
-    assert panel.values[0][-1] == 1.0
-    assert panel.values[0][0] == pytest.approx(2 / 6, abs=1e-3)
+    assert panel.unit == 0.01
+    assert panel.values[0][-1] == 100
+    assert panel.values[0][0] == 33  # 2 of 6
     assert (
         "0.023" in made["circuit-overlap"].caption
     )  # of two random sets of 4 of 100 edges: 0.14575 / 7 + 0.00698 · 2 / 6 + …

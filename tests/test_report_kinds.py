@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
+import io
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from PIL import Image
 
 from devmon.analysis import plots
 from devmon.analysis.content import Figure, Table, Text
@@ -17,6 +21,7 @@ from devmon.analysis.report_tables import transitions_table
 from devmon.analysis.series import Series
 from devmon.analysis.stages import transitions
 from devmon.analysis.story import phrase
+from devmon.analysis.svg import compact
 from devmon.analysis.words import GLOSSARY
 from tests.synthetic import STEPS, Run, traces, watch
 from tests.test_report import jump, told
@@ -183,3 +188,23 @@ def test_of_many_layers_four_are_compared_at_all_pairs_of_steps() -> None:
     captions = [one.caption for one in drawn.values()]
     assert [caption.partition("layer ")[2].partition(" ")[0] for caption in captions] == ["0", "3", "5", "8"]
     assert "4 of 9 layers are drawn" in captions[0]
+
+
+def test_a_heat_map_in_the_page_has_the_same_pixels_in_fewer_bytes() -> None:
+    values = np.random.default_rng(0).random((40, 6, 8))
+    data = watch(np.arange(40), {"score": (("step", "layer", "head"), values)}, ["score"], "Heads")
+    fig, _ = plots.plot_heads(data, "score")
+    drawn = io.BytesIO()
+    with plots.style():
+        fig.savefig(drawn, format="svg")
+    pictures = [
+        re.findall(r'data:image/png;base64,([^"]*)', svg)
+        for svg in (drawn.getvalue().decode(), compact(drawn.getvalue().decode(), "p"))
+    ]
+    for before, after in zip(*pictures, strict=True):
+        one, two = (
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in (before, after)
+        )
+        np.testing.assert_array_equal(one, two)
+        assert len(after) <= len(before)
+    assert len(pictures[1][0]) < 0.75 * len(pictures[0][0])

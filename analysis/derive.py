@@ -41,6 +41,13 @@ class ReadOnce:
             self._read[name] = self._run[name]
         return self._read[name]
 
+    def ends(self) -> ReadOnce:
+        """The same run with the first and the last row of each watch alone."""
+        short = ReadOnce(self)
+        short._read = {name: self[name].isel(step=sorted({0, max(self[name].sizes["step"] - 1, 0)})[: self[name].sizes["step"]])
+                       for name in self._names}  # fmt: skip
+        return short
+
 
 def series_of(trajectory: RunData, *, costs: bool = False, each: bool = True) -> list[Series]:
     """All series of a run, in the order of its watches; those of one array follow its maximum.

@@ -55,7 +55,9 @@ def plot_heads(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) ->
     columns = thin(len(steps), 9)
     ax.set_xticks(columns, [step_number(float(steps[c])) for c in columns])
     ax.set(title=title_of(dataset, variable), xlabel="step (one column a checkpoint)")
-    if "uniform" in dataset and dataset["uniform"].dims == ("step",):
+    if not finite.size:
+        draw_note(ax, "no finite value")
+    elif "uniform" in dataset and dataset["uniform"].dims == ("step",):
         draw_note(ax, f"uniform attention: {float(dataset['uniform'].mean()):.3g}")
     return fig, ax
 

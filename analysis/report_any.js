@@ -65,7 +65,7 @@ function anySeries(charts, listen) {
     make(group, "path", { class: "tick", d: `M${left} ${top}V${bottom}H${right}`, fill: "none" });
     make(group, "text", { x: (left + right) / 2, y: 186, class: "label middle" }, `optimizer step (${panel.now.scale === "linear" ? "linear" : "log scale"})`);
     if (one.units) make(group, "text", { x: 12, y: (top + bottom) / 2, class: "label middle", transform: `rotate(-90 12 ${(top + bottom) / 2})` }, one.units);
-    told.textContent = `${one.name}: ${one.steps.length} checkpoints.${one.se ? " Band: ±1.64 standard errors." : ""}${bad.size ? ` Hollow: ${bad.size} rejected.` : ""}`;
+    told.textContent = `${one.name}: ${one.steps.length} checkpoints${good.length ? "" : ", no accepted finite value"}.${one.se ? " Band: ±1.64 standard errors." : ""}${bad.size ? ` Hollow: ${bad.size} rejected.` : ""}`;
     svg.setAttribute("aria-label", told.textContent);
   };
 

@@ -30,7 +30,7 @@ def run_view(trajectory: Any, run: str) -> Any:
         table.add_row(safe(name), safe(dataset.attrs["instrument"].rsplit(".", 1)[-1]), str(steps.size), first, last,
                       str(len(trajectory.failures(name)) or ""), seconds)  # fmt: skip
     values = Table("series", "first", "latest", "", box=None, header_style="bold")
-    for series in series_of(held, each=False):
+    for series in series_of(held.ends(), each=False):
         if len(series.values):
             error = f"± {series.se[-1]:.2g}" if series.se is not None else ""
             if series.rejected is not None and series.rejected[-1]:

@@ -63,3 +63,18 @@ def test_an_alarm_that_is_up_is_told_and_each_watch_is_read_once(tmp_path, monke
 
 def heads(snapshot):
     return xr.Dataset({"score": (("layer", "head"), torch.rand(1, 3).numpy())}, attrs={"headline": ["score"]})
+
+
+def test_first_and_latest_are_those_of_the_whole_run(tmp_path):
+    store = Trajectory(tmp_path / "run.zarr")
+    for step in (0, 1, 2, 10):
+        observe(step, torch.nn.Linear(2, 2), [Watch("own", half_more, every(1))], store)
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(store.path)]).output
+    (line,) = [line.split() for line in shown.splitlines() if line.strip().startswith("own/x")]
+    assert line[1:] == ["0", "15"], shown
+    (line,) = [line.split() for line in shown.splitlines() if line.strip().startswith("own ")]
+    assert line[2:5] == ["4", "0", "10"], shown
+
+
+def half_more(snapshot):
+    return xr.Dataset({"x": ((), snapshot.step * 1.5)})

@@ -127,7 +127,8 @@ def phrase(event: Event) -> str:
     over = ""
     if event.kind != "jump" and event.span is not None:
         over = f" over steps {step(event.span[0])}–{step(event.span[1])}"
-    return f"{event.series} {what}{over} at step {step(event.step)} [{low}, {high}] ({chance})"
+    at = ", flattest at" if event.kind == "plateau" else " at"
+    return f"{event.series} {what}{over}{at} step {step(event.step)} [{low}, {high}] ({chance})"
 
 
 def number(value: float | None, digits: int = 3) -> str:

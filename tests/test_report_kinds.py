@@ -42,7 +42,7 @@ def test_every_kind_has_a_colour_a_line_a_mark_and_a_meaning_of_its_own() -> Non
 
 
 @pytest.mark.parametrize(("found", "words"), [
-    (event("plateau"), "a/x has a plateau over steps 200–400 at step 300 [295, 305] (p = 0.005, q = 0.01)"),
+    (event("plateau"), "a/x has a plateau over steps 200–400, flattest at step 300 [295, 305] (p = 0.005, q = 0.01)"),
     (event("bump"), "a/x has a bump of 0.5 over steps 200–400 at step 300 [295, 305] (p = 0.005, q = 0.01)"),
     (event("bump", size=-0.5, span=None), "a/x has a dip of 0.5 at step 300 [295, 305] (p = 0.005, q = 0.01)"),
     (event("turn", span=None, size=-1), "a/x has a minimum at step 300 [295, 305] (p = 0.005, q = 0.01)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from devmon.analysis.derive import series_of
 from devmon.analysis.report import content_of
 from devmon.analysis.report_pages import as_html
 from devmon.analysis.report_runs import runs_content
-from tests.browser import Browser
+from tests.browser import NEEDS_BROWSER, Browser
 from tests.synthetic import STEPS, Run, induction_run, traces, watch
 from tests.test_live_and_compare import runs_compared
 from tests.test_report import TEN, detection, jump, small_run
@@ -383,3 +384,12 @@ def test_a_page_of_500_series_by_2000_steps_responds(browser: Browser, pages: di
     assert browser.run("return document.querySelector('#any .line').getAttribute('d').split('L').length") == len(LARGE)
     assert browser.run("return document.querySelectorAll('#any line.event.jump').length") == 1
     assert browser.logged() == []
+
+
+def test_the_list_of_what_needs_a_browser_is_this_file() -> None:
+    here = {
+        name
+        for name, one in globals().items()
+        if name.startswith("test_") and "browser" in inspect.signature(one).parameters
+    }
+    assert here == set(NEEDS_BROWSER)

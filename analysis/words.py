@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from devmon.analysis.detect import Detection
+if TYPE_CHECKING:
+    from devmon.analysis.detect import Detection
 
 GLOSSARY = (
     ("jump", "A rise or fall that smooth drift with correlated noise does not explain. Its step is the middle of the "
      "change; its width is the time from 10% to 90% of the change, in decades (factors of ten) of the step."),
     ("turn", "A maximum or minimum: the smoothed curve certainly rises before it and falls after it, or the reverse. "
      "Its size is the prominence (+ maximum, − minimum)."),
+    ("plateau", "A time in which a series that moves before and after stays level, or moves far more slowly."),
+    ("bump", "A passing rise (or dip) that comes back: it leaves the level before it much as it found it. Its size is its height."),
+    ("transition", "Jumps of several series that go on at the same time, taken as one change of the run."),
+    ("Type A or B", "Of a transition with a loss and an LLC: in Type A the loss falls and λ̂ rises (fit is bought with "
+     "complexity), in Type B λ̂ falls while the loss falls or stays (Hoogland et al. 2024). In brackets: the probability."),
     ("90% interval", "Given the model of the curve and of its noise, the step (or size) lies within it with "
      "probability 0.9. Bands around a curve are ±1.64 standard errors of each value."),
     ("p", "The share of simulated series without the event (same steps and kind of noise) that show one as prominent."),

@@ -245,7 +245,7 @@ def compare(
     from rich.console import Console
 
     from devmon.analysis import Detector, compare_runs, series_of
-    from devmon.analysis.report_figures import write_whole
+    from devmon.analysis.report_drawing import write_whole
     from devmon.analysis.report_pages import WRITERS
     from devmon.analysis.report_runs import differences, matched_table, order_table, runs_content, summary
 

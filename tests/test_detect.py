@@ -384,6 +384,8 @@ def test_q_values_are_benjamini_hochberg() -> None:
     p = np.array([0.005, 0.005, 0.02, 0.3, 0.7, 1.0, 1.0])
     expected = stats.false_discovery_control(p)
     np.testing.assert_allclose([benjamini_hochberg(value, p) for value in p], expected)
+    assert benjamini_hochberg(0.01, p) == pytest.approx(min(0.01 * 7 / 2, expected[2]))  # none of the family's
+    assert benjamini_hochberg(0.002, np.array([0.001])) == pytest.approx(0.002)
 
 
 def test_one_jump_stands_out_of_a_large_family() -> None:

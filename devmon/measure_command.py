@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from devmon import workers
 from devmon.describe import estimates
-from devmon.measuring import Event, Plan, Study
+from devmon.measuring import Event, Study
+from devmon.plan import ENGINES, Plan
 from devmon.tables import cost_table
 
 
@@ -39,14 +40,14 @@ def run(config: Path | None, given: Mapping[str, Any], dry_run: bool) -> int:
                 what = "skipped" if event.watch is None else f"{event.watch}{': failed' * (event.kind == 'failed')}"
                 errors.print(f"step {event.step} {what} ({event.reason})")
 
-        if plan.workers == 1:
-            study.measure(work, tell)
+        if plan.engine == "processes" and plan.workers == 1:
+            study.measure(tell=tell)
             lost = []
         else:
-            lost = workers.measure(plan, list(work), tell)
+            lost = importlib.import_module(ENGINES[plan.engine]).measure(study.frozen(), list(work), tell)
     study.trajectory.fold()
     for one in lost:
-        errors.print(f"worker {one.worker} died (exit code {one.exitcode}): give the command again to measure the rest")
+        errors.print(f"{one}: give the command again to measure the rest")
     bad = {"skipped": "checkpoints skipped", "failed": "measurements failed"}
     told = [f"{counts.get('measured', 0)} rows measured"] + [
         f"{counts[k]} {words}" for k, words in bad.items() if k in counts

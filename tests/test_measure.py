@@ -33,8 +33,9 @@ from devmon.callbacks import CheckpointSeries, Monitor
 from devmon.cli import app
 from devmon.fingerprint import identity
 from devmon.instruments import LLC, ProbeLoss
-from devmon.measuring import Event, Plan, Study
+from devmon.measuring import Event, Study
 from devmon.memory import in_parts
+from devmon.plan import Plan
 from devmon.sampling import regression_loss
 from devmon.series import Series
 from devmon.source import load_study
@@ -415,7 +416,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "0 to 4: give",
     ),
     "no tokens": (["--source", "S:model", "--preset", "economy", "--tokens", "none.npy"], "none.npy cannot be read"),
-    "text": (["--source", "S:model", "--preset", "economy", "--tokens", "S"], "safetensors, got .\\.py"),
+    "text": (["--source", "S:model", "--preset", "economy", "--tokens", "S"], "no tokenizer lies with the series"),
     "no such watch": (["--source", "S:study", "--watch", "lcc"], "no watch 'lcc': those are norm, llc"),
     "no such step": (["--source", "S:study", "--steps", "3"], "no checkpoint of step 3"),
     "shard": (["--source", "S:study", "--shard", "3/2"], "i from 1 to n"),
@@ -508,13 +509,15 @@ def test_two_workers_write_what_one_does_though_one_is_killed_and_the_rest_done_
     for said in (
         "step 2 skipped",
         "step2.safetensors cannot be read",
-        "worker 1 died (exit code -9): give the command",
+        "died (exit code -9): give the command",
     ):
         assert said in killed.output
     two = Trajectory(plain / "two.zarr", "r")
-    assert two.steps("drawn") == [0, 4, 8, 12]  # worker 0: 0, 4, 8, 12; worker 1: 2, 6, 10
+    lost = {0, 4, 6, 8, 10, 12} - set(two.steps("drawn"))  # what the dead one had begun, or read ahead
+    assert 6 in lost
+    assert len(lost) <= 2
     again = measure(*command, plain / "two.zarr")
-    assert (again.exit_code, "2 rows measured, 1 checkpoints skipped" in again.output) == (1, True), again.output
+    assert (again.exit_code, "1 checkpoints skipped" in again.output) == (1, True), again.output
     alone = measure(*command, plain / "one.zarr")
     assert (alone.exit_code, "10 rows measured, 1 checkpoints skipped" in alone.output) == (1, True), alone.output
     assert Trajectory(plain / "one.zarr", "r").failures("drawn") == two.failures("drawn")
@@ -530,41 +533,35 @@ def test_shards_do_the_whole_between_them(plain: Path) -> None:
     same(rows(plain / "one.zarr"), rows(plain / "shards.zarr"))
 
 
-class Process:
-    """A process that does not start: `run` is what it does."""
-
-    exitcode = 0
-
-    def __init__(self, target: Any, args: tuple[Any, ...], daemon: bool) -> None:
-        self.target, self.args = target, args
-
-    def start(self) -> None:
-        self.target(*self.args)
-
-    def join(self) -> None: ...
-
-    def is_alive(self) -> bool:
-        return False
-
-
-def test_what_ends_one_worker_is_raised(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process)
-    plan = Plan(str(plain / "saved"), str(plain / "run.zarr"), f"{plain / 'script.py'}:unfit")
-    with pytest.raises(DevmonError, match="step 0: made for another model"):
-        workers.measure(plan, [0])
+def test_what_ends_one_worker_is_raised(plain: Path) -> None:
+    plan = Plan(str(plain / "saved"), str(plain / "run.zarr"), f"{plain / 'script.py'}:unfit", workers=2)
+    with pytest.raises(DevmonError, match="step [02]: made for another model"):
+        workers.measure(plan, [0, 2, 4])
     with pytest.raises(InstrumentError, match="step 0: made for another model"):
         Study(plan).measure()
 
 
 def test_each_worker_has_a_gpu_of_those_that_are_visible(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[tuple[Any, Any]] = []
+    started: list[str | None] = []
 
-    class Dealt(Process):
+    class Process:
+        """A process that ends at once."""
+
+        exitcode = 0
+
+        def __init__(self, target: Any, args: tuple[Any, ...], daemon: bool) -> None:
+            self.args = args
+
         def start(self) -> None:
-            started.append((self.args[2], list(self.args[1])))
-            self.args[3].send(None)
+            started.append(self.args[1])
+            self.args[2].send(workers.Ended())
 
-    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Dealt)
+        def join(self) -> None: ...
+
+        def is_alive(self) -> bool:
+            return False
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     plan = Plan(str(plain / "saved"), str(plain / "run.zarr"), "x.py:y", workers=3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
@@ -572,5 +569,18 @@ def test_each_worker_has_a_gpu_of_those_that_are_visible(plain: Path, monkeypatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     workers.measure(plan, [7])
     workers.measure(replace(plan, device="cpu"), [7])
-    dealt = [("4", [0, 3]), ("GPU-5", [1, 4]), ("4", [2])]
-    assert started == [*dealt, ("0", [7]), ("1", []), ("0", []), (None, [7]), (None, []), (None, [])]
+    assert started == ["4", "GPU-5", "4", "0", "1", "0", None, None, None]
+
+
+def test_a_step_is_taken_when_the_one_before_is_begun(plain: Path) -> None:
+    (plain / "gone").touch()
+    log: list[Any] = []
+
+    def dealt() -> Any:
+        for step in (8, 4, 0):
+            log.append(step)
+            yield step
+
+    plan = Plan(str(plain / "saved"), str(plain / "run.zarr"), f"{plain / 'script.py'}:study", watch=("drawn",))
+    Study(plan).measure(dealt(), lambda event: log.append(f"measured {event.step}"))
+    assert log == [8, 4, "measured 8", 0, "measured 4", "measured 0"]

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from devmon import forecast
 from devmon.describe import estimates
 from devmon.measuring import Event, Study
 from devmon.plan import ENGINES, Plan
@@ -62,6 +63,8 @@ def _tell(study: Study, work: Mapping[int, list[Any]], out: Console) -> None:
     dues = [watch.name for due in work.values() for watch in due]
     found = [replace(one, observations=dues.count(one.name)) for one in estimates(study.watches, 0)]
     out.print(cost_table(found, None))
+    out.print(forecast.memory(study))
+    out.print(forecast.seconds(study, work, found))
 
 
 def _rest(study: Study, work: Mapping[int, list[Any]], step: int) -> int:

@@ -39,7 +39,7 @@ class Probe:
         """Write both into a file of `folder` that is named by their content."""
         from safetensors.torch import save
 
-        content = save({"tokens": self.tokens, "examples": self.examples})
+        content = save({"tokens": self.tokens.clone(), "examples": self.examples.clone()})
         file = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
         if not file.exists():
             folder.mkdir(exist_ok=True)

@@ -26,6 +26,7 @@ from devmon import (
     Trajectory,
     Watch,
     every,
+    forecast,
     observe,
     workers,
 )
@@ -200,6 +201,34 @@ def test_a_dry_run_prints_steps_watches_and_cost_and_leaves_nothing(trained: Pat
     kept = sorted(path for path in (tmp_path / "run.zarr").rglob("*"))
     assert "steps: 6, 8, 10, 12" in measure(*command, "--dry-run").output
     assert kept == sorted(path for path in (tmp_path / "run.zarr").rglob("*"))
+
+
+def test_a_dry_run_tells_memory_and_time(
+    language: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (language / "hf", "--into", tmp_path / "run.zarr", "--preset", "economy", "--tokens", language / "tokens.pt",
+               "--llc", "nbeta=30", "--llc", "chains=2", "--llc", "draws=3", "--llc", "burn_in=0", "--llc", "batch_size=4")  # fmt: skip
+    numbers = sum(p.numel() for p in family("gpt_neox").parameters())
+    told = measure(*command, "--dry-run", "--workers", 2).output
+    assert f"a copy of the weights is {numbers * 4 / 1e6:.3g} MB ({numbers:,} parameters, float32)" in told, told
+    assert f"{numbers * 2 * 3 * 4 / 1e6:.3g} MB for 2 chains" in told, told
+    assert "time: about " in told
+    assert " with 2 at once, checkpoints' reading apart, from a forward pass on this machine's cpu (" in told
+    half = measure(*command, "--dry-run", "--dtype", "bfloat16").output
+    assert f"a copy of the weights is {numbers * 2 / 1e6:.3g} MB ({numbers:,} parameters, bfloat16)" in half
+    assert not (tmp_path / "run.zarr").exists()
+    assert measure(*command, "--steps", "0,100").exit_code == 0
+    run = Trajectory(tmp_path / "run.zarr")
+    taken = {name: float(run[name]["seconds"].mean()) for name in run}
+    work = Study(Plan.read(None, {"series": str(language / "hf"), "into": str(tmp_path / "run.zarr"), "preset": "economy",
+                                  "tokens": str(language / "tokens.pt"), "watch": ["loss", "weights"]}))  # fmt: skip
+    monkeypatch.setattr(forecast, "_time", lambda seconds: f"{seconds:.9g} seconds")
+    line = forecast.seconds(work, work.missing(), [])
+    assert line == f"time: about {taken['loss'] + taken['weights']:.9g} seconds, checkpoints' reading apart, from the 4 rows that the run holds"  # fmt: skip
+    other = measure(
+        trained / "saved", "--into", tmp_path / "o.zarr", "--source", f"{trained / 'script.py'}:study", "--dry-run"
+    )
+    assert "time: not told before a checkpoint is measured: --steps 12 first" in other.output
 
 
 def damaged(trained: Path, folder: Path) -> Path:

@@ -1,0 +1,161 @@
+"""How a Pythia develops, from its checkpoints: loss, heads, layers and LLC over the whole of training.
+
+    python recipes/pythia.py                                          # on a small stand-in that it trains itself
+    python recipes/pythia.py --suite EleutherAI/pythia-70m --text my/pile/sample --forget    # on the real suite
+
+What it does is what a user would do with `devmon measure`, twice: the `standard` preset at every checkpoint, and the LLC
+at some, with the settings used for Pythia (gamma 300, nbeta 30, lr 3e-5, batches of 32, 4 chains of 100 draws, from the
+weights on: no burn-in); then `devmon report`. An interrupted run goes on when the same command is given again.
+
+What it shows on the stand-in, a 2-layer GPT-NeoX (width 64, 4 heads, MLPs, rotary positions) with a byte-pair tokenizer of
+384 tokens, trained on the sources of Python's standard library with, for half of every batch, random tokens repeated with a
+random period: between steps 200 and 1500 a head of the second layer becomes an induction head (the best prefix-matching
+score goes from under .1 to over .4), after a head of the first layer has learnt to look one token back, and the loss on
+held-out text falls from ln 384 = 5.95 nats to under 4. With 100 steps at lr · gamma / 2 = 0.0045 a chain forgets its start
+over 222 steps, so these LLC settings, as published, give the LLC of chains on their way out: compare their changes, not
+their level (the report marks estimates that its checks refuse).
+
+Cost of the stand-in: training about two minutes and measuring about ten on one core; `--fast` half a minute in all.
+Writes OUT/checkpoints/ (150 folders as Hugging Face has them), OUT/text/, OUT/trajectory.zarr, OUT/report.html.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from devmon import DevmonError, Trajectory
+from devmon.analysis import report, series_of
+from devmon.data.text import read_documents
+from devmon.isolation import isolated
+from devmon.measure_command import run as measure
+from devmon.plan import Plan
+from devmon.snapshot import derive_seed
+
+VOCAB, WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 384, 64, 4, 2, 64, 32
+LEARNING_RATE, WARM_UP = 5e-3, 100
+LAST, COUNT = 2145, 143  # steps of the stand-in's training, and how many of its checkpoints are evenly spaced
+SETTINGS = ("nbeta=30", "gamma=300", "lr=3e-5", "batch_size=32", "chains=4", "draws=100", "burn_in=0")
+
+
+# -- the stand-in -----------------------------------------------------------------------------------------------------
+
+
+def schedule(last: int, count: int) -> list[int]:
+    """Pythia's checkpoints at another length: 0, 1, 2, 4, … 512 and `count` evenly spaced ones up to `last`."""
+    return sorted(
+        {0, *(2**n for n in range(10) if 2**n <= last), *(round(last * n / count) for n in range(1, count + 1))}
+    )
+
+
+def texts(folder: Path, source: Path | None) -> tuple[list[str], Path]:
+    """The documents to train on, and a file of those that are held out (every tenth)."""
+    documents = [text for text in read_documents(source) if text]
+    held = folder / "held_out.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    held.write_text("\n".join(documents[::10]), encoding="utf-8")
+    return [text for n, text in enumerate(documents) if n % 10], held
+
+
+def tokenizer_of(documents: list[str], folder: Path) -> Any:
+    """A byte-pair tokenizer of the text, which lies beside the checkpoints."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").exists():
+        pairs = Tokenizer(models.BPE())
+        pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pairs.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCAB, special_tokens=["<|endoftext|>"], show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
+        pairs.train_from_iterator((text[:4000] for text in documents), trainer)
+        PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<|endoftext|>").save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def model_of(seed: int) -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    rotary = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH, max_position_embeddings=CONTEXT, rope_parameters=rotary, use_cache=False,
+    )  # fmt: skip
+    with isolated():
+        torch.manual_seed(seed)
+        return GPTNeoXForCausalLM(config)
+
+
+def batches(tokens: torch.Tensor, seed: int, last: int) -> Iterator[torch.Tensor]:
+    """A batch (BATCH, CONTEXT) a step: windows of the text, every second one random tokens with a random period instead."""
+    for step in range(last):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "batch", step))
+        starts = torch.randint(len(tokens) - CONTEXT, (BATCH, 1), generator=generator)
+        batch = tokens[starts + torch.arange(CONTEXT)]
+        period = torch.randint(CONTEXT // 4, CONTEXT // 2 + 1, (BATCH // 2, 1), generator=generator)
+        fresh = torch.randint(1, VOCAB, (BATCH // 2, CONTEXT), generator=generator)
+        batch[::2] = fresh.gather(1, torch.arange(CONTEXT) % period)
+        yield batch
+
+
+def stand_in(folder: Path, source: Path | None, *, last: int, count: int, seed: int, console: Console) -> Path:
+    """Train it, saving `folder/checkpoints/step…` as Hugging Face does; one that is there already is not trained again.
+
+    Returns the file of held-out text.
+    """
+    saved = folder / "checkpoints"
+    steps = set(schedule(last, count))
+    documents, held = texts(folder / "text", source)
+    asked = json.dumps({"last": last, "count": count, "seed": seed, "source": str(source)})
+    done = saved / "trained.json"
+    if done.exists() and done.read_text() == asked:
+        return held
+    if done.exists():
+        raise DevmonError(f"{saved} holds another training ({done.read_text()}): give another --out")
+    shutil.rmtree(saved, ignore_errors=True)
+    saved.mkdir(parents=True)
+    encode = tokenizer_of(documents, saved)
+    stream: list[int] = []
+    for text in documents:
+        stream += [*encode(text[:20_000], verbose=False)["input_ids"], encode.eos_token_id]
+        if len(stream) > 1_000_000:
+            break
+    model = model_of(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
+    for step, batch in enumerate([*batches(torch.tensor(stream), seed, last), None]):
+        if step in steps:
+            model.save_pretrained(saved / f"step{step}")
+        if batch is None:
+            break
+        loss = torch.nn.functional.cross_entropy(model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        warm_up.step()
+        optimizer.zero_grad()
+        if step % max(1, last // 20) == 0:
+            console.print(f"step {step}/{last}, loss {float(loss):.2f} nats", highlight=False)
+    done.write_text(asked)
+    return held
+
+
+# -- the analysis -----------------------------------------------------------------------------------------------------
+
+
+def analysis(plan: Plan, llc_steps: str) -> int:
+    """Measure all of the preset at the plan's steps, and the LLC at `llc_steps`; the worse of the two exit codes."""
+    code = 0
+    for part in (replace(plan, llc=()), replace(plan, watch=("llc",), steps=llc_steps)):
+        code |= measure(None, asdict(part), dry_run=False)
+    return code

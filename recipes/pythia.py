@@ -7,8 +7,8 @@ What it does is what a user would do with `devmon measure`, twice: the `standard
 at some, with the settings used for Pythia (gamma 300, nbeta 30, lr 3e-5, batches of 32, 4 chains of 100 draws, from the
 weights on: no burn-in); then `devmon report`. An interrupted run goes on when the same command is given again.
 
-What it shows on the stand-in, a 2-layer GPT-NeoX (width 64, 4 heads, MLPs, rotary positions) with a byte-pair tokenizer of
-384 tokens, trained on the sources of Python's standard library with, for half of every batch, random tokens repeated with a
+What it shows on the stand-in, a 2-layer GPT-NeoX (width 64, 4 heads, MLPs, rotary positions) with a tokenizer of 128
+tokens, trained on the sources of Python's standard library with, for half of every batch, random tokens repeated with a
 random period: between steps 200 and 1500 a head of the second layer becomes an induction head (the best prefix-matching
 score goes from under .1 to over .4), after a head of the first layer has learnt to look one token back, and the loss on
 held-out text falls from ln 384 = 5.95 nats to under 4. With 100 steps at lr · gamma / 2 = 0.0045 a chain forgets its start
@@ -22,7 +22,6 @@ Writes OUT/checkpoints/ (150 folders as Hugging Face has them), OUT/text/, OUT/t
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -32,6 +31,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from transformers.utils import logging
 
 from devmon import DevmonError, Trajectory
 from devmon.analysis import report, series_of
@@ -41,9 +41,10 @@ from devmon.measure_command import run as measure
 from devmon.plan import Plan
 from devmon.snapshot import derive_seed
 
-VOCAB, WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 384, 64, 4, 2, 64, 32
+VOCAB, WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 128, 64, 4, 2, 64, 32
+END, UNKNOWN = "<|endoftext|>", "<unk>"  # tokens 0 and 1
 LEARNING_RATE, WARM_UP = 5e-3, 100
-LAST, COUNT = 2145, 143  # steps of the stand-in's training, and how many of its checkpoints are evenly spaced
+LAST, COUNT = 2860, 143  # steps of the stand-in's training, and how many of its checkpoints are evenly spaced
 SETTINGS = ("nbeta=30", "gamma=300", "lr=3e-5", "batch_size=32", "chains=4", "draws=100", "burn_in=0")
 
 
@@ -68,19 +69,18 @@ def texts(folder: Path, source: Path | None) -> tuple[list[str], Path]:
 
 def tokenizer_of(documents: list[str], folder: Path) -> Any:
     """A byte-pair tokenizer of the text, which lies beside the checkpoints."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, trainers
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").exists():
-        pairs = Tokenizer(models.BPE())
-        pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        pairs.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCAB, special_tokens=["<|endoftext|>"], show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )  # fmt: skip
-        pairs.train_from_iterator((text[:4000] for text in documents), trainer)
-        PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<|endoftext|>").save_pretrained(folder)
+        pairs = Tokenizer(models.BPE(unk_token=UNKNOWN))
+        pairs.train_from_iterator(
+            (text[:4000] for text in documents),
+            trainers.BpeTrainer(
+                vocab_size=VOCAB, limit_alphabet=95, special_tokens=[END, UNKNOWN], show_progress=False
+            ),
+        )
+        PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=END, unk_token=UNKNOWN).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -90,7 +90,7 @@ def model_of(seed: int) -> Any:
     rotary = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}
     config = GPTNeoXConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        intermediate_size=4 * WIDTH, max_position_embeddings=CONTEXT, rope_parameters=rotary, use_cache=False,
+        intermediate_size=4 * WIDTH, max_position_embeddings=CONTEXT, rope_parameters=rotary, initializer_range=0.06, use_cache=False,
     )  # fmt: skip
     with isolated():
         torch.manual_seed(seed)
@@ -104,7 +104,7 @@ def batches(tokens: torch.Tensor, seed: int, last: int) -> Iterator[torch.Tensor
         starts = torch.randint(len(tokens) - CONTEXT, (BATCH, 1), generator=generator)
         batch = tokens[starts + torch.arange(CONTEXT)]
         period = torch.randint(CONTEXT // 4, CONTEXT // 2 + 1, (BATCH // 2, 1), generator=generator)
-        fresh = torch.randint(1, VOCAB, (BATCH // 2, CONTEXT), generator=generator)
+        fresh = torch.randint(2, VOCAB, (BATCH // 2, CONTEXT), generator=generator)
         batch[::2] = fresh.gather(1, torch.arange(CONTEXT) % period)
         yield batch
 
@@ -145,7 +145,7 @@ def stand_in(folder: Path, source: Path | None, *, last: int, count: int, seed: 
         warm_up.step()
         optimizer.zero_grad()
         if step % max(1, last // 20) == 0:
-            console.print(f"step {step}/{last}, loss {float(loss):.2f} nats", highlight=False)
+            console.print(f"step {step}/{last}, loss {loss.item():.2f} nats", highlight=False)
     done.write_text(asked)
     return held
 
@@ -154,8 +154,79 @@ def stand_in(folder: Path, source: Path | None, *, last: int, count: int, seed: 
 
 
 def analysis(plan: Plan, llc_steps: str) -> int:
-    """Measure all of the preset at the plan's steps, and the LLC at `llc_steps`; the worse of the two exit codes."""
-    code = 0
-    for part in (replace(plan, llc=()), replace(plan, watch=("llc",), steps=llc_steps)):
-        code |= measure(None, asdict(part), dry_run=False)
-    return code
+    """Measure all but the LLC at the plan's steps, then the LLC at `llc_steps`; 1 where anything is left unmeasured."""
+    llc = replace(plan, watch=("llc",), steps=llc_steps)
+    return max(measure(None, asdict(part), dry_run=False) for part in (replace(plan, llc=()), llc))
+
+
+def shown(run: Trajectory) -> dict[str, float]:
+    """The numbers that the docstring promises: loss (nats a token) and best prefix-matching score, first and last; the
+    step at which that score has come half of its way; the LLC's last value."""
+    series = {one.name: one for one in series_of(run)}
+    loss, heads, llc = series["loss/loss"], series["induction/prefix_matching max"], series["llc/llc"]
+    half = (heads.values[0] + heads.values.max()) / 2
+    return {
+        "loss first": float(loss.values[0]),
+        "loss last": float(loss.values[-1]),
+        "induction first": float(heads.values[0]),
+        "induction last": float(heads.values[-1]),
+        "induction half way at step": float(heads.steps[(heads.values >= half).argmax()]),
+        "llc last": float(llc.values[-1]),
+    }
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(help="Measure how a Pythia develops: a stand-in that is trained here, or the real suite by its name.")
+def run(
+    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("runs/pythia"),
+    suite: Annotated[str | None, typer.Option(metavar="NAME", show_default="the stand-in", help="A suite on the hub, such as EleutherAI/pythia-70m.")] = None,
+    text: Annotated[Path | None, typer.Option(show_default="the sources of Python's standard library", help="A text file, a folder of them, or a dataset on disk: what the probe data are made of.")] = None,
+    steps: Annotated[str, typer.Option(help="Checkpoints to measure, as devmon measure has it.")] = "all",
+    llc_steps: Annotated[str, typer.Option(help="Checkpoints at which the LLC is sampled.")] = "log:20",
+    workers: Annotated[int, typer.Option(min=1, help="Processes, tasks or jobs at once.")] = 1,
+    engine: Annotated[str, typer.Option(help="processes, ray or slurm.")] = "processes",
+    option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the engine.")] = None,
+    forget: Annotated[bool, typer.Option("--forget", help="Keep no revision on disk once it is measured.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the stand-in and of the measurements.")] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="A tenth of the training, few checkpoints, short chains, no report.")] = False,
+) -> None:  # fmt: skip
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    torch.set_num_threads(1)  # the same numbers on any machine and any number of workers
+    logging.disable_progress_bar()
+    try:
+        llc: tuple[str, ...] = SETTINGS
+        length, held = 256, text
+        if suite is None:
+            length = CONTEXT
+            held = stand_in(
+                out, text, last=LAST // (25 if fast else 1), count=8 if fast else COUNT, seed=seed, console=console
+            )
+        elif held is None:
+            _, held = texts(out / "text", None)
+        if fast:
+            steps, llc_steps, llc = (
+                "log:5",
+                "log:1",
+                (*SETTINGS[:4], "chains=2", "draws=10", "burn_in=0", "examples=64"),
+            )
+        plan = Plan(
+            series=suite or str(out / "checkpoints"), into=str(out / "trajectory.zarr"), preset="standard",
+            tokens=str(held), sequences=32 if fast else 64, length=length, llc=llc, steps=steps, seed=seed, forget=forget,
+            workers=workers, engine=engine, options=tuple(option or ()), threads=None if suite else 1,
+        )  # fmt: skip
+        code = analysis(plan, llc_steps)
+        trajectory = Trajectory(plan.into, "r")
+        for name, value in shown(trajectory).items():
+            console.print(f"{name}: {value:.4g}")
+        if not fast:
+            console.print(f"report: {report(trajectory, out / 'report.html')}")
+    except DevmonError as error:
+        console.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from None
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

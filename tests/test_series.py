@@ -16,14 +16,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from devmon import DataError
+from devmon import DataError, Trajectory, Watch, every, observe
 from devmon import series as module
+from devmon.instruments import ProbeLoss
 from devmon.pretrained import causal_lm
 from devmon.selection import select
 from devmon.series import Checkpoint, Series
+from devmon.tokens import read_probe
 from devmon.weights import fitting, read_state
 from tests.hub import Hub, commit
 from tests.test_anatomy_sites import family
+from tests.test_measure import measure, rows, same
+from tests.test_tokens import text_of, tokenizer
+
+__all__ = ["tokenizer"]  # a fixture
 
 STATE = {"weight": torch.arange(4.0)[None], "bias": torch.tensor([0.5])}
 
@@ -282,6 +288,34 @@ def test_a_revision_is_kept_or_forgotten_and_checked(tmp_path: Path, serve: Call
     file.resolve().write_bytes(content)
     with pytest.raises(DataError, match=r"lab/model@step0 is damaged on this disk: model.safetensors"):
         Series.open("lab/model").read(0)
+
+
+@pytest.mark.parametrize("forget", [[], ["--forget"]], ids=str)
+def test_a_suite_of_the_hub_is_measured_by_its_name(
+    tmp_path: Path, serve: Callable[[Hub], Hub], tokenizer: str, forget: list[str]
+) -> None:
+    """As EleutherAI/pythia-70m is: a tokenizer in each revision, and one of them damaged."""
+    repository, names = tmp_path / "repository", ["step0", "step1", "step1000"]
+    for seed, name in enumerate(names):
+        pretrained(repository / name, seed)
+        for file in Path(tokenizer).iterdir():
+            (repository / name / file.name).write_bytes(file.read_bytes())
+    whole = (repository / "step1" / "model.safetensors").read_bytes()
+    (repository / "step1" / "model.safetensors").write_bytes(whole[:-9])
+    serve(Hub(repository, ["main", *names]))
+    (tmp_path / "text.txt").write_text(text_of(range(400)))
+    run = tmp_path / "run.zarr"
+    result = measure("lab/model", "--into", run, "--preset", "economy", "--tokens", tmp_path / "text.txt",
+                     "--sequences", 4, "--length", 12, "--watch", "loss", *forget)  # fmt: skip
+    assert result.exit_code == 1
+    assert "step 1 skipped (" in result.output, result.output
+    assert "2 rows measured, 1 checkpoints skipped" in result.output
+    assert bool([*(tmp_path / "cache").rglob("model.safetensors")]) == (not forget)
+    alone = Trajectory(tmp_path / "alone.zarr")
+    probe = read_probe(tmp_path / "text.txt", (tokenizer, None), 4, 12)
+    for seed, step in ((0, 0), (2, 1000)):
+        observe(step, family("gpt_neox", seed), [Watch("loss", ProbeLoss(probe.tokens), every(1))], alone)
+    same(rows(run), rows(alone.path))
 
 
 def test_revisions_of_olmo_are_told_apart(tmp_path: Path, serve: Callable[[Hub], Hub]) -> None:

@@ -30,7 +30,7 @@ def memory(study: Study) -> str:
             f"2 copies on {study.device.type} (the model, and what an instrument works on), 1 in main memory (the checkpoint "
             "read ahead)")  # fmt: skip
     if chains:
-        told += f", {_size(chains * CHAIN * 4 * sum(sizes))} for {chains} chains of an LLC (fewer at once where it does not fit)"
+        told += f", {_size(chains * CHAIN * 4 * sum(sizes))} for {chains} chain{'s' * (chains > 1)} of an LLC (fewer at once where it does not fit)"
     return told + "; and the activations of a batch"
 
 

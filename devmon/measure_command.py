@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from devmon import forecast
+from devmon import forecast, workers
 from devmon.describe import estimates
 from devmon.measuring import Event, Study
 from devmon.plan import ENGINES, Plan
@@ -21,6 +21,8 @@ from devmon.tables import cost_table
 def run(config: Path | None, given: Mapping[str, Any], dry_run: bool) -> int:
     """Measure, or with `dry_run` say what would be; returns the exit code, 1 where anything is left unmeasured."""
     plan = Plan.read(config, given)
+    if plan.engine == "processes" and plan.workers > 1 and not dry_run:
+        workers.start(plan)
     study = Study(plan, read_only=dry_run)
     work = study.missing()
     out, errors = (Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False) for stderr in (False, True))

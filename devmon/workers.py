@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -39,6 +41,18 @@ def gpus() -> list[str]:
     return [str(i) for i in range(count)] if named is None else [part.strip() for part in named.split(",")][:count]
 
 
+def start(plan: Plan) -> Any:
+    """The context of the processes. On Linux they are forks of a server that has imported what they need, once, and has
+    started nothing (no CUDA, no threads); called early, it does so while the caller opens the study."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    brings_model = [] if plan.source is not None else ["transformers.modeling_utils"]
+    context.set_forkserver_preload(["devmon.measuring", *brings_model])
+    forkserver.ensure_running()
+    return context
+
+
 def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = lambda event: None) -> list[str]:
     """Do what is missing of `plan` at `steps` in `plan.workers` processes (each with one thread on a CPU, or one GPU).
 
@@ -47,7 +61,7 @@ def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = la
     is still missing, and the next call does it. Raises DevmonError, after all have ended, where one met what would end
     a single one.
     """
-    context = multiprocessing.get_context("spawn")
+    context = start(plan)
     devices = gpus() if plan.device in (None, "cuda") else []
     todo, ended = iter(steps), dict[int, Ended]()
     workers: dict[Connection, int] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import time
 import weakref
@@ -590,9 +589,9 @@ def test_each_worker_has_a_gpu_of_those_that_are_visible(plain: Path, monkeypatc
         def is_alive(self) -> bool:
             return False
 
-    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     plan = Plan(str(plain / "saved"), str(plain / "run.zarr"), "x.py:y", workers=3)
+    monkeypatch.setattr(workers.start(plan), "Process", Process)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
     assert workers.measure(plan, range(5)) == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

@@ -208,7 +208,11 @@ class Study:
             if self.probe
             else {}
         )
-        self.trajectory.record(measured=self.plan.record() | held | {"checkpoints": len(self.steps)})
+        alone = self.plan.engine == "processes" and self.plan.workers == 1
+        threads = self.plan.threads or (torch.get_num_threads() if alone else 1)  # the last bits depend on it
+        self.trajectory.record(
+            measured=self.plan.record() | held | {"checkpoints": len(self.steps), "threads": threads}
+        )
 
     def frozen(self) -> Plan:
         """The plan for other processes: whole paths, and the probe data as they are, in a file of the run's folder."""

@@ -401,6 +401,7 @@ seed = 5
     assert kept["steps"] == "100-"
     assert kept["watch"] == ["loss", "induction"]
     assert kept["dtype"] == "float32"
+    assert kept["threads"] == torch.get_num_threads()
     assert "sha256:" in kept["tokens_held"]
     assert not {"workers", "shard", "into", "bos"} & kept.keys()
     assert trajectory.seed == 5
@@ -447,6 +448,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "text": (["--source", "S:model", "--preset", "economy", "--tokens", "S"], "no tokenizer lies with the series"),
     "no such watch": (["--source", "S:study", "--watch", "lcc"], "no watch 'lcc': those are norm, llc"),
     "no such step": (["--source", "S:study", "--steps", "3"], "no checkpoint of step 3"),
+    "no such engine": (["--source", "S:study", "--engine", "dask"], "those are processes, ray, slurm"),
+    "an option of none": (["--source", "S:study", "--option", "num_gpus=1"], "of the engines ray and slurm"),
+    "an option that is none": (["--source", "S:study", "--engine", "ray", "--option", "fast"], "NAME=VALUE"),
+    "an LLC of none": (["--source", "S:study", "--llc", "nbeta=30"], "among the source's watches"),
     "shard": (["--source", "S:study", "--shard", "3/2"], "i from 1 to n"),
     "dtype": (["--source", "S:study", "--dtype", "float23"], "got 'float23'"),
 }
@@ -471,6 +476,7 @@ def test_options_that_do_not_go_together_are_told_and_nothing_is_made(
         ("workers = 'two'", "workers must be int, got 'two'"),
         ("workers = true", "workers must be int, got True"),
         ("steps = [1, 2]", r"steps must be str, got \[1, 2\]"),
+        ("watch = 'loss'", r"watch must be tuple\[str, ...\], got 'loss'"),
         ("series = ", "cannot be read as TOML"),
         ("preset = 'full'", "no series and no into"),
     ],

@@ -78,6 +78,7 @@ def test_text_becomes_tokens_in_an_order_that_is_always_the_same(tmp_path: Path,
         first = stream[start]
         assert stream[start : start + 8] == [*[(first + i) % (VOCAB - 1) for i in range(7)], VOCAB - 1]
     assert stream[::8] != sorted(stream[::8]), "the documents are not shuffled"
+    assert not {*map(tuple, probe.tokens.tolist())} & {*map(tuple, probe.examples.tolist())}
     again = read_probe(tmp_path / "texts", place, 5, 16, examples=6)
     assert torch.equal(again.tokens, probe.tokens)
     assert torch.equal(read_probe(tmp_path / "texts", place, 5, 16).examples, probe.tokens)
@@ -107,6 +108,9 @@ def test_datasets_on_disk_give_their_tokens_or_their_text(
     datasets.DatasetDict(named).save_to_disk(str(tmp_path / "parts"))
     tokens = read_probe(tmp_path / "parts", (tokenizer, None), 2, 8).tokens
     assert tokens.flatten().tolist() == [2, 2, 2, VOCAB - 1] * 4
+    datasets.Dataset.from_dict({"text": ["w3 " * 500] * 9}).save_to_disk(str(tmp_path / "long"))
+    tokens = read_probe(tmp_path / "long", (tokenizer, None), 8, 16).tokens.flatten().tolist()
+    assert tokens.index(VOCAB - 1) in range(PIECE * 4, PIECE * 16 // 3 + 2), "a long row fills the whole batch"
     datasets.Dataset.from_dict({"label": [1]}).save_to_disk(str(tmp_path / "none"))
     with pytest.raises(DataError, match="has the columns label"):
         read_probe(tmp_path / "none", None)

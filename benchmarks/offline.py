@@ -60,12 +60,8 @@ class Bench:
 
     def measured(self, plan: Plan) -> dict[str, float]:
         """The command in a process of its own: seconds, and CPU seconds of all its processes."""
-        words = [
-            f"--{key.replace('_', '-')}={value}"
-            for key, value in plan.record().items()
-            if key not in ("series", "dtype")
-        ]
-        words += [f"--{key}={getattr(plan, key)}" for key in ("into", "workers", "engine")]
+        keys = ("preset", "tokens", "sequences", "length", "steps", "into", "workers", "threads", "engine")
+        words = [f"--{key}={getattr(plan, key)}" for key in keys]
         words += [f"--option={value}" for value in plan.options]
         before, began = cpu(), time.perf_counter()
         subprocess.run([*MEASURE, plan.series, *words], check=True, capture_output=True)
@@ -132,7 +128,7 @@ class Bench:
         rng, counts, stores = random.Random(0), Counter[str](), 0
         reference = digest(self.whole())
         while counts["kills"] < self.asked.kills:
-            plan = self.plan(f"kills-{stores}.zarr", preset="economy", steps="all")
+            plan = self.plan(f"kills-{stores}.zarr", preset="economy")
             log, stores = self.folder / f"log-{stores}", stores + 1
             live = {shard: begin(replace(plan, shard=f"{shard}/2"), log) for shard in (1, 2)}
             while live:
@@ -159,7 +155,7 @@ class Bench:
                                                                   "stores that differ", "ended otherwise")}  # fmt: skip
 
     def whole(self) -> str:
-        plan = self.plan("whole.zarr", preset="economy", steps="all")
+        plan = self.plan("whole.zarr", preset="economy")
         pid = begin(plan, self.folder / "whole.log")
         os.waitpid(pid, 0)
         Trajectory(plan.into).fold()

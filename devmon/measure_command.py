@@ -43,10 +43,10 @@ def run(config: Path | None, given: Mapping[str, Any], dry_run: bool) -> int:
                 what = "skipped" if event.watch is None else f"{event.watch}{': failed' * (event.kind == 'failed')}"
                 errors.print(f"step {event.step} {what} ({event.reason})")
 
+        lost: list[str] = []
         if plan.engine == "processes" and plan.workers == 1:
             study.measure(tell=tell)
-            lost = []
-        else:
+        elif work:
             lost = importlib.import_module(ENGINES[plan.engine]).measure(study.frozen(), list(work), tell)
     study.trajectory.fold()
     for one in lost:

@@ -66,7 +66,7 @@ def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = la
     todo, ended = iter(steps), dict[int, Ended]()
     workers: dict[Connection, int] = {}
     processes = []
-    for worker in range(plan.workers):
+    for worker in range(min(plan.workers, len(steps))):
         here, there = context.Pipe()
         device = devices[worker % len(devices)] if devices else None
         process = context.Process(target=_work, args=(plan, device, there), daemon=True)

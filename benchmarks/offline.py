@@ -6,7 +6,7 @@ SERIES and TEXT are what `recipes/pythia.py` makes: OUT/checkpoints and OUT/text
 The results of the parts that are asked for replace those in PATH.
 
 - scaling: wall time of `devmon measure` with the preset `standard` by 1 and by 2 workers, in turn, `--repeats` times; the same
-  command with nothing left to do is the start-up. CPU seconds are of all processes: where the machine is shared they tell
+  command with nothing left to do is the start-up. CPU seconds are of all processes (of Ray's and the jobs not all): where the machine is shared they tell
   what two workers cost beside one, which the wall time does not. `profile` is where one process' time goes.
 - engines: the same by Ray and by submitit's local executor; are the trajectories the same, bit for bit?
 - kills: two processes (shards) measure the series with the preset `economy`; one of them is killed with SIGKILL at a random
@@ -67,7 +67,7 @@ class Bench:
         subprocess.run([*MEASURE, plan.series, *words], check=True, capture_output=True)
         took = time.perf_counter() - began
         with contextlib.suppress(ChildProcessError):
-            while True:  # what the command left behind: the server that its workers were forks of
+            while plan.engine == "processes":  # what the command left behind: the server that its workers were forks of
                 os.waitpid(-1, 0)
         return {"seconds": round(took, 2), "cpu_seconds": round(cpu() - before, 2)}
 

@@ -13,7 +13,7 @@ between steps 1000 and 1400 a head becomes an induction head (best prefix-matchi
 a previous-token head (.39 → .85), and both stay; the loss on held-out text falls from 5.0 to 2.7 nats a token, most of it
 before step 200. With 100 steps at lr · gamma / 2 = 0.0045 a chain forgets its start over 222 steps, so these LLC settings, as
 published, give the LLC of chains on their way out: the sampler's checks refuse such estimates as not mixed (4.4 ± 0.9 at step
-1000), the report shows them so, and `devmon calibrate` finds settings that mix.
+1000), the report shows them so, and `devmon calibrate` looks for settings that mix.
 
 Cost of the stand-in on one quiet core: training about two minutes, the preset about one and a half, the LLC about twenty seconds a
 checkpoint, then the report; `--fast` about 20 seconds in all.

@@ -38,7 +38,7 @@ def pinned():
 def command(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """`devmon measure` in a process of its own: Ray leaves threads and warnings behind."""
     return subprocess.run(
-        [sys.executable, "-m", "devmon.cli", "measure", *map(str, args)], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "devmon.cli", "measure", *map(str, args)], capture_output=True, text=True, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **environment},
     )  # fmt: skip
 
@@ -69,7 +69,7 @@ try:
 except Exception as error:
     print("ended", error)
 """)
-    ran = subprocess.run([sys.executable, "driver.py"], cwd=plain, capture_output=True, text=True, timeout=150,
+    ran = subprocess.run([sys.executable, "driver.py"], cwd=plain, capture_output=True, text=True, timeout=600,
                          env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"})  # fmt: skip
     told = ran.stdout + ran.stderr
     assert ran.returncode == 0, told

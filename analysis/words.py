@@ -20,8 +20,9 @@ GLOSSARY = (
      "complexity), in Type B λ̂ falls while the loss falls or stays (Hoogland et al. 2024). In brackets: the probability."),
     ("90% interval", "Given the model of the curve and of its noise, the step (or size) lies within it with "
      "probability 0.9. Bands around a curve are ±1.64 standard errors of each value."),
-    ("p", "The share of simulated series without the event (same steps and kind of noise) that show one as prominent."),
-    ("q", "p after correction for the number of tests in this report (Benjamini–Hochberg): among all events with "
+    ("p", "The share of simulated series without the event (same steps and kind of noise) that show one as prominent, "
+     "corrected for the kinds of event sought in the series."),
+    ("q", "p after correction for the number of series in this report (Benjamini–Hochberg): among all events with "
      "q ≤ 0.05 about 5% or fewer are expected to be false."),
     ("resolved", "At least three checkpoints lie within the jump (or within the interval of a turn). Otherwise it may "
      "be more abrupt than it looks, and the note names steps to measure."),
@@ -138,9 +139,11 @@ def methods(watches: Mapping[str, Mapping[str, Any]], detection: Detection) -> l
     told.append((
         "events",
         "Each series is y = drift + smooth process + correlated and white noise over log step. A jump adds "
-        "A · logistic((log step − c)/w); a turn is a change of sign of the slope of the smoothed curve. Its statistic "
-        f"is the largest over all places and widths, compared with that of {settings.get('n_null', '?')} simulated "
-        f"series. Intervals are at level {settings.get('level', 0.9)}; q-values count {detection.family} tests.",
+        "A · logistic((log step − c)/w), a bump its slope; their statistic is the gain in likelihood, largest over all "
+        "places and widths. A turn is a change of sign of the slope of the smoothed curve, a plateau a pair of turns of "
+        f"the tilted curve; their statistic is the prominence. Each is compared with that of {settings.get('n_null', '?')} "
+        "simulated series without one, and p-values are corrected for the kinds sought. Intervals are at level "
+        f"{settings.get('level', 0.9)}; q-values are over {detection.family} series.",
     ))  # fmt: skip
     return told
 

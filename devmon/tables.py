@@ -13,13 +13,14 @@ def run_view(trajectory: Any, run: str) -> Any:
     from rich.text import Text
 
     from devmon.analysis import series_of
-    from devmon.analysis.words import skipped
+    from devmon.analysis.words import alarms, skipped
 
     attrs = trajectory.attrs
     title = Text(str(attrs.get("title", run)), style="bold")
     parts: list[Any] = [title.append(f"  run {attrs['run_id']}, seed {attrs['seed']}, {attrs['created']}", "not bold")]
     if left_out := skipped(attrs):
         parts.append(Text(f"left out to keep max_overhead: {left_out}"))
+    parts += [Text(line) for line in alarms(attrs)]
     table = Table("watch", "instrument", "steps", "from", "to", "failed", "seconds", box=None, header_style="bold")
     for name in trajectory:
         dataset = trajectory[name]

@@ -16,6 +16,9 @@ if __name__ == "analysis":
 if TYPE_CHECKING:
     from devmon.analysis import plots as plots
     from devmon.analysis.agreement import agreement as agreement
+    from devmon.analysis.alarms import Alarm as Alarm
+    from devmon.analysis.alarms import Looks as Looks
+    from devmon.analysis.alarms import provisional as provisional
     from devmon.analysis.derive import series_of as series_of
     from devmon.analysis.derive_circuit import circuit_overlap as circuit_overlap
     from devmon.analysis.derive_llc import llc as llc
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from devmon.analysis.phases import phase_types as phase_types
     from devmon.analysis.replay import replay as replay
     from devmon.analysis.report import report as report
+    from devmon.analysis.robustness import Robustness as Robustness
+    from devmon.analysis.robustness import robustness as robustness
     from devmon.analysis.runs import compare_runs as compare_runs
     from devmon.analysis.schedule import schedule_check as schedule_check
     from devmon.analysis.series import Series as Series
@@ -58,7 +63,13 @@ _FILE_OF = {
     "detect": "detect",
     "lead_lag": "detect",
     "stages": "stages",
+    # the same while training goes on
+    "Alarm": "alarms",
+    "Looks": "alarms",
+    "provisional": "alarms",
     # what speaks for and against it
+    "Robustness": "robustness",
+    "robustness": "robustness",
     "phase_types": "phases",
     "schedule_check": "schedule",
     "mirage_guard": "mirage",

@@ -49,7 +49,9 @@ class ReadOnce:
         return short
 
 
-def series_of(trajectory: RunData, *, costs: bool = False, each: bool = True) -> list[Series]:
+def series_of(
+    trajectory: RunData, *, costs: bool = False, each: bool = True, scheduled_only: bool = False
+) -> list[Series]:
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 
     LLC traces give `llc/llc` with its standard error, points whose verdict is not "ok" marked as rejected. Any other
@@ -57,10 +59,16 @@ def series_of(trajectory: RunData, *, costs: bool = False, each: bool = True) ->
     element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each.
     An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series' `smallest`.
     Without `each`, arrays give their maximum alone. With `costs`, each watch gives `watch/seconds` too: what its observations took.
+
+    With `scheduled_only`, the points that were measured only because an alarm was up (`attrs["densified"]`) are left out.
+    They lie where something seemed to happen; a p-value that must not depend on that choice is one without them.
     """
     found: list[Series] = []
+    densified = trajectory.attrs.get("densified", {}) if scheduled_only else {}
     for name in trajectory.names():
         dataset = trajectory[name]
+        if name in densified:
+            dataset = dataset.isel(step=~np.isin(dataset["step"].values, densified[name]))
         if dataset.sizes.get("step", 0) == 0:
             continue
         found += _llc_series(name, dataset) if is_llc(dataset) else _plain_series(name, dataset, each)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,18 @@ class Series:
     units: str = ""
     rejected: NDArray[Any] | None = None
     smallest: float = 0.0
+
+    @property
+    def good(self) -> NDArray[np.bool_]:
+        """(n,) true where the value is finite and was not rejected."""
+        finite = np.isfinite(np.asarray(self.values, dtype=np.float64))
+        return finite if self.rejected is None else finite & ~np.asarray(self.rejected, dtype=bool)
+
+    def where(self, chosen: NDArray[np.bool_]) -> Series:
+        """The series at some of its points."""
+        se, rejected = (None if part is None else np.asarray(part)[chosen] for part in (self.se, self.rejected))
+        steps, values = np.asarray(self.steps)[chosen], np.asarray(self.values)[chosen]
+        return replace(self, steps=steps, values=values, se=se, rejected=rejected)
 
 
 def checked(steps: Any, values: Any, se: Any = None, name: str = "") -> tuple[Array, Array, Array | None]:

@@ -121,8 +121,7 @@ def stages(series: Sequence[Series], detection: Detection, kinds: Collection[str
 def change_over(series: Series, start: float, end: float) -> Change | None:
     """Last minus first accepted value from step `start` to `end`; None where there are not two."""
     values = np.asarray(series.values, dtype=float)
-    good = np.isfinite(values) if series.rejected is None else np.isfinite(values) & ~np.asarray(series.rejected, bool)
-    where = np.flatnonzero(good & (series.steps >= start) & (series.steps <= end))
+    where = np.flatnonzero(series.good & (series.steps >= start) & (series.steps <= end))
     if len(where) < 2:
         return None
     a, b = where[0], where[-1]

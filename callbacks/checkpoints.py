@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 
+from devmon.callbacks.densify import Densify
 from devmon.errors import StoreError
 
 FILE = re.compile(r"step-(\d+)\.ckpt")
@@ -19,7 +20,8 @@ class CheckpointSeries(L.Callback):
     """Save `folder/step-00000100.ckpt` at every optimizer step that answers `step in steps`.
 
     The files are ordinary Lightning checkpoints: `trainer.fit(..., ckpt_path=latest(folder))` resumes from one. When
-    training starts or resumes at step k, files past k move to `folder/superseded/`.
+    training starts or resumes at step k, files past k move to `folder/superseded/`. Beside a `Monitor(densify=True)` it
+    saves too at the steps that an alarm adds.
 
     Raises `StoreError` before training where the folder cannot be written.
     """
@@ -59,8 +61,16 @@ class CheckpointSeries(L.Callback):
             return
         self._seen = step
         path = self.folder / f"step-{step:08d}.ckpt"
-        if step in self.steps and not trainer.strategy.broadcast(path.exists()):  # rank 0's answer: all save, or none
+        if (step in self.steps or _alarmed(trainer, step)) and not trainer.strategy.broadcast(
+            path.exists()
+        ):  # rank 0's answer: all save, or none
             trainer.save_checkpoint(path)
+
+
+def _alarmed(trainer: L.Trainer, step: int) -> bool:
+    """Whether an alarm of one of the trainer's monitors makes `step` due."""
+    found = (getattr(callback, "densify", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(one, Densify) and one.wants(step) for one in found)
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:

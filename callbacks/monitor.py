@@ -14,6 +14,7 @@ import torch
 import xarray as xr
 
 from devmon.callbacks.budget import Budget
+from devmon.callbacks.densify import Densify
 from devmon.callbacks.live import LivePage
 from devmon.distributed import ALONE, Ranks
 from devmon.errors import DevmonError, StoreError
@@ -28,7 +29,15 @@ Model = str | Callable[[L.LightningModule], torch.nn.Module] | None
 SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy"}
 
 
-OPTIONS = {"model", "strict", "log", "max_overhead", "live", "clock"}  # of Monitor, which its one-line forms hand on
+OPTIONS = {
+    "model",
+    "strict",
+    "log",
+    "max_overhead",
+    "densify",
+    "live",
+    "clock",
+}  # of Monitor, which its one-line forms hand on
 
 
 class Monitor(L.Callback):
@@ -48,6 +57,9 @@ class Monitor(L.Callback):
       exceed it are left out and listed in the trajectory's `attrs["skipped"]` (when training ends, also by an
       exception). Step 0 and the first observation of each watch are always made; `Budget` has the rule. `clock` tells
       the seconds.
+    - `densify`: look for events while training goes on, and measure every watch more often while an alarm is up (see
+      `Densify`); a `CheckpointSeries` of the same trainer saves at those steps too. A look takes about as long as
+      `devmon.analysis.detect` of the run's scalars and maxima; each of those is looked at 24 times at most.
     - `live`: an .html file that is made again while training goes on, by a process of its own (`LivePage`); open it in a
       browser and it loads itself again. Its events and alarms are provisional. When training ends, the last one is made.
 
@@ -63,7 +75,8 @@ class Monitor(L.Callback):
 
     def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, watches: Iterable[Watch], *,
                  model: Model = None, strict: bool = False, log: bool = False, max_overhead: float | None = None,
-                 live: str | os.PathLike[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+                 live: str | os.PathLike[str] | None = None, densify: bool = False,
+                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         if max_overhead is not None and not 0 < max_overhead <= 1:
             raise DevmonError(f"max_overhead is a share of the wall time above 0 and up to 1, got {max_overhead}")
         self.trajectory = trajectory if isinstance(trajectory, Trajectory) else None
@@ -75,6 +88,7 @@ class Monitor(L.Callback):
         self.max_overhead = max_overhead
         self.live = None if live is None else LivePage(live)
         self.clock = clock
+        self.densify = Densify(self.watches, strict) if densify else None
         self._budget: Budget | None = None
         self._failures: dict[str, dict[int, str]] = {}
         self._unlogged: set[str] = set()
@@ -101,6 +115,8 @@ class Monitor(L.Callback):
         if self.max_overhead is not None:
             self._budget = Budget(self.max_overhead, [watch.name for watch in self.watches], self.clock)
         self._seen = -1
+        if self.densify is not None:
+            self.densify.adopt(*self._ranks.first(self.densify.begin, self.trajectory, trainer.global_step))
         self._observe(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -132,6 +148,8 @@ class Monitor(L.Callback):
             return  # the latter: ranks without torch.distributed (TPUs), of which rank 0 measures
         self._seen = step
         due = [watch for watch in self.watches if step in watch.steps]
+        if self.densify is not None:
+            due = self.densify.due(step)
         if not due:
             return
 
@@ -145,8 +163,13 @@ class Monitor(L.Callback):
             if self._budget is not None:
                 chosen = self._ranks.first(self._budget.choose, [watch.name for watch in due], step)
                 due = [watch for watch in due if watch.name in chosen]
+            if self.densify is not None:
+                named = self._ranks.first(self.densify.admit, self.trajectory, step, [watch.name for watch in due])
+                due = [watch for watch in due if watch.name in named]
             observe(step, network(pl_module, self.model), due, self.trajectory, strict=self.strict,
                     ranks=self._ranks, each=each, failures=self._failures)  # fmt: skip
+            if self.densify is not None:
+                self.densify.up = self._ranks.first(self.densify.after, self.trajectory, step)
         if self.live is not None and self.trajectory is not None:
             self.live.update(self.trajectory.path)
 

@@ -13,14 +13,14 @@ def run_view(trajectory: Any, run: str) -> Any:
     from rich.text import Text
 
     from devmon.analysis.derive import ReadOnce, series_of
-    from devmon.analysis.words import skipped
+    from devmon.analysis.words import alarms, skipped
 
     attrs, held = trajectory.attrs, ReadOnce(trajectory)
     title = Text(str(attrs.get("title", run)), style="bold")
     parts: list[Any] = [title.append(f"  run {attrs['run_id']}, seed {attrs['seed']}, {attrs['created']}", "not bold")]
     if left_out := skipped(attrs):
         parts.append(Text(f"left out to keep max_overhead: {left_out}"))
-    parts += [Text(alarm_words(alarm), "bold") for alarm in attrs.get("alarms", []) if alarm["status"] == "up"]
+    parts += [Text(line) for line in alarms(attrs)]
     table = Table("watch", "instrument", "steps", "from", "to", "failed", "seconds", box=None, header_style="bold")
     for name in held.names():
         dataset = held[name]
@@ -38,14 +38,6 @@ def run_view(trajectory: Any, run: str) -> Any:
             values.add_row(safe(series.name), f"{series.values[0]:.4g}", f"{series.values[-1]:.4g}",
                            f"{error} {safe(series.units)}")  # fmt: skip
     return Group(*parts, table, values)
-
-
-def alarm_words(alarm: Mapping[str, Any]) -> str:
-    """One line on an entry of the run's `attrs["alarms"]`."""
-    return (
-        f"provisional alarm: {alarm['kind']} of {alarm['series']} at about step {alarm['step']:.0f} "
-        f"({alarm['low']:.0f} to {alarm['high']:.0f}), raised at step {alarm['raised_at']:.0f}"
-    )
 
 
 def plain_table(table: Any) -> Any:

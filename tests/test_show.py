@@ -37,7 +37,7 @@ def test_what_the_overhead_budget_left_out_is_one_line(tmp_path):
     assert "Left out to keep max_overhead: llc at 3 steps (50 to 100), lens at 1 step (75)." in page
 
 
-def test_an_alarm_that_is_up_is_told_and_each_watch_is_read_once(tmp_path, monkeypatch):
+def test_alarms_are_told_and_each_watch_is_read_once(tmp_path, monkeypatch):
     store = Trajectory(tmp_path / "run.zarr")
     alarm = {
         "series": "loss/loss",
@@ -45,17 +45,20 @@ def test_an_alarm_that_is_up_is_told_and_each_watch_is_read_once(tmp_path, monke
         "step": 640.2,
         "low": 600,
         "high": 700,
+        "p_value": 0.0004,
         "raised_at": 800,
         "status": "up",
+        "ended_at": None,
     }
-    store.record(alarms=[alarm, alarm | {"step": 90, "status": "withdrawn"}])
+    store.record(alarms=[alarm, alarm | {"step": 90, "status": "withdrawn", "ended_at": 900}])
     observe(0, torch.nn.Linear(2, 2), [Watch("scores", heads, every(1))], store)
     reads = []
     read = Trajectory.__getitem__
     monkeypatch.setattr(Trajectory, "__getitem__", lambda self, name: reads.append(name) or read(self, name))
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(store.path)]).output
-    lines = [line for line in shown.splitlines() if line.startswith("provisional")]
-    assert lines == ["provisional alarm: jump of loss/loss at about step 640 (600 to 700), raised at step 800"], shown
+    lines = [line for line in shown.splitlines() if line.startswith("alarm")]
+    what = "alarm at step 800 of a jump of loss/loss near step {} (600 to 700), p = 0.0004: {}"
+    assert lines == [what.format(640, "up"), what.format(90, "withdrawn at step 900")], shown
     assert reads == ["scores"]
     assert "scores/score max" in shown
     assert "head=" not in shown

@@ -30,7 +30,11 @@ GLOSSARY = (
 )  # fmt: skip
 
 TOPICS = (  # sections of a report: key, title, and the instruments whose watches belong to it
-    ("representation", "Representations", ("Sketch", "LayerRoles", "IntrinsicDimension")),
+    (
+        "representation",
+        "Representations",
+        ("Sketch", "LayerRoles", "IntrinsicDimension", "Superposition", "Polysemanticity"),
+    ),
     ("lenses", "Lenses and probes", ("LogitLens", "TunedLens", "LinearProbe", "MDLProbe")),
     ("circuits", "Circuits and composition", ("Circuit", "Composition", "ActivationPatching", "ResidualAttribution")),
 )
@@ -42,6 +46,7 @@ _ELHAGE = "Elhage et al. (2021), A mathematical framework for transformer circui
 _WANG = (
     "Wang et al. (2022), Interpretability in the wild: indirect object identification in GPT-2 small. arXiv:2211.00593"
 )
+_TOY = "Elhage et al. (2022), Toy models of superposition. arXiv:2209.10652"
 _HEWITT = "Hewitt & Liang (2019), Designing and interpreting probes with control tasks. arXiv:1909.03368"
 _CKA = "Kornblith et al. (2019), Similarity of neural network representations revisited. arXiv:1905.00414"
 _CITED = {
@@ -89,6 +94,8 @@ _CITED = {
         "Scientific Reports 7",
     ),
     "Sketch": (_CKA, _HOOGLAND),
+    "Superposition": (_TOY,),
+    "Polysemanticity": (_TOY,),
     "Curvature": (
         "Ghorbani et al. (2019), An investigation into neural net optimization via Hessian eigenvalue density. "
         "arXiv:1901.10159",

@@ -116,6 +116,8 @@ INSTRUMENTS = [
     Case("mdl_probe", "MDLProbe", lambda make, x: make(x, x % 3), (LAYER, LAYER), ALL),
     Case("intrinsic_dimension", "IntrinsicDimension", lambda make, x: make(x), (), ALL),
     Case("representation_sketch", "Sketch", lambda make, x: make(x, dims=8), (LAYER,), ALL),
+    Case("superposition", "Superposition", lambda make, x: make(), (), (*CAUSAL, *MASKED), refuses=True),
+    Case("polysemanticity", "Polysemanticity", lambda make, x: make(x, x % 3), (), ALL),
     # weights
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]

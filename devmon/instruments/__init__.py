@@ -19,11 +19,13 @@ from devmon.instruments.logit_lens import LogitLens
 from devmon.instruments.mdl_probe import MDLProbe
 from devmon.instruments.ngram_stages import NgramStages
 from devmon.instruments.patching import ActivationPatching
+from devmon.instruments.polysemanticity import Polysemanticity
 from devmon.instruments.previous_token import PreviousTokenHeads
 from devmon.instruments.probe_loss import ProbeLoss
 from devmon.instruments.repeat_gain import RepeatGain
 from devmon.instruments.representation_sketch import Sketch
 from devmon.instruments.residual_attribution import ResidualAttribution
+from devmon.instruments.superposition import Superposition
 from devmon.instruments.tuned_lens import TunedLens
 from devmon.instruments.weight_statistics import WeightStatistics
 
@@ -57,6 +59,8 @@ __all__ = [  # noqa: RUF022 (in groups)
     "MDLProbe",
     "IntrinsicDimension",
     "Sketch",
+    "Superposition",
+    "Polysemanticity",
     # weights and geometry
     "LLC",
     "Curvature",

@@ -214,11 +214,11 @@ def previous_kinds(tokens: torch.Tensor, alphabet: tuple[str, ...]) -> tuple[tor
 class Bar(L.Callback):
     """Progress in one line: step, the training loss, time left; as lines of text where the output is no terminal."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int, units: str = "nats") -> None:
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeElapsedColumn()
         self.progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
         self.task = self.progress.add_task("training", total=total, loss="")
-        self.console, self.total = console, total
+        self.console, self.total, self.units = console, total, units
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self.console.is_terminal:
@@ -226,7 +226,7 @@ class Bar(L.Callback):
         self.progress.update(self.task, completed=trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        step, loss = trainer.global_step, f"loss {float(outputs['loss']):.2f} nats"
+        step, loss = trainer.global_step, f"loss {float(outputs['loss']):.2f} {self.units}"
         self.progress.update(self.task, completed=step, loss=loss)
         if not self.console.is_terminal and step % max(1, self.total // 20) == 0:
             self.console.print(f"step {step}/{self.total}, {loss}", highlight=False)

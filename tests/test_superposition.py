@@ -145,7 +145,7 @@ def test_the_references_are_hypergeometric() -> None:
     )
     ways = np.array([math.comb(100, k) * math.comb(100, 20 - k) for k in range(21)], dtype=float)
     expected = (ways / ways.sum() * np.maximum(np.arange(21), 20 - np.arange(21))).sum() / 20
-    np.testing.assert_allclose(found["mean_purity_reference"], expected, atol=4 * 0.065 / math.sqrt(1000))
+    np.testing.assert_allclose(found["mean_purity_reference"], expected, atol=4 * 0.065 / math.sqrt(200))
 
 
 def test_dead_neurons_are_left_out() -> None:

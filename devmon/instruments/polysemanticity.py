@@ -16,7 +16,7 @@ from devmon.data import ByContent, minibatches, places_of, probe_inputs, probe_t
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
-DRAWS = 1000  # random sets of items behind the references
+DRAWS = 200  # random sets of items behind the references
 Array = NDArray[np.float64]
 
 

@@ -23,23 +23,27 @@ from torch import Tensor
 FEWEST = 4  # sides from which the polygons are considered
 
 
-def population_loss(weight: Tensor, bias: Tensor) -> Tensor:
-    """E‖x − f(x)‖² of weight (…, 2, features) and bias (…, features), shape (…): no sampling, differentiable.
+def errors(weight: Tensor, bias: Tensor) -> Tensor:
+    """E‖x − f(x)‖² given the active feature, (…, features), of weight (…, 2, features) and bias (…, features).
 
     For input u eᵢ the error at output j is ∫₀¹ (ReLU(g u + b) − δ u)² du with g = Wᵢ·Wⱼ, b = bⱼ, δ = 1 where i = j:
     a cubic on the part of [0, 1] where the unit is on, and δ u² on the rest.
     """
     g = weight.mT @ weight  # (…, input, output)
-    b, same = bias[..., None, :].expand_as(g), torch.eye(g.shape[-1], dtype=g.dtype)
+    b, same = bias[..., None, :].expand_as(g), torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     crossing = (-b / torch.where(g == 0, 1.0, g)).clamp(0, 1)
-    crossing = torch.where(g == 0, torch.where(b > 0, 0.0, 1.0).to(g.dtype), crossing)
+    crossing = torch.where(g == 0, torch.where(b > 0, 0.0, 1.0).to(g), crossing)
     on, off = torch.where(g >= 0, crossing, 0.0), torch.where(g >= 0, 1.0, crossing)
 
     def primitive(u: Tensor) -> Tensor:
         return (g - same) ** 2 * u**3 / 3 + (g - same) * b * u**2 + b**2 * u
 
-    errors = primitive(off) - primitive(on) + same * (1 - off**3 + on**3) / 3
-    return errors.sum((-2, -1)) / g.shape[-1]
+    return (primitive(off) - primitive(on) + same * (1 - off**3 + on**3) / 3).sum(-1)
+
+
+def population_loss(weight: Tensor, bias: Tensor) -> Tensor:
+    """E‖x − f(x)‖², shape (…), of weight (…, 2, features) and bias (…, features): no sampling, differentiable."""
+    return errors(weight, bias).mean(-1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,296 @@
+"""A deep linear network learns one rank at a time: a staircase whose every step has a known λ, watched by devmon.
+
+What it shows: the product of three matrices, 8 → 4 → 4 → 8, learns a linear map with singular values 3, 1.5, .75 from a
+very small start. It rests at saddle after saddle, and leaves each by learning one more singular direction (Saxe et al.
+2014, arXiv:1312.6120; Jacot et al. 2021, arXiv:2106.15933). After k steps the loss is ½ Σ_{i>k} s² exactly, the product
+has rank k, and the learning coefficient of the function it computes is known: Aoyagi's formula (2024), for these widths 8,
+12, 16, 20. A saddle is no minimum of the training loss, so λ̂ is that of the loss of copying the network as it is then,
+½E‖f_w(x) − f_w*(x)‖²: whether the data are of rank 3 or the truth is of rank k makes no difference to it.
+
+Numbers to expect: levels 5.906, 1.406, .281, 0; λ̂ of 7.7, 11.8, 15.8, 20 within .3, at nbeta 1e5 and gamma 10. What lacks
+at low ranks is not noise: with multiplicities and powers of w beyond the quadratic, λ is approached slowly in nbeta, from
+below (at rank 0 the law itself, by quadrature of the two outer matrices, gives the same). The detector finds three jumps
+in the loss, each with the step at which its singular value is half grown inside the event's extent.
+
+Cost: eight minutes on one core, most of it λ̂; no use for a GPU. `--fast`: twenty seconds, checked.
+Writes OUT/trajectory.zarr, OUT/report.html, OUT/figures/, OUT/summary.json. The same command goes on with an interrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import lightning as L
+import numpy as np
+import torch
+import typer
+import xarray as xr
+from rich.console import Console
+from torch import Tensor, nn
+
+from devmon import Snapshot, Trajectory, Watch, every, log_spaced
+from devmon.analysis import Detector, detect, report, series_of
+from devmon.analysis.stages import extent
+from devmon.callbacks import Monitor
+from devmon.recipes.running import batches, table, train
+from devmon.sampling import BAOAB, Settings, regression_loss, sample
+from devmon.snapshot import derive_seed
+from devmon.testing.exact import deep_linear
+
+WIDTHS, TARGET = (8, 4, 4, 8), (3.0, 1.5, 0.75)
+SCALE, LEARNING_RATE = 0.05, 0.02  # of the start: layers of spectral norm about SCALE
+NBETA, GAMMA = 1e5, 10.0
+
+
+# -- the network and its task ----------------------------------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """A product of matrices without biases, x (batch, inputs) to (batch, outputs)."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.layers = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in pairs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def product(self) -> Tensor:
+        """(outputs, inputs)."""
+        found: Any = self.layers[0].weight
+        for layer in self.layers[1:]:
+            found = layer.weight @ found
+        return found
+
+
+def task(seed: int) -> Tensor:
+    """The map to learn, (outputs, inputs), with the singular values TARGET and directions drawn at random."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "task"))
+    left, right = (torch.linalg.qr(torch.randn(w, w, generator=generator))[0] for w in (WIDTHS[-1], WIDTHS[0]))
+    return (left[:, : len(TARGET)] * torch.tensor(TARGET)) @ right[:, : len(TARGET)].T
+
+
+class Training(L.LightningModule):
+    """Gradient descent on the whole data, whose inputs are white: the loss is ½ ‖product − task‖²."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(derive_seed(seed, "start"))
+        self.net = Deep(WIDTHS)
+        for layer in self.net.layers:
+            layer.weight.data = (
+                SCALE * torch.randn(layer.weight.shape, generator=generator) / max(layer.weight.shape) ** 0.5
+            )
+        inputs = torch.linalg.qr(torch.randn(8 * WIDTHS[0], WIDTHS[0], generator=generator))[0] * (8 * WIDTHS[0]) ** 0.5
+        self.data = inputs, inputs @ task(seed).T
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        return regression_loss(self.net, batch).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=LEARNING_RATE)
+
+    def train_dataloader(self) -> Any:
+        return batches(self, lambda step: self.data)
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Stairs:
+    """How much of a linear map a deep linear network has learnt: loss ½ ‖product − target‖², the product's singular values.
+
+    singular_value (mode), descending; rank: how many are above half of the target's.
+    """
+
+    target: Tensor
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        product = snapshot.model.product().detach().double().cpu()
+        target = self.target.double()
+        aims = torch.linalg.svdvals(target)
+        aims = aims[aims > 1e-6 * aims[0]]
+        values = torch.linalg.svdvals(product)[: len(aims)]
+        loss = 0.5 * float((product - target).square().sum())
+        return xr.Dataset(
+            {
+                "loss": ((), loss, {"long_name": "½ ‖product − target‖²", "units": "squared error"}),
+                "singular_value": (
+                    "mode",
+                    values.numpy(),
+                    {"long_name": "singular value of the product", "units": "1"},
+                ),
+                "rank": (
+                    (),
+                    int((values > aims / 2).sum()),
+                    {"long_name": "modes more than half learnt", "units": "1"},
+                ),
+            },
+            coords={"mode": np.arange(len(aims))},
+            attrs={"headline": ["loss", "singular_value"]},
+        )
+
+
+def copying_loss(model: nn.Module, product: Tensor) -> Tensor:
+    """½E‖f(x) − product x‖² for white inputs x, of products (batch, outputs, inputs), shape (batch,)."""
+    return 0.5 * (model.product() - product).square().sum((-2, -1))  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class OwnLLC:
+    """The learning coefficient of the function that the network computes: traces as of `LLC`, of the loss of copying it.
+
+    In float64, by underdamped Langevin dynamics of long memory: stiff and flat directions differ ten thousandfold.
+    """
+
+    nbeta: float = NBETA
+    gamma: float = GAMMA
+    momentum: float = 0.99
+    chains: int = 16
+    draws: int = 150
+    burn_in: int = 75
+    steps_per_draw: int = 40
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        product = snapshot.model.product().detach()[None]
+        lr = 0.1 / self.nbeta  # the largest curvature of the loss is about 13
+        kernel = BAOAB(lr, self.nbeta, self.gamma, momentum=self.momentum)
+        settings = Settings(lr, self.gamma, self.nbeta, self.chains, self.draws, self.burn_in, batch_size=1,
+                            steps_per_draw=self.steps_per_draw, sampler=kernel, float64=True, seed=snapshot.seed)  # fmt: skip
+        return sample(snapshot.model, copying_loss, product, settings)
+
+
+def watches(target: Tensor, steps: int, llc: OwnLLC, estimates: Container[int]) -> list[Watch]:
+    often = log_spaced(20, steps) | every(max(1, steps // 200), stop=steps)
+    return [Watch("stairs", Stairs(target), often), Watch("llc", llc, estimates)]
+
+
+# -- what is found ---------------------------------------------------------------------------------------------------
+
+
+def level(rank: int) -> float:
+    """The loss when `rank` singular values are learnt and the others are not."""
+    return 0.5 * sum(value**2 for value in TARGET[rank:])
+
+
+def half_grown(run: Mapping[str, xr.Dataset]) -> list[float]:
+    """The step at which each singular value is half of its target's, between checkpoints in proportion."""
+    values, steps = run["stairs"]["singular_value"].transpose("step", "mode").values, run["stairs"]["step"].values
+    found = []
+    for mode, aim in enumerate(TARGET):
+        at = int(np.argmax(values[:, mode] > aim / 2))
+        found.append(float(np.interp(aim / 2, values[at - 1 : at + 1, mode], steps[at - 1 : at + 1])))
+    return found
+
+
+def rows_of_ranks(run: Trajectory) -> list[dict[str, Any]]:
+    """For each rank: the exact loss and λ, and what was measured halfway through its plateau, in log step."""
+    changes = half_grown(run)
+    ends = [changes[0] / 8, *changes, float(run["stairs"]["step"][-1])]
+    (llc,) = (one for one in series_of(run) if one.name == "llc/llc")
+    rows = []
+    for rank in range(len(TARGET) + 1):
+        middle = float(np.sqrt(ends[rank] * ends[rank + 1]))
+        row = run["stairs"].sel(step=middle, method="nearest")
+        at = int(np.abs(llc.steps - middle).argmin())
+        rows.append({
+            "rank": rank, "step": int(llc.steps[at]), "level": level(rank), "loss": float(row["loss"]),
+            "λ": float(deep_linear(WIDTHS, rank)[0]), "λ̂": float(llc.values[at]), "se": float(np.asarray(llc.se)[at]),
+            "rejected": bool(np.asarray(llc.rejected)[at]),
+        })  # fmt: skip
+    return rows
+
+
+def jumps_of(run: Trajectory, detector: Detector) -> list[dict[str, Any]]:
+    """The falls that the detector finds in the loss, and which singular values grow to their half inside the extent."""
+    series = [one for one in series_of(run) if one.name == "stairs/loss"]
+    changes = half_grown(run)
+    found = []
+    for event in detect(series, detector).events:
+        if event.kind == "jump":
+            low, high = extent(event)
+            inside = [mode for mode, step in enumerate(changes) if low <= step <= high]
+            found.append({"step": event.step, "interval": event.interval, "extent": (low, high), "size": event.size,
+                          "modes": inside, "q": event.q_value})  # fmt: skip
+    return found
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False)
+FAST: dict[str, Any] = {
+    "estimates": (200, 650, 1600, 4000),  # one in each plateau of seed 3
+    "llc": OwnLLC(nbeta=1e4, momentum=0.98, chains=8, draws=100, burn_in=40, steps_per_draw=15),
+}
+
+
+@app.command(help="Train a deep linear network through its staircase and compare λ̂ at each step with the exact λ.")
+def run(
+    out: Annotated[Path, typer.Option(help="Folder for the run, the report and summary.json.")] = Path("runs/deep_linear"),
+    seed: Annotated[int, typer.Option(help="Seed of the task, the start and the measurements.")] = 3,
+    steps: Annotated[int, typer.Option(min=1000, help="Optimizer steps.")] = 4000,
+    fast: Annotated[bool, typer.Option("--fast", help="Fewer draws and estimates, and a check of the numbers.")] = False,
+) -> None:  # fmt: skip
+    if fast:
+        check(main(out, **FAST))
+    else:
+        main(out, seed, steps)
+
+
+def main(
+    out: Path, seed: int = 3, steps: int = 4000, *, estimates: Container[int] | None = None, llc: OwnLLC | None = None
+) -> dict[str, Any]:
+    """Train, measure, find, write; returns what summary.json holds."""
+    torch.set_num_threads(1)
+    console = Console(stderr=True)
+    trajectory = Trajectory(
+        out / "trajectory.zarr", seed=seed, title="Deep linear network: one rank at a time",
+        settings={"widths": WIDTHS, "target": TARGET, "scale": SCALE, "learning_rate": LEARNING_RATE, "steps": steps},
+        data=f"{8 * WIDTHS[0]} white inputs, targets without noise",
+    )  # fmt: skip
+    training = Training(seed)
+    asked = watches(task(seed), steps, llc or OwnLLC(), estimates or log_spaced(30, steps, first=25))
+    train(training, steps, [Monitor(trajectory, asked, model="net", strict=True)], out, console, units="squared error")
+    found = {
+        "ranks": rows_of_ranks(trajectory),
+        "changes": half_grown(trajectory),
+        "jumps": jumps_of(trajectory, Detector(n_null=99)),
+    }
+    (out / "summary.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))
+    page = report(trajectory, out / "report.html", figures=out / "figures", detector=Detector(n_null=99))
+    told = Console(width=140)
+    told.print(table("plateaus", list(found["ranks"][0]), [list(row.values()) for row in found["ranks"]]))
+    told.print("half grown at steps", ", ".join(f"{step:.0f}" for step in found["changes"]))
+    rows = [
+        (f"{j['step']:.0f}", "{:.0f}-{:.0f}".format(*j["extent"]), j["size"], j["modes"], j["q"])
+        for j in found["jumps"]
+    ]
+    told.print(table("jumps of the loss", ["step", "extent", "size", "modes", "q"], rows))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return found
+
+
+def check(found: Mapping[str, Any]) -> None:
+    """What `--fast` must show; AssertionError with the numbers where it does not."""
+    for row in found["ranks"]:
+        assert abs(row["loss"] - row["level"]) < 0.02, f"the level of rank {row['rank']}: {row}"
+        assert not row["rejected"], f"λ̂ of rank {row['rank']}: {row}"
+        # the law itself lies below λ: by .8 at rank 0 for this nbeta, by less for more
+        assert row["λ"] - 0.9 - 3 * row["se"] < row["λ̂"] < row["λ"] + 0.3 + 3 * row["se"], (
+            f"λ̂ of rank {row['rank']}: {row}"
+        )
+    sharp = [jump for jump in found["jumps"] if jump["size"] < 0 and jump["modes"]]
+    modes = [jump["modes"] for jump in sharp]
+    assert modes == [[0], [1], [2]], (
+        f"one jump of the loss a singular value, got {found['jumps']} for {found['changes']}"
+    )
+
+
+if __name__ == "__main__":
+    app()

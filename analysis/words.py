@@ -48,6 +48,7 @@ _WANG = (
 )
 _TOY = "Elhage et al. (2022), Toy models of superposition. arXiv:2209.10652"
 _HEWITT = "Hewitt & Liang (2019), Designing and interpreting probes with control tasks. arXiv:1909.03368"
+_NANDA = "Nanda et al. (2023), Progress measures for grokking via mechanistic interpretability. arXiv:2301.05217"
 _CKA = "Kornblith et al. (2019), Similarity of neural network representations revisited. arXiv:1905.00414"
 _CITED = {
     "LLC": (
@@ -102,6 +103,11 @@ _CITED = {
         "Meyer et al. (2021), Hutch++: optimal stochastic trace estimation. arXiv:2010.09649",
     ),
     "WeightStatistics": ("Hu et al. (2023), Latent state models of training dynamics. arXiv:2308.09543",),
+    "RestrictedLoss": (_NANDA,),
+    "FourierSpectrum": (
+        _NANDA,
+        "Hurley & Rickard (2009), Comparing measures of sparsity. IEEE Transactions on Information Theory 55(10)",
+    ),
 }
 _DETECTION = (
     "Benjamini & Hochberg (1995), Controlling the false discovery rate. J. R. Stat. Soc. B 57(1)",

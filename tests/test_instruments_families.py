@@ -124,6 +124,8 @@ INSTRUMENTS = [
 ELSEWHERE = {
     "LLC": "samples for seconds; tests/test_llc_derive.py, tests/test_sampling.py",
     "Curvature": "of any loss; tests/test_curvature.py",
+    "RestrictedLoss": "of addition modulo p; tests/test_fourier_instruments.py",
+    "FourierSpectrum": "of addition modulo p; tests/test_fourier_instruments.py",
 }
 
 

@@ -5,6 +5,7 @@ from devmon.instruments.composition import Composition
 from devmon.instruments.copying import CopyingHeads
 from devmon.instruments.curvature import Curvature
 from devmon.instruments.few_shot import FewShot
+from devmon.instruments.fourier_spectrum import FourierSpectrum
 from devmon.instruments.function_vectors import FunctionVectorHeads
 from devmon.instruments.fuzzy_induction import AbstractInduction, FuzzyInduction, HierarchicalInduction
 from devmon.instruments.head_ablation import HeadAblation
@@ -25,6 +26,7 @@ from devmon.instruments.probe_loss import ProbeLoss
 from devmon.instruments.repeat_gain import RepeatGain
 from devmon.instruments.representation_sketch import Sketch
 from devmon.instruments.residual_attribution import ResidualAttribution
+from devmon.instruments.restricted_loss import RestrictedLoss
 from devmon.instruments.superposition import Superposition
 from devmon.instruments.tuned_lens import TunedLens
 from devmon.instruments.weight_statistics import WeightStatistics
@@ -65,4 +67,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "LLC",
     "Curvature",
     "WeightStatistics",
+    # addition modulo p
+    "RestrictedLoss",
+    "FourierSpectrum",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -48,19 +49,54 @@ def fit(
     seed: int,
     console: Console,
     accelerator: str = "cpu",
+    units: str = "nats",
     **attrs: Any,
 ) -> Trajectory:
-    """Train `make()` for `steps`, watched; goes on from the last checkpoint of `out`. `attrs` are kept with the run."""
+    """Train `make()` for `steps`, watched; goes on from the last checkpoint of `out`. `attrs` are kept with the run.
+
+    `units` are those of the training loss.
+    """
     torch.set_num_threads(1)  # as fast as two for models this small, and the same numbers on any machine
-    quiet()
     trajectory = Trajectory(out / "trajectory.zarr", seed=seed, threads=torch.get_num_threads(), **attrs)
     torch.manual_seed(seed)
+    monitor = Monitor(trajectory, watches, strict=True)
+    train(out, make(), [monitor], steps=steps, saved=saved, console=console, accelerator=accelerator, units=units)
+    return trajectory
+
+
+def train(
+    out: Path,
+    training: L.LightningModule,
+    monitors: Iterable[L.Callback],
+    *,
+    steps: int,
+    saved: Container[int],
+    console: Console,
+    accelerator: str = "cpu",
+    units: str = "nats",
+) -> None:
+    """`fit` for monitors of one's own."""
+    quiet()
     L.Trainer(
         max_steps=steps, accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[Monitor(trajectory, watches, strict=True), CheckpointSeries(out / "checkpoints", saved), Bar(console, steps)],
-    ).fit(make(), ckpt_path=latest(out / "checkpoints"), weights_only=True)  # fmt: skip
-    return trajectory
+        callbacks=[*monitors, CheckpointSeries(out / "checkpoints", saved), Bar(console, steps, units)],
+    ).fit(training, ckpt_path=latest(out / "checkpoints"), weights_only=True)  # fmt: skip
+
+
+class BatchOfStep(torch.utils.data.IterableDataset[Any]):
+    """Batch number `step` is `draw(step)`, so that a resumed run sees what it would have seen."""
+
+    def __init__(self, training: L.LightningModule, draw: Callable[[int], Any]) -> None:
+        self.training, self.draw = training, draw
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.draw, itertools.count(self.training.trainer.global_step))
+
+
+def batches(training: L.LightningModule, draw: Callable[[int], Any]) -> torch.utils.data.DataLoader[Any]:
+    """A data loader of `draw(step)` for the optimizer's steps from where the training stands."""
+    return torch.utils.data.DataLoader(BatchOfStep(training, draw), batch_size=None)
 
 
 def measure_checkpoints(
@@ -123,6 +159,14 @@ def told_in_one_line(console: Console) -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("interrupted: what is measured is kept; give the same command to go on", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+    """Numbers to four digits, text as it is."""
+    drawn = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        drawn.add_row(*(_text(cell) if isinstance(cell, float) else str(cell) for cell in row))
+    return drawn
 
 
 def _finite(value: Any) -> Any:

@@ -40,7 +40,7 @@ from devmon.snapshot import derive_seed
 from devmon.testing.exact import deep_linear
 
 WIDTHS, TARGET = (8, 4, 4, 8), (3.0, 1.5, 0.75)
-SCALE, LEARNING_RATE = 0.05, 0.02  # of the start: layers of spectral norm about SCALE
+SCALE, LEARNING_RATE = 0.05, 0.04  # of the start: layers of spectral norm about SCALE
 NBETA, GAMMA = 1e5, 10.0
 
 
@@ -151,8 +151,8 @@ class OwnLLC:
     gamma: float = GAMMA
     momentum: float = 0.99
     chains: int = 16
-    draws: int = 150
-    burn_in: int = 75
+    draws: int = 100
+    burn_in: int = 50
     steps_per_draw: int = 40
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
@@ -166,8 +166,23 @@ class OwnLLC:
 
 
 def watches(target: Tensor, steps: int, llc: OwnLLC, estimates: Container[int]) -> list[Watch]:
-    often = log_spaced(20, steps) | every(max(1, steps // 200), stop=steps)
+    often = log_spaced(20, steps) | every(max(1, steps // 60), stop=steps)  # more make the search of events slow
     return [Watch("stairs", Stairs(target), often), Watch("llc", llc, estimates)]
+
+
+def law_at_rank_zero(nbeta: float, gamma: float, draws: int = 50_000) -> float:
+    """λ̂ at w* = 0 in the limit of endless chains, by importance sampling of the outer matrices.
+
+    Given those, with singular values s and t, the middle matrix is Gaussian: λ̂ = E ½ Σ nβ s²t² / (γ + nβ s²t²), where
+    the prior of the outer ones is weighted by ∏ (1 + nβ s²t² / γ)^-½. They are drawn as square ones, which the weight
+    ∏ (st)^(outer − middle) turns into theirs: nearly even weights.
+    """
+    (outer, middle, _, _), rng = WIDTHS, np.random.default_rng(0)
+    s, t = (np.linalg.svd(rng.standard_normal((draws, middle, middle)), compute_uv=False) for _ in range(2))
+    x = nbeta / gamma**3 * np.einsum("ns,nt->nst", s**2, t**2)  # nβ s²t² / γ, with s and t in units of γ^-½
+    log = (outer - middle) * (np.log(s) + np.log(t)).sum(1) - 0.5 * np.log1p(x).sum((1, 2))
+    weight = np.exp(log - log.max())
+    return float(weight @ (0.5 * x / (1 + x)).sum((1, 2)) / weight.sum())
 
 
 # -- what is found ---------------------------------------------------------------------------------------------------
@@ -178,28 +193,35 @@ def level(rank: int) -> float:
     return 0.5 * sum(value**2 for value in TARGET[rank:])
 
 
-def half_grown(run: Mapping[str, xr.Dataset]) -> list[float]:
-    """The step at which each singular value is half of its target's, between checkpoints in proportion."""
-    values, steps = run["stairs"]["singular_value"].transpose("step", "mode").values, run["stairs"]["step"].values
-    found = []
-    for mode, aim in enumerate(TARGET):
-        at = int(np.argmax(values[:, mode] > aim / 2))
-        found.append(float(np.interp(aim / 2, values[at - 1 : at + 1, mode], steps[at - 1 : at + 1])))
-    return found
+def changes_of(run: Mapping[str, xr.Dataset]) -> dict[str, list[float]]:
+    """For each stair the step at which the loss has fallen halfway to the next level, and that at which the singular
+    value is half of its target's (later: half the fall is made at 1 − 1/√2 = .29 of the singular value)."""
+    rows = run["stairs"]
+    values, middle = rows["singular_value"].transpose("step", "mode").values, []
+    for mode in range(len(TARGET)):
+        middle.append(_first(rows["step"].values, -rows["loss"].values, -(level(mode) + level(mode + 1)) / 2))
+    grown = [_first(rows["step"].values, values[:, mode], aim / 2) for mode, aim in enumerate(TARGET)]
+    return {"half fallen": middle, "half grown": grown}
+
+
+def _first(steps: np.ndarray, values: np.ndarray, aim: float) -> float:
+    """The step at which rising values first pass `aim`, between checkpoints in proportion; NaN where they do not."""
+    at = int(np.argmax(values > aim))
+    return float(np.interp(aim, values[at - 1 : at + 1], steps[at - 1 : at + 1])) if at else float("nan")
 
 
 def rows_of_ranks(run: Trajectory) -> list[dict[str, Any]]:
     """For each rank: the exact loss and λ, and what was measured halfway through its plateau, in log step."""
-    changes = half_grown(run)
+    changes = changes_of(run)["half grown"]
     ends = [changes[0] / 8, *changes, float(run["stairs"]["step"][-1])]
     (llc,) = (one for one in series_of(run) if one.name == "llc/llc")
     rows = []
     for rank in range(len(TARGET) + 1):
         middle = float(np.sqrt(ends[rank] * ends[rank + 1]))
-        row = run["stairs"].sel(step=middle, method="nearest")
         at = int(np.abs(llc.steps - middle).argmin())
+        loss = float(run["stairs"]["loss"].sel(step=int(llc.steps[at]), method="nearest"))
         rows.append({
-            "rank": rank, "step": int(llc.steps[at]), "level": level(rank), "loss": float(row["loss"]),
+            "rank": rank, "step": int(llc.steps[at]), "level": level(rank), "loss": loss,
             "λ": float(deep_linear(WIDTHS, rank)[0]), "λ̂": float(llc.values[at]), "se": float(np.asarray(llc.se)[at]),
             "rejected": bool(np.asarray(llc.rejected)[at]),
         })  # fmt: skip
@@ -207,16 +229,20 @@ def rows_of_ranks(run: Trajectory) -> list[dict[str, Any]]:
 
 
 def jumps_of(run: Trajectory) -> list[dict[str, Any]]:
-    """The falls that the detector finds in the loss, and which singular values grow to their half inside the extent."""
-    series = [one for one in series_of(run) if one.name == "stairs/loss"]
-    changes = half_grown(run)
-    found = []
+    """The jumps that the detector finds in the loss and in each singular value, with the stairs whose change (half fallen,
+    half grown) lies in their extent: the 90% interval of the middle together with the span from 10% to 90%."""
+    series = [
+        one for one in series_of(run) if one.name == "stairs/loss" or one.name.startswith("stairs/singular_value[")
+    ]
+    changes, found = changes_of(run), []
     for event in detect(series).events:
-        if event.kind == "jump":
-            low, high = extent(event)
-            inside = [mode for mode, step in enumerate(changes) if low <= step <= high]
-            found.append({"step": event.step, "interval": event.interval, "extent": (low, high), "size": event.size,
-                          "modes": inside, "q": event.q_value})  # fmt: skip
+        if event.kind != "jump":
+            continue
+        low, high = extent(event)
+        steps = changes["half fallen" if event.series == "stairs/loss" else "half grown"]
+        inside = [mode for mode, step in enumerate(steps) if low <= step <= high]
+        found.append({"series": event.series, "step": event.step, "extent": (low, high), "size": event.size,
+                      "stairs": inside, "q": event.q_value})  # fmt: skip
     return found
 
 
@@ -224,7 +250,7 @@ def jumps_of(run: Trajectory) -> list[dict[str, Any]]:
 
 app = typer.Typer(add_completion=False)
 FAST: dict[str, Any] = {
-    "estimates": (200, 650, 1600, 4000),  # one in each plateau of seed 3
+    "estimates": (100, 325, 800, 2000),  # one in each plateau of seed 3
     "llc": OwnLLC(nbeta=1e4, momentum=0.98, chains=8, draws=100, burn_in=40, steps_per_draw=15),
 }
 
@@ -233,52 +259,66 @@ FAST: dict[str, Any] = {
 def run(
     out: Annotated[Path, typer.Option(help="Folder for the run, the report and results.json.")] = Path("runs/deep_linear"),
     seed: Annotated[int, typer.Option(help="Seed of the task, the start and the measurements.")] = 3,
-    steps: Annotated[int, typer.Option(min=1000, help="Optimizer steps.")] = 4000,
+    steps: Annotated[int, typer.Option(min=500, help="Optimizer steps.")] = 2000,
     fast: Annotated[bool, typer.Option("--fast", help="Fewer draws and estimates, and a check of the numbers.")] = False,
 ) -> None:  # fmt: skip
     console = Console(stderr=True)
     with told_in_one_line(console):
         found = main(out, console=console, **(FAST if fast else {"seed": seed, "steps": steps}))
-        conclude(out, checks(found, fast=fast), console, found)
+        conclude(out, checks(found), console, found)
 
 
 def main(
-    out: Path, seed: int = 3, steps: int = 4000, *, console: Console, estimates: Container[int] | None = None,
+    out: Path, seed: int = 3, steps: int = 2000, *, console: Console, estimates: Container[int] | None = None,
     llc: OwnLLC | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, measure, find, write; returns what results.json holds beside its checks."""
-    asked = watches(task(seed), steps, llc or OwnLLC(), estimates or log_spaced(30, steps, first=25))
+    asked = watches(task(seed), steps, llc or OwnLLC(), estimates or log_spaced(20, steps, first=12))
     run = fit(
         out, lambda: Training(seed), asked, steps=steps, saved=every(max(1, steps // 10)), seed=seed, console=console,
         units="squared error", title="Deep linear network: one rank at a time",
         settings={"widths": WIDTHS, "target": TARGET, "scale": SCALE, "learning_rate": LEARNING_RATE, "steps": steps},
         data=f"{8 * WIDTHS[0]} white inputs, targets without noise",
     )  # fmt: skip
-    ranks, changes, jumps = rows_of_ranks(run), half_grown(run), jumps_of(run)
+    ranks, changes, jumps = rows_of_ranks(run), changes_of(run), jumps_of(run)
     console.print(table("plateaus", list(ranks[0]), [list(row.values()) for row in ranks]))
-    console.print("half grown at steps", ", ".join(f"{step:.0f}" for step in changes), highlight=False)
-    rows = [(f"{j['step']:.0f}", "{:.0f}-{:.0f}".format(*j["extent"]), j["size"], j["modes"], j["q"]) for j in jumps]
-    console.print(table("jumps of the loss", ["step", "extent", "size", "modes", "q"], rows))
+    console.print(table("changes at steps", list(changes), zip(*changes.values(), strict=True)))
+    rows = [
+        (j["series"], f"{j['step']:.0f}", "{:.0f}-{:.0f}".format(*j["extent"]), j["size"], j["stairs"]) for j in jumps
+    ]
+    console.print(table("jumps", ["series", "step", "extent", "size", "stairs inside"], rows))
     page = report(run, out / "report.html", figures=out / "figures")
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
-    return {"ranks": ranks, "changes": changes, "jumps": jumps}
+    nbeta = float(run["llc"].attrs["nbeta"])
+    return {"ranks": ranks, "changes": changes, "jumps": jumps, "law": law_at_rank_zero(nbeta, GAMMA)}
 
 
-def checks(found: Mapping[str, Any], *, fast: bool) -> list[Check]:
-    """Levels, λ̂ and places that are known. At the nbeta of `--fast` the law itself lies below λ by up to .9, else .5."""
-    listed, lacks = [], 0.9 if fast else 0.5
+def checks(found: Mapping[str, Any]) -> list[Check]:
+    """Levels, λ̂ and places that are known. At rank 0 the law at this nbeta is known too, below λ; at others it lacks less."""
+    listed, lacks = [], 8 - found["law"]
     for row in found["ranks"]:
         rank, error = row["rank"], 3 * row["se"]
         level = row["level"]
         listed.append(Check(f"loss at rank {rank}", row["loss"], level - 0.02, level + 0.02, f"exact: {level:.4g}"))
-        low, high = row["λ"] - lacks - error, row["λ"] + 0.3 + error
+        low, high = row["λ"] - lacks - error, (row["λ"] if rank else found["law"]) + error
         listed.append(
             Check(f"λ̂ at rank {rank}", float("nan") if row["rejected"] else row["λ̂"], low, high, f"exact: {row['λ']:g}")
         )
-    for mode, step in enumerate(found["changes"]):
-        alone = [jump for jump in found["jumps"] if jump["size"] < 0 and jump["modes"] == [mode]]
-        what = f"jumps of the loss in whose extent step {step:.0f} lies, where mode {mode} is half grown"
-        listed.append(Check(what, len(alone), 1, 1, "exact: 1"))
+    for mode, aim in enumerate(TARGET):
+        falls = [j for j in found["jumps"] if j["series"] == "stairs/loss" and j["stairs"] == [mode] and j["size"] < 0]
+        name = f"stairs/singular_value[mode={mode}]"
+        rises = [j for j in found["jumps"] if j["series"] == name and mode in j["stairs"] and j["size"] > aim / 2]
+        for what, jumps, of in (("half fallen", falls, "the loss"), ("half grown", rises, f"singular value {mode}")):
+            step = found["changes"][what][mode]
+            listed.append(
+                Check(
+                    f"jumps of {of} with step {step:.0f} inside, where stair {mode} is {what}",
+                    len(jumps),
+                    1,
+                    1,
+                    "exact: 1",
+                )
+            )
     return listed
 
 

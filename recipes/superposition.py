@@ -263,7 +263,7 @@ def run(
         conclude(out, checks(found, fast=fast), console, found)
 
 
-FAST: dict[str, Any] = {"seeds": (15,), "steps": 6000, "estimates": 24, "points": ("5", "5+")}
+FAST: dict[str, Any] = {"seeds": (15,), "steps": 5000, "estimates": 20, "points": ("5", "5+")}
 
 
 def main(

@@ -75,13 +75,17 @@ def type_in_short(kind: PhaseType) -> str:
 
 
 def schedule_of(run: RunData, series: Sequence[Series]) -> Series | list[float] | None:
-    """The learning rates that a run holds (a series called …/learning_rate or …/lr), else the end of its warm-up."""
+    """The learning rates that a run holds (a series called …/learning_rate or …/lr), else the steps that its settings
+    tell: `warm_up`, the end of the warm-up, and `kinks`, others at which the rate bends or jumps."""
     for one in series:
         if one.name.rpartition("/")[2] in RATES and len(one.steps) >= 6:
             return one
     settings = run.attrs.get("settings")
-    warm_up = settings.get("warm_up") if isinstance(settings, Mapping) else None
-    return [float(warm_up)] if isinstance(warm_up, int | float) and warm_up > 0 else None
+    if not isinstance(settings, Mapping):
+        return None
+    kinks = settings.get("kinks")
+    told = [settings.get("warm_up"), *(kinks if isinstance(kinks, list | tuple) else [])]
+    return [float(one) for one in told if isinstance(one, int | float) and one > 0] or None
 
 
 def _led(one: Transition, detection: Detection) -> list[str]:

@@ -37,7 +37,11 @@ GLOSSARY = (
 )  # fmt: skip
 
 TOPICS = (  # sections of a report: key, title, and the instruments whose watches belong to it
-    ("representation", "Representations", ("Sketch", "LayerRoles", "IntrinsicDimension")),
+    (
+        "representation",
+        "Representations",
+        ("Sketch", "LayerRoles", "IntrinsicDimension", "Superposition", "Polysemanticity"),
+    ),
     ("lenses", "Lenses and probes", ("LogitLens", "TunedLens", "LinearProbe", "MDLProbe")),
     ("circuits", "Circuits and composition", ("Circuit", "Composition", "ActivationPatching", "ResidualAttribution")),
 )
@@ -49,7 +53,9 @@ _ELHAGE = "Elhage et al. (2021), A mathematical framework for transformer circui
 _WANG = (
     "Wang et al. (2022), Interpretability in the wild: indirect object identification in GPT-2 small. arXiv:2211.00593"
 )
+_TOY = "Elhage et al. (2022), Toy models of superposition. arXiv:2209.10652"
 _HEWITT = "Hewitt & Liang (2019), Designing and interpreting probes with control tasks. arXiv:1909.03368"
+_NANDA = "Nanda et al. (2023), Progress measures for grokking via mechanistic interpretability. arXiv:2301.05217"
 _CKA = "Kornblith et al. (2019), Similarity of neural network representations revisited. arXiv:1905.00414"
 _CITED = {
     "LLC": (
@@ -96,12 +102,19 @@ _CITED = {
         "Scientific Reports 7",
     ),
     "Sketch": (_CKA, _HOOGLAND),
+    "Superposition": (_TOY,),
+    "Polysemanticity": (_TOY,),
     "Curvature": (
         "Ghorbani et al. (2019), An investigation into neural net optimization via Hessian eigenvalue density. "
         "arXiv:1901.10159",
         "Meyer et al. (2021), Hutch++: optimal stochastic trace estimation. arXiv:2010.09649",
     ),
     "WeightStatistics": ("Hu et al. (2023), Latent state models of training dynamics. arXiv:2308.09543",),
+    "RestrictedLoss": (_NANDA,),
+    "FourierSpectrum": (
+        _NANDA,
+        "Hurley & Rickard (2009), Comparing measures of sparsity. IEEE Transactions on Information Theory 55(10)",
+    ),
 }
 _DETECTION = (
     "Benjamini & Hochberg (1995), Controlling the false discovery rate. J. R. Stat. Soc. B 57(1)",

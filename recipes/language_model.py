@@ -91,10 +91,12 @@ class AttentionOnly(torch.nn.Module):
         embed="embed", norm="norm", unembed="unembed",
     )  # fmt: skip
 
-    def __init__(self, vocab: int, width: int = WIDTH, heads: int = HEADS, layers: int = LAYERS) -> None:
+    def __init__(
+        self, vocab: int, width: int = WIDTH, heads: int = HEADS, layers: int = LAYERS, context: int = CONTEXT
+    ) -> None:
         super().__init__()
         self.embed = torch.nn.Embedding(vocab, width)
-        self.blocks = torch.nn.ModuleList(Block(width, heads, CONTEXT) for _ in range(layers))
+        self.blocks = torch.nn.ModuleList(Block(width, heads, context) for _ in range(layers))
         self.norm = torch.nn.LayerNorm(width)
         self.unembed = torch.nn.Linear(width, vocab, bias=False)
         torch.nn.init.normal_(self.embed.weight, std=0.02)
@@ -109,20 +111,26 @@ class AttentionOnly(torch.nn.Module):
 # -- the data --------------------------------------------------------------------------------------------------------
 
 
-def repeated(vocab: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Random characters repeated with a period that is random for each sequence, (count, CONTEXT)."""
-    period = torch.randint(CONTEXT // 4, CONTEXT // 2 + 1, (count, 1), generator=generator)
-    fresh = torch.randint(vocab, (count, CONTEXT), generator=generator)
-    return fresh.gather(1, torch.arange(CONTEXT) % period)
+def repeated(vocab: int, count: int, generator: torch.Generator, context: int = CONTEXT) -> torch.Tensor:
+    """Random characters repeated with a period that is random for each sequence, (count, context)."""
+    period = torch.randint(context // 4, context // 2 + 1, (count, 1), generator=generator)
+    fresh = torch.randint(vocab, (count, context), generator=generator)
+    return fresh.gather(1, torch.arange(context) % period)
 
 
 def mixture(
-    text: Text, count: int, generator: torch.Generator, *, repeats: bool, held_out: bool = False
+    text: Text,
+    count: int,
+    generator: torch.Generator,
+    *,
+    repeats: bool,
+    held_out: bool = False,
+    context: int = CONTEXT,
 ) -> torch.Tensor:
     """Windows of the text; with `repeats`, every second sequence is repeated random characters instead."""
-    tokens = text.windows(count, CONTEXT, generator=generator, held_out=held_out)
+    tokens = text.windows(count, context, generator=generator, held_out=held_out)
     if repeats:
-        tokens[::2] = repeated(len(text.alphabet), len(tokens[::2]), generator)
+        tokens[::2] = repeated(len(text.alphabet), len(tokens[::2]), generator, context)
     return tokens
 
 
@@ -136,14 +144,14 @@ class Batches(torch.utils.data.IterableDataset[torch.Tensor]):
         t = self.training
         for step in itertools.count(t.trainer.global_step):
             generator = torch.Generator().manual_seed(derive_seed(t.seed, "batch", step))
-            yield mixture(t.text, BATCH, generator, repeats=t.repeats)
+            yield mixture(t.text, BATCH, generator, repeats=t.repeats, context=t.context)
 
 
 class Training(L.LightningModule):
-    def __init__(self, text: Text, *, seed: int, repeats: bool) -> None:
+    def __init__(self, text: Text, *, seed: int, repeats: bool, context: int = CONTEXT) -> None:
         super().__init__()
-        self.text, self.seed, self.repeats = text, seed, repeats
-        self.net = AttentionOnly(len(text.alphabet))
+        self.text, self.seed, self.repeats, self.context = text, seed, repeats, context
+        self.net = AttentionOnly(len(text.alphabet), context=context)
 
     def training_step(self, tokens: torch.Tensor, _: int) -> torch.Tensor:
         return F.cross_entropy(self.net(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -160,7 +168,9 @@ class Training(L.LightningModule):
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def watches(text: Text, steps: int, *, repeats: bool = True, draws: int = 50, full: bool = False) -> list[Watch]:
+def watches(
+    text: Text, steps: int, *, repeats: bool = True, draws: int = 50, full: bool = False, context: int = CONTEXT
+) -> list[Watch]:
     """The monitor's watches: cheap ones at about 80 steps, the LLC at about 20 (from where there is a basin to sample);
     with `full` those of `devmon.presets.full` too."""
     vocab = len(text.alphabet)
@@ -171,15 +181,15 @@ def watches(text: Text, steps: int, *, repeats: bool = True, draws: int = 50, fu
 
     def probe(name: str, count: int, *, repeats: bool, held_out: bool = True) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(0, "probe", name))
-        return mixture(text, count, generator, repeats=repeats, held_out=held_out)
+        return mixture(text, count, generator, repeats=repeats, held_out=held_out, context=context)
 
     plain = probe("text", 128, repeats=False)
     chosen = [
         Watch("loss", ProbeLoss(plain), often),
         Watch("in_context", ProbeLoss(probe("in context", 128, repeats=True)), often),
-        Watch("induction", InductionHeads(vocab, length=CONTEXT), often),
-        Watch("previous_token", PreviousTokenHeads(vocab, length=CONTEXT), often),
-        Watch("repeats", RepeatGain(vocab, length=CONTEXT), often),
+        Watch("induction", InductionHeads(vocab, length=context), often),
+        Watch("previous_token", PreviousTokenHeads(vocab, length=context), often),
+        Watch("repeats", RepeatGain(vocab, length=context), often),
         Watch("probe", LinearProbe(plain, *previous_kinds(plain, text.alphabet)), often),
         Watch("llc", LLC(probe("llc", 2048, repeats=repeats, held_out=False), nbeta=300, gamma=1000, lr=1e-4,
                          chains=3, draws=draws, burn_in=max(1, 2 * draws // 3), batch_size=16), seldom),
@@ -214,11 +224,11 @@ def previous_kinds(tokens: torch.Tensor, alphabet: tuple[str, ...]) -> tuple[tor
 class Bar(L.Callback):
     """Progress in one line: step, the training loss, time left; as lines of text where the output is no terminal."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int, units: str = "nats") -> None:
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeElapsedColumn()
         self.progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
         self.task = self.progress.add_task("training", total=total, loss="")
-        self.console, self.total = console, total
+        self.console, self.total, self.units = console, total, units
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self.console.is_terminal:
@@ -226,7 +236,7 @@ class Bar(L.Callback):
         self.progress.update(self.task, completed=trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        step, loss = trainer.global_step, f"loss {float(outputs['loss']):.2f} nats"
+        step, loss = trainer.global_step, f"loss {float(outputs['loss']):.2f} {self.units}"
         self.progress.update(self.task, completed=step, loss=loss)
         if not self.console.is_terminal and step % max(1, self.total // 20) == 0:
             self.console.print(f"step {step}/{self.total}, {loss}", highlight=False)

@@ -116,12 +116,16 @@ INSTRUMENTS = [
     Case("mdl_probe", "MDLProbe", lambda make, x: make(x, x % 3), (LAYER, LAYER), ALL),
     Case("intrinsic_dimension", "IntrinsicDimension", lambda make, x: make(x), (), ALL),
     Case("representation_sketch", "Sketch", lambda make, x: make(x, dims=8), (LAYER,), ALL),
+    Case("superposition", "Superposition", lambda make, x: make(), (), (*CAUSAL, *MASKED), refuses=True),
+    Case("polysemanticity", "Polysemanticity", lambda make, x: make(x, x % 3), (), ALL),
     # weights
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]
 ELSEWHERE = {
     "LLC": "samples for seconds; tests/test_llc_derive.py, tests/test_sampling.py",
     "Curvature": "of any loss; tests/test_curvature.py",
+    "RestrictedLoss": "of addition modulo p; tests/test_fourier_instruments.py",
+    "FourierSpectrum": "of addition modulo p; tests/test_fourier_instruments.py",
 }
 
 

@@ -19,7 +19,7 @@ from devmon.analysis.content import Content, Figure, Items, Panel, Row, Section,
 from devmon.analysis.derive import series_of
 from devmon.analysis.derive_llc import llc
 from devmon.analysis.derive_representation import similarity
-from devmon.analysis.evidence import evidence, type_in_words
+from devmon.analysis.evidence import evidence, schedule_of, type_in_words
 from devmon.analysis.notebook import event_html
 from devmon.analysis.phases import types_between
 from devmon.analysis.report import content_of
@@ -281,6 +281,17 @@ def test_schedule_mirage_and_resolution_argue_against() -> None:
     assert "only as a thresholded score" in second.against[0]
     assert clean.against == []
     assert "w/accuracy jumps with its continuous twin w/nll." in clean.told
+
+
+def test_kinks_that_the_settings_tell_are_those_of_the_schedule() -> None:
+    for settings, expected in (
+        ({"kinks": [500, 900]}, [500.0, 900.0]),
+        ({"warm_up": 20, "kinks": [500]}, [20.0, 500.0]),
+        ({"kinks": []}, None),
+        ({"warm_up": 0, "kinks": "no"}, None),
+        ({}, None),
+    ):
+        assert schedule_of(Run({}, {"settings": settings}), []) == expected
 
 
 def test_evidence_stands_with_its_own_transition(said: Content) -> None:

@@ -5,6 +5,7 @@ from devmon.instruments.composition import Composition
 from devmon.instruments.copying import CopyingHeads
 from devmon.instruments.curvature import Curvature
 from devmon.instruments.few_shot import FewShot
+from devmon.instruments.fourier_spectrum import FourierSpectrum
 from devmon.instruments.function_vectors import FunctionVectorHeads
 from devmon.instruments.fuzzy_induction import AbstractInduction, FuzzyInduction, HierarchicalInduction
 from devmon.instruments.head_ablation import HeadAblation
@@ -19,11 +20,14 @@ from devmon.instruments.logit_lens import LogitLens
 from devmon.instruments.mdl_probe import MDLProbe
 from devmon.instruments.ngram_stages import NgramStages
 from devmon.instruments.patching import ActivationPatching
+from devmon.instruments.polysemanticity import Polysemanticity
 from devmon.instruments.previous_token import PreviousTokenHeads
 from devmon.instruments.probe_loss import ProbeLoss
 from devmon.instruments.repeat_gain import RepeatGain
 from devmon.instruments.representation_sketch import Sketch
 from devmon.instruments.residual_attribution import ResidualAttribution
+from devmon.instruments.restricted_loss import RestrictedLoss
+from devmon.instruments.superposition import Superposition
 from devmon.instruments.tuned_lens import TunedLens
 from devmon.instruments.weight_statistics import WeightStatistics
 
@@ -57,8 +61,13 @@ __all__ = [  # noqa: RUF022 (in groups)
     "MDLProbe",
     "IntrinsicDimension",
     "Sketch",
+    "Superposition",
+    "Polysemanticity",
     # weights and geometry
     "LLC",
     "Curvature",
     "WeightStatistics",
+    # addition modulo p
+    "RestrictedLoss",
+    "FourierSpectrum",
 ]

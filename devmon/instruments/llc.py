@@ -10,6 +10,7 @@ from typing import Any
 import xarray as xr
 
 from devmon.cost import Cost
+from devmon.sampling.chains import Sampler
 from devmon.sampling.data import as_examples
 from devmon.sampling.estimate import Settings, sample
 from devmon.sampling.losses import Loss, next_token_loss
@@ -47,7 +48,7 @@ class LLC:
     burn_in: int = 100
     batch_size: int = 32
     steps_per_draw: int = 1
-    sampler: str = "sgld"
+    sampler: str | Sampler = "sgld"
     control_variate: bool = False
     shared_batches: bool = False
     replacement: bool = False

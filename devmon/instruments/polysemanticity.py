@@ -1,0 +1,150 @@
+"""Polysemanticity: of how many kinds the inputs are that drive one neuron most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from devmon.anatomy import activations, forward
+from devmon.cost import Cost
+from devmon.data import ByContent, minibatches, places_of, probe_inputs, probe_tokens
+from devmon.errors import DataError, InstrumentError
+from devmon.snapshot import Snapshot, derive_seed
+
+DRAWS = 200  # random sets of items behind the references
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Polysemanticity(ByContent):
+    """How pure the labels of the items are on which a neuron is largest: one neuron, one meaning, or several.
+
+    `inputs` are tokens (batch, pos) with `labels` (batch, pos), one item a place, those of -100 ignored; or inputs of
+    another kind, (batch, …) of floats, with labels (batch,), one item each, of which a neuron's activation is the mean
+    over its places. Neurons are those of the MLPs of a model whose parts are known; or the last dimension of the output
+    of `module`, the path of any submodule, as the one layer 0. Of each neuron (layer, neuron), from its `top` items (of
+    equals the first): entropy of their labels in nats, from 0 (one label) to log(number of labels); purity, the share of
+    the most frequent one; and over all items the excess kurtosis of its activation, large where it is seldom far from
+    its mean. Headlines, means over neurons with `_se` over neurons: mean_entropy, mean_purity, mean_kurtosis.
+    References: mean_entropy_reference and mean_purity_reference, of `top` items drawn at random.
+
+    Pitfalls: it is not superposition (two measured things): a rotation of the space changes it and leaves `Superposition`
+    alone. It sees the meanings that the labels have, and a label with fewer than `top` items cannot be pure. Neurons that
+    are equal on all items are NaN and left out of the means. Cost: one forward pass of the inputs.
+    Raises DataError for labels of another shape, of one kind, or fewer than `top`; InstrumentError for a model whose
+    neurons, or `module`, are not found.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    module: str | None = None
+    top: int = 32
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        object.__setattr__(self, "inputs", probe_inputs(self.inputs, who))
+        labels = torch.as_tensor(self.labels)
+        labels = probe_tokens(labels[:, None] if labels.ndim == 1 else labels, who, "labels", shortest=1)
+        object.__setattr__(self, "labels", labels)
+        if tuple(labels.shape) != (len(self.inputs), places_of(self.inputs)):
+            raise DataError(
+                f"{who} needs a label for each of {(len(self.inputs), places_of(self.inputs))} items, got {tuple(labels.shape)}"
+            )
+        used = labels[labels != -100]
+        if len(used.unique()) < 2 or not 2 <= self.top <= len(used):
+            raise DataError(
+                f"{who} needs two labels and 2 <= top <= {len(used)}, the labelled items; got {len(used.unique())} "
+                f"labels, top {self.top}"
+            )
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        used = self.labels != -100
+        states = self._neurons(snapshot)[:, used].double().cpu().numpy()  # (layer, item, neuron)
+        label = self.labels[used].numpy()
+        spread = np.ptp(states, axis=1)
+        moving = spread > 1e-6 * np.abs(states).max(axis=1)  # above rounding
+        order = np.argsort(-states, axis=1, kind="stable")[:, : self.top]  # (layer, top, neuron)
+        entropy, purity = _labels(label[order].swapaxes(1, 2))
+        away = states - states.mean(1, keepdims=True)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kurtosis = (away**4).mean(1) / (away**2).mean(1) ** 2 - 3
+        generator = np.random.default_rng(derive_seed(self.seed, type(self).__name__))
+        chance = np.array([generator.permutation(label)[: self.top] for _ in range(DRAWS)])
+        references = _labels(chance)
+        layers, neurons = moving.shape
+        dataset = xr.Dataset(
+            coords={"layer": np.arange(layers), "neuron": np.arange(neurons)},
+            attrs={"headline": ["mean_entropy", "mean_purity", "mean_kurtosis"], "items": len(label)},
+        )
+        told = {
+            "entropy": (entropy, "entropy of the labels of the top items", "nats"),
+            "purity": (purity, "share of the most frequent label among the top items", "share"),
+            "kurtosis": (kurtosis, "excess kurtosis of the activation", "1"),
+        }
+        for name, (values, long_name, units) in told.items():
+            each = np.where(moving, values, np.nan)
+            alive = each[moving]
+            n = len(alive)
+            attrs = {"long_name": long_name, "units": units, "nan": "the neuron is equal on all items"}
+            dataset[name] = (("layer", "neuron"), each, attrs)
+            mean = float(alive.mean()) if n else np.nan
+            se = float(alive.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
+            dataset[f"mean_{name}"] = ((), mean, {"long_name": f"{long_name}, mean over neurons", "units": units})
+            dataset[f"mean_{name}_se"] = ((), se, {"long_name": "standard error over neurons", "units": units})
+        for name, values in zip(("entropy", "purity"), references, strict=True):
+            attrs = {"long_name": f"{name} of items drawn at random", "units": told[name][2]}
+            dataset[f"mean_{name}_reference"] = ((), float(values.mean()), attrs)
+        return dataset
+
+    def cost(self) -> Cost:
+        return Cost(forwards=len(self.inputs), positions=places_of(self.inputs))
+
+    def _neurons(self, snapshot: Snapshot) -> Tensor:
+        """(layer, batch, pos, neuron); pos is 1 for inputs that are no tokens."""
+        who = type(self).__name__
+        if self.module is None:
+            states = activations(snapshot, self.inputs, ["neurons"], who, batch_size=self.batch_size)[1].stack(
+                "neurons"
+            )
+        else:
+            states = _outputs(snapshot.model, self.module, self.inputs, self.batch_size, who)[None]
+        if self.inputs.is_floating_point():
+            return states.flatten(2, -2).mean(2, keepdim=True) if states.ndim > 3 else states[:, :, None]
+        return states
+
+
+def _outputs(model: nn.Module, path: str, inputs: Tensor, batch_size: int, who: str) -> Tensor:
+    """What the submodule returns, (batch, …, neuron), for all inputs."""
+    known = dict(model.named_modules())
+    if path not in known:
+        raise InstrumentError(
+            f"{who}: {type(model).__name__} has no module {path!r}: it has {', '.join(filter(None, known))}"
+        )
+    kept: list[Tensor] = []
+    handle = known[path].register_forward_hook(lambda module, args, output: kept.append(output))
+    try:
+        parts = list(minibatches(len(inputs), batch_size))
+        for part in parts:
+            forward(model, inputs[part], who)
+    finally:
+        handle.remove()
+    shapes = [tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__ for found in kept]
+    good = len(kept) == len(parts) and all(isinstance(found, Tensor) and found.ndim > 1 for found in kept)
+    if not good or sum(map(len, kept)) != len(inputs):
+        raise InstrumentError(
+            f"{who} needs a module that runs once and returns (batch, …, neuron); {path!r} gave {shapes[:4]}"
+        )
+    return torch.cat([found.detach().clone() for found in kept])
+
+
+def _labels(found: NDArray[np.int64]) -> tuple[Array, Array]:
+    """Entropy in nats and largest share of the labels (…, item), shapes (…)."""
+    share = (found[..., :, None] == found[..., None, :]).mean(-1)  # of each item's own label
+    return -np.log(share).mean(-1), share.max(-1)

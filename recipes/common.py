@@ -1,0 +1,182 @@
+"""What the recipes share: a run that resumes, numbers checked against intervals, errors told in one line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from devmon import DevmonError, Trajectory, Watch, observe
+from devmon.callbacks import CheckpointSeries, Monitor, checkpoints, latest
+from devmon.recipes.language_model import Bar, quiet
+from devmon.source import with_weights
+
+
+@dataclass(frozen=True)
+class Check:
+    """A number of a study, the interval that it has to lie in, and what was published (or is exact)."""
+
+    what: str
+    value: float
+    low: float = -math.inf
+    high: float = math.inf
+    published: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.low <= self.value <= self.high
+
+
+def fit(
+    out: Path,
+    make: Callable[[], L.LightningModule],
+    watches: Iterable[Watch],
+    *,
+    steps: int,
+    saved: Container[int],
+    seed: int,
+    console: Console,
+    accelerator: str = "cpu",
+    units: str = "nats",
+    **attrs: Any,
+) -> Trajectory:
+    """Train `make()` for `steps`, watched; goes on from the last checkpoint of `out`. `attrs` are kept with the run.
+
+    `units` are those of the training loss.
+    """
+    torch.set_num_threads(1)  # as fast as two for models this small, and the same numbers on any machine
+    trajectory = Trajectory(out / "trajectory.zarr", seed=seed, threads=torch.get_num_threads(), **attrs)
+    torch.manual_seed(seed)
+    monitor = Monitor(trajectory, watches, strict=True)
+    train(out, make(), [monitor], steps=steps, saved=saved, console=console, accelerator=accelerator, units=units)
+    return trajectory
+
+
+def train(
+    out: Path,
+    training: L.LightningModule,
+    monitors: Iterable[L.Callback],
+    *,
+    steps: int,
+    saved: Container[int],
+    console: Console,
+    accelerator: str = "cpu",
+    units: str = "nats",
+) -> None:
+    """`fit` for monitors of one's own."""
+    quiet()
+    L.Trainer(
+        max_steps=steps, accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[*monitors, CheckpointSeries(out / "checkpoints", saved), Bar(console, steps, units)],
+    ).fit(training, ckpt_path=latest(out / "checkpoints"), weights_only=True)  # fmt: skip
+
+
+class BatchOfStep(torch.utils.data.IterableDataset[Any]):
+    """Batch number `step` is `draw(step)`, so that a resumed run sees what it would have seen."""
+
+    def __init__(self, training: L.LightningModule, draw: Callable[[int], Any]) -> None:
+        self.training, self.draw = training, draw
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.draw, itertools.count(self.training.trainer.global_step))
+
+
+def batches(training: L.LightningModule, draw: Callable[[int], Any]) -> torch.utils.data.DataLoader[Any]:
+    """A data loader of `draw(step)` for the optimizer's steps from where the training stands."""
+    return torch.utils.data.DataLoader(BatchOfStep(training, draw), batch_size=None)
+
+
+def measure_checkpoints(
+    out: Path,
+    model: torch.nn.Module,
+    watches: Iterable[Watch],
+    trajectory: Trajectory,
+    steps: Container[int] = range(10**9),
+) -> None:
+    """Add watches to a run from the checkpoints that it saved: what is already held is passed over."""
+    watches = list(watches)
+    for step, path in checkpoints(out / "checkpoints").items():
+        due = [
+            w for w in watches if step in steps and (w.name not in trajectory or step not in trajectory.steps(w.name))
+        ]
+        if due:
+            observe(step, with_weights(model, path), due, trajectory)
+    trajectory.fold()
+
+
+def conclude(out: Path, checks: Iterable[Check], console: Console, facts: Mapping[str, Any] | None = None) -> None:
+    """Print the checks, keep them with the `facts` in OUT/results.json; raises DevmonError where one does not hold."""
+    checks = list(checks)
+    table = Table("", "found", "expected", "published", box=None, pad_edge=False)
+    for one in checks:
+        table.add_row(one.what, _text(one.value), f"{_text(one.low)} … {_text(one.high)}", one.published,
+                      style=None if one.holds else "red")  # fmt: skip
+    console.print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    told = _finite({"checks": [asdict(one) for one in checks], **(facts or {})})
+    (out / "results.json").write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
+    failed = [one for one in checks if not one.holds]
+    if failed:
+        raise DevmonError("; ".join(f"{c.what}: {_text(c.value)} is outside {_text(c.low)} … {_text(c.high)}" for c in failed))  # fmt: skip
+
+
+def crossing(steps: Any, values: Any, level: float, *, last: bool = False) -> float:
+    """The step at which a curve first (or last) passes `level`, interpolated in log step; NaN where it never does.
+
+    >>> crossing([0, 9, 99, 999], [4.0, 3.0, 1.0, 0.0], 2.0)
+    30.622776601683793
+    """
+    x, above = np.log10(np.asarray(steps, dtype=float) + 1), np.asarray(values, dtype=float) - level
+    at = np.flatnonzero(above[:-1] * above[1:] <= 0)
+    if not len(at):
+        return math.nan
+    i = at[-1 if last else 0]
+    share = above[i] / (above[i] - above[i + 1]) if above[i] != above[i + 1] else 0.0
+    return float(10 ** (x[i] + share * (x[i + 1] - x[i])) - 1)
+
+
+@contextmanager
+def told_in_one_line(console: Console) -> Iterator[None]:
+    """Ends the process with one line where something is wrong, or where it is interrupted."""
+    try:
+        yield
+    except DevmonError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("interrupted: what is measured is kept; give the same command to go on", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+    """Numbers to four digits, text as it is."""
+    drawn = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        drawn.add_row(*(_text(cell) if isinstance(cell, float) else str(cell) for cell in row))
+    return drawn
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has no words for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text(value: float) -> str:
+    return "" if math.isinf(value) else f"{value:.4g}"

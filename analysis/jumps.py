@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from devmon.analysis.scan import TIGHT, Scan
+from devmon.analysis.scan import TIGHT, Path, Scan
 from devmon.analysis.shapes import LOG, PULSE, SIDE, SKEWED, STEP, Shapes, columns_of
 from devmon.analysis.smooth import Array, Grid, Whitened, normalised
 
 WIDEST = 1.2  # decades; slower changes are drift
 SPIKE = 12.0  # gain in log likelihood (about 5 sd) from which a point is left out as a spike
+LIKELY = 10  # covariances over which a location is averaged
+FAR = 10.0  # covariances this much less likely than the best, with and without shapes, play no part in what is found
+KEPT = 0.75  # share of a jump that drift leaves standing
 STEEPER = 3.0  # a jump is at least this many times as steep as the curve beside it
 
 
@@ -49,61 +52,66 @@ class JumpSearch:
     null: Whitened
 
 
-def find_jumps(first: Scan, y: Array, *, alpha: float, level: float, n_null: int, most: int) -> JumpSearch:
+def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float, n_null: int, most: int) -> JumpSearch:
     """All jumps and pulses at once, then one at a time beside those found, until the next is not significant.
 
-    A point, or a pair of neighbours, that leaves and comes back explains itself: where that is the better account, or
-    no jump is left to find, it is left out and the test is made again. A jump without a certain sign, wider than WIDEST
-    or hardly steeper than its surroundings is none: its test counts with p = 1.
+    `first` is the scan's path through y. A point, or a pair of neighbours, that leaves and comes back explains itself:
+    where that is the better account, or no jump is left to find, it is left out and the test is made again. A jump
+    without a certain sign, wider than WIDEST or hardly steeper than its surroundings is none: its test counts with
+    p = 1.
     """
-    grid, scan = first.null.grid, first
+    null, path, whole = scan.null, first, scan
     found: list[Jump] = []
     p_values: list[float] = []
     spikes: tuple[int, ...] = ()
     while True:
         p, gains = 1.0, np.array([-np.inf])
-        spike, spike_gain = isolated(scan.null, y)
-        possible = len(scan.shapes.centre) > 0 and scan.null.df >= 6 and len(found) < most
+        spike, spike_gain = isolated(null, y)
+        possible = len(scan.shapes.centre) > 0 and null.df >= 6 and len(found) < most
         if possible:
-            gains, picks = (part[0] for part in scan.path(y[:, None]))
+            gains, picks = path.gains[0], path.picks[0]
             if not spike_gain > max(SPIKE, gains[0]):
-                p, count = scan.test(y, gains, n_null)
+                p, count = scan.test(path, n_null)
+        kept: list[Jump] = []
         if p <= alpha:
+            if scan is whole:
+                scan = whole.only(np.flatnonzero(path.behind[:, 0] > -FAR))
+                null = with_shapes(scan.grid, [], spikes)
             start = [coarse(scan.shapes, int(j)) for j in picks[: min(count, most - len(found))]]
-            kept = settle(scan, y, found, start, p, alpha=alpha, level=level, n_null=n_null)
-            if kept:
-                found += kept
-                p_values += [jump.p_value for jump in kept]
-                scan = Scan(with_shapes(grid, found, spikes), shapes_of(found), 1, first.seed)
-                continue
-            p = 1.0
-        if spike_gain > SPIKE and len(spikes) < max(2, len(y) // 10):
+            kept = settle(scan, null, y, found, start, p, alpha=alpha, level=level, n_null=n_null)
+            p = 1.0 if not kept else p
+        if kept:
+            found += kept
+            p_values += [jump.p_value for jump in kept]
+        elif spike_gain > SPIKE and len(spikes) < max(2, len(y) // 10):
             spikes += spike
-            scan = Scan(with_shapes(grid, found, spikes), shapes_of(found), 1 if found else first.depth, first.seed)
-            continue
-        return JumpSearch(found, [*p_values, p] if possible else p_values, scan.null)
+        else:
+            return JumpSearch(found, [*p_values, p] if possible else p_values, null)
+        scan = scan if found else whole
+        null = with_shapes(scan.grid, found, spikes)
+        if len(found) < most and null.df >= 6 and len(scan.shapes.centre):
+            path = scan.path(y[:, None], null, shapes_of(found), 1 if found else scan.depth)
 
 
-def settle(
-    scan: Scan, y: Array, found: list[Jump], new: list[Jump], p: float, *, alpha: float, level: float, n_null: int
-) -> list[Jump]:
+def settle(scan: Scan, null: Whitened, y: Array, found: list[Jump], new: list[Jump], p: float, *, alpha: float,
+           level: float, n_null: int) -> list[Jump]:  # fmt: skip
     """Locate the new jumps, each beside all others; those that then fail their own test or are no event are dropped."""
-    spikes = scan.null.spikes
+    spikes = null.spikes
     while new:
         located: list[Jump] = []
         for i in range(len(new)):
-            if len(new) == 1:
-                located.append(locate(scan, y, p))
-                continue
             others = [*found, *located, *new[i + 1 :]]
-            own = Scan(with_shapes(scan.null.grid, others, spikes), shapes_of(others), 1, scan.seed)
-            if not len(own.shapes.centre) or own.null.df < 6:
-                return []
-            mine, _ = own.test(y, own.path(y[:, None])[0][0], n_null)
-            located.append(locate(own, y, max(p, mine)))
-        null = with_shapes(scan.null.grid, [*found, *located], spikes)
+            own, mine = null, p
+            if len(new) > 1:
+                own = with_shapes(scan.grid, others, spikes)
+                if own.df < 6:
+                    return []
+                path = scan.path(y[:, None], own, shapes_of(others), 1)
+                mine = max(p, scan.test(path, n_null)[0])
+            located.append(locate(scan, own, shapes_of(others), y, mine))
+        beside = with_shapes(scan.grid, [*found, *located], spikes)
         good = [
-            jump.p_value <= alpha and is_event(null, y, [*found, *located], len(found) + i, level)
+            jump.p_value <= alpha and is_event(beside, y, [*found, *located], len(found) + i, level)
             for i, jump in enumerate(located)
         ]
         if all(good):
@@ -122,32 +130,44 @@ def with_shapes(grid: Grid, jumps: list[Jump], spikes: tuple[int, ...]) -> White
 
 
 def is_event(null: Whitened, y: Array, jumps: list[Jump], which: int, level: float) -> bool:
-    """Whether one of the jumps has a certain sign and, unless it is a pulse, is narrow and steep."""
+    """Whether one of the jumps has a certain sign, is not undone by the drift beside it and, unless it is a pulse, is
+    narrow and steep."""
     jump, tail = jumps[which], (1 - level) / 2
     low, high = np.quantile(jump.size, [tail, 1 - tail])
     if low * high <= 0:
         return False
-    return jump.form == PULSE or (jump.middle[1] <= WIDEST and steepness(null, y, jumps, which) >= STEEPER)
+    if jump.form != PULSE and jump.middle[1] > WIDEST:
+        return False
+    steep, kept = character(null, y, jumps, which)
+    return kept >= KEPT and (jump.form == PULSE or steep >= STEEPER)
 
 
-def steepness(null: Whitened, y: Array, jumps: list[Jump], which: int) -> float:
-    """Slope of the fitted curve over the t10-t90 of one jump, as a multiple of the slope beside it.
+def character(null: Whitened, y: Array, jumps: list[Jump], which: int) -> tuple[float, float]:
+    """How steep a jump is, and how much of it the curve keeps; other jumps are taken away from the curve.
 
-    Compared are windows of the same width before and after, other jumps taken away; the steeper of the two counts. An
-    exact power law or a rise over two decades has curvature that no noise hides, but no place that is steeper
-    than its surroundings.
+    Steepness is the slope of the fitted curve over the t10-t90 of the jump, as a multiple of the slope beside it in
+    windows of the same width before and after, of which the steeper counts. An exact power law or a rise over two
+    decades has curvature that no noise hides, but no place that is steeper than its surroundings.
+
+    Kept is the change of the curve over t10-t90 (of a pulse: its height over the two feet), as a share of the change
+    of the shape alone: a large shape that drift undoes at once mends a bend of the drift.
     """
     grid = null.grid
     c, w = jumps[which].middle
     w = max(w, float(grid.gaps[np.clip(np.searchsorted(grid.x, c) - 1, 0, len(grid.gaps) - 1)]))
-    at = np.clip(c + w * np.array([-1.5, -0.5, 0.5, 1.5]), grid.x[0], grid.x[-1])
+    pulse = jumps[which].form == PULSE
+    at = np.clip(c + w * np.array([-1.0, 0, 1.0, 1.0] if pulse else [-1.5, -0.5, 0.5, 1.5]), grid.x[0], grid.x[-1])
     columns, owner = columns_of(grid, shapes_of(jumps), at)
     columns[:, (owner >= 0) & (owner != which)] = 0
     smoother, _ = null.smoother(int(np.argmax(null.loglik(null.rss(y)))), at, columns)
+    curve, shape = smoother @ y, shapes_of(jumps[which : which + 1]).height(at)[0] * np.median(jumps[which].size)
     length = np.diff(at)
-    slope = np.abs(np.diff(smoother @ y)) / np.maximum(length, 1e-9)
+    slope = np.abs(np.diff(curve)) / np.maximum(length, 1e-9)
     beside = [slope[i] for i in (0, 2) if length[i] > w / 4]
-    return float(slope[1] / max(*beside, 1e-12, 1e-12)) if beside else np.inf
+    steep = float(slope[1] / max(*beside, 1e-12, 1e-12)) if beside else np.inf
+    if pulse:
+        return steep, float((curve[1] - (curve[0] + curve[2]) / 2) / (shape[1] - (shape[0] + shape[2]) / 2))
+    return steep, float((curve[2] - curve[1]) / (shape[2] - shape[1]))
 
 
 def joined(jumps: list[Jump]) -> list[Jump]:
@@ -187,25 +207,25 @@ def isolated(null: Whitened, y: Array) -> tuple[tuple[int, ...], float]:
     return ((i,), float(gains[0][i])) if gains[1][j] < gains[0][i] + SPIKE else ((j, j + 1), float(gains[1][j]))
 
 
-def locate(scan: Scan, y: Array, p: float, draws: int = 4000) -> Jump:
+def locate(scan: Scan, null: Whitened, taken: Shapes, y: Array, p: float, draws: int = 4000) -> Jump:
     """Posterior draws of centre, width and size; flat priors on c and log w, the covariance integrated over its grid.
 
     Two passes over an ever finer grid around the best candidates, so that the answer is not bound to the coarse one.
     """
-    null, grid, with_jump = scan.null, scan.null.grid, scan.loglik(y)
+    grid, with_jump = scan.grid, scan.loglik(y, null, taken)
     best = with_jump.max(0)
     forms = [PULSE] if scan.shapes.form[np.argmax(best)] == PULSE else [LOG, STEP]
     near = scan.shapes[(best > best.max() - 8) & np.isin(scan.shapes.form, forms)]
     pad = np.maximum(near.width / 2, np.median(grid.gaps)).max()
     low, high = near.centre.min() - pad, near.centre.max() + pad
-    thetas = np.argsort(-with_jump.max(1), kind="stable")[:24]
-    thetas = thetas[with_jump.max(1)[thetas] > with_jump.max() - 6]
+    thetas = np.argsort(-with_jump.max(1), kind="stable")[:LIKELY]
+    thetas = thetas[with_jump.max(1)[thetas] > with_jump.max() - 5]
     span = float(np.ptp(grid.x))
     narrow, wide = min(0.005, float(grid.gaps.min()) / 2), min(1.5, span / 2)
-    widths = np.geomspace(2 * narrow, wide, 22)
+    widths = np.geomspace(2 * narrow, wide, 16)
     for last in (False, True):
         low, high = max(low, grid.x[SIDE - 1]), min(high, grid.x[-SIDE])
-        centres = np.linspace(low, high, 121 if last else 61)
+        centres = np.linspace(low, high, 61 if last else 41)
         c, w, form = (a.ravel() for a in np.meshgrid(centres, widths, forms, indexing="ij"))
         inside = (c - w / 2 >= grid.x[0]) & (c + w / 2 <= grid.x[-1]) & ((w >= SKEWED / 2) | (form != STEP))
         shapes = Shapes(c, w, form)[inside]
@@ -222,7 +242,7 @@ def locate(scan: Scan, y: Array, p: float, draws: int = 4000) -> Jump:
         step, ratio = (high - low) / (len(centres) - 1), widths[1] / widths[0]
         if not last:
             low, high = kept.centre.min() - step, kept.centre.max() + step
-            widths = np.geomspace(max(kept.width.min() / ratio, narrow), min(kept.width.max() * ratio, wide), 16)
+            widths = np.geomspace(max(kept.width.min() / ratio, narrow), min(kept.width.max() * ratio, wide), 12)
     generator = np.random.default_rng([scan.seed, 0x10CA7E])
     row, j = np.unravel_index(generator.choice(logs.size, size=draws, p=normalised(logs.ravel())), logs.shape)
     spread = np.sqrt(left[row, j] / (null.df - 1) / norm[row, j])

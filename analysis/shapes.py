@@ -11,7 +11,7 @@ from devmon.analysis.smooth import Array, Grid
 
 WIDTHS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)  # t10-t90 on the time axis, beside the step that lies within one gap
 SKEWED = 0.2  # from this width on a logistic in step differs from one in log step
-BRIEF = 0.35  # up to this width a pulse is too narrow for the smooth part
+BRIEF = 0.6  # up to this width a pulse is too narrow for the smooth part
 NINETY = float(np.log(9.0))  # a logistic is at 90% here
 SIDE = 3  # checkpoints needed before and after a centre, and within the half height of a pulse
 

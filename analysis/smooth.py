@@ -14,6 +14,7 @@ for a thousand simulated ones, is matrix multiplication. Restricted likelihood: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,11 +48,11 @@ class Theta:
 class Grid:
     """What the steps alone decide: the time axis, the covariances V(theta), their inverse roots and determinants.
 
-    `steps` (n,) sorted; `se` (n,) or None. `x` (m,) are the points of the model, m = min(n, about MOST_POINTS);
+    `steps` (n,) sorted; `se` (n,) or None, with noise of constant size beside it unless not `flat`. `x` (m,) are the points of the model, m = min(n, about MOST_POINTS);
     `inverse` (theta, m, m) holds L⁻¹ for V = L Lᵀ and `logdet` (theta,) half the log determinant of V.
     """
 
-    def __init__(self, steps: Array, se: Array | None = None) -> None:
+    def __init__(self, steps: Array, se: Array | None = None, *, flat: bool = True) -> None:
         positive = steps[steps > 0]
         self.origin = float(positive[0]) if len(positive) else 1.0
         self.steps = steps
@@ -65,7 +66,7 @@ class Grid:
         kernels = {length: self._average_both(matern(self.raw_x, self.raw_x, length)) for length in LENGTHS}
         nothing = np.zeros((len(self.x), len(self.x)))
         lag = np.abs(np.subtract.outer(np.arange(len(steps)), np.arange(len(steps))))
-        for shape, (sd, noises) in _shapes(self.raw_x, se).items():
+        for shape, (sd, noises) in _shapes(self.raw_x, se, flat).items():
             for rho, white in noises:
                 correlation = (1 - white) * rho**lag + white * np.eye(len(steps))
                 noise = self._average_both(sd[:, None] * correlation * sd)
@@ -78,6 +79,14 @@ class Grid:
         root = np.linalg.cholesky(np.array(self.noise) + np.array(self.smooth))
         self.logdet = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
         self.inverse = np.linalg.inv(root)
+
+    def only(self, thetas: NDArray[np.int64]) -> Grid:
+        """The grid with some of its covariances."""
+        grid = copy(self)
+        grid.thetas = [self.thetas[k] for k in thetas]
+        grid.noise, grid.smooth = [self.noise[k] for k in thetas], [self.smooth[k] for k in thetas]
+        grid.logdet, grid.inverse = self.logdet[thetas], self.inverse[thetas]
+        return grid
 
     def average(self, values: Array) -> Array:
         """Values at the n steps (last axis) averaged into the m points of the model."""
@@ -160,9 +169,9 @@ class Whitened:
 
 
 def normalised(logs: Array) -> Array:
-    """Weights that sum to 1 from log weights."""
-    weights = np.exp(logs - np.max(logs))
-    return weights / weights.sum()
+    """Weights that sum to 1 over the first axis from log weights."""
+    weights = np.exp(logs - np.max(logs, axis=0))
+    return np.asarray(weights / weights.sum(0))
 
 
 def matern(a: Array, b: Array, length: float) -> Array:
@@ -180,13 +189,13 @@ def shares(weights: Array, total: int) -> NDArray[np.int64]:
     return counts
 
 
-def _shapes(x: Array, se: Array | None) -> dict[str, tuple[Array, tuple[tuple[float, float], ...]]]:
+def _shapes(x: Array, se: Array | None, flat: bool) -> dict[str, tuple[Array, tuple[tuple[float, float], ...]]]:
     """Relative noise sd at each checkpoint, and the noises to try with it."""
-    flat = {"flat": (np.ones(len(x)), NOISES)}
+    even = {"flat": (np.ones(len(x)), NOISES)} if flat else {}
     if se is not None:
-        return flat | {"se": (se / np.sqrt(np.mean(se**2)), NOISES)}
+        return even | {"se": (se / np.sqrt(np.mean(se**2)), NOISES)}
     ramp = 10.0 ** ((x - x[0]) / max(x[-1] - x[0], 1e-12) - 0.5)
-    return flat | {"growing": (ramp, FEW_NOISES), "shrinking": (1 / ramp, FEW_NOISES)}
+    return even | {"growing": (ramp, FEW_NOISES), "shrinking": (1 / ramp, FEW_NOISES)}
 
 
 def _groups(x: Array) -> NDArray[np.int64]:

@@ -1,0 +1,146 @@
+"""The smoothed curve of one series, as posterior draws, and simulated series of another mean that are smoothed alike.
+
+Turns and plateaus are shapes of this curve: their sign and place are read off the draws, and their p-values compare
+the curve with nulls that lack the feature but have the same noise, autocorrelation and checkpoints.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devmon.analysis.jumps import Jump, shapes_of
+from devmon.analysis.shapes import columns_of
+from devmon.analysis.smooth import Array, Grid, Whitened, shares
+
+UNEVEN = 4.0  # ratio of noise sizes along the series from which their change is modelled
+DRAWS = 400
+LIKELY = 6  # covariances over which the curve is averaged
+FINEST = 0.03  # decades between the places at which the curve is drawn, or closer where checkpoints are
+
+
+class Curve:
+    """The smoothed curve of one series: drift, jumps and f together, at places `at` (g,) on the time axis."""
+
+    def __init__(self, null: Whitened, jumps: list[Jump], y: Array, seed: int) -> None:
+        self.null, self.jumps, self.y, self.seed = null, jumps, y, seed
+        self.at = places(null.grid)
+        self.columns_at = columns_of(null.grid, shapes_of(jumps), self.at)[0]
+        self.weights = null.weights(y)
+        self.weights[np.argsort(-self.weights, kind="stable")[LIKELY:]] = 0
+        self.weights /= self.weights.sum()
+        self.best = int(np.argmax(self.weights))
+        self._smoothers: dict[int, tuple[Array, Array]] = {}
+
+    def smoother(self, k: int) -> tuple[Array, Array]:
+        """`Whitened.smoother` under covariance k at all places, kept."""
+        if k not in self._smoothers:
+            self._smoothers[k] = self.null.smoother(k, self.at, self.columns_at)
+        return self._smoothers[k]
+
+    @cached_property
+    def draws(self) -> Array:
+        """(DRAWS, g) joint draws, covariances in proportion to their posterior."""
+        generator = np.random.default_rng([self.seed, 0xC0])
+        parts = []
+        counts = shares(self.weights, DRAWS)
+        for k in np.flatnonzero(counts):
+            smoother, covariance = self.smoother(int(k))
+            root = square_root(covariance)
+            normal = generator.standard_normal((counts[k], len(self.at)))
+            chi = np.sqrt(generator.chisquare(self.null.df, counts[k]) / self.null.df)[:, None]
+            parts.append(smoother @ self.y + normal @ root.T * self.null.noise_sd(self.y, int(k)) / chi)
+        return np.concatenate(parts)
+
+    @cached_property
+    def mean(self) -> Array:
+        """(g,) posterior mean."""
+        return np.asarray(
+            sum(self.weights[k] * (self.smoother(int(k))[0] @ self.y) for k in np.flatnonzero(self.weights))
+        )
+
+    @cached_property
+    def smoothed(self) -> Array:
+        """(g,) the curve under the likeliest covariance, the one that nulls are compared with."""
+        return np.asarray(self.smoother(self.best)[0] @ self.y)
+
+    @cached_property
+    def noise_sd(self) -> float:
+        """Standard deviation of the noise under the likeliest covariance; never 0."""
+        return max(self.null.noise_sd(self.y, self.best), 1e-12 * float(np.ptp(self.y)))
+
+    def band(self, at: Array, level: float) -> tuple[Array, Array, Array]:
+        """Mean and equal-tailed band of the curve at places `at` within the data."""
+        tail = (1 - level) / 2
+        low, high = np.quantile(self.draws, [tail, 1 - tail], axis=0)
+        return np.interp(at, self.at, self.mean), np.interp(at, self.at, low), np.interp(at, self.at, high)
+
+    def noise_profile(self) -> Array | None:
+        """(n,) relative sd of the noise at each checkpoint where it plainly varies, else None.
+
+        From squared differences of neighbouring residuals, in units of the likeliest noise of constant size and smoothed
+        over the index; it varies plainly where the largest is UNEVEN times the smallest.
+        """
+        grid = self.null.grid
+        kept = np.delete(np.arange(len(grid.x)), list(self.null.spikes))
+        residual = (self.y - np.interp(grid.x, self.at, self.mean))[kept]
+        flat = [k for k, theta in enumerate(grid.thetas) if theta.shape == "flat"]
+        likeliest = grid.noise[max(flat, key=lambda k: self.weights[k])] if flat else np.eye(len(grid.x))
+        size = np.diagonal(likeliest)[kept]
+        squares = np.square(np.diff(residual)) / (size[1:] + size[:-1])
+        apart = np.subtract.outer(np.arange(len(grid.x)), (kept[1:] + kept[:-1]) / 2)
+        kernel = np.exp(-0.5 * (apart / max(len(kept) / 12, 4)) ** 2)
+        sd = np.sqrt(kernel @ squares / kernel.sum(1))
+        if not sd.min() * UNEVEN < sd.max():
+            return None
+        sd = np.maximum(sd, sd.max() / 30)
+        return np.repeat(sd, np.diff(np.append(grid.starts, len(grid.steps))))
+
+    def simulated(self, mean: Array, count: int, stream: int) -> tuple[Array, Array]:
+        """`count` series of the given mean (m,) at the points of the model plus noise as estimated, smoothed like the data.
+
+        Returns the smoothed curves (count, g), each under its own likeliest covariance, in units of the sd of its noise
+        under that covariance, and (count,) that sd.
+        """
+        null, grid = self.null, self.null.grid
+        generator = np.random.default_rng([self.seed, stream])
+        series = []
+        counts = shares(self.weights, count)
+        for k in np.flatnonzero(counts):
+            root = np.linalg.cholesky(grid.noise[k])
+            noise = generator.standard_normal((counts[k], len(grid.x))) @ root.T
+            series.append(mean + null.noise_sd(self.y, int(k)) * noise)
+        ys = np.concatenate(series)
+        rss = np.square(null.project @ ys.T).sum(1)
+        chosen = np.argmax(null.loglik(rss), axis=0)
+        smoothed = np.empty((count, len(self.at)))
+        for k in np.unique(chosen):
+            mine = chosen == k
+            smoothed[mine] = ys[mine] @ self.smoother(int(k))[0].T
+        sd = np.sqrt(rss[chosen, np.arange(count)] / null.df)
+        return smoothed / sd[:, None], sd
+
+
+def square_root(covariance: Array) -> Array:
+    """R with R Rᵀ = covariance, for one that is positive up to rounding."""
+    size = np.abs(covariance).max()
+    try:
+        return np.linalg.cholesky(covariance + 1e-7 * size * np.eye(len(covariance)))
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(covariance)
+        return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
+
+
+def places(grid: Grid) -> Array:
+    """The points of the model, and places between them where they are further apart than FINEST."""
+    parts = [np.linspace(a, b, int(np.ceil((b - a) / FINEST)), endpoint=False) for a, b in itertools.pairwise(grid.x)]
+    return np.append(np.concatenate(parts), grid.x[-1])
+
+
+def runs_of_sign(draws: Array, certain: float) -> NDArray[np.int64]:
+    """(g - 1,) the sign of the slope between places where at least a share `certain` of the draws agree, else 0."""
+    rising = (np.diff(draws, axis=1) > 0).mean(0)
+    return np.where(rising >= certain, 1, np.where(rising <= 1 - certain, -1, 0))

@@ -1,0 +1,285 @@
+"""`Detector`: the search of one series for jumps, bumps, turns and plateaus, each with its errors and its null."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from devmon.analysis.curve import Curve
+from devmon.analysis.events import Event, Fit, Noise, Trend
+from devmon.analysis.jumps import Jump, JumpSearch, find_jumps, joined
+from devmon.analysis.plateaus import Plateau, find_plateaus
+from devmon.analysis.scan import Path, Scan
+from devmon.analysis.series import checked
+from devmon.analysis.shapes import PULSE
+from devmon.analysis.smooth import Array, Grid
+from devmon.analysis.turns import Turn, find_turns
+from devmon.errors import DataError
+
+FEWEST = 8  # finite points below which nothing is said
+MOST_CHECKPOINTS = 600  # more are averaged in blocks of neighbours
+EXACT = 1e-10  # distance from a straight line, as a share of the range, that is rounding
+SURE = 0.90  # share of the posterior in which a plateau is slow
+SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
+PRICES = {"scan": 3.0, "turn": 5.0, "plateau": 4.0}  # what a p-value is multiplied by where all three are made
+KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A checked series: steps, values shifted by `offset` and divided by `scale`, errors or None, notes so far."""
+
+    steps: Array
+    unit: Array
+    se: Array | None
+    offset: float
+    scale: float
+    notes: tuple[str, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Settings of the search. `alpha` is the false-alarm rate of one series, over all kinds; `level` that of the
+    intervals.
+
+    Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
+    the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
+    probability alpha at most. The inverse prices add up to less than 1: on few checkpoints a random walk is often
+    taken for a smooth curve, and the rest of the budget pays for that (benchmarks/detection.py).
+    `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
+    (`scan.tail_p`). At most `most` jumps and bumps are sought.
+    """
+
+    alpha: float = 0.05
+    kinds: tuple[str, ...] = KINDS
+    n_null: int = 199
+    seed: int = 0
+    level: float = 0.90
+    most: int = 4
+
+    def __post_init__(self) -> None:
+        unknown = set(self.kinds) - set(KINDS)
+        if unknown or not self.kinds:
+            raise DataError(f"kinds are chosen from {KINDS}, got {self.kinds}")
+        for name in ("alpha", "level"):
+            if not 0 < getattr(self, name) < 1:
+                raise DataError(f"{name} lies between 0 and 1, got {getattr(self, name)}")
+        if self.alpha * (self.n_null + 1) < 1:
+            raise DataError(f"n_null={self.n_null} simulated nulls cannot show alpha={self.alpha}: raise n_null")
+
+    @property
+    def searches(self) -> tuple[str, ...]:
+        return tuple(search for search, kinds in SEARCHES.items() if set(kinds) & set(self.kinds))
+
+    def fit(self, steps: Any, values: Any, se: Any = None, *, name: str = "") -> Fit:
+        """Search one series; NaN values are missing points. Raises DataError on malformed input (see series.py)."""
+        return self.fit_all([(steps, values, se, name)])[0]
+
+    def fit_all(self, series: Sequence[tuple[Any, Any, Any, str]]) -> list[Fit]:
+        """Search many series (steps, values, se, name); what those measured at the same steps share is done once."""
+        ready = [self._ready(*one) for one in series]
+        alike: dict[bytes, list[int]] = {}
+        for i, one in enumerate(ready):
+            if isinstance(one, Ready) and one.se is None:
+                alike.setdefault(one.steps.tobytes(), []).append(i)
+        fits: list[Fit | None] = [one if isinstance(one, Fit) else None for one in ready]
+        for steps, which in alike.items():
+            scan = _shared(steps, self.most, self.seed)
+            units = np.stack([scan.grid.average(ready[i].unit) for i in which], axis=1)
+            path = scan.path(units)
+            for n, i in enumerate(which):
+                fits[i] = self._fit(ready[i], scan, path.of(n))
+        for i, one in enumerate(ready):
+            if isinstance(one, Ready) and one.se is not None:
+                scan = _own(one.steps.tobytes(), one.se.tobytes(), self.most, self.seed)
+                fits[i] = self._fit(one, scan, None)
+        return [fit for fit in fits if fit is not None]
+
+    def _ready(self, steps: Any, values: Any, se: Any, name: str) -> Ready | Fit:
+        t, y, s = checked(steps, values, se, name)
+        settings = asdict(self)
+        missing = np.size(values) - len(t)
+        notes = [f"{missing} of {np.size(values)} points are NaN: skipped"] if missing else []
+        if len(t) == 0 and np.size(values) > 0:
+            return Fit("SAMPLER REJECTED", notes=("no finite value",), settings=settings, series=name)
+        if len(t) < FEWEST:
+            note = f"{len(t)} finite points, at least {FEWEST} are needed: measure more checkpoints"
+            return Fit("UNRESOLVED", notes=(note, *notes), settings=settings, series=name)
+        if len(t) > MOST_CHECKPOINTS:
+            block = -(-len(t) // MOST_CHECKPOINTS)
+            notes.append(f"{len(t)} checkpoints averaged in blocks of {block}")
+            t, y, s = _blocks(t, block), _blocks(y, block), None if s is None else _blocks(s, block)
+        s = _floored(s, notes)
+        offset, scale = float(np.mean(y)), float(np.ptp(y))
+        if scale <= 1e-12 * max(abs(offset), 1e-300):
+            return _plain(t, y, (*notes, "all values are equal"), settings, name)
+        unit = (y - offset) / scale
+        if _straightness(t, unit) < EXACT:
+            return _plain(t, y, (*notes, "an exact straight line in log step"), settings, name)
+        return Ready(t, unit, s, offset, scale, tuple(notes), name)
+
+    def _fit(self, ready: Ready, scan: Scan, path: Path | None) -> Fit:
+        notes, t = list(ready.notes), ready.steps
+        search, curve = self._search(scan, ready.unit, path)
+        if ready.se is None and (local := curve.noise_profile()) is not None:
+            notes.append("the noise changes size over training: estimated from the residuals")
+            search, curve = self._search(_local(t, local, scan), ready.unit, None)
+        grid = search.null.grid
+        if search.null.spikes:
+            where = ", ".join(f"{step:g}" for step in sorted(grid.step_of(grid.x[list(search.null.spikes)])))
+            notes.append(f"left out as isolated spikes: steps {where}")
+        p_values: dict[str, tuple[float, ...]] = {}
+        found: list[tuple[Event, Array]] = []
+        bumps: list[Event] = []
+        if "scan" in self.searches:
+            p_values["scan"] = tuple(search.p_values) or (1.0,)
+            found += [self._jump(jump, grid, ready) for jump in joined(search.jumps)]
+            found += [self._bump(jump, grid, ready) for jump in search.jumps if jump.form == PULSE]
+            bumps = [event for event, _ in found if event.kind == "bump"]
+        if "turn" in self.searches:
+            turns = find_turns(curve, n_null=self.n_null)
+            p_values["turn"] = tuple(turn.p_value for turn in turns) or (1.0,)
+            told = [
+                self._turn(turn, grid, ready) for turn in turns if self._adjusted(turn.p_value, "turn") <= self.alpha
+            ]
+            found += [(turn, draws) for turn, draws in told if not any(_same(turn, bump) for bump in bumps)]
+        if "plateau" in self.searches:
+            plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau"), n_null=self.n_null)
+            p_values["plateau"] = tuple(plateau.p_value for plateau in plateaus) or (1.0,)
+            found += [self._plateau(plateau, grid, ready) for plateau in plateaus if plateau.sure >= SURE]
+        found = sorted(((e, d) for e, d in found if e.kind in self.kinds), key=lambda pair: pair[0].step)
+        mean, low, high = (ready.offset + ready.scale * part for part in curve.band(grid.raw_x, self.level))
+        theta = grid.thetas[curve.best]
+        noise = Noise(ready.scale * curve.noise_sd, theta.rho * (1 - theta.white))
+        events = tuple(event for event, _ in found)
+        adjusted = {search: tuple(self._adjusted(p, search) for p in tests) for search, tests in p_values.items()}
+        outcome = "EVENTS" if events else "NO EVENT"
+        trend = Trend(t, mean, low, high)
+        return Fit(outcome, events, trend, noise, adjusted, tuple(notes), asdict(self), ready.name, tuple(found))
+
+    def _search(self, scan: Scan, unit: Array, path: Path | None) -> tuple[JumpSearch, Curve]:
+        points = scan.grid.average(unit)
+        path = scan.path(points[:, None]) if path is None else path
+        alpha = self.alpha / self._price("scan")
+        search = find_jumps(scan, points, path, alpha=alpha, level=self.level, n_null=self.n_null, most=self.most)
+        return search, Curve(search.null, search.jumps, points, self.seed)
+
+    def _price(self, search: str) -> float:
+        made = sum(1 / PRICES[other] for other in self.searches) / sum(1 / price for price in PRICES.values())
+        return max(PRICES[search] * made, 1.0)
+
+    def _adjusted(self, p: float, search: str) -> float:
+        return min(p * self._price(search), 1.0)
+
+    def _event(self, kind: str, place: Array, size: Array, p: float, span: tuple[float, float] | None, vague: str,
+               grid: Grid, ready: Ready) -> tuple[Event, Array]:  # fmt: skip
+        """An event from draws of its place (on the time axis) and size, and the ends of its span (likewise)."""
+        steps = grid.step_of(place)
+        low, middle, high = self._quantiles(steps)
+        search = next(name for name, kinds in SEARCHES.items() if kind in kinds)
+        small, typical, large = self._quantiles(ready.scale * size)
+        ends = None if span is None else (float(grid.step_of(span[0])), float(grid.step_of(span[1])))
+        width = None if ends is None else float(np.log10(ends[1] / max(ends[0], 1e-3 * ends[1])))
+        start, end = (low, high) if ends is None else ends
+        inside = int(np.sum((ready.steps >= start) & (ready.steps <= end)))
+        note = "" if inside >= 3 else vague + _add(ready.steps, start, end)
+        event = Event(
+            kind, middle, (low, high), typical, (small, large), width, ends, self._adjusted(p, search), None, inside >= 3, note,
+            ready.name, _percentiles(steps),
+        )  # fmt: skip
+        return event, np.sort(steps)
+
+    def _jump(self, jump: Jump, grid: Grid, ready: Ready) -> tuple[Event, Array]:
+        x, width = jump.middle
+        span = x - width / 2, x + width / 2
+        return self._event("jump", jump.centre, jump.size, jump.p_value, span, "abruptness unresolved", grid, ready)
+
+    def _bump(self, jump: Jump, grid: Grid, ready: Ready) -> tuple[Event, Array]:
+        x, width = jump.middle
+        span = x - 0.4 * width, x + 0.4 * width  # the width of a pulse is 1.25 times its full width at half maximum
+        return self._event("bump", jump.centre, jump.size, jump.p_value, span, "width unresolved", grid, ready)
+
+    def _turn(self, turn: Turn, grid: Grid, ready: Ready) -> tuple[Event, Array]:
+        vague = "location between checkpoints unresolved"
+        return self._event("turn", turn.place, turn.size, turn.p_value, None, vague, grid, ready)
+
+    def _plateau(self, plateau: Plateau, grid: Grid, ready: Ready) -> tuple[Event, Array]:
+        return self._event(
+            "plateau", plateau.place, plateau.size, plateau.p_value, plateau.span, "length unresolved", grid, ready
+        )
+
+    def _quantiles(self, draws: Array) -> tuple[float, float, float]:
+        tail = (1 - self.level) / 2
+        low, middle, high = np.quantile(draws, [tail, 0.5, 1 - tail])
+        return float(low), float(middle), float(high)
+
+
+def _same(turn: Event, bump: Event) -> bool:
+    """Whether a turn is the top of a bump."""
+    low, high = bump.span or bump.interval
+    return low <= turn.step <= high and turn.size * bump.size > 0
+
+
+@lru_cache(maxsize=4)
+def _shared(steps: bytes, most: int, seed: int) -> Scan:
+    """The grid of covariances, its scan and simulated nulls, shared by all series at the same steps."""
+    return Scan(Grid(np.frombuffer(steps)), most, seed)
+
+
+@lru_cache(maxsize=2)
+def _own(steps: bytes, se: bytes, most: int, seed: int) -> Scan:
+    """The same where noise shaped like the standard errors of one series competes."""
+    return Scan(Grid(np.frombuffer(steps), np.frombuffer(se)), most, seed, _shared(steps, most, seed))
+
+
+def _local(steps: Array, sd: Array, flat: Scan) -> Scan:
+    return Scan(Grid(steps, sd, flat=False), flat.depth, flat.seed, flat)
+
+
+def _blocks(values: Array, size: int) -> Array:
+    """Means of consecutive blocks; what does not fill the last one is left out."""
+    return values[: len(values) // size * size].reshape(-1, size).mean(1)
+
+
+def _plain(t: Array, y: Array, notes: tuple[str, ...], settings: dict[str, Any], name: str) -> Fit:
+    return Fit("NO EVENT", (), Trend(t, y, y, y), Noise(0.0, 0.0), {}, notes, settings, name)
+
+
+def _straightness(t: Array, unit: Array) -> float:
+    """Root mean square distance from the straight line in log step, for values of range 1."""
+    x = np.log10(t + t[t > 0][0])
+    return float(np.sqrt(np.mean(np.square(unit - np.polyval(np.polyfit(x, unit, 1), x)))))
+
+
+def _floored(se: Array | None, notes: list[str]) -> Array | None:
+    """Standard errors kept at or above a tenth of their median, so that no point counts as exact."""
+    if se is None or not np.any(se > 0):
+        if se is not None:
+            notes.append("every se is 0: taken as not given")
+        return None
+    floor = 0.1 * float(np.median(se[se > 0]))
+    if np.any(se < floor):
+        notes.append(f"{int(np.sum(se < floor))} standard errors raised to {floor:.3g}, a tenth of their median")
+    return np.maximum(se, floor)
+
+
+def _add(t: Array, start: float, end: float) -> str:
+    """Name up to three whole steps, evenly spaced in log step, between the checkpoints around start and end."""
+    before = t[t <= start][-1] if np.any(t <= start) else t[0]
+    after = t[t >= end][0] if np.any(t >= end) else t[-1]
+    origin = float(t[t > 0][0])
+    inner = np.geomspace(before + origin, after + origin, 5)[1:-1] - origin
+    wanted = sorted({int(step) for step in np.round(inner)} - {int(step) for step in t})
+    wanted = [step for step in wanted if before < step < after]
+    if not wanted:
+        return " (no step lies between the checkpoints)"
+    return ": measure step" + ("s " if len(wanted) > 1 else " ") + ", ".join(map(str, wanted))
+
+
+def _percentiles(steps: Array) -> tuple[float, ...]:
+    return tuple(float(q) for q in np.quantile(steps, np.arange(1, 100) / 100))

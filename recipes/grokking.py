@@ -87,7 +87,7 @@ class OneHiddenLayer(torch.nn.Module):
 
 
 class OneLayerTransformer(torch.nn.Module):
-    """Tokens a, b, = (batch, 3) to logits (batch, 3, p + 1), as published: no LayerNorm, weights N(0, 1 / d)."""
+    """Tokens a, b, = (batch, 3) to logits (batch, 3, p), as published: no LayerNorm, weights N(0, 1 / d)."""
 
     def __init__(self, form: Form, heads: int = 4) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class OneLayerTransformer(torch.nn.Module):
         self.embed, self.pos = torch.nn.Embedding(form.p + 1, d), torch.nn.Embedding(3, d)
         self.qkv, self.out = torch.nn.Linear(d, 3 * d, bias=False), torch.nn.Linear(d, d, bias=False)
         self.up, self.down = torch.nn.Linear(d, form.hidden), torch.nn.Linear(form.hidden, d)
-        self.unembed = torch.nn.Linear(d, form.p + 1, bias=False)
+        self.unembed = torch.nn.Linear(d, form.p, bias=False)
         for name, weight in self.named_parameters():
             torch.nn.init.zeros_(weight) if "bias" in name else torch.nn.init.normal_(weight, std=d**-0.5)
 
@@ -229,13 +229,13 @@ def phases(half: dict[str, float], detection: Detection) -> dict[str, Event]:
 def checks(found: dict[str, Any], detection: Detection, form: Form) -> list[Check]:
     half, end, height = found["half"], found["end"], found["llc"]
     seen = phases(half, detection)
-    steps = [event.step for event in seen.values()]
+    onsets = [extent(event)[0] for event in seen.values()]
     return [
         Check("memorised (train loss below half of a guess), step", half["train"], 1, form.steps / 10, "p 113: by 1400"),
         Check("circuit (restricted loss) after that, ratio of steps", half["restricted"] / half["train"], 1.5, published="p 113: 1400 to 9400"),
         Check("generalised (test loss) after that, ratio of steps", half["test"] / half["restricted"], 1.05, published="p 113: 9400 to 14000"),
         Check("phases that the detector finds (of three)", len(seen), 2, 3),
-        Check("these in the known order", steps == sorted(steps), 1, published="memorise, build, clean up"),
+        Check("their onsets in the known order", onsets == sorted(onsets), 1, published="memorise, build, clean up"),
         Check("key frequencies at the end", len(found["keys"]), 3, 10, "p 113: 5"),
         Check("their share of the logits' variance", end["key_power"], 0.75, 1),
         Check("test loss at the end, nats", end["test_loss"], 0, 0.1),

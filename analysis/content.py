@@ -20,7 +20,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """`look` is "" (numbers), "long" (words in the first and last column) or "text" (names and values)."""
+    """`look` is "" (numbers), "long" (words in the first and last column), "glance" (words in the last) or "text" (names and values)."""
 
     block: ClassVar[str] = "table"
     columns: list[str]
@@ -33,19 +33,23 @@ class Table:
 class Panel:
     """One pair of axes of a figure, in the coordinates of its SVG, so that a script can say what lies under the mouse.
 
-    `group` is the SVG id of its parts; `box` is left, top, right, bottom; `places` the x of each of `steps`. `lines` names series of the run; a heat map
-    has `rows` of labels instead, and `values` (row, step). `scale` is that of the axis of steps: "log", "linear", or
-    "columns" where every checkpoint is equally wide.
+    `group` is the SVG id of its parts; `box` is left, top, right, bottom; `limits` are the steps at left and right.
+    `scale` is that of the axis of steps: "linear", "log", "symlog" (linear up to `threshold`, with 0.35 decades for it),
+    or "columns" where each of `steps` is a column, as wide as the others ("square": and a row). `lines` names series of
+    the run; other panels have `rows` of labels instead, and a heat map `values` (row, step) in `unit`s, of
+    which the largest value has three digits.
     """
 
     group: str
     box: list[float]
-    steps: list[float]
-    places: list[float]
     scale: str
+    limits: list[float]
+    threshold: float = 0.0
     lines: list[str] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
-    values: list[list[float | None]] = field(default_factory=list)
+    values: list[list[int | None]] = field(default_factory=list)
+    unit: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `look` is "", "soft", "note" or "outcome"."""
+    """A paragraph; `look` is "", "soft", "note", "lead" or "outcome"."""
 
     block: ClassVar[str] = "text"
     text: str

@@ -16,6 +16,7 @@ from devmon.analysis.jumps import Jump, shapes_of
 from devmon.analysis.shapes import columns_of
 from devmon.analysis.smooth import Array, Grid, Whitened, shares
 
+MANY = 40  # checkpoints from which a change of the noise is told from chance
 UNEVEN = 4.0  # ratio of noise sizes along the series from which their change is modelled
 DRAWS = 400
 LIKELY = 6  # covariances over which the curve is averaged
@@ -82,7 +83,7 @@ class Curve:
         """(n,) relative sd of the noise at each checkpoint where it plainly varies, else None.
 
         From squared differences of neighbouring residuals, in units of the likeliest noise of constant size and smoothed
-        over the index; it varies plainly where the largest is UNEVEN times the smallest.
+        over the index; it varies plainly where the largest is UNEVEN times the smallest, of at least MANY points.
         """
         grid = self.null.grid
         kept = np.delete(np.arange(len(grid.x)), list(self.null.spikes))
@@ -94,7 +95,7 @@ class Curve:
         apart = np.subtract.outer(np.arange(len(grid.x)), (kept[1:] + kept[:-1]) / 2)
         kernel = np.exp(-0.5 * (apart / max(len(kept) / 12, 4)) ** 2)
         sd = np.sqrt(kernel @ squares / kernel.sum(1))
-        if not sd.min() * UNEVEN < sd.max():
+        if len(kept) < MANY or not sd.min() * UNEVEN < sd.max():
             return None
         sd = np.maximum(sd, sd.max() / 30)
         return np.repeat(sd, np.diff(np.append(grid.starts, len(grid.steps))))
@@ -144,3 +145,17 @@ def runs_of_sign(draws: Array, certain: float) -> NDArray[np.int64]:
     """(g - 1,) the sign of the slope between places where at least a share `certain` of the draws agree, else 0."""
     rising = (np.diff(draws, axis=1) > 0).mean(0)
     return np.where(rising >= certain, 1, np.where(rising <= 1 - certain, -1, 0))
+
+
+def vertex(at: Array, curves: Array, top: NDArray[np.int64]) -> Array:
+    """(B,) where the parabola through the highest place of each curve (B, n) and its two neighbours has its top."""
+    if len(at) < 3:
+        return np.asarray(at[top])
+    rows, i = np.arange(len(curves)), np.clip(top, 1, len(at) - 2)
+    left, here, right = (curves[rows, i + k] for k in (-1, 0, 1))
+    a, b = at[i] - at[i - 1], at[i + 1] - at[i]
+    before, after = (here - left) / a, (right - here) / b  # slopes in the middles of the two gaps
+    bend = before - after
+    shift = np.where(bend > 0, (before * b + after * a) / np.where(bend > 0, 2 * bend, 1), 0)
+    inside = (top > 0) & (top < len(at) - 1)
+    return np.where(inside, at[i] + np.clip(shift, -a / 2, b / 2), at[top])

@@ -25,21 +25,45 @@ class RunData(Protocol):
     def __getitem__(self, name: str, /) -> xr.Dataset: ...
 
 
-def series_of(trajectory: RunData, *, costs: bool = False) -> list[Series]:
+class ReadOnce:
+    """A run whose watches are read from the store once, when first asked for."""
+
+    def __init__(self, run: RunData):
+        self.attrs, self._run = run.attrs, run
+        self._read: dict[str, xr.Dataset] = {}
+        self._names = run.names()
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def __getitem__(self, name: str, /) -> xr.Dataset:
+        if name not in self._read:
+            self._read[name] = self._run[name]
+        return self._read[name]
+
+    def ends(self) -> ReadOnce:
+        """The same run with the first and the last row of each watch alone."""
+        short = ReadOnce(self)
+        short._read = {name: self[name].isel(step=sorted({0, max(self[name].sizes["step"] - 1, 0)})[: self[name].sizes["step"]])
+                       for name in self._names}  # fmt: skip
+        return short
+
+
+def series_of(trajectory: RunData, *, costs: bool = False, each: bool = True) -> list[Series]:
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 
     LLC traces give `llc/llc` with its standard error, points whose verdict is not "ok" marked as rejected. Any other
     watch gives its headline variables: a scalar as `watch/variable`, an array as `watch/variable max` (the largest
     element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each.
     An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series' `smallest`.
-    With `costs`, each watch gives `watch/seconds` too: what its observations took.
+    Without `each`, arrays give their maximum alone. With `costs`, each watch gives `watch/seconds` too: what its observations took.
     """
     found: list[Series] = []
     for name in trajectory.names():
         dataset = trajectory[name]
         if dataset.sizes.get("step", 0) == 0:
             continue
-        found += _llc_series(name, dataset) if is_llc(dataset) else _plain_series(name, dataset)
+        found += _llc_series(name, dataset) if is_llc(dataset) else _plain_series(name, dataset, each)
         if costs and "seconds" in dataset.coords:
             found.append(_series(f"{name}/seconds", dataset["seconds"].assign_attrs(units="s"), None))
     return found
@@ -101,7 +125,7 @@ def _llc_series(name: str, dataset: xr.Dataset) -> list[Series]:
     return [_series(f"{name}/llc", derived["llc"], derived["se"], rejected)]
 
 
-def _plain_series(name: str, dataset: xr.Dataset) -> list[Series]:
+def _plain_series(name: str, dataset: xr.Dataset, each: bool) -> list[Series]:
     found = []
     for variable in headline(dataset):
         array = dataset[variable].transpose("step", ...)
@@ -111,7 +135,7 @@ def _plain_series(name: str, dataset: xr.Dataset) -> list[Series]:
             found.append(_series(f"{name}/{variable}", array, error))
         elif array[0].size > 0:
             found.append(_series(f"{name}/{variable} max", *_largest(array, error)))
-            if array[0].size <= MAX_ELEMENTS:
+            if each and array[0].size <= MAX_ELEMENTS:
                 errors = [None] * array[0].size if error is None else [one for _, one in elements(error)]
                 for (label, element), one in zip(elements(array), errors, strict=True):
                     found.append(_series(f"{name}/{variable}[{label}]", element, one))

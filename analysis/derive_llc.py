@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from arviz_stats.base import array_stats
-from scipy import stats
+from scipy.special import stdtrit
 
+from devmon.analysis.mixing import ess_mean, rhat
 from devmon.errors import DataError
 
 LEVEL = 0.90
-Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 VERDICTS = ("ok", "not mixed", "downhill", "diverged", "non-finite")
 MAX_RHAT = 1.1
 MIN_ESS = 10.0
@@ -113,7 +114,7 @@ def mean_and_error(values: np.ndarray, shared: bool = False) -> tuple[float, flo
             break
     if dof < 1:
         return float(values.mean()), float("nan"), 0.0
-    widen = stats.t.ppf(0.5 + LEVEL / 2, dof) / Z
+    widen = stdtrit(dof, 0.5 + LEVEL / 2) / Z
     return float(values.mean()), float(np.sqrt(variance) * widen), float(dof)
 
 
@@ -145,8 +146,8 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
     row["fluctuation"], row["fluctuation_se"] = _fluctuation(dataset, skip)
     slope = (np.nan, np.nan)
     if finite and kept.shape[1] >= 4 and kept.std() > 0:
-        row["ess"] = float(array_stats.ess(kept, method="mean"))
-        row["rhat"] = float(array_stats.rhat(kept))
+        row["ess"] = ess_mean(kept)
+        row["rhat"] = rhat(kept)
     if finite and "slope" in dataset and "parameters" in attrs:
         pull = float(attrs["nbeta"]) * dataset["slope"].transpose("chain", "draw").values[:, skip:]
         spread = float(attrs["gamma"]) * dataset["distance"].transpose("chain", "draw").values[:, skip:] ** 2

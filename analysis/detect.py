@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -49,13 +49,13 @@ def detect(run: Any, detector: Detector | None = None) -> Detection:
 
 
 def benjamini_hochberg(p: float, family: Iterable[float]) -> float:
-    """The smallest false-discovery rate at which p is among the discoveries of the family.
-
-    A p that is none of the family's (a further event of a series) counts as the next larger one there.
+    """The smallest false-discovery rate at which p is among the discoveries of the family: the least t N / #(family <= t)
+    over thresholds t >= p. A p that is none of the family's is that of a further event of a series.
     """
     ordered = np.sort(np.asarray(list(family)))
-    scaled = np.maximum(ordered, p) * len(ordered) / np.arange(1, len(ordered) + 1)
-    return float(min(scaled[ordered >= p - 1e-12].min(initial=1.0), 1.0))
+    thresholds = np.append(p, ordered[ordered > p])
+    within = np.maximum(np.searchsorted(ordered, thresholds * (1 + 1e-12), side="right"), 1)
+    return float(min(np.min(thresholds * len(ordered) / within), 1.0))
 
 
 def _series(run: Any) -> list[Series]:

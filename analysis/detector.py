@@ -23,9 +23,9 @@ from devmon.errors import DataError
 FEWEST = 8  # finite points below which nothing is said
 MOST_CHECKPOINTS = 600  # more are averaged in blocks of neighbours
 EXACT = 1e-10  # distance from a straight line, as a share of the range, that is rounding
-SURE = 0.90  # share of the posterior in which a plateau is slow
+SURE = 0.80  # share of the posterior in which a plateau is slow
 SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
-PRICES = {"scan": 3.0, "turn": 5.0, "plateau": 4.0}  # what a p-value is multiplied by where all three are made
+PRICES = {"scan": 3.0, "turn": 12.0, "plateau": 10.0}  # what a p-value is multiplied by where all three are made
 KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
 
 
@@ -49,8 +49,8 @@ class Detector:
 
     Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
     the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
-    probability alpha at most. The inverse prices add up to less than 1: on few checkpoints a random walk is often
-    taken for a smooth curve, and the rest of the budget pays for that (benchmarks/detection.py).
+    probability alpha at most. The inverse prices add up to about one half: now and then a random walk looks like a
+    smooth curve with little noise, and the rest of the budget pays for that (benchmarks/detection.py).
     `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
     (`scan.tail_p`). At most `most` jumps and bumps are sought.
     """
@@ -82,23 +82,24 @@ class Detector:
 
     def fit_all(self, series: Sequence[tuple[Any, Any, Any, str]]) -> list[Fit]:
         """Search many series (steps, values, se, name); what those measured at the same steps share is done once."""
-        ready = [self._ready(*one) for one in series]
+        checked_series = [self._ready(*one) for one in series]
+        fits = {i: one for i, one in enumerate(checked_series) if isinstance(one, Fit)}
+        ready = {i: one for i, one in enumerate(checked_series) if isinstance(one, Ready)}
         alike: dict[bytes, list[int]] = {}
-        for i, one in enumerate(ready):
-            if isinstance(one, Ready) and one.se is None:
+        for i, one in ready.items():
+            if one.se is None:
                 alike.setdefault(one.steps.tobytes(), []).append(i)
-        fits: list[Fit | None] = [one if isinstance(one, Fit) else None for one in ready]
         for steps, which in alike.items():
             scan = _shared(steps, self.most, self.seed)
             units = np.stack([scan.grid.average(ready[i].unit) for i in which], axis=1)
             path = scan.path(units)
             for n, i in enumerate(which):
                 fits[i] = self._fit(ready[i], scan, path.of(n))
-        for i, one in enumerate(ready):
-            if isinstance(one, Ready) and one.se is not None:
+        for i, one in ready.items():
+            if one.se is not None:
                 scan = _own(one.steps.tobytes(), one.se.tobytes(), self.most, self.seed)
                 fits[i] = self._fit(one, scan, None)
-        return [fit for fit in fits if fit is not None]
+        return [fits[i] for i in range(len(checked_series))]
 
     def _ready(self, steps: Any, values: Any, se: Any, name: str) -> Ready | Fit:
         t, y, s = checked(steps, values, se, name)
@@ -147,7 +148,7 @@ class Detector:
             told = [
                 self._turn(turn, grid, ready) for turn in turns if self._adjusted(turn.p_value, "turn") <= self.alpha
             ]
-            found += [(turn, draws) for turn, draws in told if not any(_same(turn, bump) for bump in bumps)]
+            found += [(turn, draws) for turn, draws in told if not any(_part(turn, bump) for bump in bumps)]
         if "plateau" in self.searches:
             plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau"), n_null=self.n_null)
             p_values["plateau"] = tuple(plateau.p_value for plateau in plateaus) or (1.0,)
@@ -219,10 +220,11 @@ class Detector:
         return float(low), float(middle), float(high)
 
 
-def _same(turn: Event, bump: Event) -> bool:
-    """Whether a turn is the top of a bump."""
-    low, high = bump.span or bump.interval
-    return low <= turn.step <= high and turn.size * bump.size > 0
+def _part(turn: Event, bump: Event) -> bool:
+    """Whether a turn is the top of a bump, or one of its feet on a sloping curve."""
+    assert bump.width is not None
+    away = abs(np.log10(max(turn.step, 1e-9) / max(bump.step, 1e-9)))
+    return bool(away <= (0.5 if turn.size * bump.size > 0 else 1.5) * bump.width)
 
 
 @lru_cache(maxsize=4)

@@ -17,10 +17,12 @@ class Event:
     """One transition. Steps are optimizer steps; sizes are in the units of the series.
 
     `interval` and `size_interval` are credible at the detector's level. `size` is the signed change of a jump, the
-    prominence of a turn (+ maximum, - minimum). `width` is the t10-t90 of a jump in decades of step, `span` the steps
-    t10 and t90. `p_value` is the share of simulated nulls with an event as prominent. `resolved` is false where fewer
-    than three checkpoints lie within the span (jump) or the interval (turn). `quantiles` are the 1st to 99th percentile
-    of the location.
+    height of a bump, the prominence of a turn (+ maximum, - minimum) or of a plateau (signed like the trend). `span` is
+    from t10 to t90 of a jump, the full width at half maximum of a bump, and where a plateau is slow; `width` is its
+    length in decades of step. `p_value` is the share of simulated nulls with an event as prominent, corrected for the
+    kinds sought in the series; `q_value` for the number of series. `resolved` is false where fewer than three
+    checkpoints lie within the span (of a turn: the interval). `quantiles` are the 1st to 99th percentile of the
+    location.
     """
 
     kind: str
@@ -36,6 +38,11 @@ class Event:
     note: str
     series: str = ""
     quantiles: tuple[float, ...] = field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        from devmon.analysis.notebook import event_html
+
+        return event_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +70,8 @@ class Noise:
 class Fit:
     """What one series says. `outcome` is EVENTS, NO EVENT, UNRESOLVED or SAMPLER REJECTED.
 
-    `p_values` holds, for each kind, the p-value of every test made, in the order they were made.
+    `p_values` holds, for each search ("scan" for jumps and bumps, "turn", "plateau"), the corrected p-value of every
+    test made, in the order they were made.
     """
 
     outcome: str

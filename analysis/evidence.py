@@ -21,10 +21,11 @@ RATES = ("learning_rate", "lr")  # variables that hold the schedule
 
 @dataclass(frozen=True)
 class Evidence:
-    """Sentences about one transition, and those that argue against it."""
+    """Sentences about one transition, those that argue against it, and in a word or two whether it is of type A or B."""
 
     told: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
+    kind: str = "–"
 
 
 def evidence(run: RunData, series: Sequence[Series], detection: Detection) -> list[Evidence]:
@@ -39,7 +40,9 @@ def evidence(run: RunData, series: Sequence[Series], detection: Detection) -> li
     for i, one in enumerate(found):
         told = _led(one, detection) + ([] if types is None else [type_in_words(types[i])])
         told += [f"{s.event.series} jumps with its continuous twin {s.twin}." for s in _of(survivals, one, SURVIVES)]
-        rows.append(Evidence(told, _against(one, survivals, checked)))
+        rows.append(
+            Evidence(told, _against(one, survivals, checked), "–" if types is None else type_in_short(types[i]))
+        )
     return rows
 
 
@@ -63,6 +66,12 @@ def type_in_words(kind: PhaseType) -> str:
             f"[{number(n.interval[0])}, {number(n.interval[1])}]."
         )
     return told
+
+
+def type_in_short(kind: PhaseType) -> str:
+    if kind.kind not in ("A", "B", "neither"):
+        return "not settled" if kind.kind == "unsettled" else "–"
+    return f"{kind.kind} ({number(kind.probabilities[kind.kind], 2)})"
 
 
 def schedule_of(run: RunData, series: Sequence[Series]) -> Series | list[float] | None:

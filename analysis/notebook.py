@@ -11,7 +11,8 @@ from markupsafe import escape
 from devmon.analysis.content import Row, Table, thinned
 
 if TYPE_CHECKING:
-    from devmon.analysis.detect import Detection
+    from devmon.analysis.derive import RunData
+    from devmon.analysis.detect import Detection, Event
 
 
 def table_html(table: Table) -> str:
@@ -23,6 +24,24 @@ def table_html(table: Table) -> str:
     )
     note = f"<p>{escape(table.note)}</p>" if table.note else ""
     return (f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>" if table.rows else "") + note
+
+
+def trajectory_html(run: RunData) -> str:
+    """What a run holds: one row a watch, and its identity."""
+    from devmon.analysis.report_tables import measured_table, text_of
+
+    attrs = run.attrs
+    known = ", ".join(f"{key} {text_of(attrs[key], 60)}" for key in ("run_id", "seed", "created") if key in attrs)
+    table = measured_table(run, {name: run[name] for name in run.names()})
+    return f"<p><b>{escape(str(attrs.get('title', 'Trajectory')))}</b>: {escape(known)}</p>" + table_html(table)
+
+
+def event_html(event: Event) -> str:
+    """One event in words, with what its note says."""
+    from devmon.analysis.story import phrase
+
+    note = "" if event.resolved else f" Not resolved in time{f': {event.note}' if event.note else ''}."
+    return f"<p><b>{escape(event.kind)}</b>: {escape(phrase(event))}.{escape(note)}</p>"
 
 
 def detection_html(detection: Detection) -> str:

@@ -12,7 +12,7 @@ must have opposite signs, and n / log n = -Δλ / Δℓ has a solution only from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,14 +71,19 @@ def phase_types(
     loss: str | None = None,
     llc: str | None = None,
     equal: float | None = None,
+    of: str = "transition",
+    kinds: Collection[str] = ("jump",),
 ) -> list[PhaseType]:
-    """The type of every transition of a run (`stages`), in order. `loss` and `llc` name the series to compare.
+    """The type of every transition of a run (`stages`, with these `kinds` of events), in order, or of every stage between
+    them (`of="stage"`, as in the published tables). `loss` and `llc` name the series to compare.
 
     Without names they are the only series called `…/loss` and `…/llc`. A series without standard errors has that of the
     noise which the detector found in it.
     """
     one, other = _pick(series, loss, "loss"), _pick(series, llc, "llc")
-    parts: list[Stage] = [part for part in stages(series, detection) if part.kind == "transition"]
+    if of not in ("transition", "stage"):
+        raise DataError(f"of is 'transition' or 'stage', got {of!r}")
+    parts: list[Stage] = [part for part in stages(series, detection, kinds) if part.kind == of]
     fits = [detection.fits.get(s.name) for s in (one, other)]
     sd = [None if fit is None or fit.noise is None else fit.noise.sd for fit in fits]
     return types_between(one, other, [(p.start, p.end) for p in parts], equal=equal, noise=(sd[0], sd[1]))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from devmon.analysis.curve import Curve, runs_of_sign
+from devmon.analysis.curve import Curve, runs_of_sign, vertex
 from devmon.analysis.jumps import Jump
 from devmon.analysis.scan import tail_p
 from devmon.analysis.shapes import PULSE
@@ -54,19 +54,21 @@ def find_plateaus(curve: Curve, *, alpha: float, n_null: int) -> list[Plateau]:
     found: list[Plateau] = []
     while stretches:
         low, high, way = stretches.pop()
-        height, tilt, i, j = prominence(way * curve.smoothed[None, low : high + 1], at[low : high + 1])
-        i, j = low + int(i[0]), low + int(j[0])
-        if not height[0] > 0.5 * curve.noise_sd or _between_jumps(curve.jumps, at[i], at[j]):
+        parts = prominence(way * curve.smoothed[None, low : high + 1], at[low : high + 1])
+        height, tilt = float(parts[0][0]), float(parts[1][0])
+        i, j = low + int(parts[2][0]), low + int(parts[3][0])
+        span = float(at[i]), float(at[j])
+        if not height > 0.5 * curve.noise_sd or _between_jumps(curve.jumps, *span):
             continue
         if nulls is None:
             nulls = _nulls(curve, _stretches(curve), min(n_null, 49))
-            if _p(height[0], curve, nulls) <= 0.5:
+            if tail_p(height / curve.noise_sd, nulls) <= 0.5:
                 nulls = _nulls(curve, _stretches(curve), n_null)
-        p = _p(height[0], curve, nulls)
+        p = tail_p(height / curve.noise_sd, nulls)
         if p > alpha:
-            found.append(Plateau(np.empty(0), np.empty(0), (at[i], at[j]), p, 0.0))
+            found.append(Plateau(np.empty(0), np.empty(0), span, p, 0.0))
             continue
-        plateau = _located(curve, low, high, i, j, way, float(tilt[0]), p)
+        plateau = _located(curve, low, high, i, j, way, tilt, p)
         found.append(plateau)
         middle = int(np.searchsorted(at, np.median(plateau.place)))
         stretches += [(a, b, way) for a, b in ((low, middle), (middle, high)) if b - a > 8]
@@ -147,10 +149,6 @@ def _nulls(curve: Curve, stretches: list[Stretch], count: int) -> Array:
     return np.asarray(np.max(parts, axis=0))
 
 
-def _p(height: float, curve: Curve, nulls: Array) -> float:
-    return tail_p(float(height) / curve.noise_sd, nulls)
-
-
 def _located(curve: Curve, low: int, high: int, i: int, j: int, way: int, tilt: float, p: float) -> Plateau:
     """Where each draw's slope is least between the flanks, and how prominent its plateau is at this tilt."""
     at, draws = curve.at, way * curve.draws
@@ -159,8 +157,8 @@ def _located(curve: Curve, low: int, high: int, i: int, j: int, way: int, tilt: 
     right = j + int(np.argmax(slope[j : high + 1])) if high > j else high
     slopes = np.gradient(draws[:, left : right + 1], at[left : right + 1], axis=1)
     a, b = i - left, j - left
-    inner = slopes[:, max(a, 0) : b + 1]
-    place = at[i + inner.argmin(1)]
+    inner = slopes[:, a : b + 1]
+    place = vertex(at[i : i + inner.shape[1]], -inner, inner.argmin(1))
     flank = np.minimum(slopes[:, : a + 1].max(1), slopes[:, b:].max(1))
     sure = float(np.mean(inner.min(1) < SLOW * flank))
     tilted = draws - tilt * at

@@ -21,11 +21,13 @@ from devmon.analysis.plots_style import (
     MAX_POINTS,
     Z90,
     axes_on,
+    brief,
     draw_curve,
     draw_legend,
     draw_strips,
-    figure_of,
+    legend_below,
     log_ticks,
+    panels_on,
     step_axis,
     step_number,
     styled,
@@ -43,7 +45,7 @@ def plot_series(series: Series, events: Sequence[Event] = (), *, ax: Axes | None
     """One series over steps with its 90% band, rejected points hollow, and the events found in it."""
     fig, ax = axes_on(ax, height=2.7)
     handles = draw_curve(ax, series, verdicts=None) + draw_strips(ax, events)
-    ax.set(title=series.name, ylabel=series.units or series.name.rpartition("/")[2])
+    ax.set(title=brief(series.name, 90), ylabel=series.units or series.name.rpartition("/")[2])
     step_axis(ax, series.steps)
     draw_legend(ax, handles)
     return fig, ax
@@ -75,12 +77,7 @@ def plot_overview(
     series: Sequence[Series], events: Sequence[Event] = (), *, ax: Sequence[Axes] | None = None
 ) -> tuple[Figure, list[Axes]]:
     """Series stacked on one axis of steps. An event is shaded in its own panel; its line goes through all of them."""
-    if ax is None:
-        fig = Figure(figsize=(8.6, 1.05 + 1.2 * len(series)), layout="constrained")
-        axes = list(fig.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0])
-    else:
-        axes = list(ax)
-        fig = figure_of(axes[0])
+    fig, axes = panels_on(ax, len(series), 1.2)
     shown = {one.name for one in series}
     handles: dict[str, Any] = {}
     for i, (panel, one) in enumerate(zip(axes, series, strict=True)):
@@ -91,16 +88,15 @@ def plot_overview(
                 panel.axvline(event.step, color=EVENT_COLOURS.get(event.kind, "#555555"), lw=0.7, alpha=0.45, zorder=0)
         for handle in curve + draw_strips(panel, own):
             handles.setdefault(str(handle.get_label()).partition(":")[0], handle)
-        panel.set_title(one.name, fontsize=9.5, pad=3)
-        panel.set_ylabel(one.units, fontsize=8.5)
+        panel.set_title(brief(one.name, 90), fontsize=9.5, pad=3)
+        panel.set_ylabel(brief(one.units, 18), fontsize=8.5)
         step_axis(panel, np.concatenate([s.steps for s in series]), label=i == len(axes) - 1)
     for label, handle in handles.items():
         handle.set_label(label)
     if ax is None:
-        fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, handlelength=1.6)
+        legend_below(fig, list(handles.values()))
     else:
         draw_legend(axes[0], list(handles.values()))
-    fig.align_ylabels(axes)
     return fig, axes
 
 
@@ -115,7 +111,7 @@ def plot_layers(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) -
     for i, layer in enumerate(array["layer"].values if "layer" in array.coords else range(array.sizes["layer"])):
         look: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markevery": max(1, len(pick) // 25)}
         values = array.values[pick, i].astype(float)
-        handles += ax.plot(steps, values, label=f"layer {layer}", gid=f"layer-{i}", **look)
+        handles += ax.plot(steps, values, label=brief(f"layer {layer}", 40), gid=f"layer-{i}", **look)
         if (error := dataset.get(f"{variable}_se")) is not None and error.dims == dataset[variable].dims:
             half = Z90 * error.transpose("step", "layer").values[pick, i]
             ax.fill_between(
@@ -170,12 +166,7 @@ def plot_position_loss(
 def plot_runs(runs: Mapping[str, Sequence[Series]], *, ax: Sequence[Axes] | None = None) -> tuple[Figure, list[Axes]]:
     """The same series of several runs, one panel a series and one colour a run; never averaged. Rejected points are left out."""
     names = list(dict.fromkeys(one.name for series in runs.values() for one in series))
-    if ax is None:
-        fig = Figure(figsize=(8.6, 1.1 + 1.4 * len(names)), layout="constrained")
-        axes = list(fig.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0])
-    else:
-        axes = list(ax)
-        fig = figure_of(axes[0])
+    fig, axes = panels_on(ax, len(names), 1.4)
     steps = np.concatenate([one.steps for series in runs.values() for one in series])
     handles = [Line2D([], [], color=COLOURS[i % 7], ls=LINES[i // 7 % 4], label=run) for i, run in enumerate(runs)]
     for panel, name in zip(axes, names, strict=True):
@@ -195,7 +186,7 @@ def plot_runs(runs: Mapping[str, Sequence[Series]], *, ax: Sequence[Axes] | None
         panel.set_title(name, fontsize=9.5, pad=3)
         step_axis(panel, steps, label=panel is axes[-1])
     if ax is None:
-        fig.legend(handles=handles, loc="outside lower center", ncols=4)
+        legend_below(fig, handles)
     else:
         draw_legend(axes[0], handles)
     return fig, axes

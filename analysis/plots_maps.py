@@ -11,7 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from devmon.analysis.derive import elements, units_of
-from devmon.analysis.plots_style import MAX_COLUMNS, axes_on, draw_note, figure_of, step_number, styled, thin, title_of
+from devmon.analysis.plots_style import (
+    MAX_COLUMNS,
+    axes_on,
+    brief,
+    draw_note,
+    figure_of,
+    step_number,
+    styled,
+    thin,
+    title_of,
+)
 
 
 @styled
@@ -40,12 +50,14 @@ def plot_heads(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) ->
     bar.outline.set_visible(False)
     ax.grid(False)
     named = thin(len(rows), 48)
-    ax.set_yticks(named, [rows[i][0] for i in named], fontsize=8 if len(rows) <= 24 else 6.5)
+    ax.set_yticks(named, [brief(rows[i][0]) for i in named], fontsize=8 if len(rows) <= 24 else 6.5)
     steps = array["step"].values
     columns = thin(len(steps), 9)
     ax.set_xticks(columns, [step_number(float(steps[c])) for c in columns])
     ax.set(title=title_of(dataset, variable), xlabel="step (one column a checkpoint)")
-    if "uniform" in dataset and dataset["uniform"].dims == ("step",):
+    if not finite.size:
+        draw_note(ax, "no finite value")
+    elif "uniform" in dataset and dataset["uniform"].dims == ("step",):
         draw_note(ax, f"uniform attention: {float(dataset['uniform'].mean()):.3g}")
     return fig, ax
 
@@ -97,10 +109,10 @@ def plot_pairs(dataset: xr.Dataset, *, most: int = 20, ax: Axes | None = None) -
     excess = dataset["composition"] - dataset["null"] if "null" in dataset else dataset["composition"]
     flat = excess.transpose("step", *dims).stack(pair=dims, create_index=False)
     height = flat.max("step", skipna=True).fillna(-np.inf).values
-    names = [[dataset[d].values[i] if d in dataset.coords else i for d, i in zip(dims, index, strict=True)]
-             for index in np.ndindex(*(dataset.sizes[d] for d in dims))]  # fmt: skip
     chosen = [int(i) for i in np.argsort(-height, kind="stable")[:most] if np.isfinite(height[i])]
-    told = ["{} L{}H{} from L{}H{}".format(*names[i]) for i in chosen]
+    where = np.unravel_index(chosen, [dataset.sizes[d] for d in dims])
+    names = [dataset[d].values[i] if d in dataset.coords else i for d, i in zip(dims, where, strict=True)]
+    told = ["{} L{}H{} from L{}H{}".format(*name) for name in zip(*names, strict=True)]
     data = xr.Dataset({"excess": flat.isel(pair=chosen).assign_coords(pair=told)})
     data["excess"].attrs |= {"long_name": "composition score above its null", "units": "1"}
     fig, ax = plot_heads(data, "excess", ax=ax)

@@ -17,23 +17,23 @@ import xarray as xr
 import devmon
 from devmon.analysis.citations import bibtex
 from devmon.analysis.content import Block, Code, Content, Fold, Heading, Items, Section, Story, Terms, Text
-from devmon.analysis.derive import RunData, is_llc, series_of
+from devmon.analysis.derive import ReadOnce, RunData, is_llc, series_of
 from devmon.analysis.derive_llc import llc
 from devmon.analysis.detect import Detection, Detector, Event, detect
 from devmon.analysis.evidence import evidence
+from devmon.analysis.report_drawing import Page, rounded, write_whole
 from devmon.analysis.report_figures import (
-    Page,
     calibration_figure,
     forest,
     key_series,
     lead_lag_figure,
     llc_figure,
     overview,
-    rounded,
-    write_whole,
+    timeline,
 )
 from devmon.analysis.report_pages import WRITERS
 from devmon.analysis.report_tables import (
+    alarms_table,
     events_table,
     fields_table,
     has_rows,
@@ -43,10 +43,11 @@ from devmon.analysis.report_tables import (
     silent_table,
     stages_table,
     text_of,
+    transitions_table,
 )
 from devmon.analysis.report_watches import topic_of, watch_blocks
 from devmon.analysis.series import Series
-from devmon.analysis.stages import is_sure, run_level
+from devmon.analysis.stages import run_level, transitions
 from devmon.analysis.story import tell
 from devmon.analysis.words import GLOSSARY, TOPICS, methods, references
 from devmon.errors import DataError
@@ -93,23 +94,29 @@ def content_of(
 
     `detection` is that of `series_of(trajectory)`, where it is known already, or of some of them; `note` is told beside the outcome.
     """
-    page, attrs = Page(figures), dict(trajectory.attrs)
-    series = series_of(trajectory)
+    page, attrs, run = Page(figures), dict(trajectory.attrs), ReadOnce(trajectory)
+    series = series_of(run)
     detection = detect(series, detector) if detection is None else detection
-    datasets = {name: trajectory[name] for name in trajectory.names()}
+    datasets = {name: run[name] for name in run.names()}
     derived = {name: llc(data) for name, data in datasets.items() if has_rows(data) and is_llc(data)}
     verdicts = {name: np.asarray(data["verdict"].values).astype(str) for name, data in derived.items()}
     events = sorted(detection.events, key=lambda e: (not run_level(e.series), e.step, e.series))
-    found = evidence(trajectory, series, detection)
+    found = evidence(run, series, detection)
     story = tell(series, detection, verdicts, control=bool(attrs.get("control")), beside=[one.told for one in found])
     said = [f"Transition {i}: {words}" for i, one in enumerate(found, 1) for words in one.against] + story.against
+    alarms = attrs.pop("alarms", [])
     stored = attrs.pop("calibration") if "trials" in attrs.get("calibration", ()) else None
 
-    told: list[Block] = [
-        Text(story.headline, "outcome"),
-        *([Text(note, "note")] if note else []),
-        Story(story.happened),
-    ]
+    told: list[Block] = [Text(story.headline, "outcome"), *([Text(note, "note")] if note else [])]
+    first = 1 + bool(attrs.get("control"))
+    told.append(Text(" ".join(story.happened[:first]), "lead"))
+    if changes := transitions(detection.events):
+        told.append(transitions_table(changes, [one.kind for one in found]))
+    if (times := timeline(page, detection, series)) is not None:
+        told.append(times)
+    if alarms:
+        told += [Heading("Alarms raised during training"), alarms_table(alarms)]
+    told += [Story(story.happened[first:])] if story.happened[first:] else []
     told += [Heading("What argues against it, and what is missing"), Items(said)] if said else []
     sections = [Section("story", "What happened", told)]
     if series:
@@ -139,7 +146,7 @@ def content_of(
 
 
 def _events(page: Page, events: Sequence[Event], detection: Detection) -> list[Block]:
-    drawn = forest(page, [event for event in events if run_level(event.series) or is_sure(event)])
+    drawn = forest(page, events)
     blocks: list[Block] = [] if drawn is None else [drawn]
     blocks.append(events_table(events, detection))
     silent = silent_table(detection)
@@ -166,7 +173,7 @@ def _provenance(
     trajectory: RunData, datasets: Mapping[str, xr.Dataset], detection: Detection, attrs: Mapping[str, Any]
 ) -> list[Block]:
     blocks: list[Block] = [run_table({key: value for key, value in attrs.items() if key != "skipped"})]
-    blocks.append(measured_table(trajectory))
+    blocks.append(measured_table(trajectory, datasets))
     for name, data in datasets.items():
         if (fields := fields_table(data)) is not None:
             blocks.append(Fold(f"Configuration of {name}", [fields]))

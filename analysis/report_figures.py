@@ -2,120 +2,49 @@
 
 from __future__ import annotations
 
-import io
-import os
-import re
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Drawing
 
 from devmon.analysis import plots
-from devmon.analysis.content import Figure, Panel, Row, Table, thinned
+from devmon.analysis.content import Figure, Row, Table, thinned
 from devmon.analysis.derive import elements
 from devmon.analysis.detect import Detection, Event
+from devmon.analysis.plots_events import in_order
 from devmon.analysis.plots_maps import short
 from devmon.analysis.plots_style import MAX_COLUMNS, thin
+from devmon.analysis.report_drawing import Page, curves, heat, rows_over_steps
 from devmon.analysis.report_tables import interval_text, numbers_table
 from devmon.analysis.series import Series
-from devmon.analysis.stages import is_sure, main_event, run_level
-from devmon.analysis.story import Lag, lags, number, step
-from devmon.analysis.svg import compact
+from devmon.analysis.stages import Transition, is_sure, main_event, run_level, transitions
+from devmon.analysis.story import Lag, lags, number, phrase, step
 
 PANELS = 6  # series in the overview and in one figure of a watch
 MAX_LINES = 40  # rows of a forest plot
-
-
-class Where(NamedTuple):
-    """What a pair of axes shows: steps at these x in its own coordinates, and lines, or rows of values."""
-
-    ax: Axes
-    steps: Sequence[float]
-    x: Sequence[float]
-    scale: str
-    lines: list[str] = []  # noqa: RUF012
-    rows: list[str] = []  # noqa: RUF012
-    values: list[list[float | None]] = []  # noqa: RUF012
-
-
-@dataclass
-class Page:
-    """Turns drawings into figures of the report and, where a folder is given, into PNG files."""
-
-    folder: Path | None
-    names: set[str] = field(default_factory=set)
-
-    def add(
-        self,
-        name: str,
-        drawing: Drawing,
-        caption: str,
-        data: Table | None = None,
-        where: Sequence[Where] = (),
-        parts: Sequence[tuple[str, list[str]]] = (),
-        opened: bool = False,
-    ) -> Figure:
-        base = name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "figure"
-        while name in self.names:
-            name = f"{base}-{sum(known.startswith(base) for known in self.names) + 1}"
-        self.names.add(name)
-        prefix = f"f{len(self.names):x}"
-        with plots.style():
-            image = io.BytesIO()
-            drawing.savefig(image, format="svg")
-            panels = [_panel(drawing, one, prefix) for one in where]
-            if self.folder is not None:
-                png = io.BytesIO()
-                drawing.savefig(png, format="png")
-                write_whole(self.folder / f"{name}.png", png.getvalue())
-        hidden = [(label, [f"{prefix}-{i}" for i in ids]) for label, ids in parts]
-        return Figure(name, compact(image.getvalue().decode(), prefix), caption, data, panels, hidden, opened)
-
-
-def curves(ax: Axes, series: Sequence[Series], events: Sequence[Event] = ()) -> Where:
-    """Axes with lines over steps; the ends of the events' intervals are places, too."""
-    low, high = ax.get_xlim()
-    more = [x for event in events for x in (event.step, *event.interval)]
-    steps = np.unique(np.concatenate([*(one.steps for one in series), more, [0.0] if low <= 0 else []]).astype(float))
-    steps = steps[(steps >= low) & (steps <= high)]
-    scale = "linear" if ax.get_xscale() == "linear" else "log"
-    return Where(ax, steps.tolist(), steps.tolist(), scale, [one.name for one in series])
-
-
-def heat(ax: Axes, steps: Sequence[float], rows: list[str], *, upward: bool = False) -> Where:
-    """Axes with a heat map, one column a step; `upward` where its first row is the lowest."""
-    values: Any = np.ma.filled(np.ma.asarray(ax.images[0].get_array(), dtype=float), np.nan)
-    table = [[rounded(x, 3) for x in row] for row in (values[::-1] if upward else values)]
-    return Where(ax, list(steps), list(range(len(steps))), "columns", [], rows[::-1] if upward else rows, table)
-
-
-def rounded(value: float, digits: int = 4) -> float | None:
-    return float(f"{value:.{digits}g}") if np.isfinite(value) else None
 
 
 def overview(page: Page, series: Sequence[Series], events: Sequence[Event]) -> Figure:
     chosen = key_series(series, events)
     sure = [event for event in events if is_sure(event)]
     caption = (
-        f"{len(chosen)} series of the run on one axis of steps.{bands(chosen)} Shaded: the 90% interval of an event "
-        "with q ≤ 0.05, in its own panel; thin lines mark the events of the other panels."
+        f"{len(chosen)} series of the run on one axis of steps.{bands(chosen)}"
+        if len(chosen) > 1
+        else f"The series of the run.{bands(chosen)}"
     )
+    if any(event.series == one.name for event in sure for one in chosen):
+        caption += (
+            " Shaded: the 90% interval of an event with q ≤ 0.05, in its own panel; thin lines mark the events of the "
+            "other panels."
+        )
     return stack(page, "overview", chosen, sure, caption)
 
 
 def stack(page: Page, name: str, chosen: Sequence[Series], sure: Sequence[Event], caption: str) -> Figure:
     """Series one above the other, each panel with a switch."""
     drawing, axes = plots.plot_overview(chosen, sure)
-    where = [
-        curves(ax, [one], [e for e in sure if any(e.series == other.name for other in chosen)])
-        for ax, one in zip(axes, chosen, strict=True)
-    ]
+    where = [curves(ax, [one]) for ax, one in zip(axes, chosen, strict=True)]
     parts = [(one.name, [f"axes_{i}"]) for i, one in enumerate(chosen, 1)] if len(chosen) > 1 else []
     return page.add(name, drawing, caption, numbers_table(chosen), where, parts)
 
@@ -135,14 +64,45 @@ def key_series(series: Sequence[Series], events: Iterable[Event]) -> list[Series
     return [row[-1] for row in sorted(chosen, key=lambda row: (row[0], sure.get(row[-1].name, np.inf), row[3]))]
 
 
+def timeline(page: Page, detection: Detection, series: Sequence[Series]) -> Figure | None:
+    """The sure events of the run's own series on one axis of steps, over its transitions."""
+    events = [event for event in detection.events if is_sure(event) and run_level(event.series)]
+    found = transitions(detection.events)
+    numbered = " Numbered strips: the transitions." if found else ""
+    caption = f"Every event that stands in a series of the whole run (q ≤ 0.05), in the order of its step.{numbered}"
+    grids = [one.steps for one in series if run_level(one.name)]
+    return _forest(page, "timeline", events, caption, found, np.concatenate(grids) if grids else None)
+
+
 def forest(page: Page, events: Sequence[Event]) -> Figure | None:
+    """All events of the page, where they are more than those of the timeline."""
+    if all(is_sure(event) and run_level(event.series) for event in events):
+        return None
+    return _forest(page, "events", events, "Each event at its estimate, with its 90% interval.")
+
+
+def _forest(
+    page: Page, name: str, events: Sequence[Event], caption: str, found: Sequence[Transition] = (), steps: Any = None
+) -> Figure | None:
     if not events:
         return None
-    drawing, _ = plots.plot_events(events[:MAX_LINES])
-    caption = "Each event at its estimate, with its 90% interval."
+    shown = events[:MAX_LINES]
     if len(events) > MAX_LINES:
         caption += f" The first {MAX_LINES} of {len(events)}; all are in the table."
-    return page.add("events", drawing, caption)
+    drawing, ax = plots.plot_events(shown, found, steps=steps)
+    words = list(map(phrase, in_order(shown)))
+    table = Table(["event"], [Row([each]) for each in words], "", "long")
+    return page.add(name, drawing, caption, table, [rows_over_steps(ax, words)])
+
+
+def positions_figure(page: Page, name: str, data: xr.Dataset) -> Figure:
+    drawing, ax = plots.plot_position_loss(data)
+    lines = ax.get_lines()
+    places = np.asarray(lines[0].get_xdata()).astype(int)
+    values = np.array([line.get_ydata() for line in lines], dtype=float).T
+    rows = [Row([str(place), *(number(float(v)) for v in row)]) for place, row in zip(places, values, strict=True)]
+    table = thinned(["position", *(str(line.get_label()) for line in lines)], rows)
+    return page.add(f"{name}-positions", drawing, f"{name}: loss by position at up to six checkpoints.", table)
 
 
 def lead_lag_figure(page: Page, detection: Detection) -> Figure | None:
@@ -184,7 +144,7 @@ def llc_figure(page: Page, name: str, derived: xr.Dataset, events: Sequence[Even
             Row([str(int(derived["step"].values[i])), *(number(v, 4) for v in values), verdict], verdict != "ok")
         )
     one = Series(f"{name}/llc", np.asarray(derived["step"].values), np.asarray(derived["llc"].values, dtype=float))
-    return page.add(f"{name}-llc", drawing, caption, thinned(columns, rows), [curves(ax, [one], own)])
+    return page.add(f"{name}-llc", drawing, caption, thinned(columns, rows), [curves(ax, [one])])
 
 
 def calibration_figure(page: Page, stored: Mapping[str, Any]) -> tuple[str, Figure]:
@@ -242,7 +202,7 @@ def square_figure(page: Page, name: str, data: xr.Dataset, variable: str, captio
         for i, s in enumerate(steps)
     ]
     shown = steps[thin(len(steps), MAX_COLUMNS)]
-    where = [heat(ax, shown.tolist(), [f"with step {int(s)}" for s in shown], upward=True)]
+    where = [heat(ax, shown.tolist(), [f"with step {int(s)}" for s in shown], square=True)]
     return page.add(name, drawing, caption, thinned(columns, rows), where)
 
 
@@ -255,7 +215,8 @@ def pairs_figure(page: Page, name: str, data: xr.Dataset) -> Figure:
         "pairs that rise highest. Chosen by their height, so their maxima lean upward."
     )
     where = heat(ax, steps.tolist(), rows)
-    table = [Row([label, number(row[0]), number(row[-1])]) for label, row in zip(rows, where.values, strict=True)]
+    ends = np.ma.filled(np.ma.asarray(ax.images[0].get_array(), dtype=float), np.nan)[:, [0, -1]].tolist()
+    table = [Row([label, *map(number, both)]) for label, both in zip(rows, ends, strict=True)]
     return page.add(f"{name}-pairs", drawing, caption, Table(["pair", "first", "last"], table), [where])
 
 
@@ -282,28 +243,3 @@ def _array(values: Sequence[Any]) -> np.ndarray:
 
 def bands(series: Sequence[Series]) -> str:
     return " Bands: ±1.64 standard errors." if any(one.se is not None for one in series) else ""
-
-
-def _panel(drawing: Drawing, one: Where, prefix: str) -> Panel:
-    """The axes in the coordinates of the SVG: points from the left, points from the top."""
-    width, height = drawing.get_size_inches() * 72
-    box = one.ax.get_position()
-    corners = [box.x0 * width, (1 - box.y1) * height, box.x1 * width, (1 - box.y0) * height]
-    points = (
-        np.column_stack([one.x, np.full(len(one.x), np.mean(one.ax.get_ylim()))]) if len(one.x) else np.zeros((0, 2))
-    )
-    places = one.ax.transData.transform(points)[:, 0] * 72 / drawing.dpi
-    group = f"{prefix}-axes_{drawing.axes.index(one.ax) + 1}"
-    return Panel(group, [round(float(v), 1) for v in corners], [float(f"{s:.6g}") for s in one.steps],
-                 [round(float(v), 2) for v in places], one.scale, one.lines, one.rows, one.values)  # fmt: skip
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write aside, then rename: the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        aside.write_bytes(data)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -14,7 +14,10 @@ from markupsafe import Markup, escape
 
 import devmon
 from devmon.analysis.content import Block, Code, Content, Figure, Fold, Heading, Items, Story, Table, Terms, Text
+from devmon.analysis.plots_style import EVENT_COLOURS
 from devmon.analysis.svg import share_styles
+
+OWN = ("report.css",), ("report_steps.js", "report_any.js", "report.js")  # style and script of the page
 
 
 def as_html(content: Content, *, figures: str | None = None, refresh: int | None = None) -> str:
@@ -25,14 +28,15 @@ def as_html(content: Content, *, figures: str | None = None, refresh: int | None
     drawn = [figure for section in content.sections for figure in _figures(section.blocks)]
     drawings, rules = share_styles([figure.svg for figure in drawn])
     svgs = {figure.name: svg for figure, svg in zip(drawn, drawings, strict=True)}
-    own = {name: Markup((files("devmon.analysis") / f"report.{name}").read_text("utf-8")) for name in ("css", "js")}
+    css, js = (Markup("".join((files("devmon.analysis") / name).read_text("utf-8") for name in names)) for names in OWN)
     return environment.get_template("report.html.j2").render(
         content=content,
         numbers=_script_json(_numbers(content)),
         svg=lambda figure: _labelled(svgs[figure.name], figure.caption),
-        rules=Markup(rules),
+        rules=Markup("\n".join([rules, *(f".{k} {{ fill: {c}; stroke: {c} }}" for k, c in EVENT_COLOURS.items())])),
         refresh=refresh,
-        **own,
+        css=css,
+        js=js,
     )
 
 
@@ -61,14 +65,26 @@ WRITERS: dict[str, Callable[..., str]] = {".html": as_html, ".htm": as_html, ".m
 
 
 def _numbers(content: Content) -> dict[str, Any]:
-    """What the page's script needs: every series, and where each figure shows what."""
+    """What the page's script needs: every series, the steps that they share, events, and where each figure shows what."""
     drawn = {
         figure.name: {"panels": [asdict(panel) for panel in figure.panels], "parts": figure.parts}
         for section in content.sections
         for figure in _figures(section.blocks)
         if figure.panels
     }
-    return {"series": content.series, "figures": drawn}
+    grids: dict[tuple[int, ...], int] = {}
+    series = [one | {"steps": grids.setdefault(tuple(one["steps"]), len(grids))} for one in content.series]
+    events = [
+        {
+            "series": f"{one['run']}: {one['series']}" if "run" in one else one["series"],
+            "kind": one["kind"],
+            "step": one["step"],
+            "q": one["q_value"],
+        }
+        | dict(zip(("low", "high"), one["interval"], strict=True))
+        for one in content.events
+    ]
+    return {"grids": list(map(list, grids)), "series": series, "events": events, "figures": drawn}
 
 
 def _figures(blocks: list[Any]) -> list[Figure]:

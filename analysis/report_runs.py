@@ -12,8 +12,9 @@ from devmon.analysis import plots
 from devmon.analysis.content import Block, Content, Figure, Row, Section, Story, Table, Text
 from devmon.analysis.derive import RunData, series_of
 from devmon.analysis.report import numbers_of_series
-from devmon.analysis.report_figures import PANELS, Page, curves, key_series
-from devmon.analysis.report_tables import text_of
+from devmon.analysis.report_drawing import Page, curves
+from devmon.analysis.report_figures import PANELS, key_series
+from devmon.analysis.report_tables import numbers_table, text_of
 from devmon.analysis.runs import ENOUGH, Matched, RunsComparison
 from devmon.analysis.series import Series
 from devmon.analysis.stages import run_level
@@ -133,7 +134,7 @@ def _curves(page: Page, series: Mapping[str, list[Series]]) -> Figure:
     names = [one.name for one in key_series(first, [])][:PANELS]
     shown = {run: [one for one in found if one.name in names and len(one.steps)] for run, found in series.items()}
     drawing, axes = plots.plot_runs(shown)
-    where = []
+    where, drawn = [], []
     for ax in axes:
         name = ax.get_title(loc="left")
         own = [
@@ -143,7 +144,8 @@ def _curves(page: Page, series: Mapping[str, list[Series]]) -> Figure:
             if one.name == name
         ]
         where.append(curves(ax, own))
+        drawn += own
     parts = [(run, [f"run-{i}-{k}" for k in range(len(axes))]) for i, run in enumerate(shown)]
     steps = np.unique(np.concatenate([one.steps for found in shown.values() for one in found]))
     caption = f"One colour a run; {len(steps)} different checkpoints between steps {steps[0]} and {steps[-1]}."
-    return page.add("runs", drawing, caption, None, where, parts)
+    return page.add("runs", drawing, caption, numbers_table(drawn), where, parts)

@@ -12,14 +12,33 @@ from devmon.analysis.content import Row, Table, thinned
 from devmon.analysis.derive import RunData
 from devmon.analysis.detect import Detection, Event
 from devmon.analysis.series import Series
-from devmon.analysis.stages import is_sure, run_level, stages
+from devmon.analysis.stages import Transition, is_sure, run_level, stages
 from devmon.analysis.story import number, step
 from devmon.analysis.words import skipped
 
 
+def transitions_table(found: Sequence[Transition], kinds: Sequence[str]) -> Table:
+    """The run at a glance: one row a transition, with its type A or B in a word (`kinds`)."""
+    rows = []
+    for i, (one, kind) in enumerate(zip(found, kinds, strict=True), 1):
+        order = sorted(one.events, key=lambda event: (event.p_value, event.q_value or 0, event.step))
+        changed = [f"{event.series} {'↑' if event.size > 0 else '↓'} {number(abs(event.size))}" for event in order]
+        more = f" and {len(order) - 4} more" if len(order) > 4 else ""
+        sharp = sum(event.resolved for event in order)
+        cells = [
+            str(i),
+            f"{step(one.step)} {interval_text(one.interval, step)}",
+            f"{step(one.span[0])}–{step(one.span[1])}",
+        ]
+        chance = number(min(event.p_value if event.q_value is None else event.q_value for event in order), 2)
+        rows.append(Row([*cells, chance, f"{sharp} of {len(order)}", kind, ", ".join(changed[:4]) + more]))
+    columns = ["transition", "step\n[90% of its jumps]", "10% to 90%\nof the change", "smallest q", "jumps\nresolved", "type", "what changes"]  # fmt: skip
+    return Table(columns, rows, "", "glance")
+
+
 def stages_table(series: Sequence[Series], detection: Detection) -> Table | None:
     parts = stages(series, detection)
-    if not parts:
+    if not any(part.changes for part in parts):
         return None
     counts = {"stage": 0, "transition": 0}
     columns = ["change of"]
@@ -72,6 +91,21 @@ def events_table(events: Sequence[Event], detection: Detection) -> Table:
     return Table(columns, rows, note if rows else "No event in any series; each one's outcome is listed here.", "long")
 
 
+def alarms_table(alarms: Sequence[Mapping[str, Any]]) -> Table:
+    """What the monitor raised while the run went on: entries with series, kind, step, low, high, raised_at, status."""
+    rows = []
+    for alarm in alarms:
+        place = f"{step(alarm['step'])} [{step(alarm['low'])}, {step(alarm['high'])}]"
+        up = alarm["status"] == "up"
+        told = "provisional" if up else str(alarm["status"])
+        rows.append(Row([str(alarm["series"]), str(alarm["kind"]), place, step(alarm["raised_at"]), told], weak=not up))
+    note = (
+        "An alarm is provisional: it was raised on the checkpoints up to that step and may be withdrawn as more come. The "
+        "events of this report are searched in the whole run."
+    )
+    return Table(["series", "kind", "step [low, high]", "raised at", "status"], rows, note, "long")
+
+
 def silent_table(detection: Detection) -> Table:
     found = {event.series for event in detection.events}
     rows = []
@@ -111,10 +145,9 @@ def text_of(value: Any, limit: int = 600) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
 
 
-def measured_table(trajectory: RunData) -> Table:
+def measured_table(trajectory: RunData, datasets: Mapping[str, xr.Dataset]) -> Table:
     rows = []
-    for name in trajectory.names():
-        data = trajectory[name]
+    for name, data in datasets.items():
         steps = data["step"].values.tolist() if has_rows(data) else []
         seconds = float(np.nansum(data["seconds"].values)) if steps and "seconds" in data.coords else None
         span = f"{steps[0]}–{steps[-1]}" if steps else "–"

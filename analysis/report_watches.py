@@ -7,21 +7,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import xarray as xr
 
-from devmon.analysis import plots
 from devmon.analysis.content import Block, Figure, Heading, Text
 from devmon.analysis.derive import MAX_ELEMENTS, headline, is_llc
 from devmon.analysis.derive_circuit import circuit_overlap
 from devmon.analysis.derive_representation import similarity
 from devmon.analysis.detect import Event
 from devmon.analysis.essential import essential_dynamics
+from devmon.analysis.plots_style import thin
+from devmon.analysis.report_drawing import Page
 from devmon.analysis.report_figures import (
     PANELS,
-    Page,
     bands,
     essential_figure,
     heads_figure,
     layers_figure,
     pairs_figure,
+    positions_figure,
     square_figure,
     stack,
 )
@@ -32,6 +33,7 @@ from devmon.analysis.words import TOPICS
 from devmon.errors import DataError
 
 MAX_COMPARED = 60  # steps of which all pairs are compared
+MAX_LAYERS = 4  # layers whose pairs of steps are drawn
 
 
 def topic_of(data: xr.Dataset) -> str:
@@ -57,10 +59,10 @@ def watch_blocks(
 
 def _followed(
     page: Page, name: str, data: xr.Dataset, series: Sequence[Series], events: Sequence[Event]
-) -> list[Figure]:
+) -> list[Block]:
     mine = [one for one in series if one.name.startswith(f"{name}/")]
     sure = [event for event in events if is_sure(event)]
-    drawn: list[Figure] = []
+    drawn: list[Block] = []
     lines: list[Series] = []
     for variable in headline(data):
         array, prefix = data[variable], f"{name}/{variable}"
@@ -75,14 +77,25 @@ def _followed(
             drawn.append(heads_figure(page, name, data, variable, own))
         else:
             lines += own[:1]
-    for start in range(0, len(lines), PANELS):
-        part = lines[start : start + PANELS]
+    shown = _chosen(lines, {event.series for event in sure}, min(2 * PANELS, page.left))
+    page.left -= len(shown)
+    for start in range(0, len(shown), PANELS):
+        part = shown[start : start + PANELS]
         caption = f"{name}: {', '.join(one.name.partition('/')[2] for one in part)}.{bands(part)}"
         drawn.append(stack(page, f"{name}-series", part, sure, caption))
+    if more := len(lines) - len(shown):
+        drawn.append(
+            Text(f"{more} of {len(lines)} series of {name} are not drawn here: choose them under Any series.", "note")
+        )
     if "loss_by_position" in data and data["loss_by_position"].ndim == 2:
-        drawing, _ = plots.plot_position_loss(data)
-        drawn.append(page.add(f"{name}-positions", drawing, f"{name}: loss by position at up to six checkpoints."))
+        drawn.append(positions_figure(page, name, data))
     return drawn
+
+
+def _chosen(lines: Sequence[Series], eventful: set[str], room: int) -> list[Series]:
+    """At most `room` of the series in their order, those with an event before the others."""
+    ranked = sorted(range(len(lines)), key=lambda i: (lines[i].name not in eventful, i))[:room]
+    return [lines[i] for i in sorted(ranked)]
 
 
 def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
@@ -109,13 +122,16 @@ def _similarity(page: Page, name: str, data: xr.Dataset) -> list[Figure]:
     kept = np.unique(np.linspace(0, data.sizes["step"] - 1, min(data.sizes["step"], MAX_COMPARED)).round().astype(int))
     found = similarity(data.isel(step=kept))
     told = "" if len(kept) == data.sizes["step"] else f", {len(kept)} of {data.sizes['step']} steps"
-    drawn = []
-    for i, layer in enumerate(found["layer"].values):
+    drawn, layers = [], found["layer"].values
+    for i in thin(len(layers), MAX_LAYERS):
+        layer = layers[i]
         which = f" of layer {layer}" if "layer" in data["sketch"].dims else ""
         caption = (
             f"{name}: similarity of the representation{which} at all pairs of steps (debiased CKA{told}): 1 is the same up "
             "to rotation and scale, 0 nothing in common. A block along the diagonal is a time without change."
         )
+        if len(layers) > MAX_LAYERS and i == 0:
+            caption += f" {MAX_LAYERS} of {len(layers)} layers are drawn."
         one = found.isel(layer=i, drop=True)
         one["cka"].attrs["long_name"] = f"CKA of the representation{which}"
         drawn.append(square_figure(page, f"{name}-similarity", one, "cka", caption))

@@ -25,9 +25,10 @@ Array = NDArray[np.float64]
 
 MOST_POINTS = 128  # neighbours are averaged beyond this many checkpoints; their covariance is averaged exactly
 LENGTHS = (0.3, 0.8)  # decades
-AMPLITUDES = (1.0, 6.0, 40.0, 400.0)  # of f, in standard deviations of the noise
+AMPLITUDES = (1.0, 2.5, 6.0, 40.0, 400.0)  # of f, in standard deviations of the noise
 RHOS = (0.0, 0.4, 0.7, 0.85, 0.95, 0.99)
 NOISES = (*((rho, 0.0) for rho in RHOS), (0.9, 0.3), (0.99, 0.03), (0.99, 0.2))  # (rho, share of white noise)
+FREEST = 0.6  # a smooth part that takes more of the points is no smooth part: it goes through them, whatever the noise
 FEW_NOISES = ((0.0, 0.0), (0.4, 0.0), (0.85, 0.0), (0.99, 0.0))
 
 
@@ -79,6 +80,12 @@ class Grid:
         root = np.linalg.cholesky(np.array(self.noise) + np.array(self.smooth))
         self.logdet = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
         self.inverse = np.linalg.inv(root)
+        kept = np.flatnonzero([self.freedom(k) <= FREEST * len(self.x) for k in range(len(self.thetas))])
+        self.__dict__.update(self.only(kept).__dict__)
+
+    def freedom(self, k: int) -> float:
+        """Degrees of freedom that the smooth part takes under covariance k: trace of S in E[f | y] = S y."""
+        return float(np.sum((self.inverse[k] @ self.smooth[k]) * self.inverse[k])) if self.thetas[k].amplitude else 0.0
 
     def only(self, thetas: NDArray[np.int64]) -> Grid:
         """The grid with some of its covariances."""

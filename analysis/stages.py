@@ -1,8 +1,12 @@
-"""`stages(series, detection)`: the run cut at its transitions, and how much each series changed in each part."""
+"""`stages(series, detection)`: the run cut at its transitions, and how much each series changed in each part.
+
+The transitions are the jumps of the series. With `kinds=("turn", "plateau")` stages end at the critical points of smooth
+curves instead, as in Hoogland et al. (2024, arXiv:2402.02364).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +15,7 @@ import numpy as np
 from devmon.analysis.detect import Detection, Event
 from devmon.analysis.series import Series
 
-Q = 0.05  # a transition rests on jumps with a q-value up to this
+Q = 0.05  # a transition rests on events with a q-value up to this
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Transition:
-    """Jumps of several series that belong together.
+    """Events of several series that belong together.
 
     `step` is the median of their estimates, `interval` spans all their 90% intervals, `span` their t10 to t90.
     """
@@ -57,15 +61,15 @@ def is_sure(event: Event) -> bool:
     return (event.p_value if event.q_value is None else event.q_value) <= Q
 
 
-def transitions(events: Iterable[Event]) -> list[Transition]:
-    """Clusters of sure run-level jumps, in the order of their steps.
+def transitions(events: Iterable[Event], kinds: Collection[str] = ("jump",)) -> list[Transition]:
+    """Clusters of sure run-level events of these `kinds`, in the order of their steps.
 
-    Beginning with the best located jump, a jump joins it when the 90% interval of each meets the extent of the other.
+    Beginning with the best located event, another joins it when the 90% interval of each meets the extent of the other.
     The extent of a jump is its interval together with its t10-t90 span: two rises that go on at the same time are one
     transition even where their midpoints are told apart.
     """
     left = sorted(
-        (event for event in events if event.kind == "jump" and is_sure(event) and run_level(event.series)),
+        (event for event in events if event.kind in kinds and is_sure(event) and run_level(event.series)),
         key=lambda event: (np.log((event.interval[1] + 1) / (event.interval[0] + 1)), event.step, event.series),
     )
     found = []
@@ -84,7 +88,7 @@ def transitions(events: Iterable[Event]) -> list[Transition]:
     return sorted(found, key=lambda transition: transition.step)
 
 
-def stages(series: Sequence[Series], detection: Detection) -> list[Stage]:
+def stages(series: Sequence[Series], detection: Detection, kinds: Collection[str] = ("jump",)) -> list[Stage]:
     """Stages and transitions in turn, from the first to the last checkpoint; one stage where nothing was found.
 
     Changes are those of the run-level series, from the first to the last accepted checkpoint within the part. A
@@ -94,7 +98,7 @@ def stages(series: Sequence[Series], detection: Detection) -> list[Stage]:
     if not shown:
         return []
     grid = np.unique(np.concatenate([one.steps for one in shown]))
-    found = transitions(detection.events)
+    found = transitions(detection.events, kinds)
     ends: list[int] = []  # start and end of each transition, as indices of the grid
     for i, one in enumerate(found):
         low = max(int(np.searchsorted(grid, one.span[0], side="right")) - 1, 0)
@@ -141,8 +145,8 @@ def _clarity(event: Event) -> float:
 
 
 def extent(event: Event) -> tuple[float, float]:
-    """The interval of an event together with its t10-t90 span."""
-    low, high = event.span or event.interval
+    """The interval of an event together with its span; of a plateau, which is where a stage ends, the interval alone."""
+    low, high = event.interval if event.kind == "plateau" or event.span is None else event.span
     return min(low, event.interval[0]), max(high, event.interval[1])
 
 

@@ -14,6 +14,12 @@ from devmon.analysis.series import Series
 from devmon.analysis.stages import Transition, is_sure, main_event, run_level, transitions
 
 NAMED = 3  # items named in a sentence before "and 4 more"
+REMEDIES = {  # where every estimate is rejected, by the commonest reason
+    "downhill": "At these weights the loss still falls: measure later checkpoints, or raise gamma (devmon calibrate).",
+    "diverged": "The chains run away: lower lr or raise gamma (devmon calibrate finds both).",
+    "non-finite": "The chains meet NaN or infinity: lower lr (devmon calibrate finds it).",
+    "not mixed": "The chains disagree: take more draws and chains, or another lr (devmon calibrate finds it).",
+}
 WIDE = 2.0  # an interval whose ends differ by more than this factor is wide
 
 
@@ -56,16 +62,26 @@ def tell(
     if found:
         happened += _what_happened(series, detection, found, beside)
     elif outcome == "EVENTS":
-        turns = [event for event in detection.events if is_sure(event)]
-        happened.append(f"No transition of the run, but {_count(len(turns), 'event')}: {_list(map(phrase, turns))}.")
-    elif outcome == "NO EVENT":
-        searched = f"{_count(len(detection.fits), 'series', 'series')} and {detection.family} tests"
+        sure = sorted((e for e in detection.events if is_sure(e)), key=lambda e: (not run_level(e.series), e.step))
         happened.append(
-            f"NO EVENT: in {searched} no jump and no turn stands out from smooth drift with correlated noise "
+            f"No transition of the run, but {_count(len(sure), 'event')}: {_some(list(map(phrase, sure)))}."
+        )
+    elif outcome == "NO EVENT":
+        fits = [fit for fit in detection.fits.values() if fit.outcome in ("EVENTS", "NO EVENT")]
+        left = (
+            f" ({len(detection.fits) - len(fits)} more could not be searched)"
+            if len(fits) < len(detection.fits)
+            else ""
+        )
+        searched = f"{_count(len(fits), 'series', 'series')}{left} and {detection.family} tests"
+        happened.append(
+            f"NO EVENT: in {searched} nothing stands out from smooth drift with correlated noise "
             "(q ≤ 0.05). This is a result: what changed, changed smoothly."
         )
     elif outcome == "SAMPLER REJECTED":
-        happened.append("SAMPLER REJECTED: no estimate passed its health check, so nothing can be said of transitions.")
+        happened.append(
+            "SAMPLER REJECTED: no LLC estimate passed its health check, so nothing can be said of transitions."
+        )
     else:
         happened.append("UNRESOLVED: no series has enough checkpoints to tell a transition from noise.")
     happened += [_rejected_in_words(name, v) for name, v in verdicts.items() if len(v) and not (v == "ok").any()]
@@ -101,10 +117,18 @@ def phrase(event: Event) -> str:
     low, high = (step(x) for x in event.interval)
     chance = f"p = {number(event.p_value, 2)}" + ("" if event.q_value is None else f", q = {number(event.q_value, 2)}")
     if event.kind == "jump":
-        what = f"{event.series} {'rises' if event.size > 0 else 'falls'} by {number(abs(event.size))}"
+        what = f"{'rises' if event.size > 0 else 'falls'} by {number(abs(event.size))}"
+    elif event.kind == "turn":
+        what = f"has a {'maximum' if event.size > 0 else 'minimum'}"
+    elif event.kind == "bump":
+        what = f"has a {'bump' if event.size > 0 else 'dip'} of {number(abs(event.size))}"
     else:
-        what = f"{event.series} has a {'maximum' if event.size > 0 else 'minimum'}"
-    return f"{what} at step {step(event.step)} [{low}, {high}] ({chance})"
+        what = f"has a {event.kind}"
+    over = ""
+    if event.kind != "jump" and event.span is not None:
+        over = f" over steps {step(event.span[0])}–{step(event.span[1])}"
+    at = ", flattest at" if event.kind == "plateau" else " at"
+    return f"{event.series} {what}{over}{at} step {step(event.step)} [{low}, {high}] ({chance})"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -206,7 +230,7 @@ def _against(series: Sequence[Series], detection: Detection, verdicts: Mapping[s
     if few:
         said.append(f"Too few checkpoints to say anything of {_some(few)}.")
     floor = 1 / (1 + int(detection.settings.get("n_null", 0)))
-    if floor < 1:
+    if floor < 1 and detection.family:
         said.append(
             f"No p-value can be below {number(floor)} ({detection.settings['n_null']} simulated nulls); intervals and "
             "p-values are about noise within this one run and say nothing of other seeds."
@@ -218,7 +242,12 @@ def _rejected_in_words(name: str, verdicts: np.ndarray) -> str:
     bad = verdicts[verdicts != "ok"]
     kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(bad.tolist()).most_common())
     share = f"{len(bad)} of {len(verdicts)}" if len(bad) < len(verdicts) else f"all {len(verdicts)}"
-    return f"{name}: {share} LLC estimates are rejected ({kinds}) and not used."
+    remedy = (
+        f" {REMEDIES[worst]}"
+        if len(bad) == len(verdicts) and (worst := Counter(bad.tolist()).most_common(1)[0][0]) in REMEDIES
+        else ""
+    )
+    return f"{name}: {share} LLC estimates are rejected ({kinds}) and not used.{remedy}"
 
 
 def _relative(event: Event, series: Sequence[Series]) -> float:

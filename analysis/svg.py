@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-KEPT = re.compile(r"axes_\d+|layer-\d+(-band|-control)?|run-\d+-\d+")  # ids that a page's script asks for
+import numpy as np
+from PIL import Image
+
+KEPT = re.compile(r"axes_\d+|layer-\d+(-band|-control)?|run-\d+-\d+|at-step-\d+")  # ids that a page's script asks for
 
 
 def compact(svg: str, prefix: str) -> str:
@@ -16,6 +21,7 @@ def compact(svg: str, prefix: str) -> str:
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(?<=data:image/png;base64,)[^"]*', lambda found: _palette(found[0]), svg)
     svg = re.sub(r'\bd="[^"]*"', lambda found: _path(found[0]), svg)
     svg = re.sub(r'\b(x|y)="(-?\d+\.\d\d)\d+"', r'\1="\2"', svg)
     svg = re.sub(r' transform="rotate\(-?0 [^"]*\)"', "", svg)
@@ -49,6 +55,19 @@ def share_styles(drawings: Sequence[str]) -> tuple[list[str], str]:
 
     rules = "\n".join(f".{name} {{ {style} }}" for style, name in names.items())
     return [found.sub(classed, svg) for svg in drawings], rules
+
+
+def _palette(text: str) -> str:
+    """The same picture, a PNG in base64, with a palette if it has at most 256 colours and is the shorter for it."""
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")).astype(np.int32)
+    colours, where = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1], np.int32), return_inverse=True)
+    if len(colours) > 256:
+        return text
+    image = Image.fromarray(where.reshape(pixels.shape[:2]).astype(np.uint8))
+    image.putpalette(np.column_stack([colours >> 16, colours >> 8 & 255, colours & 255]).astype(np.uint8).tobytes())
+    written = io.BytesIO()
+    image.save(written, "png", optimize=True)
+    return min(base64.b64encode(written.getvalue()).decode(), text, key=len)
 
 
 def _path(text: str) -> str:

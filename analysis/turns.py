@@ -12,10 +12,11 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.signal import find_peaks
 
-from devmon.analysis.curve import Curve, runs_of_sign
+from devmon.analysis.curve import Curve, runs_of_sign, vertex
 from devmon.analysis.jumps import Jump
 from devmon.analysis.scan import tail_p
 from devmon.analysis.shapes import PULSE
@@ -50,7 +51,7 @@ def find_turns(curve: Curve, *, n_null: int) -> list[Turn]:
         place, size = summit(way * draws, *reach)
         height = float(summit(way * curve.smoothed[None], *reach)[1][0])
         p = min(tail_p(height / curve.noise_sd, nulls), implied(curve.jumps, at[i], at[j + 1], way))
-        turns.append(Turn(at[place], way * size, p))
+        turns.append(Turn(vertex(at, way * draws, place), way * size, p))
     return turns
 
 
@@ -67,9 +68,9 @@ def implied(jumps: list[Jump], start: float, end: float, way: int) -> float:
     return min(p, default=1.0)
 
 
-def summit(curves: Array, left: int, low: int, high: int, right: int) -> tuple[Array, Array]:
+def summit(curves: Array, left: int, low: int, high: int, right: int) -> tuple[NDArray[np.int64], Array]:
     """Index and prominence of the highest place of each curve between `low` and `high`, bases out to left and right."""
-    top = low + np.argmax(curves[:, low : high + 1], axis=1)
+    top = np.asarray(low + np.argmax(curves[:, low : high + 1], axis=1))
     height = curves[np.arange(len(curves)), top]
     before = height - curves[:, left : low + 1].min(1)
     after = height - curves[:, high : right + 1].min(1)

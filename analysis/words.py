@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from devmon.analysis.detect import Detection
+if TYPE_CHECKING:
+    from devmon.analysis.detect import Detection
 
 GLOSSARY = (
     ("jump", "A rise or fall that smooth drift with correlated noise does not explain. Its step is the middle of the "
      "change; its width is the time from 10% to 90% of the change, in decades (factors of ten) of the step."),
     ("turn", "A maximum or minimum: the smoothed curve certainly rises before it and falls after it, or the reverse. "
      "Its size is the prominence (+ maximum, − minimum)."),
+    ("plateau", "A time in which a series that moves before and after stays level, or moves far more slowly."),
+    ("bump", "A passing rise (or dip) that comes back: it leaves the level before it much as it found it. Its size is its height."),
+    ("transition", "Jumps of several series that go on at the same time, taken as one change of the run."),
+    ("Type A or B", "Of a transition with a loss and an LLC: in Type A the loss falls and λ̂ rises (fit is bought with "
+     "complexity), in Type B λ̂ falls while the loss falls or stays (Hoogland et al. 2024). In brackets: the probability."),
     ("90% interval", "Given the model of the curve and of its noise, the step (or size) lies within it with "
      "probability 0.9. Bands around a curve are ±1.64 standard errors of each value."),
-    ("p", "The share of simulated series without the event (same steps and kind of noise) that show one as prominent."),
-    ("q", "p after correction for the number of tests in this report (Benjamini–Hochberg): among all events with "
+    ("p", "The share of simulated series without the event (same steps and kind of noise) that show one as prominent, "
+     "corrected for the kinds of event sought in the series."),
+    ("q", "p after correction for the number of series in this report (Benjamini–Hochberg): among all events with "
      "q ≤ 0.05 about 5% or fewer are expected to be false."),
     ("resolved", "At least three checkpoints lie within the jump (or within the interval of a turn). Otherwise it may "
      "be more abrupt than it looks, and the note names steps to measure."),
@@ -138,9 +145,11 @@ def methods(watches: Mapping[str, Mapping[str, Any]], detection: Detection) -> l
     told.append((
         "events",
         "Each series is y = drift + smooth process + correlated and white noise over log step. A jump adds "
-        "A · logistic((log step − c)/w); a turn is a change of sign of the slope of the smoothed curve. Its statistic "
-        f"is the largest over all places and widths, compared with that of {settings.get('n_null', '?')} simulated "
-        f"series. Intervals are at level {settings.get('level', 0.9)}; q-values count {detection.family} tests.",
+        "A · logistic((log step − c)/w), a bump its slope; their statistic is the gain in likelihood, largest over all "
+        "places and widths. A turn is a change of sign of the slope of the smoothed curve, a plateau a pair of turns of "
+        f"the tilted curve; their statistic is the prominence. Each is compared with that of {settings.get('n_null', '?')} "
+        "simulated series without one, and p-values are corrected for the kinds sought. Intervals are at level "
+        f"{settings.get('level', 0.9)}; q-values are over {detection.family} series.",
     ))  # fmt: skip
     return told
 

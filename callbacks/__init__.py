@@ -1,4 +1,4 @@
-"""Callbacks: add them to a trainer of Lightning, or of transformers, and the run is measured while it trains."""
+"""Add them to a trainer of Lightning or of transformers, or to a loop of Fabric, and the run is measured while it trains."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,6 +6,7 @@ if __name__ == "callbacks":
     raise ImportError("this folder installs as devmon.callbacks: write `from devmon.callbacks import Monitor`")
 
 from devmon.callbacks.checkpoints import CheckpointSeries, checkpoints, latest
+from devmon.callbacks.fabric import FabricMonitor
 from devmon.callbacks.monitor import InductionMonitor, LLCMonitor, Monitor, RepresentationMonitor
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointSeries",
+    "FabricMonitor",
     "InductionMonitor",
     "LLCMonitor",
     "Monitor",

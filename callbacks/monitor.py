@@ -14,6 +14,7 @@ import torch
 import xarray as xr
 
 from devmon.callbacks.budget import Budget
+from devmon.callbacks.live import LivePage
 from devmon.distributed import ALONE, Ranks
 from devmon.errors import DevmonError, StoreError
 from devmon.instruments import LLC, InductionHeads, LinearProbe
@@ -27,7 +28,7 @@ Model = str | Callable[[L.LightningModule], torch.nn.Module] | None
 SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy"}
 
 
-OPTIONS = {"model", "strict", "log", "max_overhead", "clock"}  # of Monitor, which its one-line forms hand on
+OPTIONS = {"model", "strict", "log", "max_overhead", "live", "clock"}  # of Monitor, which its one-line forms hand on
 
 
 class Monitor(L.Callback):
@@ -47,6 +48,8 @@ class Monitor(L.Callback):
       exceed it are left out and listed in the trajectory's `attrs["skipped"]` (when training ends, also by an
       exception). Step 0 and the first observation of each watch are always made; `Budget` has the rule. `clock` tells
       the seconds.
+    - `live`: an .html file that is made again while training goes on, by a process of its own (`LivePage`); open it in a
+      browser and it loads itself again. Its events and alarms are provisional. When training ends, the last one is made.
 
     Training is not touched: instruments work on a copy (not compiled, where the model is), and random states and
     switches are put back. Steps are counted once under gradient accumulation. When training resumes from step k, rows
@@ -60,7 +63,7 @@ class Monitor(L.Callback):
 
     def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, watches: Iterable[Watch], *,
                  model: Model = None, strict: bool = False, log: bool = False, max_overhead: float | None = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+                 live: str | os.PathLike[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         if max_overhead is not None and not 0 < max_overhead <= 1:
             raise DevmonError(f"max_overhead is a share of the wall time above 0 and up to 1, got {max_overhead}")
         self.trajectory = trajectory if isinstance(trajectory, Trajectory) else None
@@ -70,6 +73,7 @@ class Monitor(L.Callback):
         self.strict = strict
         self.log_numbers = log  # Lightning overwrites `log` of a callback
         self.max_overhead = max_overhead
+        self.live = None if live is None else LivePage(live)
         self.clock = clock
         self._budget: Budget | None = None
         self._failures: dict[str, dict[int, str]] = {}
@@ -143,6 +147,8 @@ class Monitor(L.Callback):
                 due = [watch for watch in due if watch.name in chosen]
             observe(step, network(pl_module, self.model), due, self.trajectory, strict=self.strict,
                     ranks=self._ranks, each=each, failures=self._failures)  # fmt: skip
+        if self.live is not None and self.trajectory is not None:
+            self.live.update(self.trajectory.path)
 
     def _log(self, trainer: L.Trainer, name: str, step: int, dataset: xr.Dataset) -> None:
         from devmon.analysis.derive import numbers_of  # loads scipy: only where it is asked for
@@ -171,6 +177,9 @@ class Monitor(L.Callback):
             if raising and (self.strict or not isinstance(error, StoreError | OSError)):
                 raise
             warnings.warn(f"{self.path} was not tidied up at the end ({error}); no row in it is lost", stacklevel=2)
+        finally:
+            if self.live is not None:
+                self.live.close(self.trajectory.path)
 
     def _record(self) -> None:
         """The failures that could not be written when they happened, and what was left out to save time."""

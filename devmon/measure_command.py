@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from devmon import workers
+from devmon import forecast, workers
 from devmon.describe import estimates
-from devmon.measuring import Event, Plan, Study
+from devmon.measuring import Event, Study
+from devmon.plan import ENGINES, Plan
 from devmon.tables import cost_table
 
 
 def run(config: Path | None, given: Mapping[str, Any], dry_run: bool) -> int:
     """Measure, or with `dry_run` say what would be; returns the exit code, 1 where anything is left unmeasured."""
     plan = Plan.read(config, given)
+    if plan.engine == "processes" and plan.workers > 1 and not dry_run:
+        workers.start(plan)
     study = Study(plan, read_only=dry_run)
     work = study.missing()
     out, errors = (Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False) for stderr in (False, True))
@@ -39,14 +43,14 @@ def run(config: Path | None, given: Mapping[str, Any], dry_run: bool) -> int:
                 what = "skipped" if event.watch is None else f"{event.watch}{': failed' * (event.kind == 'failed')}"
                 errors.print(f"step {event.step} {what} ({event.reason})")
 
-        if plan.workers == 1:
-            study.measure(work, tell)
-            lost = []
-        else:
-            lost = workers.measure(plan, list(work), tell)
+        lost: list[str] = []
+        if plan.engine == "processes" and plan.workers == 1:
+            study.measure(tell=tell)
+        elif work:
+            lost = importlib.import_module(ENGINES[plan.engine]).measure(study.frozen(), list(work), tell)
     study.trajectory.fold()
     for one in lost:
-        errors.print(f"worker {one.worker} died (exit code {one.exitcode}): give the command again to measure the rest")
+        errors.print(f"{one}: give the command again to measure the rest")
     bad = {"skipped": "checkpoints skipped", "failed": "measurements failed"}
     told = [f"{counts.get('measured', 0)} rows measured"] + [
         f"{counts[k]} {words}" for k, words in bad.items() if k in counts
@@ -61,6 +65,8 @@ def _tell(study: Study, work: Mapping[int, list[Any]], out: Console) -> None:
     dues = [watch.name for due in work.values() for watch in due]
     found = [replace(one, observations=dues.count(one.name)) for one in estimates(study.watches, 0)]
     out.print(cost_table(found, None))
+    out.print(forecast.memory(study))
+    out.print(forecast.seconds(study, work, found))
 
 
 def _rest(study: Study, work: Mapping[int, list[Any]], step: int) -> int:

@@ -9,36 +9,31 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
-import tomllib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from devmon import presets
-from devmon.data import probe_tokens
-from devmon.errors import DataError, DevmonError, IdentityError, InstrumentError
+from devmon.errors import DataError, IdentityError, InstrumentError
 from devmon.fingerprint import describe, identity
+from devmon.instruments import LLC
 from devmon.isolation import private_copy
 from devmon.memory import FULL, in_parts
 from devmon.observing import observe
+from devmon.plan import Plan, pairs
 from devmon.pretrained import causal_lm
 from devmon.selection import select
 from devmon.series import Checkpoint, Series
 from devmon.source import load_study
+from devmon.tokens import Probe, read_probe
 from devmon.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
 from devmon.weights import fitting
-
-PRESETS = ("economy", "standard", "full")
-HOW = ("into", "workers", "shard", "device")  # of a plan: how it is done, not what is measured
 
 
 @dataclass(frozen=True)
@@ -51,82 +46,6 @@ class Event:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is measured on which checkpoints, as plain values: the options of `devmon measure`, and its --config file.
-
-    `source` names the model, the watches or both (`devmon.source.load_study`), `preset` watches for a language model with
-    the probe batch in the file `tokens`. Watches of a source keep their own steps, those of a preset are made at all that
-    `steps` chooses. `dtype` and no model are for checkpoints that bring their architecture. Raises DataError for values
-    that do not go together.
-    """
-
-    series: str
-    into: str
-    source: str | None = None
-    preset: str | None = None
-    tokens: str | None = None
-    vocab_size: int | None = None
-    bos: int | None = None
-    watch: tuple[str, ...] = ()
-    steps: str = "all"
-    pattern: str | None = None
-    prefix: str | None = None
-    dtype: str = "float32"
-    seed: int | None = None
-    allow_pickle: bool = False
-    workers: int = 1
-    shard: str = "1/1"
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "watch", tuple(self.watch))
-        if self.preset is not None and self.preset not in PRESETS:
-            raise DataError(f"there is no preset {self.preset!r}: those are {', '.join(PRESETS)}")
-        if (self.preset is None) != (self.tokens is None):
-            raise DataError("--preset and --tokens go together: the preset's probe batch is read from the tokens' file")
-        if self.preset is None and self.source is None:
-            raise DataError("nothing to measure: give --source script.py:name, or --preset standard with --tokens FILE")
-        if self.workers < 1:
-            raise DataError(f"workers must be at least 1, got {self.workers}")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise DataError(f"dtype must be one of torch's, such as float32 or bfloat16, got {self.dtype!r}")
-        part = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        if not part or not 1 <= int(part[1]) <= int(part[2]):
-            raise DataError(f"shard must be i/n with i from 1 to n, such as 1/4, got {self.shard!r}")
-
-    @classmethod
-    def read(cls, path: Path | None, given: Mapping[str, Any]) -> Plan:
-        """The plan of a TOML file, with what is `given` (not None) in place of the file's values."""
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        if path is not None:
-            try:
-                values = tomllib.loads(path.read_text())
-            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-                raise DataError(f"{path} cannot be read as TOML ({error})") from None
-        for key, value in values.items():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                raise DataError(f"{path} has an unknown key {key!r}" + (f", perhaps {near[0]!r}" if near else "")
-                                + f": the keys are {', '.join(known)}")  # fmt: skip
-            kinds = tuple(kind for kind in (str, bool, int, tuple) if kind.__name__ in str(known[key].type))
-            if not isinstance(tuple(value) if isinstance(value, list) else value, kinds) or (
-                isinstance(value, bool) and bool not in kinds
-            ):
-                raise DataError(f"{path}: {key} must be {known[key].type}, got {value!r}")
-        values |= {key: value for key, value in given.items() if value is not None}
-        if lacking := [key for key in ("series", "into") if key not in values]:
-            raise DataError(f"no {' and no '.join(lacking)}: devmon measure SERIES --into RUN, or the keys of --config")
-        return cls(**values)
-
-    def record(self) -> dict[str, Any]:
-        """The configuration to keep in the run: what is not None, without how the work is divided."""
-        return {
-            key: value for key, value in dataclasses.asdict(self).items() if key not in HOW and value not in (None, ())
-        }
-
-
 class Study:
     """A plan with everything that it names opened: the `series`, the chosen `steps`, the `watches`, the `trajectory`.
 
@@ -136,7 +55,9 @@ class Study:
 
     def __init__(self, plan: Plan, *, read_only: bool = False) -> None:
         self.plan = plan
-        self.series = Series.open(plan.series, pattern=plan.pattern, allow_pickle=plan.allow_pickle)
+        if plan.threads is not None:
+            torch.set_num_threads(plan.threads)
+        self.series = Series.open(plan.series, pattern=plan.pattern, allow_pickle=plan.allow_pickle, forget=plan.forget)
         self.steps = select(self.series.steps, plan.steps)
         self.config = self.series.config()
         self.model, watches = (None, None) if plan.source is None else load_study(plan.source)
@@ -147,6 +68,7 @@ class Study:
             raise DataError(f"{plan.source} gives {'no' if watches is None else 'its own'} watches: "
                             + ("return (model, watches) there, or add --preset standard --tokens FILE"
                                if watches is None else "leave --preset out"))  # fmt: skip
+        self.probe: Probe | None = None
         self.watches = self._chosen(self._preset() if watches is None else watches)
         self.device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.model is not None:
@@ -170,16 +92,16 @@ class Study:
                 work[step] = due
         return work
 
-    def measure(self, work: Mapping[int, Iterable[Watch]] | None = None,
-                tell: Callable[[Event], None] = lambda event: None) -> None:  # fmt: skip
-        """Do `work` (what is missing, by default); `tell` hears of every row and of every checkpoint that was skipped.
+    def measure(self, steps: Iterable[int] | None = None, tell: Callable[[Event], None] = lambda event: None) -> None:
+        """Do what is missing at `steps` (all, by default), which are taken one by one, each when the one before is begun.
 
-        A checkpoint that cannot be read, or does not fit, is recorded as a failure of its watches with the reason, and
-        so is an instrument that fails: the others go on, and the next time both are tried again. Raises InstrumentError
-        where an instrument does not fit the model.
+        `tell` hears of every row and of every checkpoint that was skipped. A checkpoint that cannot be read, or does not
+        fit, is recorded as a failure of its watches with the reason, and so is an instrument that fails: the others go
+        on, and the next time both are tried again. Raises InstrumentError where an instrument does not fit the model.
         """
-        work = self.missing() if work is None else work
-        for step, found in self.series.stream(work):
+        work = self.missing()
+        wanted = work if steps is None else (step for step in steps if step in work)
+        for step, found in self.series.stream(wanted):
             try:
                 if isinstance(found, DataError):
                     raise found
@@ -228,19 +150,37 @@ class Study:
 
     def _preset(self) -> list[Watch]:
         assert self.plan.preset is not None
-        assert self.plan.tokens is not None
-        tokens = read_tokens(Path(self.plan.tokens))
-        size = self.plan.vocab_size
+        self.probe = self._probe()
+        tokens, size = self.probe.tokens, self.plan.vocab_size
         if size is None:
             size = getattr(getattr(self.model, "config", None), "vocab_size", None) or self.config.get("vocab_size")
         if size is None:
             raise DataError("the model tells no vocabulary size: give --vocab-size")
-        if int(tokens.max()) >= size or int(tokens.min()) < 0:
-            raise DataError(f"{self.plan.tokens} holds tokens {int(tokens.min())} to {int(tokens.max())}, the vocabulary is "
-                            f"0 to {size - 1}: give tokens of this model's tokenizer")  # fmt: skip
+        low, high = int(tokens.min()), int(tokens.max())
+        if high >= size or low < 0:
+            raise DataError(f"{self.plan.tokens} holds tokens {low} to {high}, the vocabulary is 0 to {size - 1}: give tokens "
+                            "of this model's tokenizer")  # fmt: skip
         make = getattr(presets, self.plan.preset)
-        watches = make(tokens, vocab_size=size, last=max(2, self.steps[-1]), bos=self.plan.bos)
-        return [dataclasses.replace(watch, steps=frozenset(self.steps)) for watch in watches]
+        given = {"vocab_size": size, "last": max(2, self.steps[-1]), "bos": self.plan.bos, "llc": self._llc()}
+        return [dataclasses.replace(watch, steps=frozenset(self.steps)) for watch in make(tokens, **given)]
+
+    def _probe(self) -> Probe:
+        assert self.plan.tokens is not None
+        settings = pairs(self.plan.llc, "llc")
+        examples = settings.get("examples", 16 * settings.get("batch_size", 32)) if settings else 0
+        where = (self.plan.tokenizer, None) if self.plan.tokenizer is not None else self.series.tokenizer()
+        return read_probe(Path(self.plan.tokens), where, self.plan.sequences, self.plan.length, examples)
+
+    def _llc(self) -> LLC | None:
+        """The LLC of the plan's settings, on the examples of its probe; `examples` among them is their number."""
+        if self.probe is None or not self.plan.llc:
+            return None
+        settings = {name: value for name, value in pairs(self.plan.llc, "llc").items() if name != "examples"}
+        try:
+            return LLC(self.probe.examples, **settings)
+        except TypeError as error:
+            known = ", ".join(field.name for field in dataclasses.fields(LLC) if field.name not in ("data", "loss"))
+            raise DataError(f"--llc: {error}: its settings are {known}") from None
 
     def _chosen(self, watches: Iterable[Watch]) -> tuple[Watch, ...]:
         found = unique_names(watches)
@@ -250,8 +190,7 @@ class Study:
         return tuple(watch for watch in found if not self.plan.watch or watch.name in self.plan.watch)
 
     def _open(self, read_only: bool) -> Any:
-        into = Path(self.plan.into) / "trajectory.zarr"
-        place = into if into.is_dir() else self.plan.into
+        place = store_of(self.plan.into)
         if read_only and "://" not in str(place) and not Path(place).exists():
             self.known: set[str] = set()
             return None
@@ -263,34 +202,31 @@ class Study:
         return trajectory
 
     def record(self) -> None:
-        """Keep the plan in the run, under `measured`."""
-        tokens = {} if self.plan.tokens is None else {"tokens_held": describe(read_tokens(Path(self.plan.tokens)))}
-        self.trajectory.record(measured=self.plan.record() | tokens | {"checkpoints": len(self.steps)})
+        """Keep the plan in the run, under `measured`, with the digests of the probe data."""
+        held = (
+            {"tokens_held": describe(self.probe.tokens), "examples_held": describe(self.probe.examples)}
+            if self.probe
+            else {}
+        )
+        alone = self.plan.engine == "processes" and self.plan.workers == 1
+        threads = self.plan.threads or (torch.get_num_threads() if alone else 1)  # the last bits depend on it
+        self.trajectory.record(
+            measured=self.plan.record() | held | {"checkpoints": len(self.steps), "threads": threads}
+        )
+
+    def frozen(self) -> Plan:
+        """The plan for other processes: whole paths, and the probe data as they are, in a file of the run's folder."""
+        plan, folder = self.plan.absolute(), Path(str(self.trajectory.path))
+        if self.probe is None or "://" in str(self.trajectory.path):
+            return plan
+        file = self.probe.save(folder.resolve() / "_probe")
+        return dataclasses.replace(plan, tokens=str(file), tokenizer=None, sequences=None, length=None)
 
 
-def read_tokens(path: Path) -> Tensor:
-    """The probe batch (batch, pos) int64 that a .npy, .pt or .safetensors file holds."""
-    try:
-        match path.suffix:
-            case ".npy":
-                found: Any = torch.from_numpy(np.load(path, allow_pickle=False))
-            case ".pt":
-                found = torch.load(path, map_location="cpu", weights_only=True)
-            case ".safetensors":
-                from safetensors.torch import load_file
-
-                held = load_file(path)
-                found = next(iter(held.values())) if len(held) == 1 else held
-            case other:
-                raise DataError(f"tokens are read from .npy, .pt and .safetensors, got {other or path.name!r}")
-    except DevmonError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(f"the tokens {path} cannot be read ({reason}): give integers (batch, pos)") from None
-    if not isinstance(found, Tensor):
-        raise DataError(f"the tokens {path} are to be one array (batch, pos) of integers, got {type(found).__name__}")
-    return probe_tokens(found, f"--tokens {path.name}")
+def store_of(into: str) -> str:
+    """The store of a run that is named by its folder or by its store."""
+    inner = Path(into) / "trajectory.zarr"
+    return str(inner) if inner.is_dir() else into
 
 
 def _in_parts(watches: Iterable[Watch], parts: int) -> list[Watch]:

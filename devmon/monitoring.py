@@ -9,6 +9,7 @@ from types import TracebackType
 
 import torch
 
+from devmon.distributed import ALONE, Ranks
 from devmon.errors import DevmonError, StoreError
 from devmon.fingerprint import identity
 from devmon.observing import observe
@@ -33,12 +34,19 @@ class LoopMonitor:
 
     An instrument that fails, or a row that cannot be written, is warned of once a watch, recorded, and training goes on;
     `strict` lets it end training. An instrument that does not fit the model, and another run's trajectory, are refused.
-    Of several processes with the same weights, one has a monitor.
+    Of several processes with the same weights, one has a monitor; or all have, with the same `ranks`, and measure
+    together (`devmon.callbacks.FabricMonitor`).
     """
 
     def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, watches: Iterable[Watch], *,
-                 strict: bool = False) -> None:  # fmt: skip
-        self.trajectory = trajectory if isinstance(trajectory, Trajectory) else Trajectory(trajectory)
+                 strict: bool = False, ranks: Ranks = ALONE) -> None:  # fmt: skip
+        def opened() -> Trajectory | None:
+            if ranks.rank:
+                return None
+            return trajectory if isinstance(trajectory, Trajectory) else Trajectory(trajectory)
+
+        self._ranks = ranks
+        self.trajectory = ranks.agree(opened)
         self.watches = unique_names(watches)
         self.strict = strict
         self._failures: dict[str, dict[int, str]] = {}
@@ -52,12 +60,18 @@ class LoopMonitor:
             raise DevmonError(f"steps only grow: got {step} after {self._seen or 0}. Count the optimizer's updates from 0, "
                               "and make another LoopMonitor for another training")  # fmt: skip
         if self._seen is None:
-            resume(self.trajectory, self.watches, step, model)
+            self._ranks.first(
+                lambda: resume(self.trajectory, self.watches, step, model) if self.trajectory is not None else None
+            )
         self._seen = step
-        observe(step, model, self.watches, self.trajectory, strict=self.strict, failures=self._failures)
+        observe(
+            step, model, self.watches, self.trajectory, strict=self.strict, ranks=self._ranks, failures=self._failures
+        )
 
     def close(self) -> None:
         """Fold the rows. Without it, or where it cannot be done, nothing is lost: unfolded rows are read all the same."""
+        if self.trajectory is None:
+            return
         try:
             self.trajectory.fold()
         except (StoreError, OSError) as error:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,21 +32,35 @@ class Revision:
     def __str__(self) -> str:
         return f"{self.repository}@{self.name}"
 
-    def folder(self) -> Path:
-        """Where the model lies: safetensors where the revision has them, else what `torch.save` wrote."""
+    def folder(self, cache: str | None = None) -> Path:
+        """Where the model lies: safetensors where the revision has them, else what `torch.save` wrote.
+
+        `cache` is a folder to download into, in place of the hub's cache. Files that the hub names by their SHA-256 are
+        checked: safetensors have no checksum of their own.
+        """
         import huggingface_hub
 
         try:
             for kind in ("safetensors", "bin"):
-                wanted = ["*.json", f"*.{kind}"]
-                folder = huggingface_hub.snapshot_download(self.repository, revision=self.name, allow_patterns=wanted)
-                if any(Path(folder).glob(f"*.{kind}")):
-                    return Path(folder)
+                folder = Path(huggingface_hub.snapshot_download(
+                    self.repository, revision=self.name, allow_patterns=["*.json", f"*.{kind}"], cache_dir=cache
+                ))  # fmt: skip
+                if held := sorted(folder.glob(f"*.{kind}")):
+                    break
+            else:
+                raise DataError(f"{self} holds no weights: neither *.safetensors nor *.bin")
+        except DataError:
+            raise
         except Exception as error:  # of the network, the hub and the cache, each with classes of its own
             raise DataError(
                 f"{self} cannot be downloaded ({_line(error)}): try again, or leave the step out"
             ) from error
-        raise DataError(f"{self} holds no weights: neither *.safetensors nor *.bin")
+        for file in held:
+            blob = file.resolve()
+            if re.fullmatch("[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
+                raise DataError(f"{self} is damaged on this disk: {file.name} is not of the SHA-256 that the hub tells; "
+                                f"delete {blob} to have it downloaded again")  # fmt: skip
+        return folder
 
     def config(self) -> str:
         import huggingface_hub
@@ -72,17 +90,22 @@ class Series:
     - `pattern`: a regular expression that finds the step in the names as its one group (`r"model_(\\d+)"`); by default what
       follows step, checkpoint, global_step or iter. Names without a step are left out.
     - `allow_pickle`: read files that hold more than tensors, which runs code they hold.
+    - `forget`: download revisions of the hub into a folder of their own (in TMPDIR) that goes with the checkpoint, so that
+      at most two lie on the disk.
 
     Raises DataError where there are no checkpoints, and where two are of one step.
     """
 
-    def __init__(self, name: str, places: Mapping[int, Path | Revision], *, allow_pickle: bool = False) -> None:
+    def __init__(self, name: str, places: Mapping[int, Path | Revision], *, allow_pickle: bool = False,
+                 forget: bool = False) -> None:  # fmt: skip
         self.name = name
+        self.forget = forget
         self.places = dict(sorted(places.items()))
         self.allow_pickle = allow_pickle
 
     @classmethod
-    def open(cls, where: str | os.PathLike[str], *, pattern: str | None = None, allow_pickle: bool = False) -> Series:
+    def open(cls, where: str | os.PathLike[str], *, pattern: str | None = None, allow_pickle: bool = False,
+             forget: bool = False) -> Series:  # fmt: skip
         rule, folder = _rule(pattern), Path(where)
         if folder.is_dir():
             places: dict[int, Path | Revision] = {}
@@ -107,7 +130,7 @@ class Series:
             held = ", ".join(sorted(names)[:6]) or "nothing"
             raise DataError(f"no name in {where} holds a step (it has {held}): give checkpoints such as step-100.ckpt, "
                             "step100.safetensors, checkpoint-100/, or --pattern 'model_(\\d+)'")  # fmt: skip
-        return cls(str(where), places, allow_pickle=allow_pickle)
+        return cls(str(where), places, allow_pickle=allow_pickle, forget=forget)
 
     @property
     def steps(self) -> list[int]:
@@ -130,25 +153,49 @@ class Series:
                 return found
         return {}
 
+    def tokenizer(self) -> tuple[str, str | None] | None:
+        """Where the tokenizer of the series lies: beside its checkpoints, in one of them, or in the last revision."""
+        for place in (Path(self.name), *reversed(self.places.values())):
+            if isinstance(place, Revision):
+                return place.repository, place.name
+            if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+                return str(place), None
+        return None
+
     def read(self, step: int) -> Checkpoint:
         """Raises DataError where the checkpoint cannot be had or read."""
         place = self.places[step]
-        path = place.folder() if isinstance(place, Revision) else place
-        name = str(place) if isinstance(place, Revision) else place.name
-        return Checkpoint(step, name, read_state(path, self.allow_pickle), path if path.is_dir() else None)
+        if not isinstance(place, Revision):
+            return Checkpoint(step, place.name, read_state(place, self.allow_pickle), place if place.is_dir() else None)
+        scratch = tempfile.mkdtemp(prefix="devmon-") if self.forget else None
+        try:
+            path = place.folder(scratch)
+            found = Checkpoint(step, str(place), read_state(path, self.allow_pickle), path)
+        except BaseException:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        if scratch is not None:
+            weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
+        return found
 
     def stream(self, steps: Iterable[int]) -> Iterator[tuple[int, Checkpoint | DataError]]:
         """Each step with its checkpoint, or with why there is none; the next is read meanwhile, in a thread.
 
-        Two are in memory at most, where the caller lets go of one before it takes the next.
+        A step is taken from `steps` when the one before it has been read. Two are in memory at most, where the caller lets go of one before it takes the next.
         """
-        wanted = list(steps)
+        wanted, ahead = iter(steps), []
         with ThreadPoolExecutor(1, "prefetch") as pool:
-            ahead = [pool.submit(self._try, step) for step in wanted[:1]]
-            for n, step in enumerate(wanted, 1):
-                found = [ahead.pop().result()]
-                if n < len(wanted):
-                    ahead.append(pool.submit(self._try, wanted[n]))
+            for step in wanted:
+                ahead.append((step, pool.submit(self._try, step)))
+                break
+            while ahead:
+                step, coming = ahead.pop()
+                found = [coming.result()]
+                del coming
+                for following in wanted:
+                    ahead.append((following, pool.submit(self._try, following)))
+                    break
                 yield step, found.pop()  # no reference stays here
 
     def _try(self, step: int) -> Checkpoint | DataError:
@@ -188,6 +235,11 @@ def _revisions(repository: str) -> list[str]:
 
 def _named(place: Path | Revision) -> str:
     return place.name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _line(error: Exception) -> str:

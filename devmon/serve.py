@@ -97,26 +97,32 @@ def waiting(text: str, every: float) -> str:
 
 
 def live_report(run: str, every: float, nulls: int = 99) -> Live:
-    """The live report of a run: run-level series only, searched with fewer nulls, its events provisional."""
-    from devmon.analysis import Detector, series_of
-    from devmon.analysis import detect as search
-    from devmon.analysis.report import content_of
-    from devmon.analysis.report_pages import as_html
-    from devmon.analysis.stages import run_level
+    """The live report of a run, made again when a step is committed."""
     from devmon.trajectory import Trajectory
 
     def state() -> object:
         trajectory = Trajectory(run, "r")
-        return {name: trajectory.steps(name) for name in trajectory.names()}
+        return {name: trajectory.steps(name) for name in trajectory.names()}, trajectory.attrs.get("alarms")
 
-    def make() -> str:
-        trajectory = Trajectory(run, "r")
-        found = [one for one in series_of(trajectory) if run_level(one.name)]
-        note = (
-            f"Provisional: the run may still be written. Only series of the whole run are searched, with {nulls} nulls, and "
-            "every look is another chance of a false alarm; devmon report makes the final page."
-        )
-        content = content_of(trajectory, detection=search(found, Detector(n_null=nulls)), note=note)
-        return as_html(content, refresh=max(1, round(every)))
+    return Live(state, lambda: live_page(run, max(1, round(every)), nulls), every)
 
-    return Live(state, make, every)
+
+def live_page(run: str, refresh: int | None, nulls: int = 99) -> str:
+    """The report of a run that may still grow: run-level series only, searched with few nulls, its events provisional.
+
+    The page loads itself again every `refresh` seconds.
+    """
+    from devmon.analysis import Detector, series_of
+    from devmon.analysis import detect as search
+    from devmon.analysis.report import content_of
+    from devmon.analysis.report_pages import as_html
+    from devmon.trajectory import Trajectory
+
+    trajectory = Trajectory(run, "r")
+    found = series_of(trajectory, each=False)
+    note = (
+        f"Provisional: the run may still be written. Only series of the whole run are searched, with {nulls} nulls, and "
+        "every look is another chance of a false alarm; devmon report makes the final page."
+    )
+    content = content_of(trajectory, detection=search(found, Detector(n_null=nulls)), note=note)
+    return as_html(content, refresh=refresh)

@@ -12,31 +12,40 @@ def run_view(trajectory: Any, run: str) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from devmon.analysis import series_of
+    from devmon.analysis.derive import ReadOnce, series_of
     from devmon.analysis.words import skipped
 
-    attrs = trajectory.attrs
+    attrs, held = trajectory.attrs, ReadOnce(trajectory)
     title = Text(str(attrs.get("title", run)), style="bold")
     parts: list[Any] = [title.append(f"  run {attrs['run_id']}, seed {attrs['seed']}, {attrs['created']}", "not bold")]
     if left_out := skipped(attrs):
         parts.append(Text(f"left out to keep max_overhead: {left_out}"))
+    parts += [Text(alarm_words(alarm), "bold") for alarm in attrs.get("alarms", []) if alarm["status"] == "up"]
     table = Table("watch", "instrument", "steps", "from", "to", "failed", "seconds", box=None, header_style="bold")
-    for name in trajectory:
-        dataset = trajectory[name]
+    for name in held.names():
+        dataset = held[name]
         steps = dataset["step"].values
         seconds = f"{float(dataset['seconds'].sum()):.1f}" if steps.size else ""
         first, last = (str(steps[0]), str(steps[-1])) if steps.size else ("", "")
         table.add_row(safe(name), safe(dataset.attrs["instrument"].rsplit(".", 1)[-1]), str(steps.size), first, last,
                       str(len(trajectory.failures(name)) or ""), seconds)  # fmt: skip
     values = Table("series", "first", "latest", "", box=None, header_style="bold")
-    for series in series_of(trajectory):
-        if "[" not in series.name and len(series.values):
+    for series in series_of(held.ends(), each=False):
+        if len(series.values):
             error = f"± {series.se[-1]:.2g}" if series.se is not None else ""
             if series.rejected is not None and series.rejected[-1]:
                 error += " rejected by the sampler's checks"
             values.add_row(safe(series.name), f"{series.values[0]:.4g}", f"{series.values[-1]:.4g}",
                            f"{error} {safe(series.units)}")  # fmt: skip
     return Group(*parts, table, values)
+
+
+def alarm_words(alarm: Mapping[str, Any]) -> str:
+    """One line on an entry of the run's `attrs["alarms"]`."""
+    return (
+        f"provisional alarm: {alarm['kind']} of {alarm['series']} at about step {alarm['step']:.0f} "
+        f"({alarm['low']:.0f} to {alarm['high']:.0f}), raised at step {alarm['raised_at']:.0f}"
+    )
 
 
 def plain_table(table: Any) -> Any:

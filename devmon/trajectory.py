@@ -114,6 +114,11 @@ class Trajectory(Mapping[str, xr.Dataset]):
         """The watches, in alphabetical order."""
         return self._place.names()
 
+    def _repr_html_(self) -> str:
+        from devmon.analysis.notebook import trajectory_html
+
+        return trajectory_html(self)
+
     def __getitem__(self, name: str) -> xr.Dataset:
         if name not in self.names():
             raise KeyError(f"{self.path} holds no watch {name!r}; it holds {', '.join(self.names()) or 'none'}")

@@ -1,26 +1,37 @@
-"""A study in several processes: checkpoints dealt in turn, every row written to the one trajectory by who measured it."""
+"""A study in several processes: each takes the next checkpoint, and writes its rows to the one trajectory."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from devmon.errors import DevmonError
-from devmon.measuring import Event, Plan, Study
+from devmon.measuring import Event, Study
+from devmon.plan import Plan
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A process that ended before its work did."""
+class Ended:
+    """The last that is heard of a process: its work is done, or what ended it."""
 
-    worker: int
-    exitcode: int | None
+    error: str | None = None
+
+
+def part(plan: Plan, steps: Iterable[int], tell: Callable[[Event], None]) -> Ended:
+    """What one process of any engine does: what is missing at `steps`, with one thread where nothing else is asked."""
+    try:
+        Study(replace(plan, threads=plan.threads or 1)).measure(steps, tell)
+    except DevmonError as error:
+        return Ended(str(error))
+    return Ended()
 
 
 def gpus() -> list[str]:
@@ -30,64 +41,79 @@ def gpus() -> list[str]:
     return [str(i) for i in range(count)] if named is None else [part.strip() for part in named.split(",")][:count]
 
 
-def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = lambda event: None) -> list[Lost]:
+def start(plan: Plan) -> Any:
+    """The context of the processes. On Linux they are forks of a server that has imported what they need, once, and has
+    started nothing (no CUDA, no threads); called early, it does so while the caller opens the study."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    brings_model = [] if plan.source is not None else ["transformers.modeling_utils"]
+    context.set_forkserver_preload(["devmon.measuring", *brings_model])
+    forkserver.ensure_running()
+    return context
+
+
+def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = lambda event: None) -> list[str]:
     """Do what is missing of `plan` at `steps` in `plan.workers` processes (each with one thread on a CPU, or one GPU).
 
-    The steps are dealt in turn; the numbers do not depend on who measures (with the same number of threads). Returns
-    the processes that died: what they had not measured is still missing, and the next call does it. Raises DevmonError,
-    after all have ended, where one process met what would end a single one.
+    Each takes the next step when it begins with the one before, so that a slow process takes fewer; the numbers do not
+    depend on who measures (with the same number of threads). Returns the processes that died: what they had not measured
+    is still missing, and the next call does it. Raises DevmonError, after all have ended, where one met what would end
+    a single one.
     """
-    context = multiprocessing.get_context("spawn")
+    context = start(plan)
     devices = gpus() if plan.device in (None, "cuda") else []
-    readers: dict[Connection, int] = {}
-    processes, errors, done = [], [], set()
-    for worker in range(plan.workers):
-        reader, writer = context.Pipe(duplex=False)
+    todo, ended = iter(steps), dict[int, Ended]()
+    workers: dict[Connection, int] = {}
+    processes = []
+    for worker in range(min(plan.workers, len(steps))):
+        here, there = context.Pipe()
         device = devices[worker % len(devices)] if devices else None
-        process = context.Process(target=_work, args=(plan, steps[worker :: plan.workers], device, writer), daemon=True)
+        process = context.Process(target=_work, args=(plan, device, there), daemon=True)
         process.start()
-        writer.close()  # so that its end is seen here when the process dies
-        readers[reader] = worker
+        there.close()  # so that its end is seen here when the process dies
+        workers[here] = worker
         processes.append(process)
     try:
-        while readers:
-            for reader in cast(list[Connection], wait(list(readers))):
+        while workers:
+            for here in cast(list[Connection], wait(list(workers))):
                 try:
-                    message = reader.recv()
-                except EOFError:
-                    del readers[reader]
+                    message = here.recv()
+                    if message is None:  # it asks for a step
+                        here.send(None if any(one.error for one in ended.values()) else next(todo, None))
+                except (EOFError, OSError):
+                    del workers[here]
                     continue
                 if isinstance(message, Event):
                     tell(message)
-                elif message is None:
-                    done.add(readers[reader])
-                else:
-                    errors.append(message)
-                    done.add(readers[reader])
+                elif isinstance(message, Ended):
+                    ended[workers[here]] = message
         for process in processes:
             process.join()
     finally:
         for process in processes:
             if process.is_alive():
                 process.terminate()
-    if errors:
+    if errors := [one.error for one in ended.values() if one.error is not None]:
         raise DevmonError(errors[0])
-    return [Lost(n, process.exitcode) for n, process in enumerate(processes) if n not in done]
+    return [f"worker {n} died (exit code {one.exitcode})" for n, one in enumerate(processes) if n not in ended]
 
 
-def _work(plan: Plan, steps: Sequence[int], device: str | None, connection: Connection) -> None:
+def _work(plan: Plan, device: str | None, connection: Connection) -> None:
     """One process."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device  # before CUDA starts, so this is its cuda:0
     else:
-        torch.set_num_threads(1)
         plan = replace(plan, device=plan.device or "cpu")
+
+    def dealt() -> Iterator[int]:
+        while True:
+            connection.send(None)
+            if (step := connection.recv()) is None:
+                return
+            yield step
+
     try:
-        study = Study(plan)
-        missing = study.missing()
-        study.measure({step: missing[step] for step in steps if step in missing}, connection.send)
-        connection.send(None)
-    except DevmonError as error:
-        connection.send(str(error))
+        connection.send(part(plan, dealt(), connection.send))
     finally:
         connection.close()

@@ -20,7 +20,7 @@ from rich.table import Table
 from devmon import DevmonError, Trajectory, Watch, observe
 from devmon.analysis import Detection
 from devmon.analysis.report import content_of
-from devmon.analysis.report_figures import write_whole
+from devmon.analysis.report_drawing import write_whole
 from devmon.analysis.report_pages import WRITERS
 from devmon.callbacks import CheckpointSeries, Monitor, checkpoints, latest
 from devmon.recipes.language_model import Bar, quiet

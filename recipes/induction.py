@@ -36,7 +36,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from devmon import Trajectory, Watch, every, log_spaced
 from devmon.analysis import Series, compare_runs, llc, plots, series_of
-from devmon.analysis.report_figures import write_whole
+from devmon.analysis.report_drawing import write_whole
 from devmon.analysis.report_pages import WRITERS
 from devmon.analysis.report_runs import runs_content
 from devmon.analysis.runs import RunsComparison, sign_test

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from devmon.analysis.detect import Detector, Event, Series, _shared, benjamini_hochberg, detect, lead_lag
+from devmon.analysis.curve import Curve, vertex
+from devmon.analysis.detect import Detector, Event, Series, benjamini_hochberg, detect, lead_lag
+from devmon.analysis.detector import _shared
 from devmon.analysis.jumps import Jump, isolated, joined, shapes_of
-from devmon.analysis.scan import Scan
+from devmon.analysis.scan import Scan, tail_p
 from devmon.analysis.shapes import LOG, PULSE, STEP, Shapes, columns_of
 from devmon.analysis.smooth import Array, Grid, Whitened, matern, shares
-from devmon.analysis.turns import Curve, monotone_nulls, most_prominent, summit
+from devmon.analysis.turns import monotone_nulls, most_prominent, summit
 from devmon.errors import DataError
 from devmon.watch import log_spaced
 
@@ -85,7 +87,7 @@ def test_restricted_likelihood_is_that_of_contrasts(small: Grid) -> None:
 
 
 def test_smoother_is_the_conditional_mean(small: Grid) -> None:
-    k = next(k for k, t in enumerate(small.thetas) if t.amplitude == 6 and t.rho == 0.7 and t.shape == "se")
+    k = next(k for k, t in enumerate(small.thetas) if t.amplitude == 1 and t.rho == 0.7 and t.shape == "se")
     t = small.thetas[k]
     at = np.array([0.1, 0.77, 1.9])
     y = rng(2).standard_normal(11)
@@ -125,10 +127,11 @@ def test_averaging_many_checkpoints_keeps_their_covariance() -> None:
 
 def test_the_gain_ignores_scale_and_drift_and_sees_shapes_added_one_by_one() -> None:
     grid = Grid(SIXTY[::2])
-    scan = Scan(Whitened(grid, grid.drift), NOTHING, 3, 0)
+    scan = Scan(grid, 3, 0)
     y = 3 * logistic(grid.x, 1, 0.2) + 3 * logistic(grid.x, 2.3, 0.2) + 3 * logistic(grid.x, 3.5, 0.1)
     y += 0.3 * rng(4).standard_normal(len(grid.x))
-    gains, picks = scan.path(np.stack([y, 50 * y + 7 + 2 * grid.x], 1))
+    path = scan.path(np.stack([y, 50 * y + 7 + 2 * grid.x], 1))
+    gains, picks = path.gains, path.picks
     np.testing.assert_allclose(gains[0], gains[1], rtol=1e-3)
     # from scratch: the best shape beside those before it, over all covariances
     null = scan.null
@@ -174,6 +177,23 @@ def test_touching_jumps_of_one_sign_are_one() -> None:
     assert len(joined([jump(2.0, 3.0), jump(2.3, 1.0), jump(2.6, 1.0, PULSE)])) == 2
 
 
+def test_the_tail_beyond_the_nulls() -> None:
+    nulls = -np.log(1 - (np.arange(200) + 0.5) / 200)  # the quantiles of an exponential
+    assert tail_p(1.0, nulls) == pytest.approx((1 + np.sum(nulls >= 1)) / 201)
+    for value in (5.5, 7.0):  # expected e^-value; the fit errs upwards
+        assert np.exp(-value) < tail_p(value, nulls) < 3 * np.exp(-value)
+    assert tail_p(5.5, 40 - 30 * nulls) == pytest.approx((1 + np.sum(40 - 30 * nulls >= 5.5)) / 201)
+    assert tail_p(1e9, nulls) == 1e-4
+    assert tail_p(9.0, nulls[:20]) == 1 / 21  # too few for a tail
+
+
+def test_the_vertex_of_a_parabola_between_uneven_places() -> None:
+    at = np.array([0, 1, 1.5, 3, 4.0])
+    parabola = -3 * (at - 1.4) ** 2 + 2
+    np.testing.assert_allclose(vertex(at, np.stack([parabola, parabola - 7]), np.array([2, 2])), 1.4)
+    np.testing.assert_allclose(vertex(at, parabola[None, ::-1], np.array([0])), 0)  # no neighbour on one side
+
+
 def test_shares_add_up_and_follow_the_weights() -> None:
     np.testing.assert_array_equal(shares(np.array([0.5, 0.3, 0.2]), 9), [4, 3, 2])
 
@@ -197,18 +217,22 @@ def test_a_score_that_rises_like_induction_is_one_jump(noise: str) -> None:
     assert event.span == (pytest.approx(500, rel=0.05), pytest.approx(800, rel=0.05))
     assert event.resolved
     assert event.note == ""
-    assert event.p_value == 1 / 200
+    assert event.p_value < 1 / 200
 
 
 @pytest.mark.parametrize("steps,noise", [(STEPS[STEPS >= 50], 1.0), (np.arange(25.0, 2001, 25), 4.0)])
 def test_a_rise_and_fall_is_a_turn(steps: Array, noise: float) -> None:
     y = np.interp(steps, [50, 200, 500, 600, 650, 700, 800, 900], [24, 57, 72, 95, 130, 96, 90, 85])
     y = y + noise * rng(6).standard_normal(len(steps))
-    tops = [event for event in DETECTOR.fit(steps, y).events() if event.kind == "turn" and event.size > 0]
-    assert len(tops) == 1, steps_of(tops)
-    assert 600 <= tops[0].step <= 700
-    valleys = [event for event in DETECTOR.fit(steps, -y).events() if event.kind == "turn" and event.size < 0]
-    assert len(valleys) == 1, steps_of(valleys)
+    assert summits(y, steps, 1) == 1
+    assert summits(-y, steps, -1) == 1
+
+
+def summits(y: Array, steps: Array, way: int) -> int:
+    """How many maxima (minima) are found, all near 650: a narrow one that returns is a bump, another a turn."""
+    found = [e for e in DETECTOR.fit(steps, y).events() if e.kind in ("turn", "bump") and way * e.size > 0]
+    assert all(600 <= event.step <= 700 for event in found), steps_of(found)
+    return len(found)
 
 
 def test_a_smooth_maximum_is_located() -> None:
@@ -245,11 +269,11 @@ def exact_curves() -> dict[str, Array]:
 
 def test_p_values_of_a_random_walk_are_not_small_too_often() -> None:
     grid = Grid(SIXTY)
-    scan = Scan(Whitened(grid, grid.drift), NOTHING, 2, 0)
+    scan = Scan(grid, 2, 0)
     small = 0
     for run in range(50):
         y = np.cumsum(rng(run, 21).standard_normal(len(X)))
-        small += scan.test(y, scan.path(y[:, None])[0][0], 99)[0] <= 0.05
+        small += scan.test(scan.path(y[:, None]), 99)[0] <= 0.05
     assert small <= 7, small  # more than 7 of 50 has probability .003
 
 
@@ -260,9 +284,7 @@ def test_turns_of_a_monotone_curve_are_as_prominent_as_those_of_its_nulls() -> N
     for run in range(20):
         y = 6 * X + ar1(rng(run, 22), len(X), 0.7) * 2
         curve = Curve(null, [], y, 0)
-        best = int(np.argmax(curve.weights))
-        smoother, _ = null.smoother(best, curve.at, curve.columns_at)
-        own = most_prominent(smoother @ y) / null.noise_sd(y, best)
+        own = most_prominent(curve.smoothed) / curve.noise_sd
         p_values.append(np.mean(monotone_nulls(curve, 49) >= own))
     assert np.sum(np.array(p_values) <= 0.1) <= 5, p_values  # more than 5 of 20 has probability .011
     assert np.mean(p_values) > 0.3, p_values
@@ -304,7 +326,7 @@ def test_false_alarms(null: str) -> None:
             "growing noise": lambda g: g.standard_normal(len(X)) * np.geomspace(1, 10, len(X)),
         }[null](generator)
         alarms += QUICK.fit(SIXTY, y).outcome == "EVENTS"
-    assert alarms <= 3, alarms  # two kinds at 5% each: more than 3 of 10 has probability .01
+    assert alarms <= 2, alarms  # 5% over all kinds: more than 2 of 10 has probability .012
 
 
 @pytest.mark.parametrize("width,snr", [(0.2, 10), (0.5, 100)])
@@ -355,22 +377,24 @@ def test_alone_and_together_give_the_same_events() -> None:
             replace(event, q_value=None) for event in together.events if event.series == one.name
         ]
     assert {event.series for event in together.events} == {"1", "3"}
-    assert together.family == sum(len(p) for fit in together.fits.values() for p in fit.p_values.values())
+    assert together.family == 4  # one smallest p-value a series
 
 
 def test_q_values_are_benjamini_hochberg() -> None:
     p = np.array([0.005, 0.005, 0.02, 0.3, 0.7, 1.0, 1.0])
     expected = stats.false_discovery_control(p)
     np.testing.assert_allclose([benjamini_hochberg(value, p) for value in p], expected)
+    assert benjamini_hochberg(0.01, p) == pytest.approx(min(0.01 * 7 / 2, expected[2]))  # none of the family's
+    assert benjamini_hochberg(0.002, np.array([0.001])) == pytest.approx(0.002)
 
 
 def test_one_jump_stands_out_of_a_large_family() -> None:
     flat = [Series(f"flat {i}", SIXTY, np.full(len(X), 0.5)) for i in range(3)]
     noise = [Series(f"noise {i}", SIXTY, rng(42, i).standard_normal(len(X))) for i in range(6)]
-    detection = detect([*flat, *noise, Series("rise", SIXTY, example())], Detector(n_null=39))
+    detection = detect([*flat, *noise, Series("rise", SIXTY, example())], Detector(n_null=59))
     (event,) = [event for event in detection.events if event.series == "rise"]
     assert event.q_value is not None
-    assert event.q_value <= 0.06  # 39 nulls alone allow no less than 12 / 40
+    assert event.q_value <= 0.02  # the tail of 59 nulls; their number alone allows no p below 1 / 60
     frame = detection.to_frame()
     assert set(frame["series"]) == {series.name for series in [*flat, *noise]} | {"rise"}
     stored = json.loads(detection.to_json())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.optimize import brentq
@@ -10,6 +12,7 @@ from scipy.stats import norm
 from devmon.analysis.detect import Detector, detect
 from devmon.analysis.phases import critical_n, crossing, phase_types, type_probabilities, types_between
 from devmon.analysis.series import Series
+from devmon.analysis.stages import transitions
 from devmon.errors import DataError
 
 # linear regression transformer, Hoogland et al. 2402.02364: values at the ends of the stages LR1 ... LR5
@@ -137,3 +140,28 @@ def test_a_transition_of_a_run(sign: float, kind: str) -> None:
         phase_types(series, detection, loss="x")
     with pytest.raises(DataError, match="found 2"):
         phase_types([*series, Series("b/llc", series[1].steps, series[1].values)], detection)
+
+
+def test_the_types_of_the_stages_between_critical_points() -> None:
+    """Shapes like the published stages of in-context regression: A, A, B, B, and an end in which little happens."""
+    steps = np.unique(np.round(np.geomspace(100, 500_000, 100)))
+    ends = np.log10([100, 1000, 40_000, 126_000, 320_000, 500_000])
+    i = np.clip(np.searchsorted(ends, np.log10(steps), side="right") - 1, 0, 4)
+    u = (np.log10(steps) - ends[i]) / (ends[i + 1] - ends[i])
+    generator = np.random.default_rng(3)
+
+    def curve(name: str, levels: list[float], sd: float) -> Series:
+        level = np.array(levels)
+        values = level[i] + (level[i + 1] - level[i]) * u * u * (3 - 2 * u) + sd * generator.standard_normal(len(steps))
+        return Series(name, steps, values)
+
+    llc = curve("llc/llc", [-0.7, 20.7, 169.3, 156.9, 112.8, 116.3], 0.1)
+    loss = curve("probe/loss", [4.45, 4.13, 1.90, 1.83, 1.78, 1.75], 0.001)
+    detection = detect(llc)
+    ends_found = [change.step for change in transitions(detection.events, ("turn", "plateau"))]
+    assert len(ends_found) == 4, ends_found
+    both = replace(detection, fits={**detection.fits, **detect(loss).fits})
+    types = phase_types([loss, llc], both, of="stage", kinds=("turn", "plateau"))
+    assert [one.kind for one in types] == ["A", "A", "B", "B", "A"], types
+    with pytest.raises(DataError, match="'transition' or 'stage'"):
+        phase_types([loss, llc], both, of="event")

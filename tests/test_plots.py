@@ -169,8 +169,10 @@ def test_forest_is_in_order_of_steps_and_hollow_where_not_sure() -> None:
     rows = [event(step=900.0, series="late"), event(step=300.0, series="early", q=0.4)]
     _, ax = plots.plot_events(rows)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["early (jump)", "late (jump)"]
-    bars = [line for line in ax.lines if len(line.get_xdata()) == 2]
+    bars = [line for line in ax.lines if line.get_linewidth() == 3.5]
     assert tuple(bars[0].get_xdata()) == (280.0, 330.0)
+    spans = [line for line in ax.lines if line.get_linewidth() == 1]
+    assert tuple(spans[1].get_xdata()) == (850.0, 950.0)
     marks = [line for line in ax.lines if len(line.get_xdata()) == 1]
     assert [mark.get_markerfacecolor() == "white" for mark in marks] == [True, False]
 

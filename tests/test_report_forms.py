@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import xarray as xr
 from devmon.analysis import circuit_overlap, essential_dynamics, plots
 from devmon.analysis import report as write_report
 from devmon.analysis.citations import bibtex
-from devmon.analysis.content import Content, Figure, Items, Row, Section, Table, Text
+from devmon.analysis.content import Content, Figure, Items, Panel, Row, Section, Table, Text
 from devmon.analysis.derive import series_of
 from devmon.analysis.derive_llc import llc
 from devmon.analysis.derive_representation import similarity
 from devmon.analysis.evidence import evidence, schedule_of, type_in_words
+from devmon.analysis.notebook import event_html
 from devmon.analysis.phases import types_between
 from devmon.analysis.report import content_of
 from devmon.analysis.report_pages import WRITERS, as_html, as_json, as_markdown
@@ -28,6 +30,7 @@ from devmon.analysis.story import number, tell
 from devmon.analysis.svg import compact, share_styles
 from devmon.analysis.words import _CITED, references
 from devmon.errors import DataError
+from devmon.trajectory import Trajectory
 from tests.synthetic import STEPS, Run, induction_run, watch
 from tests.test_report import TEN, Reader, detection, jump, small_run
 
@@ -61,6 +64,18 @@ def content(run: Run, *events: Any, outcomes: dict[str, str] | None = None) -> C
     known = {event.series for event in events} | set(outcomes or {})
     more = {one.name: "NO EVENT" for one in series_of(run) if one.name not in known}
     return content_of(run, detection=detection(*events, outcomes=(outcomes or {}) | more))
+
+
+def place(panel: Panel, step: float) -> float:
+    """Where the page's script puts a step: linear up to the threshold, which has the width of 0.35 / 0.9 decades."""
+
+    def along(x: float) -> float:
+        return (
+            0.35 / 0.9 * x / panel.threshold if x <= panel.threshold else 0.35 / 0.9 + math.log10(x / panel.threshold)
+        )
+
+    low, high = map(along, panel.limits)
+    return panel.box[0] + (along(step) - low) / (high - low) * (panel.box[2] - panel.box[0])
 
 
 def figures(said: Content) -> dict[str, Figure]:
@@ -143,23 +158,22 @@ def test_a_panel_says_where_each_step_is_drawn(said: Content) -> None:
         left, top, right, bottom = panel.box
         assert 0 < left < right <= width
         assert top < bottom
-        assert panel.scale == "log"
+        assert (panel.scale, panel.threshold) == ("symlog", 1.0)
         assert f'id="{panel.group}"' in one.svg
-        measured = [panel.places[panel.steps.index(s)] for s in STEPS[[12, 30, -1]]]
         drawn = np.array(re.findall(r'<use [^>]*x="([\d.]+)"', one.svg), dtype=float)
+        measured = [place(panel, float(s)) for s in STEPS[[12, 30, -1]]]
         assert all(np.abs(drawn - x).min() < 0.02 for x in measured), measured  # a mark lies there
-        assert panel.places == sorted(panel.places)
-    steps = one.panels[0].steps
-    assert {640.0, 635.0, 645.0} <= set(steps)  # the ends of an interval have their place
+        assert np.diff([place(panel, s) for s in (0.0, 0.5, 1.0, 1.1)]) @ [1, -1, 0] == pytest.approx(0)
 
 
 def test_a_heat_map_says_its_rows_and_values() -> None:
     made = figures(content(Run({"sketch": sketches(), "circuit": circuits()})))
     (panel,) = made["circuit-overlap"].panels
-    assert panel.scale == "columns"
+    assert panel.scale == "square"
     assert panel.rows[0] == "with step 1000"  # the first row is the top one, the last step
-    assert panel.values[0][-1] == 1.0
-    assert panel.values[0][0] == pytest.approx(2 / 6, abs=1e-3)
+    assert panel.unit == 0.01
+    assert panel.values[0][-1] == 100
+    assert panel.values[0][0] == 33  # 2 of 6
     assert (
         "0.023" in made["circuit-overlap"].caption
     )  # of two random sets of 4 of 100 edges: 0.14575 / 7 + 0.00698 · 2 / 6 + …
@@ -390,3 +404,17 @@ def test_a_notebook_shows_the_estimates_and_greys_the_rejected() -> None:
     assert f"<td>{number(float(derived['llc'][-1]), 4)}</td>" in html
     assert "1 of 1 estimates accepted" in llc(induction_run()["llc"].isel(step=-1))._repr_html_()
     assert "estimates accepted" not in derived[["se"]]._repr_html_()
+
+
+def test_a_notebook_shows_a_trajectory_and_an_event_escaped(tmp_path: Path) -> None:
+    store = Trajectory(tmp_path / "run.zarr", seed=3, title="<i>T</i>")
+    store.declare("w", {"instrument": "mine.<b>Norm", "fields": {}, "fingerprint": "ab", "doc": ""})
+    html = store._repr_html_()
+    assert "&lt;i&gt;T&lt;/i&gt;" in html
+    assert "seed 3" in html
+    assert "<td>&lt;b&gt;Norm</td>" in html
+    assert "<i>T" not in html
+    one = jump("<b>/x", 640, resolved=False, note="measure step 600")
+    assert event_html(one) == (
+        "<p><b>jump</b>: &lt;b&gt;/x rises by 1 at step 640 [635, 645] (p = 0.005, q = 0.01). Not resolved in time: measure step 600.</p>"
+    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -14,13 +16,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from devmon import DataError
+from devmon import DataError, Trajectory, Watch, every, observe
 from devmon import series as module
+from devmon.instruments import ProbeLoss
 from devmon.pretrained import causal_lm
 from devmon.selection import select
 from devmon.series import Checkpoint, Series
+from devmon.tokens import read_probe
 from devmon.weights import fitting, read_state
+from tests.hub import Hub, commit
 from tests.test_anatomy_sites import family
+from tests.test_measure import measure, rows, same
+from tests.test_tokens import text_of, tokenizer
+
+__all__ = ["tokenizer"]  # a fixture
 
 STATE = {"weight": torch.arange(4.0)[None], "bias": torch.tensor([0.5])}
 
@@ -208,75 +217,141 @@ def test_the_next_checkpoint_is_read_ahead_and_no_more_than_that(
 # ---- Hugging Face ----
 
 
-class Hub:
-    """What huggingface_hub answers, from folders: one a revision."""
-
-    def __init__(self, folder: Path, branches: list[str], tags: list[str] = ()) -> None:  # type: ignore[assignment]
-        self.folder, self.branches, self.tags = folder, branches, tags
-        self.downloads: list[tuple[str, str, tuple[str, ...]]] = []
-
-    def list_repo_refs(self, repository: str) -> Any:
-        if repository != "lab/model":
-            raise huggingface_hub.errors.RepositoryNotFoundError(
-                "404", response=SimpleNamespace(headers={}, request=None)
-            )  # type: ignore[arg-type]
-        named = [[SimpleNamespace(name=name) for name in names] for names in (self.branches, self.tags)]
-        return SimpleNamespace(branches=named[0], tags=named[1])
-
-    def snapshot_download(self, repository: str, *, revision: str, allow_patterns: list[str]) -> str:
-        self.downloads.append((repository, revision, tuple(allow_patterns)))
-        if not (self.folder / revision).is_dir():
-            raise OSError(f"no route to {revision}")
-        return str(self.folder / revision)
-
-    def hf_hub_download(self, repository: str, name: str, *, revision: str) -> str:
-        return str(self.folder / revision / name)
-
-
 def pretrained(folder: Path, seed: int = 0, **more: Any) -> Any:
     model = family("gpt_neox", seed)
     model.save_pretrained(folder, **more)
     return model
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Hub:
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
-    return hub
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Hub], Hub]]:
+    """Puts a stand-in in the hub's place: what talks to it is huggingface_hub itself."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with ExitStack() as stack:
+
+        def start(hub: Hub) -> Hub:
+            url = stack.enter_context(hub.serving())
+            monkeypatch.setattr(constants, "ENDPOINT", url)
+            monkeypatch.setattr(
+                constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+            )
+            return hub
+
+        yield start
 
 
-def test_revisions_of_the_hub_are_a_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = installed(monkeypatch, Hub(tmp_path, ["main", "step0", "step143000", "step512", "step9"]))
-    models = {name: pretrained(tmp_path / name, seed) for seed, name in enumerate(["step0", "step512"])}
-    (tmp_path / "step9").mkdir()
-    torch.save(models["step0"].state_dict(), tmp_path / "step9" / "pytorch_model.bin")
-    (tmp_path / "step9" / "config.json").write_text((tmp_path / "step0" / "config.json").read_text())
+def test_revisions_of_the_hub_are_a_series(tmp_path: Path, serve: Callable[[Hub], Hub]) -> None:
+    repository = tmp_path / "repository"
+    models = {name: pretrained(repository / name, seed) for seed, name in enumerate(["step0", "step512"])}
+    (repository / "step9").mkdir()
+    torch.save(models["step0"].state_dict(), repository / "step9" / "pytorch_model.bin")
+    (repository / "step9" / "config.json").write_text((repository / "step0" / "config.json").read_text())
+    hub = serve(Hub(repository, ["main", "step0", "step143000", "step512", "step9"]))
     series = Series.open("lab/model")
     assert series.steps == [0, 9, 512, 143000]
     assert series.pretrained
-    assert hub.downloads == []
+    assert series.tokenizer() == ("lab/model", "step143000")
+    assert not [path for path in hub.requests if "resolve" in path], "downloaded to list the steps"
     read = series.read(512)
     model = causal_lm(read, series.config())
     expected = models["step512"].state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     assert not model.training
-    assert hub.downloads == [("lab/model", "step512", ("*.json", "*.safetensors"))]
+    asked = " ".join(hub.requests)
+    assert f"/lab/model/resolve/{commit('step512')}/model.safetensors" in asked
+    assert f"{commit('step0')}/model.safetensors" not in asked
     assert causal_lm(series.read(9), series.config()).state_dict().keys() == expected.keys()
-    assert hub.downloads[-1] == ("lab/model", "step9", ("*.json", "*.bin"))
-    with pytest.raises(DataError, match=r"lab/model@step143000 cannot be downloaded \(OSError: no route"):
+    with pytest.raises(DataError, match=r"lab/model@step143000 cannot be downloaded \(\w+: "):
         series.read(143000)
     assert "the hub lists no revisions" in error("lab/none")
 
 
-def test_revisions_of_olmo_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_is_kept_or_forgotten_and_checked(tmp_path: Path, serve: Callable[[Hub], Hub]) -> None:
+    model = pretrained(tmp_path / "repository" / "step0")
+    serve(Hub(tmp_path / "repository", ["step0"]))
+    read = Series.open("lab/model", forget=True).read(0)
+    assert read.folder is not None
+    assert (read.folder / "config.json").is_file()
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")]
+    causal_lm(read, Series.open("lab/model").config())
+    folder = read.folder
+    state = read.state
+    del read
+    assert not folder.exists()
+    assert torch.equal(state["gpt_neox.embed_in.weight"], model.gpt_neox.embed_in.weight)
+    Series.open("lab/model").read(0)
+    (file,) = (tmp_path / "cache").rglob("model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.resolve().write_bytes(content)
+    with pytest.raises(DataError, match=r"lab/model@step0 is damaged on this disk: model.safetensors"):
+        Series.open("lab/model").read(0)
+
+
+@pytest.mark.parametrize("forget", [[], ["--forget"]], ids=str)
+def test_a_suite_of_the_hub_is_measured_by_its_name(
+    tmp_path: Path, serve: Callable[[Hub], Hub], tokenizer: str, forget: list[str]
+) -> None:
+    """As EleutherAI/pythia-70m is: a tokenizer in each revision, and one of them damaged."""
+    repository, names = tmp_path / "repository", ["step0", "step1", "step1000"]
+    for seed, name in enumerate(names):
+        pretrained(repository / name, seed)
+        for file in Path(tokenizer).iterdir():
+            (repository / name / file.name).write_bytes(file.read_bytes())
+    whole = (repository / "step1" / "model.safetensors").read_bytes()
+    (repository / "step1" / "model.safetensors").write_bytes(whole[:-9])
+    serve(Hub(repository, ["main", *names]))
+    (tmp_path / "text.txt").write_text(text_of(range(400)))
+    run = tmp_path / "run.zarr"
+    result = measure("lab/model", "--into", run, "--preset", "economy", "--tokens", tmp_path / "text.txt",
+                     "--sequences", 4, "--length", 12, "--watch", "loss", *forget)  # fmt: skip
+    assert result.exit_code == 1
+    assert "step 1 skipped (" in result.output, result.output
+    assert "2 rows measured, 1 checkpoints skipped" in result.output
+    assert bool([*(tmp_path / "cache").rglob("model.safetensors")]) == (not forget)
+    alone = Trajectory(tmp_path / "alone.zarr")
+    probe = read_probe(tmp_path / "text.txt", (tokenizer, None), 4, 12)
+    for seed, step in ((0, 0), (2, 1000)):
+        observe(step, family("gpt_neox", seed), [Watch("loss", ProbeLoss(probe.tokens), every(1))], alone)
+    same(rows(run), rows(alone.path))
+
+
+def test_revisions_of_olmo_are_told_apart(tmp_path: Path, serve: Callable[[Hub], Hub]) -> None:
     names = ["main", "stage1-step1000-tokens5B", "stage1-step150-tokens1B", "stage2-ingredient1-step1000-tokens3B"]
-    installed(monkeypatch, Hub(tmp_path, names[:2], names[2:]))
+    serve(Hub(tmp_path, names[:2], names[2:]))
     assert "two checkpoints of step 1000" in error("lab/model")
     assert Series.open("lab/model", pattern=r"^stage1-step(\d+)").steps == [150, 1000]
-    installed(monkeypatch, Hub(tmp_path, ["step1000-tokens4B", "step0-tokens0B"]))
+    serve(Hub(tmp_path, ["step1000-tokens4B", "step0-tokens0B"]))
     assert Series.open("lab/model").steps == [0, 1000]
+
+
+def test_exports_of_sharded_trainings_are_read(tmp_path: Path) -> None:
+    """What torch.distributed.checkpoint's and DeepSpeed's own converters write: one file, or shards with an index."""
+    from torch.distributed.checkpoint import format_utils, state_dict_saver
+
+    model = torch.nn.Linear(4, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = {"model": model.state_dict(), "step": 7}
+        state_dict_saver.save(content, checkpoint_id=str(tmp_path / "raw" / "step7"), no_dist=True)
+        with pytest.raises(DataError, match="holds the shards of DeepSpeed or FSDP: write whole weights"):
+            Series.open(tmp_path / "raw").read(7)
+        format_utils.dcp_to_torch_save(tmp_path / "raw" / "step7", tmp_path / "step7.pt")
+    folder = tmp_path / "step8"  # zero_to_fp32.py global_step8 step8 --max_shard_size
+    for n, (key, value) in enumerate(model.state_dict().items(), 1):
+        save(folder / f"pytorch_model-0000{n}-of-00002.bin", {f"module.{key}": value})
+    index = {f"module.{key}": f"pytorch_model-0000{n}-of-00002.bin" for n, key in enumerate(model.state_dict(), 1)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for step in (7, 8):
+        found = fitting(model, Series.open(tmp_path).read(step).state, "c")
+        assert {key: value.tolist() for key, value in found.items()} == {
+            key: value.tolist() for key, value in model.state_dict().items()
+        }
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(DataError, match="pytorch_model-00002-of-00002.bin cannot be read"):
+        Series.open(tmp_path).read(8)
 
 
 def test_a_checkpoint_that_is_not_whole_or_of_another_model_is_refused(tmp_path: Path) -> None:

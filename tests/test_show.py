@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import xarray as xr
 from typer.testing import CliRunner
 
 from devmon import Trajectory, Watch, every, observe
@@ -34,3 +35,46 @@ def test_what_the_overhead_budget_left_out_is_one_line(tmp_path):
     assert lines == ["left out to keep max_overhead: llc at 3 steps (50 to 100), lens at 1 step (75)"], shown
     page = report(store, tmp_path / "report.html").read_text()
     assert "Left out to keep max_overhead: llc at 3 steps (50 to 100), lens at 1 step (75)." in page
+
+
+def test_an_alarm_that_is_up_is_told_and_each_watch_is_read_once(tmp_path, monkeypatch):
+    store = Trajectory(tmp_path / "run.zarr")
+    alarm = {
+        "series": "loss/loss",
+        "kind": "jump",
+        "step": 640.2,
+        "low": 600,
+        "high": 700,
+        "raised_at": 800,
+        "status": "up",
+    }
+    store.record(alarms=[alarm, alarm | {"step": 90, "status": "withdrawn"}])
+    observe(0, torch.nn.Linear(2, 2), [Watch("scores", heads, every(1))], store)
+    reads = []
+    read = Trajectory.__getitem__
+    monkeypatch.setattr(Trajectory, "__getitem__", lambda self, name: reads.append(name) or read(self, name))
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(store.path)]).output
+    lines = [line for line in shown.splitlines() if line.startswith("provisional")]
+    assert lines == ["provisional alarm: jump of loss/loss at about step 640 (600 to 700), raised at step 800"], shown
+    assert reads == ["scores"]
+    assert "scores/score max" in shown
+    assert "head=" not in shown
+
+
+def heads(snapshot):
+    return xr.Dataset({"score": (("layer", "head"), torch.rand(1, 3).numpy())}, attrs={"headline": ["score"]})
+
+
+def test_first_and_latest_are_those_of_the_whole_run(tmp_path):
+    store = Trajectory(tmp_path / "run.zarr")
+    for step in (0, 1, 2, 10):
+        observe(step, torch.nn.Linear(2, 2), [Watch("own", half_more, every(1))], store)
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(store.path)]).output
+    (line,) = [line.split() for line in shown.splitlines() if line.strip().startswith("own/x")]
+    assert line[1:] == ["0", "15"], shown
+    (line,) = [line.split() for line in shown.splitlines() if line.strip().startswith("own ")]
+    assert line[2:5] == ["4", "0", "10"], shown
+
+
+def half_more(snapshot):
+    return xr.Dataset({"x": ((), snapshot.step * 1.5)})

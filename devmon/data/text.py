@@ -43,17 +43,12 @@ def read_text(path: str | os.PathLike[str] | None = None, *, least: int = 20_000
 
     Raises `DataError` where the path is missing, holds no text, or has fewer than `least` characters.
     """
+    documents = read_documents(path)
     if path is None:
-        files = _files(Path(sysconfig.get_path("stdlib")), ".py")
-        source = f"Python standard library, {len(files)} source files"
-    elif not Path(path).exists():
-        raise DataError(f"there is no text at {path}: give a text file or a folder of text files")
-    elif Path(path).is_dir():
-        files = _files(Path(path))
-        source = f"{len(files)} files of {Path(path).name}/"
+        source = f"Python standard library, {len(documents)} source files"
     else:
-        files, source = [Path(path)], Path(path).name
-    text = "\n".join(_read(file) for file in files)
+        source = f"{len(documents)} files of {Path(path).name}/" if Path(path).is_dir() else Path(path).name
+    text = "\n".join(documents)
     if len(text) < least:
         raise DataError(
             f"{path or 'the standard library'} holds {len(text)} characters of UTF-8 text, at least {least} are needed: "
@@ -69,6 +64,18 @@ def read_text(path: str | os.PathLike[str] | None = None, *, least: int = 20_000
     cut = len(symbols) * 9 // 10
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Text(symbols[:cut], symbols[cut:], alphabet, digest, source)
+
+
+def read_documents(path: str | os.PathLike[str] | None = None) -> list[str]:
+    """The texts of a file, of all files of a folder, or, without a path, of the standard library's own sources; a file
+    that is not UTF-8 is an empty one. Raises `DataError` where the path is missing."""
+    if path is None:
+        files = _files(Path(sysconfig.get_path("stdlib")), ".py")
+    elif not Path(path).exists():
+        raise DataError(f"there is no text at {path}: give a text file or a folder of text files")
+    else:
+        files = _files(Path(path)) if Path(path).is_dir() else [Path(path)]
+    return [_read(file) for file in files]
 
 
 def _files(folder: Path, suffix: str = "") -> list[Path]:

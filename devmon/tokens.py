@@ -1,0 +1,163 @@
+"""The probe data of a language model: tokens as they are in a file, or made of text by the tokenizer of the series.
+
+.npy, .pt, .safetensors                  tokens (batch, pos), taken as they are
+a text file, or a folder of them         cut into pieces, shuffled, made tokens by the tokenizer
+a folder of `Dataset.save_to_disk`       its column input_ids as it is, or text by the tokenizer
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from devmon.data import probe_tokens
+from devmon.data.text import read_documents
+from devmon.errors import DataError, DevmonError
+
+ARRAYS = (".npy", ".pt", ".safetensors")
+SEQUENCES, LENGTH = 64, 256  # of tokens made of text, where nothing else is asked
+PIECE = 16  # characters of a piece of text, for each token of a sequence: about four sequences
+SPLITS = ("validation", "test", "train")  # of a dataset, the first there is
+Place = tuple[str, str | None]  # of a tokenizer: a folder or a name on the hub, and its revision
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`tokens` (batch, pos) int64, the probe batch, and `examples` (n, pos) int64, which an LLC is sampled on."""
+
+    tokens: Tensor
+    examples: Tensor
+
+    def save(self, folder: Path) -> Path:
+        """Write both into a file of `folder` that is named by their content."""
+        from safetensors.torch import save
+
+        content = save({"tokens": self.tokens.clone(), "examples": self.examples.clone()})
+        file = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+        if not file.exists():
+            folder.mkdir(exist_ok=True)
+            fresh = file.with_suffix(".part")
+            fresh.write_bytes(content)
+            fresh.replace(file)
+        return file
+
+
+def read_probe(where: Path, tokenizer: Place | None, sequences: int | None = None, length: int | None = None,
+               examples: int = 0) -> Probe:  # fmt: skip
+    """The probe data that `where` holds, or that are made of it: the same for the same text and tokenizer.
+
+    Of an array `sequences` and `length` take the first; its examples are all of it (unless the file brings them). Text is
+    cut into pieces, whose order is shuffled by a fixed seed, with the tokenizer's end of text between them; the first
+    `sequences` x `length` tokens are the batch and the next `examples` sequences the examples. Raises DataError where
+    there is nothing to read, no tokenizer, or too little text.
+    """
+    if where.suffix in ARRAYS:
+        held = _arrays(where)
+        tokens = held["tokens"][:sequences, :length]
+        return Probe(tokens, held.get("examples", held["tokens"]))
+    sequences, length = sequences or SEQUENCES, length or LENGTH
+    stream: list[int] = []
+    needed = (sequences + examples) * length
+    for part in _parts(where, tokenizer, length):
+        stream += part
+        if len(stream) >= needed:
+            break
+    else:
+        raise DataError(f"{where} gives {len(stream)} tokens, {sequences} + {examples} sequences of {length} need {needed}: "
+                        "give more text, or less of --sequences, --length or --llc examples=N")  # fmt: skip
+    found = probe_tokens(torch.tensor(stream[:needed]).reshape(-1, length), f"--tokens {where.name}")
+    return Probe(found[:sequences].clone(), (found[sequences:] if examples else found).clone())
+
+
+def _parts(where: Path, place: Place | None, length: int) -> Iterator[list[int]]:
+    """The tokens of pieces of text, or of the rows of a dataset, in an order that is always the same."""
+    if any((where / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        rows, column = _dataset(where)
+        texts: Sequence[Any] = range(len(rows))
+        read: Callable[[Any], Any] = lambda index: rows[index][column]  # noqa: E731
+    else:
+        size = PIECE * length
+        texts = [text[i : i + size] for text in read_documents(where) for i in range(0, len(text), size)]
+        read = str
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    encode: Callable[[str], list[int]] | None = None
+    for index in order:
+        found = read(texts[index])
+        if isinstance(found, str):
+            encode = encode or _encoder(where, place)
+            yield encode(found[: PIECE * length])
+        else:
+            yield [int(token) for token in found]
+
+
+def _encoder(where: Path, place: Place | None) -> Callable[[str], list[int]]:
+    """What makes tokens of a piece of text, with an end of text after it where the tokenizer has one."""
+    if place is None:
+        raise DataError(f"{where} is text, and no tokenizer lies with the series: give --tokenizer FOLDER (or owner/name), "
+                        "or tokens in a .npy, .pt or .safetensors file")  # fmt: skip
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place[0], revision=place[1] or "main", trust_remote_code=False)
+    except Exception as error:  # of files, the network, the hub and transformers
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(f"the tokenizer {place[0]} cannot be had ({reason}): give --tokenizer") from error
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return lambda text: [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+
+
+def _dataset(folder: Path) -> tuple[Any, str]:
+    """The rows of a dataset on disk, and the column to read."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{folder} is a dataset of Hugging Face: pip install datasets, or give a text file or an array"
+        ) from None
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(f"the dataset {folder} cannot be read ({reason})") from error
+    if isinstance(found, dict):
+        found = found[next((split for split in SPLITS if split in found), next(iter(found)))]
+    for column in ("input_ids", "tokens", "text", "content"):
+        if column in found.column_names:
+            return found, column
+    raise DataError(
+        f"the dataset {folder} has the columns {', '.join(found.column_names)}: one must be input_ids or text"
+    )
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    """The tokens (batch, pos) int64 that a file holds, with the examples that `Probe.save` put beside them."""
+    held: Any
+    try:
+        if path.suffix == ".npy":
+            held = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix == ".pt":
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            from safetensors.torch import load_file
+
+            held = load_file(path)
+            held = next(iter(held.values())) if len(held) == 1 else held
+    except DevmonError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(f"the tokens {path} cannot be read ({reason}): give integers (batch, pos)") from None
+    named = held if isinstance(held, dict) and held.keys() == {"tokens", "examples"} else {"tokens": held}
+    for value in named.values():
+        if not isinstance(value, Tensor):
+            raise DataError(
+                f"the tokens {path} are to be one array (batch, pos) of integers, got {type(value).__name__}"
+            )
+    return {name: probe_tokens(value, f"--tokens {path.name}") for name, value in named.items()}

@@ -19,6 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from devmon import DevmonError, Trajectory, Watch, observe
+from devmon.analysis import Detection
+from devmon.analysis.report import content_of
+from devmon.analysis.report_drawing import write_whole
+from devmon.analysis.report_pages import WRITERS
 from devmon.callbacks import CheckpointSeries, Monitor, checkpoints, latest
 from devmon.recipes.language_model import Bar, quiet
 from devmon.source import with_weights
@@ -115,6 +119,12 @@ def measure_checkpoints(
         if due:
             observe(step, with_weights(model, path), due, trajectory)
     trajectory.fold()
+
+
+def write_report(run: Trajectory, out: Path, detection: Detection) -> None:
+    """OUT/report.html and OUT/figures/ of a run whose events are known already."""
+    content = content_of(run, figures=out / "figures", detection=detection)
+    write_whole(out / "report.html", WRITERS[".html"](content, figures="figures").encode())
 
 
 def conclude(out: Path, checks: Iterable[Check], console: Console, facts: Mapping[str, Any] | None = None) -> None:

@@ -37,10 +37,10 @@ from rich.console import Console
 from scipy.stats import beta
 
 from devmon import Trajectory, Watch, every, log_spaced
-from devmon.analysis import Detection, compare_runs, detect, llc, report
-from devmon.analysis.stages import extent
+from devmon.analysis import Detection, Event, compare_runs, detect, llc
+from devmon.analysis.stages import extent, meet
 from devmon.instruments import LLC, FourierSpectrum, RestrictedLoss
-from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, told_in_one_line
+from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, told_in_one_line, write_report
 from devmon.sampling import classification_loss
 from devmon.snapshot import derive_seed
 
@@ -87,7 +87,7 @@ class OneHiddenLayer(torch.nn.Module):
 
 
 class OneLayerTransformer(torch.nn.Module):
-    """Tokens a, b, = (batch, 3) to logits (batch, 3, p + 1), as published: no LayerNorm, weights N(0, 1 / d)."""
+    """Tokens a, b, = (batch, 3) to logits (batch, 3, p), as published: no LayerNorm, weights N(0, 1 / d)."""
 
     def __init__(self, form: Form, heads: int = 4) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class OneLayerTransformer(torch.nn.Module):
         self.embed, self.pos = torch.nn.Embedding(form.p + 1, d), torch.nn.Embedding(3, d)
         self.qkv, self.out = torch.nn.Linear(d, 3 * d, bias=False), torch.nn.Linear(d, d, bias=False)
         self.up, self.down = torch.nn.Linear(d, form.hidden), torch.nn.Linear(form.hidden, d)
-        self.unembed = torch.nn.Linear(d, form.p + 1, bias=False)
+        self.unembed = torch.nn.Linear(d, form.p, bias=False)
         for name, weight in self.named_parameters():
             torch.nn.init.zeros_(weight) if "bias" in name else torch.nn.init.normal_(weight, std=d**-0.5)
 
@@ -200,22 +200,42 @@ def facts(trajectory: Trajectory, form: Form, keys: tuple[int, ...]) -> dict[str
     gini = trajectory["spectrum"]["gini"].sel(parameter="embed.weight")
     return {
         "keys": list(keys), "half": half, "end": end, "gini": [float(gini[0]), float(gini[-1])],
-        "llc": {} if top is None else {
+        "llc": dict.fromkeys(("height", "height_se", "height_step", "end", "end_se"), math.nan) if top is None else {
             "height": float(top["llc"]), "height_se": float(top["se"]), "height_step": int(top["step"]),
             "end": float(found["llc"][-1]), "end_se": float(found["se"][-1]), "accepted": found.sizes["step"],
         },
     }  # fmt: skip
 
 
+def phases(half: dict[str, float], detection: Detection) -> dict[str, Event]:
+    """The events of the three phases, as far as there are any: a change over more than a decade of steps, which the
+    longer form has, is none that stands out from drift in log step."""
+    windows = {
+        "memorise: train_loss": (half["train"], half["train"]),
+        "build: restricted_loss": (half["train"] * 2, half["test"]),
+        "clean up: test_loss": (half["restricted"], half["test"]),
+    }
+    found = {}
+    for name, window in windows.items():
+        own = [e for e in detection.events if e.series.endswith(name.partition(": ")[2])]
+        near = [
+            e for e in own if meet(extent(e), window) and (e.size < 0 or e.kind == "turn")
+        ]  # falls, and where they begin
+        if near:
+            found[name] = min(near, key=lambda e: e.p_value)
+    return found
+
+
 def checks(found: dict[str, Any], detection: Detection, form: Form) -> list[Check]:
     half, end, height = found["half"], found["end"], found["llc"]
-    seen = [name for name in ("train", "test") if any(
-        e.series.endswith(f"/{name}_loss") and extent(e)[0] <= half[name] <= extent(e)[1] for e in detection.events)]  # fmt: skip
+    seen = phases(half, detection)
+    onsets = [extent(event)[0] for event in seen.values()]
     return [
         Check("memorised (train loss below half of a guess), step", half["train"], 1, form.steps / 10, "p 113: by 1400"),
         Check("circuit (restricted loss) after that, ratio of steps", half["restricted"] / half["train"], 1.5, published="p 113: 1400 to 9400"),
         Check("generalised (test loss) after that, ratio of steps", half["test"] / half["restricted"], 1.05, published="p 113: 9400 to 14000"),
-        Check("first and last of these changes, found by the detector", len(seen), 2),
+        Check("phases that the detector finds (of three)", len(seen), 2, 3),
+        Check("their onsets in the known order", onsets == sorted(onsets), 1, published="memorise, build, clean up"),
         Check("key frequencies at the end", len(found["keys"]), 3, 10, "p 113: 5"),
         Check("their share of the logits' variance", end["key_power"], 0.75, 1),
         Check("test loss at the end, nats", end["test_loss"], 0, 0.1),
@@ -256,7 +276,7 @@ def run(
         if seeds == 1:
             detection, found = study(out, form, seed, accelerator, console)
             trajectory = Trajectory(out / "trajectory.zarr", "r")
-            report(trajectory, out / "report.html", figures=out / "figures")
+            write_report(trajectory, out, detection)
             conclude(out, checks(found, detection, form), console, found)
         else:
             pairs = {

@@ -35,8 +35,8 @@ from rich.console import Console
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from devmon import Trajectory, Watch, every, log_spaced
-from devmon.analysis import Series, compare_runs, llc, plots, report, series_of
-from devmon.analysis.report_figures import write_whole
+from devmon.analysis import Series, compare_runs, llc, plots, series_of
+from devmon.analysis.report_drawing import write_whole
 from devmon.analysis.report_pages import WRITERS
 from devmon.analysis.report_runs import runs_content
 from devmon.analysis.runs import RunsComparison, sign_test
@@ -45,7 +45,7 @@ from devmon.callbacks import checkpoints
 from devmon.data.text import Text, read_text
 from devmon.instruments import LLC, Composition, HeadAblation
 from devmon.recipes import language_model as lm
-from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, told_in_one_line
+from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, told_in_one_line, write_report
 
 ROLE = 0.3  # attention from which a head is called an induction or a previous-token head
 ORDER = ("K-composition", "previous token", "prefix matching", "repeat gain")
@@ -199,7 +199,7 @@ def main(out: Path, form: Form, console: Console) -> None:
     plots.plot_runs({f"{head}, {doing[head]}": [curve] for head, curve in curves.items()})[0].savefig(
         out / "heads.png", dpi=150
     )
-    report(first, out / "seed-0" / "report.html", figures=out / "seed-0" / "figures")
+    write_report(first, out / "seed-0", compared.detections["seed-0"])
     half = {name: halves(run) for name, run in runs.items()}
     found = clusters(curves, max(2, len(set(doing.values()))))
     rand = agreement([found[head] for head in doing], list(doing.values()))

@@ -34,10 +34,10 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 from devmon import Snapshot, Trajectory, Watch, every, log_spaced
-from devmon.analysis import report
+from devmon.analysis import detect
 from devmon.callbacks import latest
 from devmon.cli import app as devmon
-from devmon.recipes.common import Check, conclude, fit, told_in_one_line
+from devmon.recipes.common import Check, conclude, fit, told_in_one_line, write_report
 from devmon.source import with_weights
 
 STEPS, RATE = 400, 0.2
@@ -116,7 +116,7 @@ def main(out: Path, seed: int, console: Console) -> None:
     offline = ["--into", str(out / "offline.zarr"), "--source", f"{__file__}:study", "--seed", str(seed)]
     devmon(["measure", str(out / "checkpoints"), *offline], standalone_mode=False)
     one, two = (run["dead_units"] for run in (online, Trajectory(out / "offline.zarr", "r")))
-    report(online, out / "report.html")
+    write_report(online, out, detect(online))
     path = latest(out / "checkpoints")
     assert path is not None
     hidden = with_weights(study()[0], path)[:2](digits()[0])  # type: ignore[index]

@@ -119,10 +119,10 @@ def positives(runs: int, strict: dict[str, float | None], seed: int) -> dict[str
                 for name, search in searches.items():
                     mine = np.zeros(3)
                     for found, (_, truth) in zip(search(steps, [y for y, _ in drawn]), drawn, strict=True):
-                        near = [event for event in found if _near(event[0], truth[0])]
-                        mine += (bool(near), not near, len(found) - bool(near))
-                        if name == "devmon" and near:
-                            best = min(near, key=lambda event: abs(np.log(event[0] / truth[0])))
+                        close = [event for event in found if near(event[0], truth[0])]
+                        mine += (bool(close), not close, len(found) - bool(close))
+                        if name == "devmon" and close:
+                            best = min(close, key=lambda event: abs(np.log(event[0] / truth[0])))
                             right_kind.append(best[2] == family)
                             if points >= 60 and not variant.endswith("SNR 1"):
                                 assert best[1] is not None
@@ -140,20 +140,22 @@ def positives(runs: int, strict: dict[str, float | None], seed: int) -> dict[str
     return table
 
 
-def published(runs: int, seed: int) -> dict[str, Any]:
+def published(
+    runs: int, seed: int, points: Sequence[int] = (60, 100, 200), others: Sequence[str] = tuple(BASELINES)
+) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, (boundaries, _) in STAGES.items():
-        for points in (60, 100, 200):
-            steps = np.unique(np.round(np.geomspace(100, boundaries[-1], points)))
+        for count in points:
+            steps = np.unique(np.round(np.geomspace(100, boundaries[-1], count)))
             drawn = [staged(name, steps, np.random.default_rng([seed, i])) for i in range(runs)]
             row: dict[str, Any] = {}
-            for who, search in {"devmon": ours, **{b: theirs(f) for b, f in BASELINES.items()}}.items():
+            for who, search in {"devmon": ours, **{b: theirs(BASELINES[b]) for b in others}}.items():
                 hits, extra, all_found = [], [], 0
                 for found, (_, truth) in zip(search(steps, [y for y, _ in drawn]), drawn, strict=True):
-                    near = [any(abs(np.log(max(e[0], 1) / t)) < np.log1p(TOLERANCE) for e in found) for t in truth]
-                    hits.append(np.mean(near))
-                    extra.append(len(found) - sum(near))
-                    all_found += all(near)
+                    hit = [any(abs(np.log(max(e[0], 1) / t)) < np.log1p(TOLERANCE) for e in found) for t in truth]
+                    hits.append(np.mean(hit))
+                    extra.append(len(found) - sum(hit))
+                    all_found += all(hit)
                 row[who] = {"boundaries found": round(float(np.mean(hits)), 3), "all found": all_found / runs,
                             "events too many": round(float(np.mean(extra)), 2)}  # fmt: skip
             rows[f"{name}, {len(steps)} points"] = row
@@ -197,7 +199,7 @@ def speed(rounds: int, seed: int) -> dict[str, Any]:
     return rows
 
 
-def _near(step: float, truth: float) -> bool:
+def near(step: float, truth: float) -> bool:
     return abs(np.log10(max(step, 0.5) / truth)) <= TOLERANCE * np.log10(truth)
 
 

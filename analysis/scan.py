@@ -27,6 +27,7 @@ TIGHT = 1e-12  # residual sums of squares below this share are rounding
 ENOUGH = 10  # simulation stops early at this many nulls as large as the data (Besag & Clifford 1991)
 USUAL = 0.9  # a further shape counts by what it adds to the gain beyond this quantile of the nulls
 BEHIND = 6.0  # covariances this much less likely than the best for every null of a batch are not scanned for it
+SPARE = 2.0  # shapes that add less than this to the case beyond chance are left to later tests
 TAIL = 0.25  # share of the largest nulls to which an exponential tail is fitted
 LEAST = 1e-4  # no p-value is below this
 BLOCK = 16  # series scanned at once: always as many, so that a series alone gives the numbers it gives among others
@@ -150,7 +151,7 @@ class Scan:
         return drawn[:count]
 
     def test(self, path: Path, n_null: int) -> tuple[float, int]:
-        """P-value of one series by its path, and how many shapes make its case best.
+        """P-value of one series by its path, and how few shapes make its case all but as good as any.
 
         The case is max over n of (gain after n shapes - its USUAL quantile over the nulls); p is `tail_p` of it.
         """
@@ -161,7 +162,7 @@ class Scan:
             cases, case = (nulls - usual).max(1), float((gains - usual).max())
             if np.sum(cases >= case) >= ENOUGH:
                 break
-        return tail_p(case, cases), int(np.argmax(gains - usual)) + 1
+        return tail_p(case, cases), int(np.argmax(gains - usual >= case - SPARE)) + 1
 
 
 def _index(thetas: list[Theta], theta: Theta) -> int:

@@ -15,6 +15,7 @@ SPIKE = 12.0  # gain in log likelihood (about 5 sd) from which a point is left o
 LIKELY = 10  # covariances over which a location is averaged
 FAR = 10.0  # covariances this much less likely than the best, with and without shapes, play no part in what is found
 KEPT = 0.75  # share of a jump that drift leaves standing
+UNKINKED = 0.5  # share of a pulse that neither drift nor a kink of it explains
 STEEPER = 3.0  # a jump is at least this many times as steep as the curve beside it
 
 
@@ -139,7 +140,7 @@ def is_event(null: Whitened, y: Array, jumps: list[Jump], which: int, level: flo
     if jump.form != PULSE and jump.middle[1] > WIDEST:
         return False
     steep, kept = character(null, y, jumps, which)
-    return kept >= KEPT and (jump.form == PULSE or steep >= STEEPER)
+    return kept >= (KEPT if jump.form != PULSE else UNKINKED) and steep >= STEEPER
 
 
 def character(null: Whitened, y: Array, jumps: list[Jump], which: int) -> tuple[float, float]:
@@ -149,24 +150,29 @@ def character(null: Whitened, y: Array, jumps: list[Jump], which: int) -> tuple[
     windows of the same width before and after, of which the steeper counts. An exact power law or a rise over two
     decades has curvature that no noise hides, but no place that is steeper than its surroundings.
 
-    Kept is the change of the curve over t10-t90 (of a pulse: its height over the two feet), as a share of the change
-    of the shape alone: a large shape that drift undoes at once mends a bend of the drift.
+    Kept is the change of the curve over t10-t90 as a share of the change of the shape alone: a large shape that drift
+    undoes at once mends a bend of the drift. Of a pulse it is the height over the mean of its two feet, or the share of
+    that height which no kink explains if that is less: a kink by which the slope beyond the feet changes is half its
+    change times the distance of a foot below that mean.
     """
     grid = null.grid
     c, w = jumps[which].middle
     w = max(w, float(grid.gaps[np.clip(np.searchsorted(grid.x, c) - 1, 0, len(grid.gaps) - 1)]))
     pulse = jumps[which].form == PULSE
-    at = np.clip(c + w * np.array([-1.0, 0, 1.0, 1.0] if pulse else [-1.5, -0.5, 0.5, 1.5]), grid.x[0], grid.x[-1])
+    apart = [-2.0, -1.0, 0.0, 1.0, 2.0] if pulse else [-1.5, -0.5, 0.5, 1.5]
+    at = np.clip(c + w * np.array(apart), grid.x[0], grid.x[-1])
     columns, owner = columns_of(grid, shapes_of(jumps), at)
     columns[:, (owner >= 0) & (owner != which)] = 0
     smoother, _ = null.smoother(int(np.argmax(null.loglik(null.rss(y)))), at, columns)
     curve, shape = smoother @ y, shapes_of(jumps[which : which + 1]).height(at)[0] * np.median(jumps[which].size)
     length = np.diff(at)
-    slope = np.abs(np.diff(curve)) / np.maximum(length, 1e-9)
-    beside = [slope[i] for i in (0, 2) if length[i] > w / 4]
-    steep = float(slope[1] / max(*beside, 1e-12, 1e-12)) if beside else np.inf
+    slope = np.diff(curve) / np.maximum(length, 1e-9)
     if pulse:
-        return steep, float((curve[1] - (curve[0] + curve[2]) / 2) / (shape[1] - (shape[0] + shape[2]) / 2))
+        height, whole = (h[2] - (h[1] + h[3]) / 2 for h in (curve, shape))
+        kink = abs(slope[3] - slope[0]) * w / 2 if min(length[0], length[3]) > w / 4 else 0.0
+        return np.inf, float(min(height / whole, 1 - kink / max(abs(height), 1e-12) if height * whole > 0 else 0.0))
+    beside = [abs(slope[i]) for i in (0, 2) if length[i] > w / 4]
+    steep = float(abs(slope[1]) / max(*beside, 1e-12, 1e-12)) if beside else np.inf
     return steep, float((curve[2] - curve[1]) / (shape[2] - shape[1]))
 
 

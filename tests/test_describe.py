@@ -77,7 +77,7 @@ def test_the_commands(tmp_path: Path) -> None:
         LLC(TOKENS, chains=2, draws=3, burn_in=2, batch_size=4, lr=1e-6, control_variate=True),
         LLC(TOKENS, chains=3, draws=3, burn_in=2, batch_size=4, lr=1e-6, control_variate=True, shared_batches=True),
     ],
-    ids=repr,
+    ids=lambda instrument: type(instrument).__name__,
 )
 def test_the_cost_is_what_passes_through_the_model(instrument: object) -> None:
     model = even(20, 16).float()

@@ -8,10 +8,10 @@ any predictor can do, whose error is computed here exactly up to its quadrature 
 
 Numbers to expect: published, with the schedule of 500 000 steps: error 4.45, 4.13 (step 1k), 1.90 (40k), 1.75 (500k), λ̂
 -0.7, 20.7, 169 (169 to 171 over five seeds at 40k), 116 (116 to 141). Default here, 8000 steps of the same shape of
-schedule: error 4.13 where it has learnt the prior, below 2.1 at the end; λ̂ rises past 100. Where notes on the study say
+schedule: expected error 4.13 where it has learnt the prior, below 2.1 at the end; λ̂ past 100. Where notes on the study say
 K = 16, eight pairs make up the 16 tokens: 16 pairs would let ridge regression reach .93, eight let it reach 1.658.
 
-Cost: 15 minutes on one core (stages LR1 and LR2), λ̂ by a kernel with momentum. `--full`: 500 000 steps and the published λ̂
+Cost: estimated 15 minutes on one core (stages LR1 and LR2; not yet run to its end), λ̂ by a kernel with momentum. `--full`: 500 000 steps and the published λ̂
 (10 chains of 6000 draws of batch 1024, at about 50 steps), for a GPU; not run yet. `--fast`: 20 seconds, checked.
 Writes OUT/trajectory.zarr, OUT/report.html, OUT/figures/, OUT/results.json. The same command goes on with an interrupted run.
 """

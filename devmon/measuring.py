@@ -56,7 +56,7 @@ class Study:
     def __init__(self, plan: Plan, *, read_only: bool = False) -> None:
         self.plan = plan
         if plan.threads is not None:
-            torch.set_num_threads(plan.threads)
+            _limit_threads(plan.threads)
         self.series = Series.open(plan.series, pattern=plan.pattern, allow_pickle=plan.allow_pickle, forget=plan.forget)
         self.steps = select(self.series.steps, plan.steps)
         self.config = self.series.config()
@@ -240,3 +240,12 @@ def _in_parts(watches: Iterable[Watch], parts: int) -> list[Watch]:
 
 def _name(watch: Watch) -> str:
     return watch.name
+
+
+def _limit_threads(count: int) -> None:
+    """Of torch and of the linear algebra that NumPy and SciPy bring: sums are rounded by how many threads share them."""
+    import scipy.linalg  # noqa: F401  # what is loaded later would not be limited
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(count)
+    threadpool_limits(count)

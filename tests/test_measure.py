@@ -618,3 +618,15 @@ def test_a_step_is_taken_when_the_one_before_is_begun(plain: Path) -> None:
     plan = Plan(str(plain / "saved"), str(plain / "run.zarr"), f"{plain / 'script.py'}:study", watch=("drawn",))
     Study(plan).measure(dealt(), lambda event: log.append(f"measured {event.step}"))
     assert log == [8, 4, "measured 8", 0, "measured 4", "measured 0"]
+
+
+def test_threads_are_those_of_numpy_too(plain: Path) -> None:
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def blas() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    with threadpool_limits(2):
+        assert blas() == {2}
+        Study(Plan(str(plain / "saved"), str(plain / "run.zarr"), f"{plain / 'script.py'}:study", threads=1))
+        assert blas() == {1}

@@ -57,7 +57,7 @@ def run_level(name: str) -> bool:
 
 
 def is_sure(event: Event) -> bool:
-    """Whether an event stands after the correction for the number of tests (q <= 0.05; p where q is not known)."""
+    """Whether an event stands after the correction for the number of series (q <= 0.05; p where q is not known)."""
     return (event.p_value if event.q_value is None else event.q_value) <= Q
 
 

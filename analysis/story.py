@@ -203,7 +203,7 @@ def _against(series: Sequence[Series], detection: Detection, verdicts: Mapping[s
     if weak:
         said.append(
             f"{_count(len(weak), 'event')} found in a single series {'does' if len(weak) == 1 else 'do'} not stand "
-            f"among {detection.family} tests (q > 0.05): {_some(list(map(phrase, weak)))}."
+            f"among {detection.family} series (q > 0.05): {_some(list(map(phrase, weak)))}."
         )
     sure = [event for event in detection.events if is_sure(event)]
     unresolved = [event for event in sure if not event.resolved]

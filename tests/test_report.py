@@ -194,7 +194,7 @@ def test_no_event_is_stated_as_a_result_and_weak_events_argue_nothing() -> None:
     assert head == "NO EVENT"
     assert "control" in happened
     assert "NO EVENT: in 2 series and 40 tests" in happened
-    assert "1 event found in a single series does not stand among 40 tests" in against
+    assert "1 event found in a single series does not stand among 40 series" in against
 
 
 def test_rejection_and_lack_of_data_have_their_own_names() -> None:

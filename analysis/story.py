@@ -229,11 +229,10 @@ def _against(series: Sequence[Series], detection: Detection, verdicts: Mapping[s
     few = [name for name, fit in level.items() if fit.outcome == "UNRESOLVED"]
     if few:
         said.append(f"Too few checkpoints to say anything of {_some(few)}.")
-    floor = 1 / (1 + int(detection.settings.get("n_null", 0)))
-    if floor < 1 and detection.family:
+    if (nulls := int(detection.settings.get("n_null", 0))) and detection.family:
         said.append(
-            f"No p-value can be below {number(floor)} ({detection.settings['n_null']} simulated nulls); intervals and "
-            "p-values are about noise within this one run and say nothing of other seeds."
+            f"p-values below {number(1 / (1 + nulls))} are extrapolated from the largest of {nulls} simulated nulls; "
+            "intervals and p-values are about noise within this one run and say nothing of other seeds."
         )
     return said
 

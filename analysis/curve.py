@@ -7,6 +7,7 @@ the curve with nulls that lack the feature but have the same noise, autocorrelat
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from devmon.analysis.jumps import Jump, shapes_of
 from devmon.analysis.shapes import columns_of
-from devmon.analysis.smooth import Array, Grid, Whitened, shares
+from devmon.analysis.smooth import Array, Grid, Whitened, normalised, shares
 
 MANY = 40  # checkpoints from which a change of the noise is told from chance
 UNEVEN = 4.0  # ratio of noise sizes along the series from which their change is modelled
@@ -30,7 +31,7 @@ class Curve:
         self.null, self.jumps, self.y, self.seed = null, jumps, y, seed
         self.at = places(null.grid)
         self.columns_at = columns_of(null.grid, shapes_of(jumps), self.at)[0]
-        self.weights = null.weights(y)
+        self.weights = normalised(null.as_curve(null.rss(y)))
         self.weights[np.argsort(-self.weights, kind="stable")[LIKELY:]] = 0
         self.weights /= self.weights.sum()
         self.best = int(np.argmax(self.weights))
@@ -82,23 +83,35 @@ class Curve:
     def noise_profile(self) -> Array | None:
         """(n,) relative sd of the noise at each checkpoint where it plainly varies, else None.
 
-        From squared differences of neighbouring residuals, in units of the likeliest noise of constant size and smoothed
-        over the index; it varies plainly where the largest is UNEVEN times the smallest, of at least MANY points.
+        From squared differences of neighbouring residuals, in units of the likeliest noise of constant size or shaped like
+        the standard errors, and smoothed over the index; it varies plainly where the largest is UNEVEN times the smallest,
+        of at least MANY points.
         """
         grid = self.null.grid
         kept = np.delete(np.arange(len(grid.x)), list(self.null.spikes))
         residual = (self.y - np.interp(grid.x, self.at, self.mean))[kept]
-        flat = [k for k, theta in enumerate(grid.thetas) if theta.shape == "flat"]
-        likeliest = grid.noise[max(flat, key=lambda k: self.weights[k])] if flat else np.eye(len(grid.x))
-        size = np.diagonal(likeliest)[kept]
-        squares = np.square(np.diff(residual)) / (size[1:] + size[:-1])
+        size, relative = self._usual_noise()
+        squares = np.square(np.diff(residual)) / (size[kept[1:]] + size[kept[:-1]])
         apart = np.subtract.outer(np.arange(len(grid.x)), (kept[1:] + kept[:-1]) / 2)
         kernel = np.exp(-0.5 * (apart / max(len(kept) / 12, 4)) ** 2)
         sd = np.sqrt(kernel @ squares / kernel.sum(1))
         if len(kept) < MANY or not sd.min() * UNEVEN < sd.max():
             return None
+        sd *= relative
         sd = np.maximum(sd, sd.max() / 30)
         return np.repeat(sd, np.diff(np.append(grid.starts, len(grid.steps))))
+
+    def _usual_noise(self) -> tuple[Array, Array]:
+        """(m,) variance of the likeliest noise that is of constant size or shaped like the standard errors, and its sd as a
+        multiple of that of constant size."""
+        thetas, noise = self.null.grid.thetas, self.null.grid.noise
+        usual = [k for k, theta in enumerate(thetas) if theta.shape in ("flat", "se")]
+        if not usual:
+            return np.ones(len(self.null.grid.x)), np.ones(len(self.null.grid.x))
+        likeliest = max(usual, key=lambda k: self.weights[k])
+        alike = replace(thetas[likeliest], shape="flat", amplitude=0.0, length=1.0)
+        size = np.diagonal(noise[likeliest])
+        return size, np.sqrt(size / np.diagonal(noise[thetas.index(alike)] if alike in thetas else noise[likeliest]))
 
     def simulated(self, mean: Array, count: int, stream: int) -> tuple[Array, Array]:
         """`count` series of the given mean (m,) at the points of the model plus noise as estimated, smoothed like the data.
@@ -116,7 +129,7 @@ class Curve:
             series.append(mean + null.noise_sd(self.y, int(k)) * noise)
         ys = np.concatenate(series)
         rss = np.square(null.project @ ys.T).sum(1)
-        chosen = np.argmax(null.loglik(rss), axis=0)
+        chosen = np.argmax(null.as_curve(rss), axis=0)
         smoothed = np.empty((count, len(self.at)))
         for k in np.unique(chosen):
             mine = chosen == k

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from devmon.analysis.curve import Curve
+from devmon.analysis.curve import MANY, Curve
 from devmon.analysis.events import Event, Fit, Noise, Trend
 from devmon.analysis.jumps import Jump, JumpSearch, find_jumps, joined
 from devmon.analysis.plateaus import Plateau, find_plateaus
@@ -26,6 +26,7 @@ EXACT = 1e-10  # distance from a straight line, as a share of the range, that is
 SURE = 0.80  # share of the posterior in which a plateau is slow
 SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
 PRICES = {"scan": 3.0, "turn": 12.0, "plateau": 10.0}  # what a p-value is multiplied by where all three are made
+CALM = 0.33  # of these prices where the noise is plainly white
 KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
 
 
@@ -50,7 +51,8 @@ class Detector:
     Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
     the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
     probability alpha at most. The inverse prices add up to about one half: now and then a random walk looks like a
-    smooth curve with little noise, and the rest of the budget pays for that (benchmarks/detection.py).
+    smooth curve with little noise, and the rest of the budget pays for that (benchmarks/detection.py). Where there are
+    MANY checkpoints and their noise is plainly white, which a random walk's is not, the prices are CALM times as high.
     `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
     (`scan.tail_p`). At most `most` jumps and bumps are sought.
     """
@@ -126,10 +128,10 @@ class Detector:
 
     def _fit(self, ready: Ready, scan: Scan, path: Path | None) -> Fit:
         notes, t = list(ready.notes), ready.steps
-        search, curve = self._search(scan, ready.unit, path)
-        if ready.se is None and (local := curve.noise_profile()) is not None:
+        search, curve, calm = self._search(scan, ready.unit, path)
+        if (local := curve.noise_profile()) is not None:
             notes.append("the noise changes size over training: estimated from the residuals")
-            search, curve = self._search(_local(t, local, scan), ready.unit, None)
+            search, curve, calm = self._search(_local(t, local, scan), ready.unit, None)
         grid = search.null.grid
         if search.null.spikes:
             where = ", ".join(f"{step:g}" for step in sorted(grid.step_of(grid.x[list(search.null.spikes)])))
@@ -139,46 +141,51 @@ class Detector:
         bumps: list[Event] = []
         if "scan" in self.searches:
             p_values["scan"] = tuple(search.p_values) or (1.0,)
-            found += [self._jump(jump, grid, ready) for jump in joined(search.jumps)]
-            found += [self._bump(jump, grid, ready) for jump in search.jumps if jump.form == PULSE]
+            found += [self._jump(jump, grid, ready, calm) for jump in joined(search.jumps)]
+            found += [self._bump(jump, grid, ready, calm) for jump in search.jumps if jump.form == PULSE]
             bumps = [event for event, _ in found if event.kind == "bump"]
         if "turn" in self.searches:
             turns = find_turns(curve, n_null=self.n_null)
             p_values["turn"] = tuple(turn.p_value for turn in turns) or (1.0,)
             told = [
-                self._turn(turn, grid, ready) for turn in turns if self._adjusted(turn.p_value, "turn") <= self.alpha
+                self._turn(turn, grid, ready, calm)
+                for turn in turns
+                if self._adjusted(turn.p_value, "turn", calm) <= self.alpha
             ]
             found += [(turn, draws) for turn, draws in told if not any(_part(turn, bump) for bump in bumps)]
         if "plateau" in self.searches:
-            plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau"), n_null=self.n_null)
+            plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau", calm), n_null=self.n_null)
             p_values["plateau"] = tuple(plateau.p_value for plateau in plateaus) or (1.0,)
-            found += [self._plateau(plateau, grid, ready) for plateau in plateaus if plateau.sure >= SURE]
+            found += [self._plateau(plateau, grid, ready, calm) for plateau in plateaus if plateau.sure >= SURE]
         found = sorted(((e, d) for e, d in found if e.kind in self.kinds), key=lambda pair: pair[0].step)
         mean, low, high = (ready.offset + ready.scale * part for part in curve.band(grid.raw_x, self.level))
         theta = grid.thetas[curve.best]
         noise = Noise(ready.scale * curve.noise_sd, theta.rho * (1 - theta.white))
         events = tuple(event for event, _ in found)
-        adjusted = {search: tuple(self._adjusted(p, search) for p in tests) for search, tests in p_values.items()}
+        adjusted = {search: tuple(self._adjusted(p, search, calm) for p in tests) for search, tests in p_values.items()}
         outcome = "EVENTS" if events else "NO EVENT"
         trend = Trend(t, mean, low, high)
         return Fit(outcome, events, trend, noise, adjusted, tuple(notes), asdict(self), ready.name, tuple(found))
 
-    def _search(self, scan: Scan, unit: Array, path: Path | None) -> tuple[JumpSearch, Curve]:
+    def _search(self, scan: Scan, unit: Array, path: Path | None) -> tuple[JumpSearch, Curve, bool]:
+        """The jumps, the curve with them, and whether the noise is plainly white."""
         points = scan.grid.average(unit)
         path = scan.path(points[:, None]) if path is None else path
-        alpha = self.alpha / self._price("scan")
+        white = [theta.rho == 0 for theta in scan.grid.thetas]
+        calm = len(points) >= MANY and float(path.weights[white, 0].sum()) >= 0.5
+        alpha = self.alpha / self._price("scan", calm)
         search = find_jumps(scan, points, path, alpha=alpha, level=self.level, n_null=self.n_null, most=self.most)
-        return search, Curve(search.null, search.jumps, points, self.seed)
+        return search, Curve(search.null, search.jumps, points, self.seed), calm
 
-    def _price(self, search: str) -> float:
+    def _price(self, search: str, calm: bool = False) -> float:
         made = sum(1 / PRICES[other] for other in self.searches) / sum(1 / price for price in PRICES.values())
-        return max(PRICES[search] * made, 1.0)
+        return max(PRICES[search] * made * (CALM if calm else 1.0), 1.0)
 
-    def _adjusted(self, p: float, search: str) -> float:
-        return min(p * self._price(search), 1.0)
+    def _adjusted(self, p: float, search: str, calm: bool = False) -> float:
+        return min(p * self._price(search, calm), 1.0)
 
     def _event(self, kind: str, place: Array, size: Array, p: float, span: tuple[float, float] | None, vague: str,
-               grid: Grid, ready: Ready) -> tuple[Event, Array]:  # fmt: skip
+               grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:  # fmt: skip
         """An event from draws of its place (on the time axis) and size, and the ends of its span (likewise)."""
         steps = grid.step_of(place)
         low, middle, high = self._quantiles(steps)
@@ -190,28 +197,38 @@ class Detector:
         inside = int(np.sum((ready.steps >= start) & (ready.steps <= end)))
         note = "" if inside >= 3 else vague + _add(ready.steps, start, end)
         event = Event(
-            kind, middle, (low, high), typical, (small, large), width, ends, self._adjusted(p, search), None, inside >= 3, note,
+            kind, middle, (low, high), typical, (small, large), width, ends, self._adjusted(p, search, calm), None, inside >= 3, note,
             ready.name, _percentiles(steps),
         )  # fmt: skip
         return event, np.sort(steps)
 
-    def _jump(self, jump: Jump, grid: Grid, ready: Ready) -> tuple[Event, Array]:
+    def _jump(self, jump: Jump, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
         x, width = jump.middle
         span = x - width / 2, x + width / 2
-        return self._event("jump", jump.centre, jump.size, jump.p_value, span, "abruptness unresolved", grid, ready)
+        return self._event(
+            "jump", jump.centre, jump.size, jump.p_value, span, "abruptness unresolved", grid, ready, calm
+        )
 
-    def _bump(self, jump: Jump, grid: Grid, ready: Ready) -> tuple[Event, Array]:
+    def _bump(self, jump: Jump, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
         x, width = jump.middle
         span = x - 0.4 * width, x + 0.4 * width  # the width of a pulse is 1.25 times its full width at half maximum
-        return self._event("bump", jump.centre, jump.size, jump.p_value, span, "width unresolved", grid, ready)
+        return self._event("bump", jump.centre, jump.size, jump.p_value, span, "width unresolved", grid, ready, calm)
 
-    def _turn(self, turn: Turn, grid: Grid, ready: Ready) -> tuple[Event, Array]:
+    def _turn(self, turn: Turn, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
         vague = "location between checkpoints unresolved"
-        return self._event("turn", turn.place, turn.size, turn.p_value, None, vague, grid, ready)
+        return self._event("turn", turn.place, turn.size, turn.p_value, None, vague, grid, ready, calm)
 
-    def _plateau(self, plateau: Plateau, grid: Grid, ready: Ready) -> tuple[Event, Array]:
+    def _plateau(self, plateau: Plateau, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
         return self._event(
-            "plateau", plateau.place, plateau.size, plateau.p_value, plateau.span, "length unresolved", grid, ready
+            "plateau",
+            plateau.place,
+            plateau.size,
+            plateau.p_value,
+            plateau.span,
+            "length unresolved",
+            grid,
+            ready,
+            calm,
         )
 
     def _quantiles(self, draws: Array) -> tuple[float, float, float]:

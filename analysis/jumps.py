@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from devmon.analysis.scan import TIGHT, Path, Scan
-from devmon.analysis.shapes import LOG, PULSE, SIDE, SKEWED, STEP, Shapes, columns_of
+from devmon.analysis.shapes import LOG, PULSE, SIDE, SKEWED, STEP, Shapes, columns_of, within
 from devmon.analysis.smooth import Array, Grid, Whitened, normalised
 
 WIDEST = 1.2  # decades; slower changes are drift
@@ -16,7 +17,7 @@ LIKELY = 10  # covariances over which a location is averaged
 FAR = 10.0  # covariances this much less likely than the best, with and without shapes, play no part in what is found
 KEPT = 0.75  # share of a jump that drift leaves standing
 UNKINKED = 0.5  # share of a pulse that neither drift nor a kink of it explains
-STEEPER = 3.0  # a jump is at least this many times as steep as the curve beside it
+STEEPER = 2.5  # a jump is at least this many times as steep as the curve beside it
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float,
     """All jumps and pulses at once, then one at a time beside those found, until the next is not significant.
 
     `first` is the scan's path through y. A point, or a pair of neighbours, that leaves and comes back explains itself:
-    where that is the better account, or no jump is left to find, it is left out and the test is made again. A jump
+    where that is the better account, or what was found is no longer than that, or no jump is left to find, it is left out
+    and the test is made again. A jump
     without a certain sign, wider than WIDEST or hardly steeper than its surroundings is none: its test counts with
     p = 1.
     """
@@ -81,10 +83,13 @@ def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float,
             start = [coarse(scan.shapes, int(j)) for j in picks[: min(count, most - len(found))]]
             kept = settle(scan, null, y, found, start, p, alpha=alpha, level=level, n_null=n_null)
             p = 1.0 if not kept else p
-        if kept:
+        room = len(spikes) < max(2, len(y) // 10)
+        if kept and room and (brief := points_of_spikes(scan.grid, kept) - set(spikes)):
+            spikes += tuple(sorted(brief))
+        elif kept:
             found += kept
             p_values += [jump.p_value for jump in kept]
-        elif spike_gain > SPIKE and len(spikes) < max(2, len(y) // 10):
+        elif spike_gain > SPIKE and room:
             spikes += spike
         else:
             return JumpSearch(found, [*p_values, p] if possible else p_values, null)
@@ -120,6 +125,22 @@ def settle(scan: Scan, null: Whitened, y: Array, found: list[Jump], new: list[Ju
         worst = max((i for i, fine in enumerate(good) if not fine), key=lambda i: located[i].p_value)
         new = [jump for i, jump in enumerate(located) if i != worst]
     return []
+
+
+def points_of_spikes(grid: Grid, jumps: list[Jump]) -> set[int]:
+    """The points of pulses that are fewer than SIDE points long, or that lie between a jump and its undoing."""
+    x, points = grid.x, set[int]()
+    for jump in (jump for jump in jumps if jump.form == PULSE):
+        centre, width = jump.middle
+        if within(grid, np.array([centre]), np.array([width]))[0] < SIDE:
+            after = int(np.clip(np.searchsorted(x, centre), 1, len(x) - 1))
+            points |= {after - 1, after} | set(np.flatnonzero(np.abs(x - centre) <= 0.4 * width).tolist())
+    steps = sorted((jump for jump in jumps if jump.form != PULSE), key=lambda jump: jump.middle[0])
+    for a, b in itertools.pairwise(steps):
+        between = np.flatnonzero((x > a.middle[0]) & (x < b.middle[0]))
+        if a.up != b.up and len(between) < SIDE:
+            points |= set(between.tolist())
+    return points
 
 
 def coarse(shapes: Shapes, j: int) -> Jump:

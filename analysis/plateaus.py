@@ -24,9 +24,9 @@ from devmon.analysis.jumps import Jump
 from devmon.analysis.scan import tail_p
 from devmon.analysis.shapes import PULSE
 from devmon.analysis.smooth import Array
-from devmon.analysis.turns import CERTAIN
 
 TILTS = 14
+CERTAIN = 0.95  # share of the draws by which the slope has a sign
 SLOW = 0.5  # on a plateau the slope is at most this share of the slower flank's
 HALVINGS = 9  # of the search for the prominence: to a share 2**-9 of the range
 COARSE = 0.03  # decades between the places at which prominences are measured

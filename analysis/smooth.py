@@ -8,7 +8,8 @@ within reach. Where standard errors are given, noise of constant size and noise 
 
 The covariances form a finite grid of `Theta`. For each, everything that does not depend on the values is computed once
 for a set of steps (`Grid`) and the scale is profiled out, so that a likelihood over the grid, for one series or
-for a thousand simulated ones, is matrix multiplication. Restricted likelihood: Patterson & Thompson (1971).
+for a thousand simulated ones, is matrix multiplication. Restricted likelihood: Patterson & Thompson (1971). The simpler
+covariances have the greater prior odds (`Theta.prior`): what they explain needs no smooth part and no second noise.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ AMPLITUDES = (1.0, 2.5, 6.0, 40.0, 400.0)  # of f, in standard deviations of the
 RHOS = (0.0, 0.4, 0.7, 0.85, 0.95, 0.99)
 NOISES = (*((rho, 0.0) for rho in RHOS), (0.9, 0.3), (0.99, 0.03), (0.99, 0.2))  # (rho, share of white noise)
 FREEST = 0.6  # a smooth part that takes more of the points is no smooth part: it goes through them, whatever the noise
+SMOOTH, MIXED, UNEVEN = (
+    1.0,
+    2.0,
+    1.0,
+)  # log odds against a smooth part, a mixture of two noises, noise that changes size
 FEW_NOISES = ((0.0, 0.0), (0.4, 0.0), (0.85, 0.0), (0.99, 0.0))
 
 
@@ -45,12 +51,21 @@ class Theta:
     white: float
     shape: str
 
+    @property
+    def prior(self) -> float:
+        """Log prior odds, 0 for white or AR(1) noise of one size and nothing else."""
+        return (
+            -SMOOTH * (self.amplitude > 0)
+            - MIXED * (self.white > 0)
+            - UNEVEN * (self.shape in ("growing", "shrinking"))
+        )
+
 
 class Grid:
     """What the steps alone decide: the time axis, the covariances V(theta), their inverse roots and determinants.
 
     `steps` (n,) sorted; `se` (n,) or None, with noise of constant size beside it unless not `flat`. `x` (m,) are the points of the model, m = min(n, about MOST_POINTS);
-    `inverse` (theta, m, m) holds L⁻¹ for V = L Lᵀ and `logdet` (theta,) half the log determinant of V.
+    `inverse` (theta, m, m) holds L⁻¹ for V = L Lᵀ, `logdet` (theta,) half the log determinant of V, `prior` (theta,) log odds.
     """
 
     def __init__(self, steps: Array, se: Array | None = None, *, flat: bool = True) -> None:
@@ -79,6 +94,7 @@ class Grid:
                     self.smooth.append(amplitude**2 * kernels[length] if amplitude else nothing)
         root = np.linalg.cholesky(np.array(self.noise) + np.array(self.smooth))
         self.logdet = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
+        self.prior = np.array([theta.prior for theta in self.thetas])
         self.inverse = np.linalg.inv(root)
         kept = np.flatnonzero([self.freedom(k) <= FREEST * len(self.x) for k in range(len(self.thetas))])
         self.__dict__.update(self.only(kept).__dict__)
@@ -92,7 +108,7 @@ class Grid:
         grid = copy(self)
         grid.thetas = [self.thetas[k] for k in thetas]
         grid.noise, grid.smooth = [self.noise[k] for k in thetas], [self.smooth[k] for k in thetas]
-        grid.logdet, grid.inverse = self.logdet[thetas], self.inverse[thetas]
+        grid.logdet, grid.inverse, grid.prior = self.logdet[thetas], self.inverse[thetas], self.prior[thetas]
         return grid
 
     def average(self, values: Array) -> Array:
@@ -118,7 +134,7 @@ class Whitened:
 
     `columns` (m, p) are the fixed effects; the points named in `spikes` have a free value of their own, which
     is the same as leaving them out. `project` (theta, m, m) is A = (I - Q Qᵀ) L⁻¹, so that ||A y||² is the generalised
-    residual sum of squares; `penalty` (theta,) is ½ log|V| + ½ log|Xᵀ V⁻¹ X|.
+    residual sum of squares; `penalty` (theta,) is ½ log|V| + ½ log|Xᵀ V⁻¹ X| less the log prior odds.
     """
 
     def __init__(self, grid: Grid, columns: Array, spikes: tuple[int, ...] = ()) -> None:
@@ -127,7 +143,7 @@ class Whitened:
         self.df = len(grid.x) - self.columns.shape[1]
         q, r = np.linalg.qr(grid.inverse @ self.columns)
         self.project = grid.inverse - q @ (q.transpose(0, 2, 1) @ grid.inverse)
-        self.penalty = grid.logdet + np.log(np.abs(np.diagonal(r, axis1=1, axis2=2))).sum(1)
+        self.penalty = grid.logdet - grid.prior + np.log(np.abs(np.diagonal(r, axis1=1, axis2=2))).sum(1)
 
     def rss(self, y: Array) -> Array:
         """(theta,) residual sum of squares of one series y (m,)."""
@@ -140,13 +156,14 @@ class Whitened:
         return own, np.stack([(project[:, :-1] * project[:, 1:]).sum(0) for project in self.project])
 
     def loglik(self, rss: Array) -> Array:
-        """Restricted log likelihood with the scale profiled out; theta is the first axis of `rss`."""
+        """Restricted log likelihood with the scale profiled out, plus the log prior odds; theta is the first axis of `rss`."""
         penalty = self.penalty.reshape(-1, *[1] * (rss.ndim - 1))
         return -self.df / 2 * np.log(rss) - penalty
 
-    def weights(self, y: Array) -> Array:
-        """(theta,) posterior of the covariance given y, flat prior over the grid."""
-        return normalised(self.loglik(self.rss(y)))
+    def as_curve(self, rss: Array) -> Array:
+        """`loglik` (theta, ...) where the smooth part is what is asked for: it has no odds against it."""
+        smooth = np.array([theta.amplitude > 0 for theta in self.grid.thetas])
+        return self.loglik(rss) + SMOOTH * smooth.reshape(-1, *[1] * (rss.ndim - 1))
 
     def noise_sd(self, y: Array, theta: int) -> float:
         """Standard deviation of the noise e under one covariance, in the units of y."""

@@ -1,6 +1,6 @@
 """Turns: a curve that surely rose and then surely fell (a maximum), or the reverse (a minimum).
 
-The sign of the slope is certain where 95% of the posterior draws of the smoothed curve agree; a turn is the passage
+The sign of the slope is certain where 90% of the posterior draws of the smoothed curve agree; a turn is the passage
 between two certain runs of opposite sign. Its prominence is the smaller of the rise before and the fall after. The
 p-value compares it, in noise units, with the most prominent turn of simulated series that are monotone: the
 isotonic projection of the smoothed curve plus noise with the estimated autocorrelation, smoothed the same way.
@@ -22,7 +22,7 @@ from devmon.analysis.scan import tail_p
 from devmon.analysis.shapes import PULSE
 from devmon.analysis.smooth import Array
 
-CERTAIN = 0.95
+CERTAIN = 0.90  # share of the draws by which the slope has a sign
 
 
 @dataclass(frozen=True)

@@ -65,16 +65,21 @@ def schedule_kink(rng: Rng, steps: Array) -> Array:
 
 
 def spikes(rng: Rng, steps: Array) -> Array:
-    """Smooth decay with one to three outliers of 5 to 50 noise sd, each one or two checkpoints long."""
+    """Smooth decay with one to three outliers of 5 to 50 noise sd, each one or two checkpoints long, apart from each other."""
     y = power_law(rng, steps)
-    for _ in range(rng.integers(1, 4)):
-        at = rng.integers(1, len(y) - 2)
+    for at in 1 + 5 * rng.choice((len(y) - 3) // 5, rng.integers(1, 4), replace=False) + rng.integers(0, 2):
         y[at : at + rng.integers(1, 3)] += 10 ** rng.uniform(0.7, 1.7)
     return y
 
 
 def growing_noise(rng: Rng, steps: Array) -> Array:
     return rng.standard_normal(len(steps)) * np.geomspace(1, 10 ** rng.uniform(-1, 1), len(steps))
+
+
+def noisy_walk(rng: Rng, steps: Array) -> Array:
+    """A random walk whose steps are a tenth to three times the white noise upon it."""
+    walk = np.cumsum(rng.standard_normal(len(steps))) * 10 ** rng.uniform(-1, 0.5)
+    return walk + rng.standard_normal(len(steps))
 
 
 NULLS: dict[str, Null] = {
@@ -85,6 +90,7 @@ NULLS: dict[str, Null] = {
     "AR(1) .8": lambda rng, steps: ar1(rng, len(steps), 0.8),
     "AR(1) .95": lambda rng, steps: ar1(rng, len(steps), 0.95),
     "random walk": lambda rng, steps: np.cumsum(rng.standard_normal(len(steps))),
+    "noisy walk": noisy_walk,
     "schedule kink": schedule_kink,
     "spikes": spikes,
     "growing noise": growing_noise,

@@ -81,7 +81,9 @@ def test_restricted_likelihood_is_that_of_contrasts(small: Grid) -> None:
     for k in range(len(small.thetas)):
         v = contrast.T @ covariance(small, k) @ contrast
         z = contrast.T @ y
-        expected.append(-4.5 * np.log(z @ np.linalg.solve(v, z)) - 0.5 * np.linalg.slogdet(v)[1])
+        one = small.thetas[k]
+        odds = -1.0 * (one.amplitude > 0) - 2.0 * (one.white > 0) - 1.0 * (one.shape in ("growing", "shrinking"))
+        expected.append(-4.5 * np.log(z @ np.linalg.solve(v, z)) - 0.5 * np.linalg.slogdet(v)[1] + odds)
     # the likelihood of contrasts differs by ½ log|XᵀX|, the same for every theta
     np.testing.assert_allclose(logs - logs[0], np.array(expected) - expected[0], atol=1e-7)
 

@@ -30,11 +30,9 @@ AMPLITUDES = (1.0, 2.5, 6.0, 40.0, 400.0)  # of f, in standard deviations of the
 RHOS = (0.0, 0.4, 0.7, 0.85, 0.95, 0.99)
 NOISES = (*((rho, 0.0) for rho in RHOS), (0.9, 0.3), (0.99, 0.03), (0.99, 0.2))  # (rho, share of white noise)
 FREEST = 0.6  # a smooth part that takes more of the points is no smooth part: it goes through them, whatever the noise
-SMOOTH, MIXED, UNEVEN = (
-    1.0,
-    2.0,
-    1.0,
-)  # log odds against a smooth part, a mixture of two noises, noise that changes size
+SMOOTH = 1.0  # log odds against a smooth part
+MIXED = 2.0  # against a mixture of AR(1) and white noise
+UNEVEN = 1.0  # against noise that grows or shrinks
 FEW_NOISES = ((0.0, 0.0), (0.4, 0.0), (0.85, 0.0), (0.99, 0.0))
 
 

@@ -313,6 +313,39 @@ def test_a_spike_beside_a_jump_leaves_the_jump() -> None:
     assert any(f"{SIXTY[12]:g}, {SIXTY[50]:g}" in note for note in fit.notes), fit.notes
 
 
+def test_two_checkpoints_are_a_spike_and_five_a_bump() -> None:
+    steps = EVEN[:60]
+    for run in (2, 7, 9, 10):
+        y = rng(14, run).standard_normal(60)
+        y[[12, 13, 37, 38]] += 6.2
+        fit = DETECTOR.fit(steps, y)
+        assert not fit.events(), steps_of(fit.events())
+        assert any(", ".join(f"{steps[i]:g}" for i in (12, 13, 37, 38)) in note for note in fit.notes), fit.notes
+    y[[39, 40, 41]] += 6.2
+    (bump,) = DETECTOR.fit(steps, y).events()
+    assert bump.kind == "bump"
+    assert bump.interval[0] <= steps[39] <= bump.interval[1]
+
+
+def test_p_values_cost_less_where_the_noise_is_white() -> None:
+    """The least p-value that a test can show, times the price: 3 for correlated or few points, a third for white noise."""
+    generator, up = rng(15), 15.0 * (SIXTY > 300)
+    white, walk = generator.standard_normal(len(X)), np.cumsum(generator.standard_normal(len(X)))
+    series = (SIXTY, up + white), (SIXTY, 3 * up + walk), (SIXTY[::2], (2 * up + white)[::2])
+    jumps = [DETECTOR.fit(steps, y).events()[0] for steps, y in series]
+    assert [jump.kind for jump in jumps] == ["jump"] * 3
+    assert [jump.p_value for jump in jumps] == pytest.approx([1e-4, 3e-4, 3e-4])
+
+
+def test_standard_errors_that_do_not_tell_the_size_of_the_noise_are_found_out() -> None:
+    said = "the noise changes size over training"
+    ramp = np.geomspace(1, 30, len(X))
+    y = rng(16).standard_normal(len(X)) * ramp
+    for se, told in ((ramp, False), (ramp[::-1].copy(), True)):
+        fit = DETECTOR.fit(SIXTY, y, se)
+        assert any(said in note for note in fit.notes) == told, fit.notes
+
+
 # rates; `benchmarks/detection.py` measures them at length
 
 

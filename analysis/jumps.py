@@ -15,7 +15,7 @@ WIDEST = 1.2  # decades; slower changes are drift
 SPIKE = 12.0  # gain in log likelihood (about 5 sd) from which a point is left out as a spike
 LIKELY = 10  # covariances over which a location is averaged
 FAR = 10.0  # covariances this much less likely than the best, with and without shapes, play no part in what is found
-KEPT = 0.75  # share of a jump that drift leaves standing
+KEPT = 0.70  # share of a jump that drift leaves standing
 UNKINKED = 0.5  # share of a pulse that neither drift nor a kink of it explains
 STEEPER = 2.5  # a jump is at least this many times as steep as the curve beside it
 

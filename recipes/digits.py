@@ -60,7 +60,7 @@ class Form:
 
 
 FULL = Form()
-FAST = Form(steps=1200, drop=600, draws=20, estimates=6)
+FAST = Form(steps=1200, drop=750, draws=20, estimates=6)
 
 
 class Block(torch.nn.Module):

@@ -364,7 +364,8 @@ def _where(found: Mapping[str, Any], error: float) -> float:
     """λ̂ between the two estimates around the last step at which the error was as large; NaN where it never fell to it."""
     kept = [(step, value) for step, (value, _, rejected) in found["llc"].items() if not rejected]
     above = [step for step, loss in zip(found["steps"], found["loss"], strict=True) if loss >= error]
-    return float(np.interp(above[-1], *zip(*kept, strict=True))) if found["loss"][-1] < error else float("nan")
+    steps, values = np.array(kept, dtype=float).T
+    return float(np.interp(above[-1], steps, values)) if found["loss"][-1] < error else float("nan")
 
 
 if __name__ == "__main__":

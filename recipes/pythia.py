@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -157,7 +157,7 @@ def stand_in(folder: Path, source: Path | None, *, last: int, count: int, seed: 
 def analysis(plan: Plan, llc_steps: str) -> int:
     """Measure all but the LLC at the plan's steps, then the LLC at `llc_steps`; 1 where anything is left unmeasured."""
     llc = replace(plan, watch=("llc",), steps=llc_steps)
-    return max(measure(None, asdict(part), dry_run=False) for part in (replace(plan, llc=()), llc))
+    return max(measure(part, dry_run=False) for part in (replace(plan, llc=()), llc))
 
 
 def shown(run: Trajectory) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing.forkserver
+import signal
 import subprocess
 import sys
 import time
@@ -622,6 +624,19 @@ app(["measure", {str(plain / "saved")!r}, "--source", "{plain / "script.py"}:stu
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=plain, capture_output=True, text=True)
     assert ran.stdout == "begun []\n", ran.stderr
+
+
+def test_an_interrupt_is_for_the_command_and_not_for_the_server_of_the_workers(plain: Path) -> None:
+    """Both are of the terminal's group: the server would print where it was among its imports."""
+    forks.start(Plan(str(plain / "saved"), str(plain / "run.zarr"), "x.py:y", workers=2))
+    pid = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+
+    def blocked(process: object) -> bool:
+        status = Path(f"/proc/{process}/status").read_text()
+        return bool(int(status.partition("SigBlk:")[2].split()[0], 16) >> (signal.SIGINT - 1) & 1)
+
+    assert blocked(pid)
+    assert not blocked("self")
 
 
 def test_a_step_is_taken_when_the_one_before_is_begun(plain: Path) -> None:

@@ -401,13 +401,16 @@ seed = 5
     assert result.exit_code == 0, result.output
     trajectory = Trajectory(tmp_path / "run.zarr", "r")
     assert {name: trajectory.steps(name) for name in trajectory} == {"induction": [100, 1000], "loss": [100, 1000]}
-    kept = trajectory.attrs["measured"]
+    (kept,) = trajectory.attrs["measured"]
     assert kept["steps"] == "100-"
     assert kept["watch"] == ["loss", "induction"]
     assert kept["dtype"] == "float32"
     assert kept["threads"] == torch.get_num_threads()
     assert "sha256:" in kept["tokens_held"]
     assert not {"workers", "shard", "into", "bos"} & kept.keys()
+    for steps in ("100", "100-"):  # a plan stays when another is carried out after it, once however often it is
+        assert measure("--config", config, "--steps", steps, "--workers", 1).exit_code == 0
+    assert [plan["steps"] for plan in Trajectory(tmp_path / "run.zarr", "r").attrs["measured"]] == ["100", "100-"]
     assert trajectory.seed == 5
     for seed, step in enumerate([100, 1000], 1):
         alone = Trajectory(tmp_path / f"{step}.zarr", seed=5)

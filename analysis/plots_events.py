@@ -62,9 +62,10 @@ def plot_events(
         ax.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
     ax.set_yticks(range(len(rows)), [f"{brief(event.series)} ({event.kind})" for event in rows], fontsize=8.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_title("Events with 90% intervals")
     marks = ", ".join(f"{MARK_NAMES[kind]}: {kind}" for kind in EVENT_MARKS if any(e.kind == kind for e in rows))
-    draw_note(ax, f"{marks}; hollow: q > 0.05", pad=16)
+    ax.set_title("Events with 90% intervals", pad=32)
+    ax.annotate(f"{marks}; hollow: q > 0.05", (0, 1), xycoords="axes fraction", xytext=(0, 17), textcoords="offset points",
+                fontsize=8.5, color="#555555", annotation_clip=False)  # fmt: skip  # between the title and the numbers
     if steps is None:
         spans = [event.span or event.interval for event in rows] + [one.span for one in transitions]
         steps = np.array([x for event in rows for x in (event.step, *event.interval)] + [x for s in spans for x in s])

@@ -220,9 +220,9 @@ def draw_legend(ax: Axes, handles: Sequence[Any]) -> None:
         ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.005, 1.0), borderaxespad=0.0, handlelength=1.6)
 
 
-def draw_note(ax: Axes, text: str, pad: float | None = None) -> None:
+def draw_note(ax: Axes, text: str) -> None:
     """In grey above the axes, on the right."""
-    ax.set_title(text, loc="right", pad=pad, fontsize=8.5, fontweight="normal", color="#555555")
+    ax.set_title(text, loc="right", fontsize=8.5, fontweight="normal", color="#555555")
 
 
 def title_of(dataset: xr.Dataset, variable: str) -> str:

@@ -129,7 +129,14 @@ def numbers_table(series: Sequence[Series]) -> Table | None:
 def run_table(attrs: Mapping[str, Any]) -> Table:
     known = ("run_id", "created", "seed", "control", "device", "threads", "command", "versions", "schema")
     order = [key for key in known if key in attrs] + sorted(key for key in attrs if key not in known)
-    return pairs_table({key: attrs[key] for key in order})
+    return pairs_table({name: value for key in order for name, value in _each(key, attrs[key]).items()})
+
+
+def _each(key: str, value: Any) -> dict[str, Any]:
+    """A list of several records, such as the plans of a run that was measured twice, is a row a record."""
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, Mapping) for one in value):
+        return {f"{key} {n} of {len(value)}": one for n, one in enumerate(value, 1)}
+    return {key: value}
 
 
 def pairs_table(values: Mapping[str, Any]) -> Table:

@@ -6,8 +6,9 @@ SERIES and TEXT are what `recipes/pythia.py` makes: OUT/checkpoints and OUT/text
 The results of the parts that are asked for replace those in PATH.
 
 - scaling: wall time of `devmon measure` with the preset `standard` by 1 and by 2 workers, in turn, `--repeats` times; the same
-  command with nothing left to do is the start-up. CPU seconds are of all processes (of Ray's and the jobs not all): where the machine is shared they tell
-  what two workers cost beside one, which the wall time does not. `profile` is where one process' time goes.
+  command with nothing left to do is the start-up. CPU seconds are of all processes of the command (of Ray's and the jobs not
+  all), `others` are those of all other jobs of the machine meanwhile: where they are many, the wall times say little.
+  `profile` is where one process' time goes.
 - engines: the same by Ray and by submitit's local executor; are the trajectories the same, bit for bit?
 - kills: two processes (shards) measure the series with the preset `economy`; one of them is killed with SIGKILL at a random
   instant and begun again, `--kills` times. Rows that were told of and are not in the store are lost; rows told of by two
@@ -59,26 +60,26 @@ class Bench:
                     threads=1, **given)  # fmt: skip
 
     def measured(self, plan: Plan) -> dict[str, float]:
-        """The command in a process of its own: seconds, and CPU seconds of all its processes."""
+        """The command in a process of its own: seconds, CPU seconds of all its processes, and of all others meanwhile."""
         keys = ("preset", "tokens", "sequences", "length", "steps", "into", "workers", "threads", "engine")
         words = [f"--{key}={getattr(plan, key)}" for key in keys]
         words += [f"--option={value}" for value in plan.options]
-        before, began = cpu(), time.perf_counter()
+        before, began, busy = cpu(), time.perf_counter(), machine()
         subprocess.run([*MEASURE, plan.series, *words], check=True, capture_output=True)
         took = time.perf_counter() - began
         with contextlib.suppress(ChildProcessError):
             while plan.engine == "processes":  # what the command left behind: the server that its workers were forks of
                 os.waitpid(-1, 0)
-        return {"seconds": round(took, 2), "cpu_seconds": round(cpu() - before, 2)}
+        mine = cpu() - before
+        return {"seconds": round(took, 2), "cpu_seconds": round(mine, 2), "others": round(machine() - busy - mine, 2)}
 
     def scaling(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"1": [], "2": [], "load": []}
+        found: dict[str, Any] = {"1": [], "2": []}
         digests = []
         for n in range(self.asked.repeats):
             for workers in (1, 2) if n % 2 == 0 else (2, 1):
                 plan = self.plan(f"{workers}-{n}.zarr", workers=workers)
                 found[str(workers)].append(self.measured(plan) | {"started": self.measured(plan)["seconds"]})
-                found["load"].append(round(os.getloadavg()[0], 1))
                 digests.append(digest(plan.into))
         rows = sum(len(Trajectory(plan.into, "r").steps(name)) for name in Trajectory(plan.into, "r"))
         wall = [a["seconds"] / b["seconds"] for a, b in zip(found["1"], found["2"], strict=True)]
@@ -248,6 +249,12 @@ def digest(run: str) -> str:
 def cpu() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def machine() -> float:
+    """CPU seconds that the machine has spent (user, nice, system, interrupts, and stolen by its host)."""
+    user, nice, system, _, _, *more = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + sum(more)) / os.sysconf("SC_CLK_TCK")
 
 
 def rounded(values: list[float]) -> list[float]:

@@ -407,9 +407,16 @@ def measure(
     read or do not fit, and instruments that fail, are named and recorded; the others are measured, and the exit code is 1.
     """
     given = {name: value for name, value in locals().items() if name not in ("config", "dry_run") and value != []}
+    from devmon.plan import Plan
+
+    plan = Plan.read(config, given)
+    if plan.engine == "processes" and plan.workers > 1 and not dry_run:
+        from devmon import forks
+
+        forks.start(plan)
     from devmon.measure_command import run
 
-    raise typer.Exit(run(config, given, dry_run))
+    raise typer.Exit(run(plan, dry_run))
 
 
 def main() -> None:

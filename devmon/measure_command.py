@@ -5,24 +5,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from devmon import forecast, workers
+from devmon import forecast
 from devmon.describe import estimates
 from devmon.measuring import Event, Study
 from devmon.plan import ENGINES, Plan
 from devmon.tables import cost_table
 
 
-def run(config: Path | None, given: Mapping[str, Any], dry_run: bool) -> int:
+def run(plan: Plan, dry_run: bool) -> int:
     """Measure, or with `dry_run` say what would be; returns the exit code, 1 where anything is left unmeasured."""
-    plan = Plan.read(config, given)
-    if plan.engine == "processes" and plan.workers > 1 and not dry_run:
-        workers.start(plan)
     study = Study(plan, read_only=dry_run)
     work = study.missing()
     out, errors = (Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False) for stderr in (False, True))

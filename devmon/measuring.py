@@ -27,6 +27,7 @@ from devmon.memory import FULL, in_parts
 from devmon.observing import observe
 from devmon.plan import Plan, pairs
 from devmon.pretrained import causal_lm
+from devmon.rows import plain
 from devmon.selection import select
 from devmon.series import Checkpoint, Series
 from devmon.source import load_study
@@ -202,7 +203,7 @@ class Study:
         return trajectory
 
     def record(self) -> None:
-        """Keep the plan in the run, under `measured`, with the digests of the probe data."""
+        """Keep the plan in the run, the last of the list `measured`, with the digests of the probe data."""
         held = (
             {"tokens_held": describe(self.probe.tokens), "examples_held": describe(self.probe.examples)}
             if self.probe
@@ -210,9 +211,10 @@ class Study:
         )
         alone = self.plan.engine == "processes" and self.plan.workers == 1
         threads = self.plan.threads or (torch.get_num_threads() if alone else 1)  # the last bits depend on it
-        self.trajectory.record(
-            measured=self.plan.record() | held | {"checkpoints": len(self.steps), "threads": threads}
-        )
+        plan = plain(self.plan.record() | held | {"checkpoints": len(self.steps), "threads": threads})
+        before = self.trajectory.attrs.get("measured", [])
+        before = [before] if isinstance(before, dict) else before  # of an earlier devmon
+        self.trajectory.record(measured=[*(one for one in before if one != plan), plan])
 
     def frozen(self) -> Plan:
         """The plan for other processes: whole paths, and the probe data as they are, in a file of the run's folder."""

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from devmon.errors import DataError
 
 PRESETS = ("economy", "standard", "full")
 ENGINES = {"processes": "devmon.workers", "ray": "devmon.ray_engine", "slurm": "devmon.slurm_engine"}
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 HOW = ("into", "workers", "shard", "device", "engine", "options", "forget")  # how it is done, not what is measured
 
 
@@ -79,8 +78,8 @@ class Plan:
         if self.options and self.engine == "processes":
             raise DataError("--option is of the engines ray and slurm: add --engine, or leave it out")
         pairs(self.llc, "llc"), pairs(self.options, "option")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise DataError(f"dtype must be one of torch's, such as float32 or bfloat16, got {self.dtype!r}")
+        if self.dtype not in DTYPES:
+            raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         part = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         if not part or not 1 <= int(part[1]) <= int(part[2]):
             raise DataError(f"shard must be i/n with i from 1 to n, such as 1/4, got {self.shard!r}")

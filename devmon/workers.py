@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import gc
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from devmon.errors import DevmonError
+from devmon.forks import start
 from devmon.measuring import Event, Study
 from devmon.plan import Plan
 
@@ -39,18 +38,6 @@ def gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return [str(i) for i in range(count)] if named is None else [part.strip() for part in named.split(",")][:count]
-
-
-def start(plan: Plan) -> Any:
-    """The context of the processes. On Linux they are forks of a server that has imported what they need, once, and has
-    started nothing (no CUDA, no threads); called early, it does so while the caller opens the study."""
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    brings_model = [] if plan.source is not None else ["transformers.modeling_utils"]
-    context.set_forkserver_preload(["devmon.measuring", *brings_model])
-    forkserver.ensure_running()
-    return context
 
 
 def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = lambda event: None) -> list[str]:
@@ -101,6 +88,7 @@ def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = la
 
 def _work(plan: Plan, device: str | None, connection: Connection) -> None:
     """One process."""
+    gc.freeze()  # what was imported before is not searched for garbage
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device  # before CUDA starts, so this is its cuda:0
     else:

@@ -374,3 +374,16 @@ def test_models_of_one_length_and_models_that_see_ahead() -> None:
         next_token(Ahead(), tokens())
     next_token(Ahead(), tokens(), check=False)
     next_token(Ahead(), torch.zeros(2, LENGTH, dtype=torch.int64))  # one token alone: nothing to exchange
+
+
+@pytest.mark.parametrize(("logit", "nats"), [(math.nan, math.nan), (-math.inf, math.log(VOCAB - 1))])
+def test_the_loss_of_a_model_that_has_diverged_is_nan_and_logits_may_be_masked(logit: float, nats: float) -> None:
+    class Flat(nn.Module):
+        def forward(self, given: Tensor) -> Tensor:
+            scores = torch.zeros(*given.shape, VOCAB)
+            scores[..., 0] = logit
+            return scores
+
+    some = tokens()
+    some[some == 0] = 1
+    np.testing.assert_allclose(next_token(Flat(), some)[0].numpy(), nats, rtol=1e-6)

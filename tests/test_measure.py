@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing.forkserver
+import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -26,6 +29,7 @@ from devmon import (
     Watch,
     every,
     forecast,
+    forks,
     observe,
     workers,
 )
@@ -397,13 +401,16 @@ seed = 5
     assert result.exit_code == 0, result.output
     trajectory = Trajectory(tmp_path / "run.zarr", "r")
     assert {name: trajectory.steps(name) for name in trajectory} == {"induction": [100, 1000], "loss": [100, 1000]}
-    kept = trajectory.attrs["measured"]
+    (kept,) = trajectory.attrs["measured"]
     assert kept["steps"] == "100-"
     assert kept["watch"] == ["loss", "induction"]
     assert kept["dtype"] == "float32"
     assert kept["threads"] == torch.get_num_threads()
     assert "sha256:" in kept["tokens_held"]
     assert not {"workers", "shard", "into", "bos"} & kept.keys()
+    for steps in ("100", "100-"):  # a plan stays when another is carried out after it, once however often it is
+        assert measure("--config", config, "--steps", steps, "--workers", 1).exit_code == 0
+    assert [plan["steps"] for plan in Trajectory(tmp_path / "run.zarr", "r").attrs["measured"]] == ["100", "100-"]
     assert trajectory.seed == 5
     for seed, step in enumerate([100, 1000], 1):
         alone = Trajectory(tmp_path / f"{step}.zarr", seed=5)
@@ -453,7 +460,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an option that is none": (["--source", "S:study", "--engine", "ray", "--option", "fast"], "NAME=VALUE"),
     "an LLC of none": (["--source", "S:study", "--llc", "nbeta=30"], "among the source's watches"),
     "shard": (["--source", "S:study", "--shard", "3/2"], "i from 1 to n"),
-    "dtype": (["--source", "S:study", "--dtype", "float23"], "got 'float23'"),
+    "dtype": (["--source", "S:study", "--dtype", "int8"], "bfloat16, float16, got 'int8'"),
 }
 
 
@@ -596,7 +603,7 @@ def test_each_worker_has_a_gpu_of_those_that_are_visible(plain: Path, monkeypatc
             return False
 
     plan = Plan(str(plain / "saved"), str(plain / "run.zarr"), "x.py:y", workers=3)
-    monkeypatch.setattr(workers.start(plan), "Process", Process)
+    monkeypatch.setattr(forks.start(plan), "Process", Process)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
     assert workers.measure(plan, range(5)) == []
@@ -604,6 +611,35 @@ def test_each_worker_has_a_gpu_of_those_that_are_visible(plain: Path, monkeypatc
     workers.measure(plan, [7, 8])  # two processes are enough
     workers.measure(replace(plan, device="cpu"), [7])
     assert started == ["4", "GPU-5", "4", "0", "1", None]
+
+
+def test_the_server_of_the_workers_imports_while_the_command_does(plain: Path) -> None:
+    """Were torch there before it is begun, the two would import one after the other."""
+    code = f"""
+import sys
+from devmon import forks
+from devmon.cli import app
+def start(plan):
+    print("begun", [name for name in ("torch", "xarray", "devmon.measuring") if name in sys.modules])
+    raise SystemExit
+forks.start = start
+app(["measure", {str(plain / "saved")!r}, "--source", "{plain / "script.py"}:study", "--into", "run.zarr", "--workers", "2"])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=plain, capture_output=True, text=True)
+    assert ran.stdout == "begun []\n", ran.stderr
+
+
+def test_an_interrupt_is_for_the_command_and_not_for_the_server_of_the_workers(plain: Path) -> None:
+    """Both are of the terminal's group: the server would print where it was among its imports."""
+    forks.start(Plan(str(plain / "saved"), str(plain / "run.zarr"), "x.py:y", workers=2))
+    pid = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+
+    def blocked(process: object) -> bool:
+        status = Path(f"/proc/{process}/status").read_text()
+        return bool(int(status.partition("SigBlk:")[2].split()[0], 16) >> (signal.SIGINT - 1) & 1)
+
+    assert blocked(pid)
+    assert not blocked("self")
 
 
 def test_a_step_is_taken_when_the_one_before_is_begun(plain: Path) -> None:

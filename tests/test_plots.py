@@ -177,6 +177,17 @@ def test_forest_is_in_order_of_steps_and_hollow_where_not_sure() -> None:
     assert [mark.get_markerfacecolor() == "white" for mark in marks] == [True, False]
 
 
+def test_what_stands_above_the_forest_does_not_overlap_where_names_are_long() -> None:
+    rows = [event(kind, series="a watch with a long name/its value") for kind in ("jump", "turn", "bump", "plateau")]
+    fig, ax = plots.plot_events(rows)
+    fig.canvas.draw()
+    above = [text for text in (ax.title, *(getattr(ax, f"_{side}_title") for side in ("left", "right")), *ax.texts)
+             if text.get_text() and not text.get_text().startswith("q = ")]  # fmt: skip
+    boxes = [text.get_window_extent() for text in above]
+    assert len(boxes) == 2
+    assert not boxes[0].overlaps(boxes[1]), boxes
+
+
 def test_lags_keep_their_sign() -> None:
     _, ax = plots.plot_lead_lag([("before", -80.0, (-100.0, -60.0), True), ("unclear", 5.0, (-9.0, 20.0), False)])
     marks = [line for line in ax.lines if len(line.get_xdata()) == 1]

@@ -19,6 +19,7 @@ from devmon.analysis.derive import series_of
 from devmon.analysis.derive_llc import llc
 from devmon.analysis.detect import Detection, Event, Fit
 from devmon.analysis.report import key_series
+from devmon.analysis.report_tables import run_table
 from devmon.analysis.series import Series
 from devmon.analysis.stages import main_event, stages, transitions
 from devmon.analysis.story import lags, number, tell
@@ -400,6 +401,13 @@ def test_any_trajectory_gives_a_report(name: str, tmp_path: Path) -> None:
 
 
 # ---- the package ----
+
+
+def test_each_plan_of_a_run_that_was_measured_twice_is_told() -> None:
+    plans = [{"steps": "all"}, {"steps": "log:20", "watch": ["llc"]}]
+    rows = [row.cells for row in run_table({"seed": 1, "measured": plans}).rows]
+    assert rows == [["seed", "1"], ["measured 1 of 2", "steps all"], ["measured 2 of 2", "steps log:20, watch llc"]]
+    assert [row.cells for row in run_table({"measured": plans[:1]}).rows] == [["measured", "steps all"]]
 
 
 def test_importing_the_package_is_light_and_names_stay_functions() -> None:

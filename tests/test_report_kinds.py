@@ -62,9 +62,9 @@ def test_the_forest_marks_each_kind_and_names_only_those_it_holds() -> None:
         if line.get_marker() != "None"
     ]
     assert marks == [(EVENT_MARKS[kind], EVENT_COLOURS[kind].upper()) for kind in KINDS]
-    assert ax.get_title(loc="right") == "circle: jump, diamond: turn, square: plateau, triangle: bump; hollow: q > 0.05"
+    assert ax.texts[-1].get_text() == "circle: jump, diamond: turn, square: plateau, triangle: bump; hollow: q > 0.05"
     _, ax = plots.plot_events(rows[2:3])
-    assert ax.get_title(loc="right") == "square: plateau; hollow: q > 0.05"
+    assert ax.texts[-1].get_text() == "square: plateau; hollow: q > 0.05"
 
 
 def test_the_forest_numbers_the_transitions_over_their_spans() -> None:

@@ -162,7 +162,7 @@ def test_a_run_is_measured_on_text_that_is_frozen_and_hashed_into_it(saved: Path
     assert result.exit_code == 0, result.output
     run = Trajectory(tmp_path / "one.zarr", "r")
     probe = read_probe(saved / "text.txt", (str(saved / "hf"), None), 4, 12, 6)
-    kept = run.attrs["measured"]
+    (kept,) = run.attrs["measured"]
     assert (kept["tokens_held"], kept["examples_held"]) == (describe(probe.tokens), describe(probe.examples))
     assert kept["llc"][0] == "nbeta=30"
     assert run.steps("loss") == run.steps("llc") == [0, 100]

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from scipy.stats import rankdata
 from torch import Tensor
 
 from devmon.anatomy import stream
@@ -200,6 +198,8 @@ def _code(features: Array, label: NDArray[np.int64], task: _Task, penalty: float
 
 def _fit(inputs: Array, label: NDArray[np.int64], start: Array, penalty: float) -> Array:
     """The weights (feature, class) with the least Σ nats + (penalty / 2) ‖W‖², from where the last fit ended."""
+    from scipy.optimize import minimize
+
     target = np.eye(start.shape[1])[label]
 
     def objective(flat: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, Array]:
@@ -234,6 +234,8 @@ def _area(chances: Array, label: NDArray[np.int64], sequence: NDArray[np.int64])
 
 
 def _auc(chances: Array, label: NDArray[np.int64]) -> float:
+    from scipy.stats import rankdata
+
     areas = []
     for one in np.unique(label):
         own = label == one

@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 import torch
 import xarray as xr
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, Reads, activations
@@ -256,6 +255,8 @@ class _Gauge:
 
     @classmethod
     def fit(cls, clean: Reads) -> _Gauge:
+        from sklearn.covariance import ledoit_wolf  # an import of a third of a second, for this alone
+
         gauge = cls([], [], [], [])
         for state in clean.stack("resid_post")[:, :, -1].double().cpu().numpy():
             half = len(state) // 2

@@ -198,7 +198,8 @@ def character(null: Whitened, y: Array, jumps: list[Jump], which: int) -> tuple[
 
 
 def joined(jumps: list[Jump]) -> list[Jump]:
-    """The jumps without the pulses; neighbours of one sign whose spans touch are one transition of another shape."""
+    """The jumps without the pulses; neighbours of one sign whose spans touch, within half of the wider, are one
+    transition of another shape."""
     result: list[Jump] = []
     for jump in sorted((jump for jump in jumps if jump.form != PULSE), key=lambda jump: jump.middle[0]):
         if result and result[-1].up == jump.up:
@@ -206,7 +207,7 @@ def joined(jumps: list[Jump]) -> list[Jump]:
             start = np.minimum(a.centre - a.width / 2, b.centre - b.width / 2)
             end = np.maximum(a.centre + a.width / 2, b.centre + b.width / 2)
             between = b.middle[0] - a.middle[0] - (a.middle[1] + b.middle[1]) / 2
-            if between < min(a.middle[1], b.middle[1]) / 2:
+            if between < max(a.middle[1], b.middle[1]) / 2:
                 size = a.size + b.size
                 share = np.clip(a.size / np.where(size == 0, 1, size), 0, 1)
                 centre = share * a.centre + (1 - share) * b.centre

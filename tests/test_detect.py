@@ -169,12 +169,14 @@ def test_prominence() -> None:
 
 
 def test_touching_jumps_of_one_sign_are_one() -> None:
-    def jump(c: float, size: float, form: int = LOG) -> Jump:
-        return Jump(np.full(5, c), np.full(5, 0.1), np.full(5, size), form, 0.01)
+    def jump(c: float, size: float, form: int = LOG, width: float = 0.1) -> Jump:
+        return Jump(np.full(5, c), np.full(5, width), np.full(5, size), form, 0.01)
 
     (one,) = joined([jump(2.11, 1.0), jump(2.0, 3.0)])
     assert one.middle == (pytest.approx(2.0275), pytest.approx(0.21))
     assert one.size[0] == 4
+    (one,) = joined([jump(2.0, 0.1), jump(2.09, 9.9, width=0.02)])  # 0.03 between them, the slow start of a steep fall
+    assert one.middle == (pytest.approx(2.0891), pytest.approx(0.15))
     assert len(joined([jump(2.0, 3.0), jump(2.11, -1.0)])) == 2
     assert len(joined([jump(2.0, 3.0), jump(2.3, 1.0), jump(2.6, 1.0, PULSE)])) == 2
 

@@ -166,8 +166,13 @@ class Scan:
 
 
 def _index(thetas: list[Theta], theta: Theta) -> int:
-    """Where a covariance is in a list that has it, or has it with noise of constant size."""
-    return thetas.index(theta if theta in thetas else replace(theta, shape="flat"))
+    """Where a covariance is in a list that has it, or has it with noise of constant size; where its smooth part would go
+    through the points there, with the largest one that does not."""
+    if theta in thetas:
+        return thetas.index(theta)
+    alike = [k for k, one in enumerate(thetas) if replace(one, amplitude=0.0, length=0.0) ==
+             replace(theta, shape="flat", amplitude=0.0, length=0.0) and one.amplitude <= theta.amplitude]  # fmt: skip
+    return max(alike, key=lambda k: (thetas[k].length == theta.length, thetas[k].amplitude))
 
 
 def _greedy(target: Array, white: Single, penalty: Array, half: float, free: Single, both: Single,

@@ -147,6 +147,24 @@ def test_the_gain_ignores_scale_and_drift_and_sees_shapes_added_one_by_one() -> 
         assert gains[0, n] == pytest.approx(best - base, abs=1e-2)
 
 
+def test_nulls_of_noise_shaped_like_the_errors_are_those_of_constant_noise() -> None:
+    """Also where the smooth part beside constant noise would go through the points, and is not in the grid."""
+    steps = np.array([32.0, 53, 109, 139, 177, 226, 288, 367, 759])
+    se = np.array([0.31, 0.99, 0.57, 0.84, 0.96, 0.94, 0.82, 1.8, 1.09])
+    flat = Scan(Grid(steps), 2, 0)
+    own = Scan(Grid(steps, se), 2, 0, flat)
+    missing = 0
+    for k, theta in enumerate(own.grid.thetas):
+        alike = theta if theta in flat.grid.thetas else replace(theta, shape="flat")
+        nulls = own.nulls(k, 16)
+        if alike in flat.grid.thetas:
+            np.testing.assert_array_equal(nulls, flat.nulls(flat.grid.thetas.index(alike), 16))
+        else:
+            missing += 1
+            assert nulls.shape == (16, 2)
+    assert missing
+
+
 def test_shapes() -> None:
     x = np.array([1.9, 2.0, 2.1])
     shapes = Shapes(np.array([2.0, 2.0, 2.0]), np.array([0.2, 0.2, 0.2]), np.array([LOG, STEP, PULSE]))

@@ -10,7 +10,7 @@ weights on: no burn-in); then `devmon report`. An interrupted run goes on when t
 What it shows on the stand-in, a 2-layer GPT-NeoX (width 64, 4 heads, MLPs, rotary positions) with a tokenizer of 128 tokens,
 trained on the sources of Python's standard library with, for half of every batch, random tokens repeated with a random period:
 between steps 1000 and 1400 a head becomes an induction head (best prefix-matching score .08 → .82 with seed 0) together with
-a previous-token head (.39 → .85), and both stay: the report finds the jumps of the two at steps 1250 and 1244. The loss on
+a previous-token head (.39 → .85), and both stay: the report finds the jumps of the two at steps 1248 and 1250. The loss on
 held-out text falls from 5.0 to 2.7 nats a token, most of it before step 200, and is 0.2 higher for a moment at that transition
 (a bump at step 1307). With 100 steps at lr · gamma / 2 = 0.0045 a chain forgets its start over 222 steps, so these LLC settings, as
 published, give the LLC of chains on their way out: the sampler's checks refuse such estimates as not mixed (4.7 ± 0.9 at step

@@ -135,12 +135,15 @@ class Disk:
 
     def attempts(self) -> dict[str, xr.Dataset]:
         """The rows of earlier attempts, by group."""
-        found = {}
-        for path in sorted(self.path.glob("_attempts/*/*/zarr.json")):
-            group = path.parent
-            holds = lambda key, group=group: os.path.isfile(group / key)  # noqa: E731
-            found[group.relative_to(self.path).as_posix()] = groups.read(group, str(group), holds)
-        return found
+
+        def read_one(name: str) -> xr.Dataset:
+            group = self.path / name
+            return groups.read(group, str(group), lambda key: os.path.isfile(group / key))
+
+        names = sorted(
+            path.parent.relative_to(self.path).as_posix() for path in self.path.glob("_attempts/*/*/zarr.json")
+        )
+        return groups.attempts(names, read_one, self.attributes())
 
     def _group(self, name: str) -> Path:
         """The watch's group; between the two renames of a swap, the old one."""

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import xarray as xr
@@ -60,6 +60,25 @@ def read(store: Any, where: str, holds: Callable[[str], bool], group: str | None
                 return wanted.load()
     except UNREADABLE as error:
         raise StoreError(f"{where}{_broken(store, group or '')} ({error}): {REMEDY}") from error
+
+
+def attempts(
+    names: Iterable[str], read_one: Callable[[str], xr.Dataset], attrs: Mapping[str, Any]
+) -> dict[str, xr.Dataset]:
+    """The groups `_attempts/NUMBER/NAME` of a run with these attributes.
+
+    A resumption lists its attempt there when all is written. What a killed one left half written is passed over, since its
+    rows are still in the run; a damaged group of a listed attempt raises `StoreError`.
+    """
+    listed = {str(entry.get("attempt")) for entry in attrs.get("attempts", [])}
+    found = {}
+    for name in names:
+        try:
+            found[name] = read_one(name)
+        except StoreError:
+            if name.split("/")[1] in listed:
+                raise
+    return found
 
 
 def node(attrs: Mapping[str, Any]) -> bytes:

@@ -139,7 +139,7 @@ class Objects:
 
     def attempts(self) -> dict[str, xr.Dataset]:
         found = sorted({"/".join(key.split("/")[:3]) for key in self.keys("_attempts") if key.count("/") > 3})
-        return {group: self._read(group) for group in found}
+        return groups.attempts(found, self._read, self.attributes())
 
     def copy(self, write: Callable[[Any], object], attrs: dict[str, Any]) -> None:
         """Let `write` put groups, and then make them a trajectory."""

@@ -196,3 +196,14 @@ TestStore.settings = settings(
     max_examples=20, stateful_step_count=15, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("at", range(1, 16))
+def test_a_resumption_killed_while_it_sets_rows_aside(at: int) -> None:
+    """At any of the files of the attempt: the rows are in the run until the next resumption has moved all of them."""
+    machine = Store()
+    machine.append("scalars", 1, second=False)
+    machine.fold(second=False)
+    machine.crash_in_a_resumption(at=at, after=0)
+    machine.holds_what_the_dict_holds()
+    machine.teardown()

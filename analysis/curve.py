@@ -7,7 +7,6 @@ the curve with nulls that lack the feature but have the same noise, autocorrelat
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -102,16 +101,14 @@ class Curve:
         return np.repeat(sd, np.diff(np.append(grid.starts, len(grid.steps))))
 
     def _usual_noise(self) -> tuple[Array, Array]:
-        """(m,) variance of the likeliest noise that is of constant size or shaped like the standard errors, and its sd as a
-        multiple of that of constant size."""
-        thetas, noise = self.null.grid.thetas, self.null.grid.noise
-        usual = [k for k, theta in enumerate(thetas) if theta.shape in ("flat", "se")]
+        """(m,) variance of the likeliest noise that is of constant size or shaped like the standard errors, and that shape:
+        its sd as a multiple of the usual one."""
+        grid = self.null.grid
+        usual = [k for k, theta in enumerate(grid.thetas) if theta.shape in ("flat", "se")]
         if not usual:
-            return np.ones(len(self.null.grid.x)), np.ones(len(self.null.grid.x))
+            return np.ones(len(grid.x)), np.ones(len(grid.x))
         likeliest = max(usual, key=lambda k: self.weights[k])
-        alike = replace(thetas[likeliest], shape="flat", amplitude=0.0, length=1.0)
-        size = np.diagonal(noise[likeliest])
-        return size, np.sqrt(size / np.diagonal(noise[thetas.index(alike)] if alike in thetas else noise[likeliest]))
+        return np.diagonal(grid.noise[likeliest]), grid.sds[grid.thetas[likeliest].shape]
 
     def simulated(self, mean: Array, count: int, stream: int) -> tuple[Array, Array]:
         """`count` series of the given mean (m,) at the points of the model plus noise as estimated, smoothed like the data.

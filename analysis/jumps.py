@@ -59,9 +59,8 @@ def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float,
 
     `first` is the scan's path through y. A point, or a pair of neighbours, that leaves and comes back explains itself:
     where that is the better account, or what was found is no longer than that, or no jump is left to find, it is left out
-    and the test is made again. A jump
-    without a certain sign, wider than WIDEST or hardly steeper than its surroundings is none: its test counts with
-    p = 1.
+    and the test is made again. A jump without a certain sign, wider than WIDEST or hardly steeper than its surroundings
+    is none: its test counts with p = 1.
     """
     null, path, whole = scan.null, first, scan
     found: list[Jump] = []

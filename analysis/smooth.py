@@ -75,12 +75,14 @@ class Grid:
         self.x = self.average(self.raw_x)
         self.gaps = np.diff(self.x)
         self.thetas: list[Theta] = []
+        self.sds: dict[str, Array] = {}  # (m,) relative size of the noise, by its shape
         self.noise: list[Array] = []  # (m, m), one for each theta; entries are shared
         self.smooth: list[Array] = []
         kernels = {length: self._average_both(matern(self.raw_x, self.raw_x, length)) for length in LENGTHS}
         nothing = np.zeros((len(self.x), len(self.x)))
         lag = np.abs(np.subtract.outer(np.arange(len(steps)), np.arange(len(steps))))
         for shape, (sd, noises) in _shapes(self.raw_x, se, flat).items():
+            self.sds[shape] = self.average(sd)
             for rho, white in noises:
                 correlation = (1 - white) * rho**lag + white * np.eye(len(steps))
                 noise = self._average_both(sd[:, None] * correlation * sd)

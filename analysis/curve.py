@@ -82,33 +82,32 @@ class Curve:
     def noise_profile(self) -> Array | None:
         """(n,) relative sd of the noise at each checkpoint where it plainly varies, else None.
 
-        From squared differences of neighbouring residuals, in units of the likeliest noise of constant size or shaped like
-        the standard errors, and smoothed over the index; it varies plainly where the largest is UNEVEN times the smallest,
-        of at least MANY points.
+        From squared differences of neighbouring residuals, in units of the likeliest noise of constant size or, if that is
+        the likeliest of all, shaped like the standard errors, and smoothed over the index. It varies plainly where the
+        largest of at least MANY points is UNEVEN times the smallest in units of the likelier of the two.
         """
         grid = self.null.grid
         kept = np.delete(np.arange(len(grid.x)), list(self.null.spikes))
         residual = (self.y - np.interp(grid.x, self.at, self.mean))[kept]
-        size, relative = self._usual_noise()
+        size, shape = self._likeliest(("se",) if grid.thetas[self.best].shape == "se" else ("flat",))
         squares = np.square(np.diff(residual)) / (size[kept[1:]] + size[kept[:-1]])
         apart = np.subtract.outer(np.arange(len(grid.x)), (kept[1:] + kept[:-1]) / 2)
         kernel = np.exp(-0.5 * (apart / max(len(kept) / 12, 4)) ** 2)
-        sd = np.sqrt(kernel @ squares / kernel.sum(1))
-        if len(kept) < MANY or not sd.min() * UNEVEN < sd.max():
+        sd = np.sqrt(kernel @ squares / kernel.sum(1)) * shape
+        known = sd / self._likeliest(("flat", "se"))[1]
+        if len(kept) < MANY or not known.min() * UNEVEN < known.max():
             return None
-        sd *= relative
         sd = np.maximum(sd, sd.max() / 30)
         return np.repeat(sd, np.diff(np.append(grid.starts, len(grid.steps))))
 
-    def _usual_noise(self) -> tuple[Array, Array]:
-        """(m,) variance of the likeliest noise that is of constant size or shaped like the standard errors, and that shape:
-        its sd as a multiple of the usual one."""
+    def _likeliest(self, shapes: tuple[str, ...]) -> tuple[Array, Array]:
+        """(m,) variance of the likeliest noise of these shapes, and its relative sd; 1 where the grid has none of them."""
         grid = self.null.grid
-        usual = [k for k, theta in enumerate(grid.thetas) if theta.shape in ("flat", "se")]
-        if not usual:
+        some = [k for k, theta in enumerate(grid.thetas) if theta.shape in shapes]
+        if not some:
             return np.ones(len(grid.x)), np.ones(len(grid.x))
-        likeliest = max(usual, key=lambda k: self.weights[k])
-        return np.diagonal(grid.noise[likeliest]), grid.sds[grid.thetas[likeliest].shape]
+        k = max(some, key=lambda k: self.weights[k])
+        return np.diagonal(grid.noise[k]), grid.sds[grid.thetas[k].shape]
 
     def simulated(self, mean: Array, count: int, stream: int) -> tuple[Array, Array]:
         """`count` series of the given mean (m,) at the points of the model plus noise as estimated, smoothed like the data.

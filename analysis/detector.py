@@ -25,7 +25,7 @@ MOST_CHECKPOINTS = 600  # more are averaged in blocks of neighbours
 EXACT = 1e-10  # distance from a straight line, as a share of the range, that is rounding
 SURE = 0.80  # share of the posterior in which a plateau is slow
 SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
-PRICES = {"scan": 3.0, "turn": 12.0, "plateau": 10.0}  # what a p-value is multiplied by where all three are made
+PRICES = {"scan": 2.5, "turn": 10.0, "plateau": 7.0}  # what a p-value is multiplied by where all three are made
 CALM = 0.33  # of these prices where the noise is plainly white
 KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
 
@@ -50,7 +50,7 @@ class Detector:
 
     Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
     the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
-    probability alpha at most. The inverse prices add up to about one half: now and then a random walk looks like a
+    probability alpha at most. The inverse prices add up to about two thirds: now and then a random walk looks like a
     smooth curve with little noise, and the rest of the budget pays for that (benchmarks/detection.py). Where there are
     MANY checkpoints and their noise is plainly white, which a random walk's is not, the prices are CALM times as high.
     `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
@@ -174,7 +174,7 @@ class Detector:
         white = [theta.rho == 0 for theta in scan.grid.thetas]
         calm = len(points) >= MANY and float(path.weights[white, 0].sum()) >= 0.5
         alpha = self.alpha / self._price("scan", calm)
-        search = find_jumps(scan, points, path, alpha=alpha, level=self.level, n_null=self.n_null, most=self.most)
+        search = find_jumps(scan, points, path, alpha=alpha, n_null=self.n_null, most=self.most)
         return search, Curve(search.null, search.jumps, points, self.seed), calm
 
     def _price(self, search: str, calm: bool = False) -> float:

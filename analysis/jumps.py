@@ -17,18 +17,21 @@ LIKELY = 10  # covariances over which a location is averaged
 FAR = 10.0  # covariances this much less likely than the best, with and without shapes, play no part in what is found
 KEPT = 0.70  # share of a jump that drift leaves standing
 UNKINKED = 0.5  # share of a pulse that neither drift nor a kink of it explains
+SURE = 0.90  # share of the posterior in which a jump has the sign that it most likely has
 STEEPER = 2.5  # a jump is at least this many times as steep as the curve beside it
 
 
 @dataclass(frozen=True)
 class Jump:
-    """A located jump or pulse: posterior draws of centre and width (on the time axis) and of the amplitude."""
+    """A located jump or pulse: posterior draws of centre and width (on the time axis) and of the amplitude, of one sign;
+    `sure` is the share of the posterior that has this sign."""
 
     centre: Array
     width: Array
     size: Array
     form: int
     p_value: float
+    sure: float = 1.0
 
     @property
     def middle(self) -> tuple[float, float]:
@@ -54,7 +57,7 @@ class JumpSearch:
     null: Whitened
 
 
-def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float, n_null: int, most: int) -> JumpSearch:
+def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, n_null: int, most: int) -> JumpSearch:
     """All jumps and pulses at once, then one at a time beside those found, until the next is not significant.
 
     `first` is the scan's path through y. A point, or a pair of neighbours, that leaves and comes back explains itself:
@@ -80,7 +83,7 @@ def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float,
                 scan = whole.only(np.flatnonzero(path.behind[:, 0] > -FAR))
                 null = with_shapes(scan.grid, [], spikes)
             start = [coarse(scan.shapes, int(j)) for j in picks[: min(count, most - len(found))]]
-            kept = settle(scan, null, y, found, start, p, alpha=alpha, level=level, n_null=n_null)
+            kept = settle(scan, null, y, found, start, p, alpha=alpha, n_null=n_null)
             p = 1.0 if not kept else p
         room = len(spikes) < max(2, len(y) // 10)
         if kept and room and (brief := points_of_spikes(scan.grid, kept) - set(spikes)):
@@ -99,7 +102,7 @@ def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, level: float,
 
 
 def settle(scan: Scan, null: Whitened, y: Array, found: list[Jump], new: list[Jump], p: float, *, alpha: float,
-           level: float, n_null: int) -> list[Jump]:  # fmt: skip
+           n_null: int) -> list[Jump]:  # fmt: skip
     """Locate the new jumps, each beside all others; those that then fail their own test or are no event are dropped."""
     spikes = null.spikes
     while new:
@@ -116,7 +119,7 @@ def settle(scan: Scan, null: Whitened, y: Array, found: list[Jump], new: list[Ju
             located.append(locate(scan, own, shapes_of(others), y, mine))
         beside = with_shapes(scan.grid, [*found, *located], spikes)
         good = [
-            jump.p_value <= alpha and is_event(beside, y, [*found, *located], len(found) + i, level)
+            jump.p_value <= alpha and is_event(beside, y, [*found, *located], len(found) + i)
             for i, jump in enumerate(located)
         ]
         if all(good):
@@ -150,12 +153,11 @@ def with_shapes(grid: Grid, jumps: list[Jump], spikes: tuple[int, ...]) -> White
     return Whitened(grid, columns_of(grid, shapes_of(jumps), grid.x)[0], spikes)
 
 
-def is_event(null: Whitened, y: Array, jumps: list[Jump], which: int, level: float) -> bool:
+def is_event(null: Whitened, y: Array, jumps: list[Jump], which: int) -> bool:
     """Whether one of the jumps has a certain sign, is not undone by the drift beside it and, unless it is a pulse, is
     narrow and steep."""
-    jump, tail = jumps[which], (1 - level) / 2
-    low, high = np.quantile(jump.size, [tail, 1 - tail])
-    if low * high <= 0:
+    jump = jumps[which]
+    if jump.sure < SURE:
         return False
     if jump.form != PULSE and jump.middle[1] > WIDEST:
         return False
@@ -235,7 +237,8 @@ def isolated(null: Whitened, y: Array) -> tuple[tuple[int, ...], float]:
 
 
 def locate(scan: Scan, null: Whitened, taken: Shapes, y: Array, p: float, draws: int = 4000) -> Jump:
-    """Posterior draws of centre, width and size; flat priors on c and log w, the covariance integrated over its grid.
+    """Posterior draws of centre, width and size; flat priors on c and log w, the covariance integrated over its grid. A fall
+    with an upward slope beside it is now and then nearly as good an account of a rise: draws of the rarer sign are left out.
 
     Two passes over an ever finer grid around the best candidates, so that the answer is not bound to the coarse one.
     """
@@ -276,4 +279,6 @@ def locate(scan: Scan, null: Whitened, taken: Shapes, y: Array, p: float, draws:
     size = dot[row, j] / norm[row, j] + spread * generator.standard_t(null.df - 1, draws)
     centre = np.clip(shapes.centre[j] + step * (generator.random(draws) - 0.5), grid.x[0], grid.x[-1])
     width = shapes.width[j] * ratio ** (generator.random(draws) - 0.5)
-    return Jump(centre, width, size, int(np.bincount(shapes.form[j]).argmax()), p)
+    alike = np.flatnonzero((size > 0) == (np.median(size) > 0))
+    chosen, sure = np.resize(alike, draws), len(alike) / draws
+    return Jump(centre[chosen], width[chosen], size[chosen], int(np.bincount(shapes.form[j]).argmax()), p, sure)

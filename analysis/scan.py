@@ -5,11 +5,11 @@ and forms (see `shapes`). Shapes are added greedily, since a staircase seen one 
 random walk; the statistic is the gain in restricted log likelihood after 1, 2, … shapes, maximised over shapes and
 covariances.
 
-Nulls are drawn from the model without the shapes and scanned the same way. Their covariance is the likeliest *beside
-the best shape*: where a shape is there, the noise is what the shape leaves; where none is, one shape hardly changes what
-the noise looks like (a random walk less its largest rise is still one). The statistic does not depend on scale or
+Nulls are drawn from the model without the shapes and scanned the same way. Their covariances are drawn from the posterior
+*beside the best shape*: where a shape is there, the noise is what the shape leaves; where none is, one shape hardly
+changes what the noise looks like (a random walk less its largest rise is still one). The statistic does not depend on scale or
 drift, so nulls are kept with the grid of steps and serve every series measured there, and also the later tests beside
-shapes already found.
+shapes already found. Every shape has its prior odds (`shapes.odds_against`), and so has a second one (FURTHER).
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from devmon.analysis.shapes import Shapes, candidates
-from devmon.analysis.smooth import Array, Grid, Theta, Whitened, normalised
+from devmon.analysis.shapes import Shapes, candidates, odds_against
+from devmon.analysis.smooth import Array, Grid, Theta, Whitened, normalised, shares
 
 TIGHT = 1e-12  # residual sums of squares below this share are rounding
 ENOUGH = 10  # simulation stops early at this many nulls as large as the data (Besag & Clifford 1991)
 USUAL = 0.9  # a further shape counts by what it adds to the gain beyond this quantile of the nulls
+LIKELY = 8  # covariances from which nulls are drawn
 BEHIND = 6.0  # covariances this much less likely than the best for every null of a batch are not scanned for it
+FURTHER = 1.0  # log odds against more than one shape
 SPARE = 2.0  # shapes that add less than this to the case beyond chance are left to later tests
 TAIL = 0.25  # share of the largest nulls to which an exponential tail is fitted
 LEAST = 1e-4  # no p-value is below this
@@ -65,6 +67,7 @@ class Scan:
         self.null = Whitened(grid, grid.drift)
         self.shapes = candidates(grid)
         self.raw = self.shapes.template(grid)
+        self.against = odds_against(self.shapes)
         self._streams: dict[int, tuple[np.random.Generator, Array]] = {}
 
     def near(self, others: Shapes) -> NDArray[np.bool_]:
@@ -110,11 +113,10 @@ class Scan:
         if null is self.null:
             ys = np.concatenate([ys, ys[:, :1].repeat(-count % BLOCK, axis=1)], axis=1)
         parts = [
-            _greedy(
-                project @ ys[:, start : start + BLOCK], white, penalty, null.df / 2, free, self._free, beside, depth
-            )
+            _greedy(project @ ys[:, start : start + BLOCK], white, penalty, null.df / 2, self.against, free, self._free,
+                    beside, depth)
             for start in range(0, count, BLOCK)
-        ]
+        ]  # fmt: skip
         gains, picks, weights, behind = (np.concatenate([part[i] for part in parts], axis=i // 2) for i in range(4))
         return Path(gains[:count], picks[:count], weights[:, :count], behind[:, :count])
 
@@ -126,7 +128,7 @@ class Scan:
         return np.asarray(np.linalg.qr(self.null.project[which] @ extra)[0].astype(np.float32))
 
     def loglik(self, y: Array, null: Whitened, taken: Shapes) -> Array:
-        """(theta, J) log likelihood of one series with each of the shapes that are not close to those taken."""
+        """(theta, J) log likelihood of one series with each of the shapes that are not close to those taken, and their odds."""
         target = null.project @ y
         rss = np.square(target).sum(1)[:, None]
         score = np.square((target.astype(np.float32)[:, None] @ self._white)[:, 0])
@@ -134,7 +136,7 @@ class Scan:
             score /= np.maximum(1 - np.square(beside.transpose(0, 2, 1) @ self._white).sum(1), 0.05)
         if len(taken.centre):
             score[:, self.near(taken).any(1)] = 0
-        return null.loglik(np.maximum(rss - score, TIGHT * rss))
+        return null.loglik(np.maximum(rss - score, TIGHT * rss)) - self.against
 
     def nulls(self, k: int, count: int) -> Array:
         """Gains (count, depth) of series drawn from covariance k; the stream of k is the same whoever asks."""
@@ -153,12 +155,16 @@ class Scan:
     def test(self, path: Path, n_null: int) -> tuple[float, int]:
         """P-value of one series by its path, and how few shapes make its case all but as good as any.
 
-        The case is max over n of (gain after n shapes - its USUAL quantile over the nulls); p is `tail_p` of it.
+        The case is max over n of (gain after n shapes - its USUAL quantile over the nulls), less FURTHER where n > 1; p is
+        `tail_p` of it.
         """
-        gains, k = path.gains[0], int(path.weights[:, 0].argmax())
+        gains, weights = path.gains[0], path.weights[:, 0].copy()
+        weights[np.argsort(-weights, kind="stable")[LIKELY:]] = 0
         for total in sorted({min(n_null, 49), n_null}):
-            nulls = self.nulls(k, total)[:, : len(gains)]
-            usual = np.quantile(nulls, USUAL, axis=0)
+            counts = shares(weights / weights.sum(), total)
+            drawn = [self.nulls(int(k), int(counts[k])) for k in np.flatnonzero(counts)]
+            nulls = np.concatenate(drawn)[:, : len(gains)]
+            usual = np.quantile(nulls, USUAL, axis=0) + FURTHER * (np.arange(nulls.shape[1]) > 0)
             cases, case = (nulls - usual).max(1), float((gains - usual).max())
             if np.sum(cases >= case) >= ENOUGH:
                 break
@@ -175,14 +181,15 @@ def _index(thetas: list[Theta], theta: Theta) -> int:
     return max(alike, key=lambda k: (thetas[k].length == theta.length, thetas[k].amplitude))
 
 
-def _greedy(target: Array, white: Single, penalty: Array, half: float, free: Single, both: Single,
+def _greedy(target: Array, white: Single, penalty: Array, half: float, against: Array, free: Single, both: Single,
             beside: Single | None, depth: int) -> tuple[Array, Ints, Array, Array]:  # fmt: skip
-    """`Scan.path` for one block: whitened series (theta, m, B), shapes (theta, m, J) of which those `free` (J,) may be
-    picked and those in `both` (J, J) together."""
+    """`Scan.path` for one block: whitened series (theta, m, B), shapes (theta, m, J) with odds `against` (J,) of
+    which those `free` (J,) may be picked and those in `both` (J, J) together."""
     count = target.shape[2]
     series = np.arange(count)
     rss = np.square(target).sum(1)  # (theta, B)
-    floor, left = 1e-6 * rss, np.ascontiguousarray(target.transpose(0, 2, 1), dtype=np.float32)  # (theta, B, m)
+    floor = (1e-6 * rss).astype(np.float32)
+    left = np.ascontiguousarray(target.transpose(0, 2, 1), dtype=np.float32)  # (theta, B, m)
     norm = np.ones((len(white), 1, white.shape[2]), dtype=np.float32)  # of each shape beside those taken
     basis: list[Single] = []
     if beside is not None:
@@ -192,19 +199,23 @@ def _greedy(target: Array, white: Single, penalty: Array, half: float, free: Sin
     loglik = -half * np.log(rss) - penalty
     base, behind, weights = loglik.max(0), loglik - loglik.max(0), loglik
     allowed = np.broadcast_to(free, (count, len(free)))
+    heavy, paid = np.exp(against / half).astype(np.float32), np.zeros(count)
     for n in range(depth):
         score = left @ white  # (theta, B, J)
         np.square(score, out=score)
         score *= allowed / np.maximum(norm, 0.05)
-        chosen = score.argmax(2)
-        lowered = np.maximum(rss - np.take_along_axis(score, chosen[:, :, None], 2)[:, :, 0], floor)
-        loglik = -half * np.log(lowered) - penalty
+        np.maximum(rss.astype(np.float32)[:, :, None] - score, floor[:, :, None], out=score)
+        score *= heavy  # so that the likelihood and the odds together are greatest where this is least
+        chosen = score.argmin(2)
+        lowered = np.take_along_axis(score, chosen[:, :, None], 2)[:, :, 0].astype(np.float64)
+        loglik = -half * np.log(lowered) - penalty - paid
         behind = np.maximum(behind, loglik - loglik.max(0))
         if n == 0:
             weights = normalised(loglik)
         theta = loglik.argmax(0)
         pick = chosen[theta, series]
-        gains[:, n] = np.maximum(loglik[theta, series] - base, gains[:, n - 1] if n else 0)
+        paid += against[pick]
+        gains[:, n] = np.maximum(loglik[theta, series] - base, gains[:, n - 1] if n else -np.inf)
         picks[:, n] = pick
         if n + 1 == depth:
             break

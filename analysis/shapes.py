@@ -13,6 +13,7 @@ WIDTHS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)  # t10-t90 on the time axis, beside th
 SKEWED = 0.2  # from this width on a logistic in step differs from one in log step
 BRIEF = 0.6  # up to this width a pulse is too narrow for the smooth part
 NINETY = float(np.log(9.0))  # a logistic is at 90% here
+PULSED = 1.0  # log odds against a pulse
 SIDE = 3  # checkpoints needed before and after a centre, and within the half height of a pulse
 
 LOG, STEP, PULSE = 0, 1, 2  # logistic in log step, logistic in step, the slope of a logistic in log step
@@ -76,6 +77,16 @@ def candidates(grid: Grid) -> Shapes:
         np.concatenate([np.full(len(c), width) for c, width, _ in rows]),
         np.concatenate([np.full(len(c), form) for c, _, form in rows]),
     )
+
+
+def odds_against(shapes: Shapes) -> Array:
+    """(J,) log prior odds against each candidate, about 0 on the average: every form and width is as likely as another, and
+    every centre of one, so that the many places of a narrow shape do not outvote the few of a wide one."""
+    if not len(shapes.centre):
+        return np.zeros(0)
+    alike = np.stack([shapes.width, shapes.form], axis=1)
+    _, which, count = np.unique(alike, axis=0, return_inverse=True, return_counts=True)
+    return np.log(count[which.ravel()] * len(count) / len(shapes.centre)) + PULSED * (shapes.form == PULSE)
 
 
 def within(grid: Grid, centre: Array, width: Array) -> NDArray[np.int64]:

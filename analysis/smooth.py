@@ -28,7 +28,15 @@ MOST_POINTS = 128  # neighbours are averaged beyond this many checkpoints; their
 LENGTHS = (0.3, 0.8)  # decades
 AMPLITUDES = (1.0, 2.5, 6.0, 40.0, 400.0)  # of f, in standard deviations of the noise
 RHOS = (0.0, 0.4, 0.7, 0.85, 0.95, 0.99)
-NOISES = (*((rho, 0.0) for rho in RHOS), (0.9, 0.3), (0.99, 0.03), (0.99, 0.2))  # (rho, share of white noise)
+NOISES = (
+    *((rho, 0.0) for rho in RHOS),
+    (0.9, 0.3),
+    (0.99, 0.03),
+    (0.99, 0.2),
+    (0.99, 0.6),
+)  # (rho, share of white noise)
+# of noise shaped like the standard errors, which is no walk: such a walk would be any loss that falls as its errors do
+ERRORS = tuple((rho, white) for rho, white in NOISES if rho < 0.95)
 FREEST = 0.6  # a smooth part that takes more of the points is no smooth part: it goes through them, whatever the noise
 SMOOTH = 1.0  # log odds against a smooth part
 MIXED = 2.0  # against a mixture of AR(1) and white noise
@@ -62,8 +70,8 @@ class Theta:
 class Grid:
     """What the steps alone decide: the time axis, the covariances V(theta), their inverse roots and determinants.
 
-    `steps` (n,) sorted; `se` (n,) or None, with noise of constant size beside it unless not `flat`. `x` (m,) are the points of the model, m = min(n, about MOST_POINTS);
-    `inverse` (theta, m, m) holds L⁻¹ for V = L Lᵀ, `logdet` (theta,) half the log determinant of V, `prior` (theta,) log odds.
+    `steps` (n,) sorted; `se` (n,) or None, with noise of other shapes beside it unless not `flat`. `x` (m,) are the points
+    of the model, m = min(n, about MOST_POINTS); `inverse` (theta, m, m) holds L⁻¹ for V = L Lᵀ, `logdet` (theta,) half the log determinant of V, `prior` (theta,) log odds.
     """
 
     def __init__(self, steps: Array, se: Array | None = None, *, flat: bool = True) -> None:
@@ -215,11 +223,13 @@ def shares(weights: Array, total: int) -> NDArray[np.int64]:
 
 def _shapes(x: Array, se: Array | None, flat: bool) -> dict[str, tuple[Array, tuple[tuple[float, float], ...]]]:
     """Relative noise sd at each checkpoint, and the noises to try with it."""
-    even = {"flat": (np.ones(len(x)), NOISES)} if flat else {}
-    if se is not None:
-        return even | {"se": (se / np.sqrt(np.mean(se**2)), NOISES)}
     ramp = 10.0 ** ((x - x[0]) / max(x[-1] - x[0], 1e-12) - 0.5)
-    return even | {"growing": (ramp, FEW_NOISES), "shrinking": (1 / ramp, FEW_NOISES)}
+    shapes = {"flat": (np.ones(len(x)), NOISES)} if flat else {}
+    if se is not None:
+        shapes["se"] = (se / np.sqrt(np.mean(se**2)), ERRORS if flat else NOISES)
+    if flat:
+        shapes |= {"growing": (ramp, FEW_NOISES), "shrinking": (1 / ramp, FEW_NOISES)}
+    return shapes
 
 
 def _groups(x: Array) -> NDArray[np.int64]:

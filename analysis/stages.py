@@ -16,6 +16,7 @@ from devmon.analysis.detect import Detection, Event
 from devmon.analysis.series import Series
 
 Q = 0.05  # a transition rests on events with a q-value up to this
+WIDE = 2.0  # an interval whose ends differ by more than this factor is wide
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Change:
 class Transition:
     """Events of several series that belong together.
 
-    `step` is the median of their estimates, `interval` spans all their 90% intervals, `span` their t10 to t90.
+    `step` is the median of their estimates, `interval` spans their 90% intervals, `span` their t10 to t90; events with a wide
+    interval count for these only where all have one.
     """
 
     step: float
@@ -61,12 +63,18 @@ def is_sure(event: Event) -> bool:
     return (event.p_value if event.q_value is None else event.q_value) <= Q
 
 
+def is_wide(event: Event) -> bool:
+    """Whether the ends of the interval differ by more than a factor of WIDE."""
+    return (event.interval[1] + 1) / (event.interval[0] + 1) > WIDE
+
+
 def transitions(events: Iterable[Event], kinds: Collection[str] = ("jump",)) -> list[Transition]:
     """Clusters of sure run-level events of these `kinds`, in the order of their steps.
 
     Beginning with the best located event, another joins it when the 90% interval of each meets the extent of the other.
     The extent of a jump is its interval together with its t10-t90 span: two rises that go on at the same time are one
-    transition even where their midpoints are told apart.
+    transition even where their midpoints are told apart. An event with a wide interval places a transition only where all of
+    its events are wide.
     """
     left = sorted(
         (event for event in events if event.kind in kinds and is_sure(event) and run_level(event.series)),
@@ -76,11 +84,12 @@ def transitions(events: Iterable[Event], kinds: Collection[str] = ("jump",)) -> 
     while left:
         members = [event for event in left if _together(left[0], event)]
         left = [event for event in left if event not in members]
-        extents = [extent(event) for event in members]
+        placed = [event for event in members if not is_wide(event)] or members
+        extents = [extent(event) for event in placed]
         found.append(
             Transition(
-                step=float(np.median([event.step for event in members])),
-                interval=(min(e.interval[0] for e in members), max(e.interval[1] for e in members)),
+                step=float(np.median([event.step for event in placed])),
+                interval=(min(e.interval[0] for e in placed), max(e.interval[1] for e in placed)),
                 span=(min(low for low, _ in extents), max(high for _, high in extents)),
                 events=tuple(members),
             )

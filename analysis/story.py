@@ -11,7 +11,7 @@ import numpy as np
 
 from devmon.analysis.detect import Detection, Event, LeadLag, lead_lag
 from devmon.analysis.series import Series
-from devmon.analysis.stages import Transition, is_sure, main_event, run_level, transitions
+from devmon.analysis.stages import Transition, is_sure, is_wide, main_event, run_level, transitions
 
 NAMED = 3  # items named in a sentence before "and 4 more"
 REMEDIES = {  # where every estimate is rejected, by the commonest reason
@@ -20,7 +20,6 @@ REMEDIES = {  # where every estimate is rejected, by the commonest reason
     "non-finite": "The chains meet NaN or infinity: lower lr (devmon calibrate finds it).",
     "not mixed": "The chains disagree: take more draws and chains, or another lr (devmon calibrate finds it).",
 }
-WIDE = 2.0  # an interval whose ends differ by more than this factor is wide
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _against(series: Sequence[Series], detection: Detection, verdicts: Mapping[s
     if unresolved:
         notes = [f"{event.series} ({event.note or 'too few checkpoints'})" for event in unresolved]
         said.append(f"{len(unresolved)} of {_count(len(sure), 'event')} not resolved in time: {_some(notes)}.")
-    wide = [e for e in sure if run_level(e.series) and (e.interval[1] + 1) / (e.interval[0] + 1) > WIDE]
+    wide = [e for e in sure if run_level(e.series) and is_wide(e)]
     if wide:
         said.append(
             f"{_count(len(wide), 'event')} with a wide interval (a factor above 2): {_some(list(map(phrase, wide)))}."

@@ -11,6 +11,8 @@
   90% intervals, where SNR >= 3 and there are at least 60 checkpoints.
 - published: shapes and noise like two published learning-coefficient curves; how many boundaries are found within 10%
   of the step, and how many events lie beside them.
+- limit: how many jumps a likelihood ratio could find that knows that the noise of a jump is white, at 3% false alarms on
+  white, AR(1) and other noise without drift.
 - speed: seconds a series, and how the time grows with the number of checkpoints.
 """
 
@@ -29,7 +31,9 @@ from detection_baselines import BASELINES, STRICTER, Baseline
 from detection_families import NULLS, POSITIVES, STAGES, grid, staged
 
 from devmon.analysis.detect import Detector, Series, detect
-from devmon.analysis.smooth import Array
+from devmon.analysis.scan import Scan
+from devmon.analysis.shapes import PULSE
+from devmon.analysis.smooth import Array, Grid
 
 TOLERANCE = 0.10
 POINTS = (20, 60, 200)
@@ -163,6 +167,36 @@ def published(
     return rows
 
 
+def limit(runs: int, seed: int) -> dict[str, Any]:
+    noises = [name for name in NULLS if name[:5] in ("white", "AR(1)", "rando", "growi", "t4 no")]
+    rows: dict[str, Any] = {}
+    for points in (20, 60):
+        scan = Scan(Grid(grid("log", points)), 1, 0)
+
+        def seeded(i: int, points: int = points) -> np.random.Generator:
+            return np.random.default_rng([seed, 9, i, points])
+
+        nulls = [[ratio(scan, NULLS[name](seeded(i), scan.grid.steps)) for i in range(runs)] for name in noises]
+        level = np.quantile(nulls, 0.97, axis=1).max()
+        rows[f"{points} points"] = {
+            variant: round(
+                float(np.mean([ratio(scan, make(seeded(i), scan.grid.steps)[0]) > level for i in range(runs)])), 2
+            )
+            for variant, make in POSITIVES["jump"].items()
+            if not variant.endswith("SNR 10")
+        }
+    print(rows, flush=True)
+    return rows
+
+
+def ratio(scan: Scan, y: Array) -> float:
+    """Log likelihood ratio of a rise in white noise against drift and noise of any kind without one."""
+    white = [k for k, t in enumerate(scan.grid.thetas) if (t.rho, t.amplitude, t.shape) == (0, 0, "flat")]
+    nothing = scan.shapes[np.zeros(len(scan.shapes.centre), dtype=bool)]
+    risen = scan.loglik(y, scan.null, nothing)[white] + scan.against
+    return float(risen[:, scan.shapes.form != PULSE].max() - scan.null.loglik(scan.null.rss(y)).max())
+
+
 def speed(rounds: int, seed: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for points in (60, 200, 1000, 5000):
@@ -205,7 +239,7 @@ def near(step: float, truth: float) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["nulls", "positives", "published", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["nulls", "positives", "published", "limit", "speed"])
     parser.add_argument("--null-runs", type=int, default=1002)
     parser.add_argument("--runs", type=int, default=15, help="series for each variant and number of checkpoints")
     parser.add_argument("--quick", action="store_true")
@@ -223,6 +257,8 @@ def main() -> None:
             result |= {"strictness held to 6%": strict, part: positives(runs, strict, options.seed)}
         if part == "published":
             result[part] = published(4 if options.quick else 8, options.seed)
+        if part == "limit":
+            result[part] = limit(20 if options.quick else 200, options.seed)
         if part == "speed":
             result[part] = speed(3 if options.quick else 9, options.seed)
         if options.out:

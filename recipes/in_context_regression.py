@@ -10,7 +10,7 @@ Numbers to expect: published, with the schedule of 500 000 steps: error 4.45, 4.
 -0.7, 20.7, 169 (169 to 171 over five seeds at 40k), 116 (116 to 141). Default here, 8000 steps of the same shape of
 schedule: error 4.41, 4.15 where it has learnt the prior (step 142, λ̂ 18 to 21), 1.90 (step 6900, λ̂ 162 ± 1.5), 1.87; with
 seed 2 4.29, 4.13, 1.90 (λ̂ 162.6), 1.83. The detector finds LR1, in which it has the prior and nothing more, as a plateau of
-the error at step 114 [90, 137], and LR2 as its jump at step 320 [311, 328]. Where notes on the study say
+the error at step 113 [88, 136], and LR2 as its jump at step 321 [311, 329]. Where notes on the study say
 K = 16, eight pairs make up the 16 tokens: 16 pairs would let ridge regression reach .93, eight let it reach 1.658.
 
 Cost: 8 to 14 minutes on one core (stages LR1 and LR2), λ̂ by a kernel with momentum. `--full`: 500 000 steps and the published λ̂

@@ -14,9 +14,9 @@ from scipy import stats
 from devmon.analysis.curve import Curve, vertex
 from devmon.analysis.detect import Detector, Event, Series, benjamini_hochberg, detect, lead_lag
 from devmon.analysis.detector import _shared
-from devmon.analysis.jumps import Jump, isolated, joined, shapes_of
-from devmon.analysis.scan import Scan, tail_p
-from devmon.analysis.shapes import LOG, PULSE, STEP, Shapes, columns_of
+from devmon.analysis.jumps import Jump, is_event, isolated, joined, locate, shapes_of
+from devmon.analysis.scan import Path, Scan, tail_p
+from devmon.analysis.shapes import LOG, PULSE, STEP, Shapes, candidates, columns_of, odds_against
 from devmon.analysis.smooth import Array, Grid, Whitened, matern, shares
 from devmon.analysis.turns import monotone_nulls, most_prominent, summit
 from devmon.errors import DataError
@@ -63,7 +63,9 @@ def covariance(grid: Grid, k: int) -> Array:
     t, n = grid.thetas[k], len(grid.steps)
     x = [np.log10(step + 1) for step in grid.steps]
     se = np.linspace(0.5, 2, 11)
-    sd = se / np.sqrt(np.mean(se**2)) if t.shape == "se" else np.ones(n)
+    way = {"growing": 1, "shrinking": -1}.get(t.shape, 0)
+    ramp = [10 ** (way * ((here - x[0]) / (x[-1] - x[0]) - 0.5)) for here in x]
+    sd = se / np.sqrt(np.mean(se**2)) if t.shape == "se" else ramp
     result = np.empty((n, n))
     for i, j in itertools.product(range(n), repeat=2):
         r = np.sqrt(5) * abs(x[i] - x[j]) / t.length
@@ -143,8 +145,43 @@ def test_the_gain_ignores_scale_and_drift_and_sees_shapes_added_one_by_one() -> 
         best = -np.inf
         for i in np.flatnonzero(scan._free[:, before].all(1)):
             more = Whitened(grid, np.column_stack([grid.drift, scan.raw[:, [*before, i]]]))
-            best = max(best, float((-null.df / 2 * np.log(more.rss(y)) - null.penalty).max()))
+            odds = scan.against[[*before, i]].sum()
+            best = max(best, float((-null.df / 2 * np.log(more.rss(y)) - null.penalty).max() - odds))
         assert gains[0, n] == pytest.approx(best - base, abs=1e-2)
+
+
+def test_places_do_not_outvote_widths() -> None:
+    shapes = candidates(Grid(SIXTY))
+    prior = np.exp(-odds_against(shapes))
+    total: dict[tuple[int, float], float] = {}
+    for form, width, p in zip(shapes.form, shapes.width, prior, strict=True):
+        total[form, width] = total.get((form, width), 0.0) + p
+    rises = [p for (form, _), p in total.items() if form != PULSE]
+    pulses = [p for (form, _), p in total.items() if form == PULSE]
+    np.testing.assert_allclose(rises, rises[0])
+    np.testing.assert_allclose(pulses, rises[0] / np.e)
+    assert sum(rises) + np.e * sum(pulses) == pytest.approx(len(prior))
+
+
+def test_nulls_come_from_every_likely_covariance() -> None:
+    """A gain that white noise hardly ever has and a smooth curve with noise often: half of each lies between."""
+    scan = Scan(Grid(SIXTY[::2]), 1, 0)
+    white, walk = (
+        next(k for k, t in enumerate(scan.grid.thetas) if t.amplitude == 0 and t.shape == "flat" and t.rho == rho)
+        for rho in (0.0, 0.99)
+    )
+    value = float(np.quantile(scan.nulls(walk, 199), 0.9))
+
+    def p(weights: dict[int, float]) -> float:
+        each = np.zeros((len(scan.grid.thetas), 1))
+        each[list(weights), 0] = list(weights.values())
+        return scan.test(Path(np.array([[value]]), np.array([[0]]), each, each), 199)[0]
+
+    alone = p({white: 1.0}), p({walk: 1.0})
+    both = [*scan.nulls(white, 100)[:, 0], *scan.nulls(walk, 99)[:, 0]]
+    usual = np.quantile(both, 0.9)
+    assert p({white: 0.5, walk: 0.5}) == pytest.approx(tail_p(value - usual, np.array(both) - usual))
+    assert min(alone) < p({white: 0.5, walk: 0.5}) < max(alone)
 
 
 def test_nulls_of_noise_shaped_like_the_errors_are_those_of_constant_noise() -> None:
@@ -152,7 +189,7 @@ def test_nulls_of_noise_shaped_like_the_errors_are_those_of_constant_noise() -> 
     steps = np.array([32.0, 53, 109, 139, 177, 226, 288, 367, 759])
     se = np.array([0.31, 0.99, 0.57, 0.84, 0.96, 0.94, 0.82, 1.8, 1.09])
     flat = Scan(Grid(steps), 2, 0)
-    own = Scan(Grid(steps, se), 2, 0, flat)
+    own = Scan(Grid(steps, se, flat=False), 2, 0, flat)
     missing = 0
     for k, theta in enumerate(own.grid.thetas):
         alike = theta if theta in flat.grid.thetas else replace(theta, shape="flat")
@@ -184,6 +221,19 @@ def test_prominence() -> None:
     assert most_prominent(np.arange(5.0)) == 0
     place, size = summit(curve[None], 2, 3, 4, 6)
     assert (place[0], size[0]) == (3, 4.0)
+
+
+def test_draws_of_a_jump_have_one_sign_and_a_jump_of_uncertain_sign_is_none() -> None:
+    scan = Scan(Grid(SIXTY), 1, 0)
+    y = 2.0 * logistic(X, 2.2, 0.5) + rng(21).standard_normal(len(X))
+    jump = locate(scan, scan.null, NOTHING, y, 0.01)
+    assert 0.5 < jump.sure < 1
+    assert np.all(jump.size > 0)
+    y = 20.0 * logistic(X, 2.2, 0.2) + rng(22).standard_normal(len(X))
+    jump = locate(scan, scan.null, NOTHING, y, 0.01)
+    assert jump.sure == 1
+    beside = Whitened(scan.grid, columns_of(scan.grid, shapes_of([jump]), scan.grid.x)[0])
+    assert [is_event(beside, y, [replace(jump, sure=sure)], 0) for sure in (0.89, 0.91)] == [False, True]
 
 
 def test_touching_jumps_of_one_sign_are_one() -> None:
@@ -223,7 +273,7 @@ def test_shares_add_up_and_follow_the_weights() -> None:
 # known curves
 
 
-@pytest.mark.parametrize("noise", ["even", "uneven", "uneven, known"])
+@pytest.mark.parametrize("noise", ["even", "uneven, known"])
 def test_a_score_that_rises_like_induction_is_one_jump(noise: str) -> None:
     # steepest at 650, ten to ninety per cent between 500 and 800
     rise = 1 / (1 + np.exp(-(STEPS - 650) * 2 * np.log(9) / 300))
@@ -240,6 +290,16 @@ def test_a_score_that_rises_like_induction_is_one_jump(noise: str) -> None:
     assert event.resolved
     assert event.note == ""
     assert event.p_value < 1 / 200
+
+
+def test_noise_that_grows_fifteenfold_within_the_jump_hides_no_jump_and_makes_few() -> None:
+    rise = 1 / (1 + np.exp(-(STEPS - 650) * 2 * np.log(9) / 300))
+    sd, more = np.where(rise < 0.5, 0.002, 0.03), 0
+    for run in range(10):
+        events = DETECTOR.fit(STEPS, 0.02 + 0.74 * rise + sd * rng(5, run).standard_normal(len(STEPS))).events()
+        assert [e.kind for e in events if e.interval[0] <= 650 <= e.interval[1]] == ["jump"], steps_of(events)
+        more += len(events) - 1
+    assert more <= 2  # a tenth in 90 runs
 
 
 @pytest.mark.parametrize("steps,noise", [(STEPS[STEPS >= 50], 1.0), (np.arange(25.0, 2001, 25), 4.0)])
@@ -337,10 +397,13 @@ def test_two_checkpoints_are_a_spike_and_five_a_bump() -> None:
     steps = EVEN[:60]
     for run in (2, 7, 9, 10):
         y = rng(14, run).standard_normal(60)
-        y[[12, 13, 37, 38]] += 6.2
+        y[[37, 38]] += 6.2
         fit = DETECTOR.fit(steps, y)
         assert not fit.events(), steps_of(fit.events())
-        assert any(", ".join(f"{steps[i]:g}" for i in (12, 13, 37, 38)) in note for note in fit.notes), fit.notes
+        assert any(f"{steps[37]:g}, {steps[38]:g}" in note for note in fit.notes), fit.notes
+        y[[12, 13]] += 6.2
+        fit = DETECTOR.fit(steps, y)
+        assert not fit.events(), steps_of(fit.events())
     y[[39, 40, 41]] += 6.2
     (bump,) = DETECTOR.fit(steps, y).events()
     assert bump.kind == "bump"
@@ -348,13 +411,13 @@ def test_two_checkpoints_are_a_spike_and_five_a_bump() -> None:
 
 
 def test_p_values_cost_less_where_the_noise_is_white() -> None:
-    """The least p-value that a test can show, times the price: 3 for correlated or few points, a third for white noise."""
+    """The least p-value that a test can show, times the price: 2.5 for correlated or few points, 1 for white noise."""
     generator, up = rng(15), 15.0 * (SIXTY > 300)
     white, walk = generator.standard_normal(len(X)), np.cumsum(generator.standard_normal(len(X)))
     series = (SIXTY, up + white), (SIXTY, 3 * up + walk), (SIXTY[::2], (2 * up + white)[::2])
     jumps = [DETECTOR.fit(steps, y).events()[0] for steps, y in series]
     assert [jump.kind for jump in jumps] == ["jump"] * 3
-    assert [jump.p_value for jump in jumps] == pytest.approx([1e-4, 3e-4, 3e-4])
+    assert [jump.p_value for jump in jumps] == pytest.approx([1e-4, 2.5e-4, 2.5e-4])
 
 
 def test_standard_errors_that_do_not_tell_the_size_of_the_noise_are_found_out() -> None:
@@ -364,6 +427,19 @@ def test_standard_errors_that_do_not_tell_the_size_of_the_noise_are_found_out() 
     for se, told in ((ramp, False), (ramp[::-1].copy(), True)):
         fit = DETECTOR.fit(SIXTY, y, se)
         assert any(said in note for note in fit.notes) == told, fit.notes
+
+
+def test_the_profile_of_the_noise_keeps_the_shape_of_the_errors_where_the_grid_is_a_part() -> None:
+    """Residuals that follow neither: the profile is theirs, whichever covariances are left."""
+    se = np.geomspace(1, 8, len(X))
+    noise = se[::-1]
+    y = rng(23).standard_normal(len(X)) * noise
+    whole = Grid(SIXTY, se)
+    part = whole.only(np.flatnonzero([theta.shape == "se" for theta in whole.thetas]))
+    profiles = [Curve(Whitened(grid, grid.drift), [], y, 0).noise_profile() for grid in (whole, part)]
+    slopes = [np.polyfit(np.log(noise), np.log(profile), 1)[0] for profile in profiles if profile is not None]
+    assert len(slopes) == 2
+    assert slopes[1] == pytest.approx(slopes[0], abs=0.3)  # with the shape of the errors forgotten, 1 more
 
 
 # rates; `benchmarks/detection.py` measures them at length

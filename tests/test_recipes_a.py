@@ -150,6 +150,15 @@ def test_the_regressor_does_not_see_the_answer() -> None:
     assert not torch.equal(before[:, 4], after[:, 4])
 
 
+def test_the_coefficient_at_an_error_lies_between_the_estimates_around_its_last_crossing() -> None:
+    llc = {0: (5.0, 0.1, False), 150: (500.0, 0.1, True), 200: (105.0, 0.1, False)}
+    losses = [4.0, 1.8, 1.9, 1.7]  # it falls below, comes back and falls again
+    found = {"steps": [0, 50, 100, 200], "loss": losses, "llc": llc}
+    value = in_context_regression._where(found, 1.90)
+    assert value == pytest.approx(55.0)  # half-way from 5 to 105, without the rejected
+    assert math.isnan(in_context_regression._where(found | {"loss": [4.0, 1.8, 1.9, 1.95]}, 1.90))
+
+
 # --- deep linear networks -------------------------------------------------------------------------------------------
 
 

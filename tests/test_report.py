@@ -112,6 +112,14 @@ def test_a_wide_jump_does_not_chain_two_sharp_ones() -> None:
     assert len(transitions([*ends, bridge])) == 3
 
 
+def test_a_badly_placed_jump_does_not_place_a_transition() -> None:
+    vague = jump("c/x", 640, half=300)  # 340 to 940, more than a factor of 2
+    for events, expected in (([jump("a/x", 620), vague], (620, (615, 625))), ([vague], (640, (340, 940)))):
+        (one,) = transitions(events)
+        assert len(one.events) == len(events)
+        assert (one.step, one.interval) == expected
+
+
 def test_no_transition_from_a_weak_jump_a_turn_or_a_single_head() -> None:
     events = [jump("a/x", 640, q=0.06), replace(jump("b/x", 640), kind="turn"), jump("c/x[layer=0]", 640)]
     assert transitions(events) == []

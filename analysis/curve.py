@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from devmon.analysis.jumps import Jump, shapes_of
 from devmon.analysis.shapes import columns_of
-from devmon.analysis.smooth import Array, Grid, Whitened, normalised, shares
+from devmon.analysis.smooth import Array, Grid, Whitened, leading, normalised, shares
 
 MANY = 40  # checkpoints from which a change of the noise is told from chance
 UNEVEN = 4.0  # ratio of noise sizes along the series from which their change is modelled
@@ -30,9 +30,7 @@ class Curve:
         self.null, self.jumps, self.y, self.seed = null, jumps, y, seed
         self.at = places(null.grid)
         self.columns_at = columns_of(null.grid, shapes_of(jumps), self.at)[0]
-        self.weights = normalised(null.as_curve(null.rss(y)))
-        self.weights[np.argsort(-self.weights, kind="stable")[LIKELY:]] = 0
-        self.weights /= self.weights.sum()
+        self.weights = leading(normalised(null.as_curve(null.rss(y))), LIKELY)
         self.best = int(np.argmax(self.weights))
         self._smoothers: dict[int, tuple[Array, Array]] = {}
 

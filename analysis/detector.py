@@ -52,7 +52,7 @@ class Detector:
     the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
     probability alpha at most. The inverse prices add up to about two thirds: now and then a random walk looks like a
     smooth curve with little noise, and the rest of the budget pays for that (benchmarks/detection.py). Where there are
-    MANY checkpoints and their noise is plainly white, which a random walk's is not, the prices are CALM times as high.
+    MANY checkpoints and their noise is plainly white, which a random walk's is not, the prices are CALM times as high, and at least 1.
     `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
     (`scan.tail_p`). At most `most` jumps and bumps are sought.
     """

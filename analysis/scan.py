@@ -7,9 +7,9 @@ covariances.
 
 Nulls are drawn from the model without the shapes and scanned the same way. Their covariances are drawn from the posterior
 *beside the best shape*: where a shape is there, the noise is what the shape leaves; where none is, one shape hardly
-changes what the noise looks like (a random walk less its largest rise is still one). The statistic does not depend on scale or
-drift, so nulls are kept with the grid of steps and serve every series measured there, and also the later tests beside
-shapes already found. Every shape has its prior odds (`shapes.odds_against`), and so has a second one (FURTHER).
+changes what the noise looks like (a random walk less its largest rise is still one). The statistic does not depend on
+scale or drift, so nulls are kept with the grid of steps and serve every series measured there, and also the later tests
+beside shapes already found. Every shape has its prior odds (`shapes.odds_against`), and so has a second one (FURTHER).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devmon.analysis.shapes import Shapes, candidates, odds_against
-from devmon.analysis.smooth import Array, Grid, Theta, Whitened, normalised, shares
+from devmon.analysis.smooth import Array, Grid, Theta, Whitened, leading, normalised, shares
 
 TIGHT = 1e-12  # residual sums of squares below this share are rounding
 ENOUGH = 10  # simulation stops early at this many nulls as large as the data (Besag & Clifford 1991)
@@ -158,10 +158,9 @@ class Scan:
         The case is max over n of (gain after n shapes - its USUAL quantile over the nulls), less FURTHER where n > 1; p is
         `tail_p` of it.
         """
-        gains, weights = path.gains[0], path.weights[:, 0].copy()
-        weights[np.argsort(-weights, kind="stable")[LIKELY:]] = 0
+        gains, weights = path.gains[0], leading(path.weights[:, 0], LIKELY)
         for total in sorted({min(n_null, 49), n_null}):
-            counts = shares(weights / weights.sum(), total)
+            counts = shares(weights, total)
             drawn = [self.nulls(int(k), int(counts[k])) for k in np.flatnonzero(counts)]
             nulls = np.concatenate(drawn)[:, : len(gains)]
             usual = np.quantile(nulls, USUAL, axis=0) + FURTHER * (np.arange(nulls.shape[1]) > 0)

@@ -206,6 +206,14 @@ def normalised(logs: Array) -> Array:
     return np.asarray(weights / weights.sum(0))
 
 
+def leading(weights: Array, most: int) -> Array:
+    """The `most` largest weights, summing to 1; the others 0."""
+    kept = np.zeros_like(weights)
+    largest = np.argsort(-weights, kind="stable")[:most]
+    kept[largest] = weights[largest]
+    return np.asarray(kept / kept.sum())
+
+
 def matern(a: Array, b: Array, length: float) -> Array:
     """Matérn-5/2 correlation between the places a and b."""
     r = np.sqrt(5.0) * np.abs(a[:, None] - b[None, :]) / length

@@ -159,8 +159,10 @@ def _what_happened(
         more = len(order) - NAMED
         rest = f"; {more} more series jump with {'it' if len(found) == 1 else 'them'}" if more > 0 else ""
         which = "It" if len(found) == 1 else f"Transition {i}"
+        wide = sum(map(is_wide, one.events))
+        but = f" but for {_count(wide, 'wide one')}" if 0 < wide < len(one.events) else ""
         told.append(
-            f"{which} happened at about step {step(one.step)} (90% intervals of its jumps "
+            f"{which} happened at about step {step(one.step)} (90% intervals of its jumps{but} "
             f"within {step(one.interval[0])}–{step(one.interval[1])}; 10% to 90% of the change within "
             f"{step(one.span[0])}–{step(one.span[1])}): {_list(map(phrase, order[:NAMED]), last=not rest)}{rest}."
         )

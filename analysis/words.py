@@ -15,7 +15,8 @@ GLOSSARY = (
      "Its size is the prominence (+ maximum, − minimum)."),
     ("plateau", "A time in which a series that moves before and after stays level, or moves far more slowly."),
     ("bump", "A passing rise (or dip) that comes back: it leaves the level before it much as it found it. Its size is its height."),
-    ("transition", "Jumps of several series that go on at the same time, taken as one change of the run."),
+    ("transition", "Jumps of several series that go on at the same time, taken as one change of the run. Those whose interval is wider "
+     "than a factor of 2 do not place it, unless all are."),
     ("Type A or B", "Of a transition with a loss and an LLC: in Type A the loss falls and λ̂ rises (fit is bought with "
      "complexity), in Type B λ̂ falls while the loss falls or stays (Hoogland et al. 2024). In brackets: the probability."),
     ("90% interval", "Given the model of the curve and of its noise, the step (or size) lies within it with "

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from devmon.analysis.jumps import Jump, shapes_of
 from devmon.analysis.shapes import columns_of
-from devmon.analysis.smooth import Array, Grid, Whitened, leading, normalised, shares
+from devmon.analysis.smooth import FREE, Array, Grid, Whitened, leading, normalised, shares
 
 MANY = 40  # checkpoints from which a change of the noise is told from chance
 UNEVEN = 4.0  # ratio of noise sizes along the series from which their change is modelled
@@ -82,7 +82,8 @@ class Curve:
 
         From squared differences of neighbouring residuals, in units of the likeliest noise of constant size or, if that is
         the likeliest of all, shaped like the standard errors, and smoothed over the index. It varies plainly where the
-        largest of at least MANY points is UNEVEN times the smallest in units of the likelier of the two.
+        largest of at least MANY points is UNEVEN times the smallest in units of the likelier of the two. A curve that all but goes
+        through the points leaves nothing to tell it from.
         """
         grid = self.null.grid
         kept = np.delete(np.arange(len(grid.x)), list(self.null.spikes))
@@ -93,7 +94,7 @@ class Curve:
         kernel = np.exp(-0.5 * (apart / max(len(kept) / 12, 4)) ** 2)
         sd = np.sqrt(kernel @ squares / kernel.sum(1)) * shape
         known = sd / self._likeliest(("flat", "se"))[1]
-        if len(kept) < MANY or not known.min() * UNEVEN < known.max():
+        if len(kept) < MANY or grid.freedom[self.best] > FREE or not known.min() * UNEVEN < known.max():
             return None
         sd = np.maximum(sd, sd.max() / 30)
         return np.repeat(sd, np.diff(np.append(grid.starts, len(grid.steps))))

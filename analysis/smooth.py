@@ -9,7 +9,9 @@ within reach. Where standard errors are given, noise of constant size and noise 
 The covariances form a finite grid of `Theta`. For each, everything that does not depend on the values is computed once
 for a set of steps (`Grid`) and the scale is profiled out, so that a likelihood over the grid, for one series or
 for a thousand simulated ones, is matrix multiplication. Restricted likelihood: Patterson & Thompson (1971). The simpler
-covariances have the greater prior odds (`Theta.prior`): what they explain needs no smooth part and no second noise.
+covariances have the greater prior odds (`Theta.prior`): what they explain needs no smooth part and no second noise. A
+smooth part that all but goes through the points is worth considering where the noise is tiny, as that of a series of
+learning coefficients estimated with the same batches; on what is not smooth, FREER keeps it away.
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ NOISES = (
 )  # (rho, share of white noise)
 # of noise shaped like the standard errors, which is no walk: such a walk would be any loss that falls as its errors do
 ERRORS = tuple((rho, white) for rho, white in NOISES if rho < 0.95)
-FREEST = 0.6  # a smooth part that takes more of the points is no smooth part: it goes through them, whatever the noise
 SMOOTH = 1.0  # log odds against a smooth part
+FREE = 0.6  # a smooth part that takes more of the points all but goes through them
+FREER = 6.0  # log odds against one, further to SMOOTH
+FREEST = 0.9  # one that takes more of the points is not considered
 MIXED = 2.0  # against a mixture of AR(1) and white noise
 UNEVEN = 1.0  # against noise that grows or shrinks
 FEW_NOISES = ((0.0, 0.0), (0.4, 0.0), (0.85, 0.0), (0.99, 0.0))
@@ -71,7 +75,8 @@ class Grid:
     """What the steps alone decide: the time axis, the covariances V(theta), their inverse roots and determinants.
 
     `steps` (n,) sorted; `se` (n,) or None, with noise of other shapes beside it unless not `flat`. `x` (m,) are the points
-    of the model, m = min(n, about MOST_POINTS); `inverse` (theta, m, m) holds L⁻¹ for V = L Lᵀ, `logdet` (theta,) half the log determinant of V, `prior` (theta,) log odds.
+    of the model, m = min(n, about MOST_POINTS); `inverse` (theta, m, m) holds L⁻¹ for V = L Lᵀ, `logdet` (theta,) half the log
+    determinant of V, `freedom` (theta,) the share of the points that the smooth part takes, `prior` (theta,) log odds.
     """
 
     def __init__(self, steps: Array, se: Array | None = None, *, flat: bool = True) -> None:
@@ -102,12 +107,12 @@ class Grid:
                     self.smooth.append(amplitude**2 * kernels[length] if amplitude else nothing)
         root = np.linalg.cholesky(np.array(self.noise) + np.array(self.smooth))
         self.logdet = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
-        self.prior = np.array([theta.prior for theta in self.thetas])
         self.inverse = np.linalg.inv(root)
-        kept = np.flatnonzero([self.freedom(k) <= FREEST * len(self.x) for k in range(len(self.thetas))])
-        self.__dict__.update(self.only(kept).__dict__)
+        self.freedom = np.array([self._freedom(k) for k in range(len(self.thetas))]) / len(self.x)
+        self.prior = np.array([theta.prior for theta in self.thetas]) - FREER * (self.freedom > FREE)
+        self.__dict__.update(self.only(np.flatnonzero(self.freedom <= FREEST)).__dict__)
 
-    def freedom(self, k: int) -> float:
+    def _freedom(self, k: int) -> float:
         """Degrees of freedom that the smooth part takes under covariance k: trace of S in E[f | y] = S y."""
         return float(np.sum((self.inverse[k] @ self.smooth[k]) * self.inverse[k])) if self.thetas[k].amplitude else 0.0
 
@@ -116,7 +121,8 @@ class Grid:
         grid = copy(self)
         grid.thetas = [self.thetas[k] for k in thetas]
         grid.noise, grid.smooth = [self.noise[k] for k in thetas], [self.smooth[k] for k in thetas]
-        grid.logdet, grid.inverse, grid.prior = self.logdet[thetas], self.inverse[thetas], self.prior[thetas]
+        grid.logdet, grid.inverse = self.logdet[thetas], self.inverse[thetas]
+        grid.prior, grid.freedom = self.prior[thetas], self.freedom[thetas]
         return grid
 
     def average(self, values: Array) -> Array:

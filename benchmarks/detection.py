@@ -9,8 +9,8 @@
   all series of a family (jump, turn, plateau, bump); baselines at their usual settings, and those with a penalty also
   with the penalty raised until no null family has more than 6% false alarms ("held to 6%"). Coverage is that of the
   90% intervals, where SNR >= 3 and there are at least 60 checkpoints.
-- published: shapes and noise like two published learning-coefficient curves; how many boundaries are found within 10%
-  of the step, and how many events lie beside them.
+- published: shapes and noise like two published learning-coefficient curves, whose slope has a corner or is smooth where it
+  is zero; how many boundaries are found within 10% of the step, and how many events lie beside them.
 - limit: how many jumps a likelihood ratio could find that knows that the noise of a jump is white, at 3% false alarms on
   white, AR(1) and other noise without drift.
 - speed: seconds a series, and how the time grows with the number of checkpoints.
@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from detection_baselines import BASELINES, STRICTER, Baseline
-from detection_families import NULLS, POSITIVES, STAGES, grid, staged
+from detection_families import FORMS, NULLS, POSITIVES, STAGES, grid, staged
 
 from devmon.analysis.detect import Detector, Series, detect
 from devmon.analysis.scan import Scan
@@ -145,13 +146,13 @@ def positives(runs: int, strict: dict[str, float | None], seed: int) -> dict[str
 
 
 def published(
-    runs: int, seed: int, points: Sequence[int] = (60, 100, 200), others: Sequence[str] = tuple(BASELINES)
+    runs: int, seed: int, points: Sequence[int] = (40, 60, 100, 200), others: Sequence[str] = tuple(BASELINES)
 ) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, (boundaries, _) in STAGES.items():
-        for count in points:
+        for form, count in itertools.product(FORMS, points):
             steps = np.unique(np.round(np.geomspace(100, boundaries[-1], count)))
-            drawn = [staged(name, steps, np.random.default_rng([seed, i])) for i in range(runs)]
+            drawn = [staged(name, steps, np.random.default_rng([seed, i]), form) for i in range(runs)]
             row: dict[str, Any] = {}
             for who, search in {"devmon": ours, **{b: theirs(BASELINES[b]) for b in others}}.items():
                 hits, extra, all_found = [], [], 0
@@ -162,8 +163,8 @@ def published(
                     all_found += all(hit)
                 row[who] = {"boundaries found": round(float(np.mean(hits)), 3), "all found": all_found / runs,
                             "events too many": round(float(np.mean(extra)), 2)}  # fmt: skip
-            rows[f"{name}, {len(steps)} points"] = row
-            print(name, len(steps), row, flush=True)
+            rows[f"{name}, {form}, {len(steps)} points"] = row
+            print(name, form, len(steps), row, flush=True)
     return rows
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from scipy.interpolate import BPoly
 
 from devmon.analysis.smooth import Array
 
@@ -168,15 +169,32 @@ STAGES = {
 }
 
 
-def staged(name: str, steps: Array, rng: Rng, sd: float = 0.1, rho: float = 0.8) -> tuple[Array, list[float]]:
-    """A curve that comes to rest at each boundary (cubic in log step between them), with AR(1) noise: estimates with one
-    seed and the same batches at all checkpoints differ by about 0.1 from one to the next."""
+FORMS = (
+    "corner",
+    "smooth",
+)  # of the slope where it is zero and keeps its sign: a corner (cubics), or smooth (quintics)
+
+
+def staged(
+    name: str, steps: Array, rng: Rng, form: str = "corner", sd: float = 0.1, rho: float = 0.8
+) -> tuple[Array, list[float]]:
+    """A curve that comes to rest at each boundary, with AR(1) noise: estimates with one seed and the same batches at all
+    checkpoints differ by about 0.1 from one to the next."""
     boundaries, values = STAGES[name]
-    ends, level, x = np.log10(boundaries), np.asarray(values, dtype=float), np.log10(np.maximum(steps, 1))
-    i = np.clip(np.searchsorted(ends, x, side="right") - 1, 0, len(ends) - 2)
-    u = np.clip((x - ends[i]) / (ends[i + 1] - ends[i]), 0, 1)
-    curve = level[i] + (level[i + 1] - level[i]) * u * u * (3 - 2 * u)
-    return curve + sd * ar1(rng, len(steps), rho), [float(b) for b in boundaries[1:-1]]
+    curve = at_rest(np.log10(boundaries), np.asarray(values, dtype=float), form == "smooth")
+    x = np.log10(np.clip(steps, boundaries[0], boundaries[-1]))
+    return curve(x) + sd * ar1(rng, len(steps), rho), [float(b) for b in boundaries[1:-1]]
+
+
+def at_rest(x: Array, values: Array, smooth: bool) -> BPoly:
+    """The curve through `values` at places `x` with slope 0 there: cubic between them, or if `smooth` quintic, with no
+    curvature where the cubics' has two signs and else the lesser of the two."""
+    if not smooth:
+        return BPoly.from_derivatives(x, [[v, 0.0] for v in values])
+    bend = 6 * np.diff(values) / np.diff(x) ** 2  # curvature of a cubic at its start; at its end the negative
+    after, before = np.append(bend, -bend[-1]), np.append(bend[0], -bend)
+    bends = np.where(after * before > 0, np.sign(after) * np.minimum(abs(after), abs(before)), 0.0)
+    return BPoly.from_derivatives(x, [[v, 0.0, b] for v, b in zip(values, bends, strict=True)])
 
 
 def _steps(x: Array, steps: Array, centre: float) -> list[float]:

@@ -80,33 +80,31 @@ class Curve:
     def noise_profile(self) -> Array | None:
         """(n,) relative sd of the noise at each checkpoint where it plainly varies, else None.
 
-        From squared differences of neighbouring residuals, in units of the likeliest noise of constant size or, if that is
-        the likeliest of all, shaped like the standard errors, and smoothed over the index. It varies plainly where the
-        largest of at least MANY points is UNEVEN times the smallest in units of the likelier of the two. A curve that all but goes
-        through the points leaves nothing to tell it from.
+        From squared differences of neighbouring residuals beside what the smoother leaves of the likeliest noise of constant
+        size or, if that is the likeliest of all, shaped like the standard errors; both smoothed over the index. It varies
+        plainly where the largest of at least MANY points is UNEVEN times the smallest in units of the likelier of the two.
+        A curve that all but goes through the points tells nothing.
         """
-        grid = self.null.grid
-        kept = np.delete(np.arange(len(grid.x)), list(self.null.spikes))
-        residual = (self.y - np.interp(grid.x, self.at, self.mean))[kept]
-        size, shape = self._likeliest(("se",) if grid.thetas[self.best].shape == "se" else ("flat",))
-        squares = np.square(np.diff(residual)) / (size[kept[1:]] + size[kept[:-1]])
+        null, grid = self.null, self.null.grid
+        kept = np.delete(np.arange(len(grid.x)), list(null.spikes))
+        k = self._likeliest(("se",) if grid.thetas[self.best].shape == "se" else ("flat",))
+        residual = grid.noise[k] @ null.project[k].T @ null.project[k]  # (m, m) of the series
+        step = np.diff(residual[kept], axis=0)
+        squares, left = np.square(step @ self.y), np.square(step @ np.linalg.cholesky(grid.noise[k])).sum(1)
         apart = np.subtract.outer(np.arange(len(grid.x)), (kept[1:] + kept[:-1]) / 2)
         kernel = np.exp(-0.5 * (apart / max(len(kept) / 12, 4)) ** 2)
-        sd = np.sqrt(kernel @ squares / kernel.sum(1)) * shape
-        known = sd / self._likeliest(("flat", "se"))[1]
-        if len(kept) < MANY or grid.freedom[self.best] > FREE or not known.min() * UNEVEN < known.max():
+        sd = np.sqrt(kernel @ squares / (kernel @ left)) * grid.sds[grid.thetas[k].shape]
+        known = sd / grid.sds["se"] if grid.thetas[self._likeliest(("flat", "se"))].shape == "se" else sd
+        if len(kept) < MANY or grid.freedom[k] > FREE or not known.min() * UNEVEN < known.max():
             return None
         sd = np.maximum(sd, sd.max() / 30)
         return np.repeat(sd, np.diff(np.append(grid.starts, len(grid.steps))))
 
-    def _likeliest(self, shapes: tuple[str, ...]) -> tuple[Array, Array]:
-        """(m,) variance of the likeliest noise of these shapes, and its relative sd; 1 where the grid has none of them."""
-        grid = self.null.grid
-        some = [k for k, theta in enumerate(grid.thetas) if theta.shape in shapes]
-        if not some:
-            return np.ones(len(grid.x)), np.ones(len(grid.x))
-        k = max(some, key=lambda k: self.weights[k])
-        return np.diagonal(grid.noise[k]), grid.sds[grid.thetas[k].shape]
+    def _likeliest(self, shapes: tuple[str, ...]) -> int:
+        """The likeliest covariance whose noise has one of these shapes, or of all where none has."""
+        logs = self.null.as_curve(self.null.rss(self.y))
+        named = [k for k, theta in enumerate(self.null.grid.thetas) if theta.shape in shapes]
+        return max(named or range(len(logs)), key=lambda k: logs[k])
 
     def simulated(self, mean: Array, count: int, stream: int) -> tuple[Array, Array]:
         """`count` series of the given mean (m,) at the points of the model plus noise as estimated, smoothed like the data.

@@ -259,3 +259,19 @@ def test_the_profile_of_the_noise_keeps_the_shape_of_the_errors_where_the_grid_i
     slopes = [np.polyfit(np.log(noise), np.log(profile), 1)[0] for profile in profiles if profile is not None]
     assert len(slopes) == 2
     assert slopes[1] == pytest.approx(slopes[0], abs=0.3)  # with the shape of the errors forgotten, 1 more
+
+
+def test_a_curve_that_the_smoother_follows_closely_has_no_less_noise_there() -> None:
+    """Flat on sparse steps, then wild on dense ones: where the smoother goes nearly through the points, it leaves less of
+    the noise, which is of one size. Squared residuals alone say fourfold more of it at the end."""
+    steps = np.unique(np.round(np.append(np.linspace(0, 500_000, 51), np.geomspace(1, 500_000, 50))))
+    x = np.log10(steps + 1)
+    wild = 170 * logistic(x, 3.6, 1.5) - 50 * logistic(x, 5.3, 0.4) + 4 * logistic(x, 5.6, 0.2)
+    grid = Grid(steps)
+    null = Whitened(grid, grid.drift)
+    told = 0
+    for run in range(12):
+        curve = Curve(null, [], grid.average(wild + 0.1 * ar1(rng(31, run), len(steps), 0.8)), 0)
+        assert grid.freedom[curve.best] > 0.4
+        told += curve.noise_profile() is not None
+    assert told <= 3

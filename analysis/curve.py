@@ -71,6 +71,12 @@ class Curve:
         """Standard deviation of the noise under the likeliest covariance; never 0."""
         return max(self.null.noise_sd(self.y, self.best), 1e-12 * float(np.ptp(self.y)))
 
+    @cached_property
+    def unit(self) -> float:
+        """The innovations of the noise under the likeliest covariance: the unit of prominences. Their size is about the same
+        whether a series is taken for a random walk or for a wild curve with little noise; that of the noise is not."""
+        return self.noise_sd * float(self.null.grid.innovation[self.best])
+
     def band(self, at: Array, level: float) -> tuple[Array, Array, Array]:
         """Mean and equal-tailed band of the curve at places `at` within the data."""
         tail = (1 - level) / 2
@@ -109,8 +115,8 @@ class Curve:
     def simulated(self, mean: Array, count: int, stream: int) -> tuple[Array, Array]:
         """`count` series of the given mean (m,) at the points of the model plus noise as estimated, smoothed like the data.
 
-        Returns the smoothed curves (count, g), each under its own likeliest covariance, in units of the sd of its noise
-        under that covariance, and (count,) that sd.
+        Returns the smoothed curves (count, g), each under its own likeliest covariance, in its own `unit`, and (count,) that
+        unit.
         """
         null, grid = self.null, self.null.grid
         generator = np.random.default_rng([self.seed, stream])
@@ -127,8 +133,8 @@ class Curve:
         for k in np.unique(chosen):
             mine = chosen == k
             smoothed[mine] = ys[mine] @ self.smoother(int(k))[0].T
-        sd = np.sqrt(rss[chosen, np.arange(count)] / null.df)
-        return smoothed / sd[:, None], sd
+        unit = np.sqrt(rss[chosen, np.arange(count)] / null.df) * grid.innovation[chosen]
+        return smoothed / unit[:, None], unit
 
 
 def square_root(covariance: Array) -> Array:

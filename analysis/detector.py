@@ -15,7 +15,7 @@ from devmon.analysis.jumps import Jump, JumpSearch, find_jumps, joined
 from devmon.analysis.plateaus import Plateau, find_plateaus
 from devmon.analysis.scan import Path, Scan
 from devmon.analysis.series import checked
-from devmon.analysis.shapes import PULSE
+from devmon.analysis.shapes import BRIEF, PULSE
 from devmon.analysis.smooth import Array, Grid
 from devmon.analysis.turns import Turn, find_turns
 from devmon.errors import DataError
@@ -25,7 +25,7 @@ MOST_CHECKPOINTS = 600  # more are averaged in blocks of neighbours
 EXACT = 1e-10  # distance from a straight line, as a share of the range, that is rounding
 SURE = 0.80  # share of the posterior in which a plateau is slow
 SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
-PRICES = {"scan": 2.5, "turn": 10.0, "plateau": 7.0}  # what a p-value is multiplied by where all three are made
+PRICES = {"scan": 3.0, "turn": 8.0, "plateau": 6.0}  # what a p-value is multiplied by where all three are made
 CALM = 0.33  # of these prices where the noise is plainly white
 KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
 
@@ -50,7 +50,7 @@ class Detector:
 
     Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
     the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
-    probability alpha at most. The inverse prices add up to about two thirds: now and then a random walk looks like a
+    probability alpha at most. The inverse prices add up to five eighths: now and then a random walk looks like a
     smooth curve with little noise, and the rest of the budget pays for that (benchmarks/detection.py). Where there are
     MANY checkpoints and their noise is plainly white, which a random walk's is not, the prices are CALM times as high, and at least 1.
     `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
@@ -140,32 +140,28 @@ class Detector:
         found: list[tuple[Event, Array]] = []
         bumps: list[Event] = []
         if "scan" in self.searches:
-            p_values["scan"] = tuple(search.p_values) or (1.0,)
+            p_values["scan"] = tuple(self._adjusted(p, "scan", calm) for p in search.p_values) or (1.0,)
+            brief = [jump for jump in search.jumps if jump.form == PULSE and jump.middle[1] <= BRIEF]
             found += [self._jump(jump, grid, ready, calm) for jump in joined(search.jumps)]
-            found += [self._bump(jump, grid, ready, calm) for jump in search.jumps if jump.form == PULSE]
+            found += [self._bump(jump, grid, ready, calm) for jump in brief]
             bumps = [event for event, _ in found if event.kind == "bump"]
         if "turn" in self.searches:
-            turns = find_turns(curve, n_null=self.n_null)
-            p_values["turn"] = tuple(turn.p_value for turn in turns) or (1.0,)
-            told = [
-                self._turn(turn, grid, ready, calm)
-                for turn in turns
-                if self._adjusted(turn.p_value, "turn", calm) <= self.alpha
-            ]
+            turns = [(turn, self._turn_p(turn, calm)) for turn in find_turns(curve, n_null=self.n_null)]
+            p_values["turn"] = tuple(p for _, p in turns) or (1.0,)
+            told = [self._turn(turn, p, grid, ready) for turn, p in turns if p <= self.alpha]
             found += [(turn, draws) for turn, draws in told if not any(_part(turn, bump) for bump in bumps)]
         if "plateau" in self.searches:
             plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau", calm), n_null=self.n_null)
-            p_values["plateau"] = tuple(plateau.p_value for plateau in plateaus) or (1.0,)
+            p_values["plateau"] = tuple(self._adjusted(one.p_value, "plateau", calm) for one in plateaus) or (1.0,)
             found += [self._plateau(plateau, grid, ready, calm) for plateau in plateaus if plateau.sure >= SURE]
         found = sorted(((e, d) for e, d in found if e.kind in self.kinds), key=lambda pair: pair[0].step)
         mean, low, high = (ready.offset + ready.scale * part for part in curve.band(grid.raw_x, self.level))
         theta = grid.thetas[curve.best]
         noise = Noise(ready.scale * curve.noise_sd, theta.rho * (1 - theta.white))
         events = tuple(event for event, _ in found)
-        adjusted = {search: tuple(self._adjusted(p, search, calm) for p in tests) for search, tests in p_values.items()}
         outcome = "EVENTS" if events else "NO EVENT"
         trend = Trend(t, mean, low, high)
-        return Fit(outcome, events, trend, noise, adjusted, tuple(notes), asdict(self), ready.name, tuple(found))
+        return Fit(outcome, events, trend, noise, p_values, tuple(notes), asdict(self), ready.name, tuple(found))
 
     def _search(self, scan: Scan, unit: Array, path: Path | None) -> tuple[JumpSearch, Curve, bool]:
         """The jumps, the curve with them, and whether the noise is plainly white."""
@@ -178,18 +174,23 @@ class Detector:
         return search, Curve(search.null, search.jumps, points, self.seed), calm
 
     def _price(self, search: str, calm: bool = False) -> float:
-        made = sum(1 / PRICES[other] for other in self.searches) / sum(1 / price for price in PRICES.values())
+        paid = {*self.searches, *(["scan"] if "turn" in self.searches else [])}  # shapes imply turns
+        made = sum(1 / PRICES[other] for other in paid) / sum(1 / price for price in PRICES.values())
         return max(PRICES[search] * made * (CALM if calm else 1.0), 1.0)
 
     def _adjusted(self, p: float, search: str, calm: bool = False) -> float:
         return min(p * self._price(search, calm), 1.0)
 
+    def _turn_p(self, turn: Turn, calm: bool) -> float:
+        """As sure as its prominence or the shapes that imply it, each at the price of its search."""
+        return min(self._adjusted(turn.p_value, "turn", calm), self._adjusted(turn.implied, "scan", calm))
+
     def _event(self, kind: str, place: Array, size: Array, p: float, span: tuple[float, float] | None, vague: str,
-               grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:  # fmt: skip
-        """An event from draws of its place (on the time axis) and size, and the ends of its span (likewise)."""
+               grid: Grid, ready: Ready) -> tuple[Event, Array]:  # fmt: skip
+        """An event from draws of its place (on the time axis) and size, its adjusted p-value and the ends of its span (on
+        the time axis)."""
         steps = grid.step_of(place)
         low, middle, high = self._quantiles(steps)
-        search = next(name for name, kinds in SEARCHES.items() if kind in kinds)
         small, typical, large = self._quantiles(ready.scale * size)
         ends = None if span is None else (float(grid.step_of(span[0])), float(grid.step_of(span[1])))
         width = None if ends is None else float(np.log10(ends[1] / max(ends[0], 1e-3 * ends[1])))
@@ -197,39 +198,29 @@ class Detector:
         inside = int(np.sum((ready.steps >= start) & (ready.steps <= end)))
         note = "" if inside >= 3 else vague + _add(ready.steps, start, end)
         event = Event(
-            kind, middle, (low, high), typical, (small, large), width, ends, self._adjusted(p, search, calm), None, inside >= 3, note,
+            kind, middle, (low, high), typical, (small, large), width, ends, p, None, inside >= 3, note,
             ready.name, _percentiles(steps),
         )  # fmt: skip
         return event, np.sort(steps)
 
     def _jump(self, jump: Jump, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
-        x, width = jump.middle
+        (x, width), p = jump.middle, self._adjusted(jump.p_value, "scan", calm)
         span = x - width / 2, x + width / 2
-        return self._event(
-            "jump", jump.centre, jump.size, jump.p_value, span, "abruptness unresolved", grid, ready, calm
-        )
+        return self._event("jump", jump.centre, jump.size, p, span, "abruptness unresolved", grid, ready)
 
     def _bump(self, jump: Jump, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
-        x, width = jump.middle
+        (x, width), p = jump.middle, self._adjusted(jump.p_value, "scan", calm)
         span = x - 0.4 * width, x + 0.4 * width  # the width of a pulse is 1.25 times its full width at half maximum
-        return self._event("bump", jump.centre, jump.size, jump.p_value, span, "width unresolved", grid, ready, calm)
+        return self._event("bump", jump.centre, jump.size, p, span, "width unresolved", grid, ready)
 
-    def _turn(self, turn: Turn, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
-        vague = "location between checkpoints unresolved"
-        return self._event("turn", turn.place, turn.size, turn.p_value, None, vague, grid, ready, calm)
+    def _turn(self, turn: Turn, p: float, grid: Grid, ready: Ready) -> tuple[Event, Array]:
+        return self._event(
+            "turn", turn.place, turn.size, p, None, "location between checkpoints unresolved", grid, ready
+        )
 
     def _plateau(self, plateau: Plateau, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
-        return self._event(
-            "plateau",
-            plateau.place,
-            plateau.size,
-            plateau.p_value,
-            plateau.span,
-            "length unresolved",
-            grid,
-            ready,
-            calm,
-        )
+        p = self._adjusted(plateau.p_value, "plateau", calm)
+        return self._event("plateau", plateau.place, plateau.size, p, plateau.span, "length unresolved", grid, ready)
 
     def _quantiles(self, draws: Array) -> tuple[float, float, float]:
         tail = (1 - self.level) / 2

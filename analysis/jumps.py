@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from devmon.analysis.scan import TIGHT, Path, Scan
-from devmon.analysis.shapes import LOG, PULSE, SIDE, SKEWED, STEP, Shapes, columns_of, within
+from devmon.analysis.shapes import LOG, PULSE, RISE, SIDE, SKEWED, STEP, WIDTHS, Shapes, columns_of, within
 from devmon.analysis.smooth import Array, Grid, Whitened, normalised
 
 WIDEST = 1.2  # decades; slower changes are drift
@@ -251,7 +251,8 @@ def locate(scan: Scan, null: Whitened, taken: Shapes, y: Array, p: float, draws:
     thetas = np.argsort(-with_jump.max(1), kind="stable")[:LIKELY]
     thetas = thetas[with_jump.max(1)[thetas] > with_jump.max() - 5]
     span = float(np.ptp(grid.x))
-    narrow, wide = min(0.005, float(grid.gaps.min()) / 2), min(1.5, span / 2)
+    narrow = min(0.005, float(grid.gaps.min()) / 2)
+    wide = min(1.5 * (WIDTHS[-1] if forms == [PULSE] else RISE), span / 2)
     widths = np.geomspace(2 * narrow, wide, 16)
     for last in (False, True):
         low, high = max(low, grid.x[SIDE - 1]), min(high, grid.x[-SIDE])

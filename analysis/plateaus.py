@@ -5,9 +5,9 @@ the plateau is the smaller of the rise before, the fall, and the rise after, at 
 place is where the slope is least. So a plateau is the pair of turns of a tilted curve, and is measured in the units of
 the series as a turn is.
 
-The p-value compares the prominence, in noise units, with the most prominent plateau of simulated series whose slope has
-one peak only between turns: the unimodal projection of the slope of the smoothed curve, plus noise with the estimated
-autocorrelation, smoothed the same way.
+The p-value compares the prominence, in units of the innovations of the noise, with the most prominent plateau of simulated
+series whose slope has one peak only between turns: the unimodal projection of the slope of the smoothed curve, plus noise
+with the estimated autocorrelation, smoothed the same way.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def find_plateaus(curve: Curve, *, alpha: float, n_null: int) -> list[Plateau]:
         height, tilt = float(parts[0][0]), float(parts[1][0])
         i, j = low + int(parts[2][0]), low + int(parts[3][0])
         span = float(at[i]), float(at[j])
-        if not height > 0.5 * curve.noise_sd or _between_jumps(curve.jumps, *span):
+        if not height > 0.5 * curve.unit or _between_jumps(curve.jumps, *span):
             continue
         if nulls is None:
             nulls = _nulls(curve, _stretches(curve), min(n_null, 49))
-            if tail_p(height / curve.noise_sd, nulls) <= 0.5:
+            if tail_p(height / curve.unit, nulls) <= 0.5:
                 nulls = _nulls(curve, _stretches(curve), n_null)
-        p = tail_p(height / curve.noise_sd, nulls)
+        p = tail_p(height / curve.unit, nulls)
         if p > alpha:
             found.append(Plateau(np.empty(0), np.empty(0), span, p, 0.0))
             continue
@@ -133,7 +133,7 @@ def _stretches(curve: Curve) -> list[Stretch]:
 
 
 def _nulls(curve: Curve, stretches: list[Stretch], count: int) -> Array:
-    """(count,) prominence, in noise units, of the most prominent plateau where no stretch has one."""
+    """(count,) prominence, in units of the innovations, of the most prominent plateau where no stretch has one."""
     x = curve.null.grid.x
     mean = np.interp(x, curve.at, curve.mean)
     steps = np.diff(mean)

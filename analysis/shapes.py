@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from devmon.analysis.smooth import Array, Grid
 
-WIDTHS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)  # t10-t90 on the time axis, beside the step that lies within one gap
+WIDTHS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 1.6)  # on the time axis, beside the step that lies within one gap
+RISE = 1.0  # no rise is tried that is wider
 SKEWED = 0.2  # from this width on a logistic in step differs from one in log step
-BRIEF = 0.6  # up to this width a pulse is too narrow for the smooth part
+BRIEF = 0.75  # a pulse up to this width is a bump, a wider one a turn
 NINETY = float(np.log(9.0))  # a logistic is at 90% here
 PULSED = 1.0  # log odds against a pulse
 SIDE = 3  # checkpoints needed before and after a centre, and within the half height of a pulse
@@ -67,11 +68,11 @@ def candidates(grid: Grid) -> Shapes:
     for width in WIDTHS:
         c = np.arange(max(x[0] + width / 2, x[SIDE - 1]), min(x[-1] - width / 2, x[-SIDE]), width / 4)
         c = c[gaps[np.clip(np.searchsorted(x, c) - 1, 0, len(gaps) - 1)] < width / 2]
-        rows.append((c, width, LOG))
-        if width >= SKEWED:
+        if width <= RISE:
+            rows.append((c, width, LOG))
+        if SKEWED <= width <= RISE:
             rows.append((c, width, STEP))
-        if width <= BRIEF:
-            rows.append((c[within(grid, c, np.full(len(c), width)) >= SIDE], width, PULSE))
+        rows.append((c[within(grid, c, np.full(len(c), width)) >= SIDE], width, PULSE))
     return Shapes(
         np.concatenate([c for c, _, _ in rows]),
         np.concatenate([np.full(len(c), width) for c, width, _ in rows]),

@@ -76,7 +76,9 @@ class Grid:
 
     `steps` (n,) sorted; `se` (n,) or None, with noise of other shapes beside it unless not `flat`. `x` (m,) are the points
     of the model, m = min(n, about MOST_POINTS); `inverse` (theta, m, m) holds L⁻¹ for V = L Lᵀ, `logdet` (theta,) half the log
-    determinant of V, `freedom` (theta,) the share of the points that the smooth part takes, `prior` (theta,) log odds.
+    determinant of V, `freedom` (theta,) the share of the points that the smooth part takes, `innovation` (theta,) the
+    geometric mean of the innovations of the noise (what the points before do not tell of the next), in noise sd, `prior`
+    (theta,) log odds.
     """
 
     def __init__(self, steps: Array, se: Array | None = None, *, flat: bool = True) -> None:
@@ -108,6 +110,7 @@ class Grid:
         root = np.linalg.cholesky(np.array(self.noise) + np.array(self.smooth))
         self.logdet = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
         self.inverse = np.linalg.inv(root)
+        self.innovation = np.exp([np.linalg.slogdet(noise)[1] / (2 * len(self.x)) for noise in self.noise])
         self.freedom = np.array([self._freedom(k) for k in range(len(self.thetas))]) / len(self.x)
         self.prior = np.array([theta.prior for theta in self.thetas]) - FREER * (self.freedom > FREE)
         self.__dict__.update(self.only(np.flatnonzero(self.freedom <= FREEST)).__dict__)
@@ -122,7 +125,7 @@ class Grid:
         grid.thetas = [self.thetas[k] for k in thetas]
         grid.noise, grid.smooth = [self.noise[k] for k in thetas], [self.smooth[k] for k in thetas]
         grid.logdet, grid.inverse = self.logdet[thetas], self.inverse[thetas]
-        grid.prior, grid.freedom = self.prior[thetas], self.freedom[thetas]
+        grid.prior, grid.freedom, grid.innovation = self.prior[thetas], self.freedom[thetas], self.innovation[thetas]
         return grid
 
     def average(self, values: Array) -> Array:

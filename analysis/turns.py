@@ -2,8 +2,8 @@
 
 The sign of the slope is certain where 90% of the posterior draws of the smoothed curve agree; a turn is the passage
 between two certain runs of opposite sign. Its prominence is the smaller of the rise before and the fall after. The
-p-value compares it, in noise units, with the most prominent turn of simulated series that are monotone: the
-isotonic projection of the smoothed curve plus noise with the estimated autocorrelation, smoothed the same way.
+p-value compares it, in units of the innovations of the noise, with the most prominent turn of simulated series that are
+monotone: the isotonic projection of the smoothed curve plus noise with the estimated autocorrelation, smoothed the same way.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ CERTAIN = 0.90  # share of the draws by which the slope has a sign
 
 @dataclass(frozen=True)
 class Turn:
-    """Posterior draws of the place (on the time axis) and of the signed prominence: + for a maximum."""
+    """Posterior draws of the place (on the time axis) and of the signed prominence: + for a maximum. `implied` is the
+    p-value of the shapes that imply it, 1 where none do."""
 
     place: Array
     size: Array
     p_value: float
+    implied: float
 
 
 def find_turns(curve: Curve, *, n_null: int) -> list[Turn]:
@@ -50,8 +52,8 @@ def find_turns(curve: Curve, *, n_null: int) -> list[Turn]:
         reach = int(borders[n]), int(i), int(j) + 1, int(borders[n + 2])
         place, size = summit(way * draws, *reach)
         height = float(summit(way * curve.smoothed[None], *reach)[1][0])
-        p = min(tail_p(height / curve.noise_sd, nulls), implied(curve.jumps, at[i], at[j + 1], way))
-        turns.append(Turn(vertex(at, way * draws, place), way * size, p))
+        shaped = implied(curve.jumps, at[i], at[j + 1], way)
+        turns.append(Turn(vertex(at, way * draws, place), way * size, tail_p(height / curve.unit, nulls), shaped))
     return turns
 
 
@@ -78,7 +80,7 @@ def summit(curves: Array, left: int, low: int, high: int, right: int) -> tuple[N
 
 
 def monotone_nulls(curve: Curve, count: int) -> Array:
-    """(count,) prominence, in noise units, of the most prominent turn in simulated monotone series."""
+    """(count,) prominence, in units of the innovations, of the most prominent turn in simulated monotone series."""
     mean = np.interp(curve.null.grid.x, curve.at, curve.mean)
     fits = [np.asarray(isotonic_regression(mean, increasing=up).x) for up in (True, False)]
     monotone = min(fits, key=lambda fit: float(np.square(fit - mean).sum()))

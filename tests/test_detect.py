@@ -105,6 +105,25 @@ def test_a_smooth_maximum_is_located() -> None:
     assert hits >= 5, hits  # 90% intervals: fewer than 5 of 8 has probability .005
 
 
+def test_a_maximum_of_half_a_decade_is_one_turn_and_not_two_jumps() -> None:
+    """A pulse as wide as that competes with the jumps of its flanks; without it 11 of these 16 series show one turn."""
+    kinds = []
+    for run in range(16):
+        generator = rng(40, run)
+        centre = generator.uniform(1.5, 2.8)
+        y = 6 * np.exp(-0.5 * ((X - centre) / 0.4) ** 2) + generator.standard_normal(len(X))
+        kinds.append([event.kind for event in DETECTOR.fit(SIXTY, y).events()])
+    assert kinds.count(["turn"]) >= 15, kinds
+
+
+def test_shapes_imply_turns_at_the_price_of_the_scan() -> None:
+    """Turns alone pay for two searches: 1/3 + 1/8 of 1/3 + 1/8 + 1/6, so the least p of the scan costs 3 * 11/15."""
+    y = 15 * np.exp(-0.5 * ((X - 2) / 0.5) ** 2) + np.cumsum(rng(41).standard_normal(len(X))) / 4
+    fit = Detector(kinds=("turn",)).fit(SIXTY, y)
+    assert list(fit.p_values) == ["turn"]
+    assert max(fit.events(), key=lambda event: event.size).p_value == pytest.approx(2.2e-4)
+
+
 def test_a_staircase_is_not_taken_for_a_random_walk() -> None:
     y = sum(10 * logistic(X, c, 0.1) for c in (1.2, 2.2, 3.2)) + rng(8).standard_normal(len(X))
     events = DETECTOR.fit(SIXTY, y).events()
@@ -189,13 +208,13 @@ def test_two_checkpoints_are_a_spike_and_five_a_bump() -> None:
 
 
 def test_p_values_cost_less_where_the_noise_is_white() -> None:
-    """The least p-value that a test can show, times the price: 2.5 for correlated or few points, 1 for white noise."""
+    """The least p-value that a test can show, times the price: 3 for correlated or few points, 1 for white noise."""
     generator, up = rng(15), 15.0 * (SIXTY > 300)
     white, walk = generator.standard_normal(len(X)), np.cumsum(generator.standard_normal(len(X)))
     series = (SIXTY, up + white), (SIXTY, 3 * up + walk), (SIXTY[::2], (2 * up + white)[::2])
     jumps = [DETECTOR.fit(steps, y).events()[0] for steps, y in series]
     assert [jump.kind for jump in jumps] == ["jump"] * 3
-    assert [jump.p_value for jump in jumps] == pytest.approx([1e-4, 2.5e-4, 2.5e-4])
+    assert [jump.p_value for jump in jumps] == pytest.approx([1e-4, 3e-4, 3e-4])
 
 
 def test_standard_errors_that_do_not_tell_the_size_of_the_noise_are_found_out() -> None:

@@ -67,6 +67,13 @@ def test_no_smooth_part_that_goes_through_the_points(small: Grid) -> None:
     assert {t.amplitude for t in small.thetas} >= {0.0, 1.0, 2.5, 6.0}
 
 
+def test_innovations_of_the_noise(small: Grid) -> None:
+    """Of AR(1) noise: the first point has its whole sd, each later one what rho leaves of it."""
+    for k, t in enumerate(small.thetas):
+        if t.shape == "flat" and t.white == 0:
+            assert small.innovation[k] == pytest.approx((1 - t.rho**2) ** (10 / 22))
+
+
 def test_smoother_is_the_conditional_mean(small: Grid) -> None:
     k = next(k for k, t in enumerate(small.thetas) if t.amplitude == 1 and t.rho == 0.7 and t.shape == "se")
     t = small.thetas[k]

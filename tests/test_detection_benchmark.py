@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from detection import near, ours, published, theirs
 from detection_baselines import BASELINES
-from detection_families import POSITIVES, grid
+from detection_families import POSITIVES, grid, staged
 
 CLEAR = {
     "jump": "width 0.2, SNR 10",
@@ -46,3 +46,13 @@ def test_boundaries_of_published_shapes() -> None:
         assert ours_row["boundaries found"] >= (0.99 if "regression" in name else 0.74), rows
         assert ours_row["events too many"] <= 1, rows
         assert ours_row["events too many"] < row["GP slope minima"]["events too many"], rows
+
+
+def test_boundaries_under_noise_that_may_be_a_walk() -> None:
+    """Five times the noise, on uneven steps: such series are taken for a random walk or for a wild curve with little noise,
+    and prominences must be in a unit that is the same for both (in noise sd neither boundary is found)."""
+    steps = np.unique(np.round(np.append(np.linspace(0, 500_000, 51), np.geomspace(1, 500_000, 50))))
+    drawn = [staged("in-context regression", steps, np.random.default_rng([0, i]), "smooth", sd=0.5) for i in range(4)]
+    found = [[event[0] for event in events] for events in ours(steps, [y for y, _ in drawn])]
+    for boundary in (1000, 40_000):
+        assert sum(any(abs(np.log(max(step, 1) / boundary)) < 0.1 for step in one) for one in found) >= 3, boundary

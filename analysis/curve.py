@@ -30,7 +30,8 @@ class Curve:
         self.null, self.jumps, self.y, self.seed = null, jumps, y, seed
         self.at = places(null.grid)
         self.columns_at = columns_of(null.grid, shapes_of(jumps), self.at)[0]
-        self.weights = leading(normalised(null.as_curve(null.rss(y))), LIKELY)
+        self.loglik = null.as_curve(null.rss(y))
+        self.weights = leading(normalised(self.loglik), LIKELY)
         self.best = int(np.argmax(self.weights))
         self._smoothers: dict[int, tuple[Array, Array]] = {}
 
@@ -108,15 +109,13 @@ class Curve:
 
     def _likeliest(self, shapes: tuple[str, ...]) -> int:
         """The likeliest covariance whose noise has one of these shapes, or of all where none has."""
-        logs = self.null.as_curve(self.null.rss(self.y))
         named = [k for k, theta in enumerate(self.null.grid.thetas) if theta.shape in shapes]
-        return max(named or range(len(logs)), key=lambda k: logs[k])
+        return max(named or range(len(self.loglik)), key=lambda k: self.loglik[k])
 
-    def simulated(self, mean: Array, count: int, stream: int) -> tuple[Array, Array]:
+    def simulated(self, mean: Array, count: int, stream: int) -> Array:
         """`count` series of the given mean (m,) at the points of the model plus noise as estimated, smoothed like the data.
 
-        Returns the smoothed curves (count, g), each under its own likeliest covariance, in its own `unit`, and (count,) that
-        unit.
+        Returns the smoothed curves (count, g), each under its own likeliest covariance and in its own `unit`.
         """
         null, grid = self.null, self.null.grid
         generator = np.random.default_rng([self.seed, stream])
@@ -134,7 +133,7 @@ class Curve:
             mine = chosen == k
             smoothed[mine] = ys[mine] @ self.smoother(int(k))[0].T
         unit = np.sqrt(rss[chosen, np.arange(count)] / null.df) * grid.innovation[chosen]
-        return smoothed / unit[:, None], unit
+        return np.asarray(smoothed / unit[:, None])
 
 
 def square_root(covariance: Array) -> Array:

@@ -50,9 +50,10 @@ class Detector:
 
     Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
     the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
-    probability alpha at most. The inverse prices add up to five eighths: now and then a random walk looks like a
-    smooth curve with little noise, and the rest of the budget pays for that (benchmarks/detection.py). Where there are
-    MANY checkpoints and their noise is plainly white, which a random walk's is not, the prices are CALM times as high, and at least 1.
+    probability alpha at most; turns pay for the scan too, whose shapes imply them. The inverse prices add up to five
+    eighths: now and then a random walk looks like a smooth curve with little noise, and the rest of the budget pays for
+    that (benchmarks/detection.py). Where there are MANY checkpoints and their noise is plainly white, which a random walk's
+    is not, the prices are CALM times as high, and at least 1.
     `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
     (`scan.tail_p`). At most `most` jumps and bumps are sought.
     """
@@ -174,7 +175,7 @@ class Detector:
         return search, Curve(search.null, search.jumps, points, self.seed), calm
 
     def _price(self, search: str, calm: bool = False) -> float:
-        paid = {*self.searches, *(["scan"] if "turn" in self.searches else [])}  # shapes imply turns
+        paid = {"scan", *self.searches} if "turn" in self.searches else self.searches  # shapes imply turns
         made = sum(1 / PRICES[other] for other in paid) / sum(1 / price for price in PRICES.values())
         return max(PRICES[search] * made * (CALM if calm else 1.0), 1.0)
 

@@ -144,7 +144,7 @@ def _nulls(curve: Curve, stretches: list[Stretch], count: int) -> Array:
             slope = np.maximum(way * steps[a:b] / gaps, 0)
             steps[a:b] = way * unimodal(slope, gaps) * gaps
     null = mean[0] + np.append(0, np.cumsum(steps))
-    smoothed, _ = curve.simulated(null + np.mean(mean - null), count, 0x12)
+    smoothed = curve.simulated(null + np.mean(mean - null), count, 0x12)
     parts = [prominence(way * smoothed[:, low : high + 1], curve.at[low : high + 1])[0] for low, high, way in stretches]
     return np.asarray(np.max(parts, axis=0))
 

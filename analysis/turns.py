@@ -84,8 +84,7 @@ def monotone_nulls(curve: Curve, count: int) -> Array:
     mean = np.interp(curve.null.grid.x, curve.at, curve.mean)
     fits = [np.asarray(isotonic_regression(mean, increasing=up).x) for up in (True, False)]
     monotone = min(fits, key=lambda fit: float(np.square(fit - mean).sum()))
-    smoothed, _ = curve.simulated(monotone, count, 0x11)
-    return np.array([most_prominent(one) for one in smoothed])
+    return np.array([most_prominent(one) for one in curve.simulated(monotone, count, 0x11)])
 
 
 def most_prominent(curve: Array) -> float:

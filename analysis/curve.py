@@ -12,8 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from devmon.analysis.jumps import Jump, shapes_of
-from devmon.analysis.shapes import columns_of
+from devmon.analysis.shapes import Jump, columns_of, shapes_of
 from devmon.analysis.smooth import FREE, Array, Grid, Whitened, leading, normalised, shares
 
 MANY = 40  # checkpoints from which a change of the noise is told from chance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -10,23 +11,24 @@ from typing import Any
 import numpy as np
 
 from devmon.analysis.curve import MANY, Curve
-from devmon.analysis.events import Event, Fit, Noise, Trend
-from devmon.analysis.jumps import Jump, JumpSearch, find_jumps, joined
+from devmon.analysis.events import Event, Fit, Noise, Trend, against, part_of
+from devmon.analysis.jumps import JumpSearch, find_jumps, joined
 from devmon.analysis.plateaus import Plateau, find_plateaus
 from devmon.analysis.scan import Path, Scan
-from devmon.analysis.series import checked
-from devmon.analysis.shapes import BRIEF, PULSE
+from devmon.analysis.series import blocks, checked, floored, straightness
+from devmon.analysis.shapes import BRIEF, PULSE, Jump, with_shapes
 from devmon.analysis.smooth import Array, Grid
-from devmon.analysis.turns import Turn, find_turns
+from devmon.analysis.turns import Turn, find_turns, is_flank
 from devmon.errors import DataError
 
 FEWEST = 8  # finite points below which nothing is said
 MOST_CHECKPOINTS = 600  # more are averaged in blocks of neighbours
 EXACT = 1e-10  # distance from a straight line, as a share of the range, that is rounding
+FLANK = 0.0025  # p-value up to which a jump stands beside a turn of which it is the flank
 SURE = 0.80  # share of the posterior in which a plateau is slow
 SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
 PRICES = {"scan": 3.0, "turn": 8.0, "plateau": 6.0}  # what a p-value is multiplied by where all three are made
-CALM = 0.33  # of these prices where the noise is plainly white
+CALM = 0.2  # of these prices where the noise is plainly white
 KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
 
 
@@ -117,13 +119,13 @@ class Detector:
         if len(t) > MOST_CHECKPOINTS:
             block = -(-len(t) // MOST_CHECKPOINTS)
             notes.append(f"{len(t)} checkpoints averaged in blocks of {block}")
-            t, y, s = _blocks(t, block), _blocks(y, block), None if s is None else _blocks(s, block)
-        s = _floored(s, notes)
+            t, y, s = blocks(t, block), blocks(y, block), None if s is None else blocks(s, block)
+        s = floored(s, notes)
         offset, scale = float(np.mean(y)), float(np.ptp(y))
         if scale <= 1e-12 * max(abs(offset), 1e-300):
             return _plain(t, y, (*notes, "all values are equal"), settings, name)
         unit = (y - offset) / scale
-        if _straightness(t, unit) < EXACT:
+        if straightness(t, unit) < EXACT:
             return _plain(t, y, (*notes, "an exact straight line in log step"), settings, name)
         return Ready(t, unit, s, offset, scale, tuple(notes), name)
 
@@ -140,6 +142,7 @@ class Detector:
         p_values: dict[str, tuple[float, ...]] = {}
         found: list[tuple[Event, Array]] = []
         bumps: list[Event] = []
+        told: list[tuple[Event, Array]] = []
         if "scan" in self.searches:
             p_values["scan"] = tuple(self._adjusted(p, "scan", calm) for p in search.p_values) or (1.0,)
             brief = [jump for jump in search.jumps if jump.form == PULSE and jump.middle[1] <= BRIEF]
@@ -150,11 +153,12 @@ class Detector:
             turns = [(turn, self._turn_p(turn, calm)) for turn in find_turns(curve, n_null=self.n_null)]
             p_values["turn"] = tuple(p for _, p in turns) or (1.0,)
             told = [self._turn(turn, p, grid, ready) for turn, p in turns if p <= self.alpha]
-            found += [(turn, draws) for turn, draws in told if not any(_part(turn, bump) for bump in bumps)]
+            found += [(turn, draws) for turn, draws in told if not any(part_of(turn, bump) for bump in bumps)]
         if "plateau" in self.searches:
             plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau", calm), n_null=self.n_null)
             p_values["plateau"] = tuple(self._adjusted(one.p_value, "plateau", calm) for one in plateaus) or (1.0,)
-            found += [self._plateau(plateau, grid, ready, calm) for plateau in plateaus if plateau.sure >= SURE]
+            slow = [self._plateau(plateau, grid, ready, calm) for plateau in plateaus if plateau.sure >= SURE]
+            found += [(plateau, draws) for plateau, draws in slow if not against(plateau, [turn for turn, _ in told])]
         found = sorted(((e, d) for e, d in found if e.kind in self.kinds), key=lambda pair: pair[0].step)
         mean, low, high = (ready.offset + ready.scale * part for part in curve.band(grid.raw_x, self.level))
         theta = grid.thetas[curve.best]
@@ -172,7 +176,21 @@ class Detector:
         calm = len(points) >= MANY and float(path.weights[white, 0].sum()) >= 0.5
         alpha = self.alpha / self._price("scan", calm)
         search = find_jumps(scan, points, path, alpha=alpha, n_null=self.n_null, most=self.most)
+        search = self._without_flanks(search, points, calm) if "turn" in self.searches else search
         return search, Curve(search.null, search.jumps, points, self.seed), calm
+
+    def _without_flanks(self, search: JumpSearch, points: Array, calm: bool) -> JumpSearch:
+        """The search without the jumps that are not sure and are the flanks of turns found without them."""
+        sure = [jump.form == PULSE or self._adjusted(jump.p_value, "scan", calm) <= FLANK for jump in search.jumps]
+        if all(sure):
+            return search
+        grid, spikes = search.null.grid, search.null.spikes
+        kept = list(itertools.compress(search.jumps, sure))
+        plain = Curve(with_shapes(grid, kept, spikes), kept, points, self.seed)
+        turns = [turn for turn in find_turns(plain, n_null=self.n_null) if self._turn_p(turn, calm) <= self.alpha]
+        flank = [any(is_flank(jump, turn, turns) for turn in turns) for jump in search.jumps]
+        kept = [jump for jump, one, other in zip(search.jumps, sure, flank, strict=True) if one or not other]
+        return JumpSearch(kept, search.p_values, with_shapes(grid, kept, spikes))
 
     def _price(self, search: str, calm: bool = False) -> float:
         paid = {"scan", *self.searches} if "turn" in self.searches else self.searches  # shapes imply turns
@@ -229,13 +247,6 @@ class Detector:
         return float(low), float(middle), float(high)
 
 
-def _part(turn: Event, bump: Event) -> bool:
-    """Whether a turn is the top of a bump, or one of its feet on a sloping curve."""
-    assert bump.width is not None
-    away = abs(np.log10(max(turn.step, 1e-9) / max(bump.step, 1e-9)))
-    return bool(away <= (0.5 if turn.size * bump.size > 0 else 1.5) * bump.width)
-
-
 @lru_cache(maxsize=4)
 def _shared(steps: bytes, most: int, seed: int) -> Scan:
     """The grid of covariances, its scan and simulated nulls, shared by all series at the same steps."""
@@ -252,31 +263,8 @@ def _local(steps: Array, sd: Array, flat: Scan) -> Scan:
     return Scan(Grid(steps, sd, flat=False), flat.depth, flat.seed, flat)
 
 
-def _blocks(values: Array, size: int) -> Array:
-    """Means of consecutive blocks; what does not fill the last one is left out."""
-    return values[: len(values) // size * size].reshape(-1, size).mean(1)
-
-
 def _plain(t: Array, y: Array, notes: tuple[str, ...], settings: dict[str, Any], name: str) -> Fit:
     return Fit("NO EVENT", (), Trend(t, y, y, y), Noise(0.0, 0.0), {}, notes, settings, name)
-
-
-def _straightness(t: Array, unit: Array) -> float:
-    """Root mean square distance from the straight line in log step, for values of range 1."""
-    x = np.log10(t + t[t > 0][0])
-    return float(np.sqrt(np.mean(np.square(unit - np.polyval(np.polyfit(x, unit, 1), x)))))
-
-
-def _floored(se: Array | None, notes: list[str]) -> Array | None:
-    """Standard errors kept at or above a tenth of their median, so that no point counts as exact."""
-    if se is None or not np.any(se > 0):
-        if se is not None:
-            notes.append("every se is 0: taken as not given")
-        return None
-    floor = 0.1 * float(np.median(se[se > 0]))
-    if np.any(se < floor):
-        notes.append(f"{int(np.sum(se < floor))} standard errors raised to {floor:.3g}, a tenth of their median")
-    return np.maximum(se, floor)
 
 
 def _add(t: Array, start: float, end: float) -> str:

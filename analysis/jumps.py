@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from devmon.analysis.scan import TIGHT, Path, Scan
-from devmon.analysis.shapes import LOG, PULSE, RISE, SIDE, SKEWED, STEP, WIDTHS, Shapes, columns_of, within
-from devmon.analysis.smooth import Array, Grid, Whitened, normalised
+from devmon.analysis.shapes import (
+    LOG,
+    PULSE,
+    RISE,
+    SIDE,
+    SKEWED,
+    STEP,
+    WIDTHS,
+    Jump,
+    Shapes,
+    columns_of,
+    shapes_of,
+    with_shapes,
+)
+from devmon.analysis.smooth import Array, Whitened, normalised
+from devmon.analysis.spikes import SPIKE, isolated, points_of_spikes
 
 WIDEST = 1.2  # decades; slower changes are drift
-SPIKE = 12.0  # gain in log likelihood (about 5 sd) from which a point is left out as a spike
 LIKELY = 10  # covariances over which a location is averaged
 FAR = 10.0  # covariances this much less likely than the best, with and without shapes, play no part in what is found
 KEPT = 0.70  # share of a jump that drift leaves standing
 UNKINKED = 0.5  # share of a pulse that neither drift nor a kink of it explains
 SURE = 0.90  # share of the posterior in which a jump has the sign that it most likely has
 STEEPER = 2.5  # a jump is at least this many times as steep as the curve beside it
-
-
-@dataclass(frozen=True)
-class Jump:
-    """A located jump or pulse: posterior draws of centre and width (on the time axis) and of the amplitude, of one sign;
-    `sure` is the share of the posterior that has this sign."""
-
-    centre: Array
-    width: Array
-    size: Array
-    form: int
-    p_value: float
-    sure: float = 1.0
-
-    @property
-    def middle(self) -> tuple[float, float]:
-        return float(np.median(self.centre)), float(np.median(self.width))
-
-    @property
-    def up(self) -> bool:
-        return float(np.median(self.size)) > 0
-
-
-def shapes_of(jumps: list[Jump]) -> Shapes:
-    """The median shape of each jump."""
-    centre, width = np.array([jump.middle for jump in jumps]).reshape(-1, 2).T
-    return Shapes(centre, width, np.array([jump.form for jump in jumps], dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ def find_jumps(scan: Scan, y: Array, first: Path, *, alpha: float, n_null: int, 
             kept = settle(scan, null, y, found, start, p, alpha=alpha, n_null=n_null)
             p = 1.0 if not kept else p
         room = len(spikes) < max(2, len(y) // 10)
-        if kept and room and (brief := points_of_spikes(scan.grid, kept) - set(spikes)):
+        if kept and room and (brief := points_of_spikes(scan.grid, kept, found, y, spikes) - set(spikes)):
             spikes += tuple(sorted(brief))
         elif kept:
             found += kept
@@ -129,28 +114,8 @@ def settle(scan: Scan, null: Whitened, y: Array, found: list[Jump], new: list[Ju
     return []
 
 
-def points_of_spikes(grid: Grid, jumps: list[Jump]) -> set[int]:
-    """The points of pulses that are fewer than SIDE points long, or that lie between a jump and its undoing."""
-    x, points = grid.x, set[int]()
-    for jump in (jump for jump in jumps if jump.form == PULSE):
-        centre, width = jump.middle
-        if within(grid, np.array([centre]), np.array([width]))[0] < SIDE:
-            after = int(np.clip(np.searchsorted(x, centre), 1, len(x) - 1))
-            points |= {after - 1, after} | set(np.flatnonzero(np.abs(x - centre) <= 0.4 * width).tolist())
-    steps = sorted((jump for jump in jumps if jump.form != PULSE), key=lambda jump: jump.middle[0])
-    for a, b in itertools.pairwise(steps):
-        between = np.flatnonzero((x > a.middle[0]) & (x < b.middle[0]))
-        if a.up != b.up and len(between) < SIDE:
-            points |= set(between.tolist())
-    return points
-
-
 def coarse(shapes: Shapes, j: int) -> Jump:
     return Jump(shapes.centre[j : j + 1], shapes.width[j : j + 1], np.ones(1), int(shapes.form[j]), 1.0)
-
-
-def with_shapes(grid: Grid, jumps: list[Jump], spikes: tuple[int, ...]) -> Whitened:
-    return Whitened(grid, columns_of(grid, shapes_of(jumps), grid.x)[0], spikes)
 
 
 def is_event(null: Whitened, y: Array, jumps: list[Jump], which: int) -> bool:
@@ -216,24 +181,6 @@ def joined(jumps: list[Jump]) -> list[Jump]:
                 continue
         result.append(jump)
     return result
-
-
-def isolated(null: Whitened, y: Array) -> tuple[tuple[int, ...], float]:
-    """The point, or pair of neighbours, whose own free value raises the log likelihood most, and by how much.
-
-    A free value at point i lowers the residual sum of squares by (P y)_i² / P_ii with P = Aᵀ A.
-    """
-    rss = null.rss(y)[:, None]
-    pull = np.stack([project.T @ (project @ y) for project in null.project])
-    own, cross = null.leverage
-    a, b, det = pull[:, :-1], pull[:, 1:], own[:, :-1] * own[:, 1:] - cross**2
-    one = np.where(own > 1e-9, pull**2 / np.maximum(own, 1e-9), 0)
-    two = (own[:, 1:] * a**2 - 2 * cross * a * b + own[:, :-1] * b**2) / np.maximum(det, 1e-9)
-    two = np.where(det > 1e-6 * own[:, :-1] * own[:, 1:], two, 0)
-    base = null.loglik(rss).max()
-    gains = [null.loglik(np.maximum(rss - lowered, TIGHT * rss)).max(0) - base for lowered in (one, two)]
-    i, j = (int(np.argmax(gain)) for gain in gains)
-    return ((i,), float(gains[0][i])) if gains[1][j] < gains[0][i] + SPIKE else ((j, j + 1), float(gains[1][j]))
 
 
 def locate(scan: Scan, null: Whitened, taken: Shapes, y: Array, p: float, draws: int = 4000) -> Jump:

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from devmon.analysis.curve import Curve, runs_of_sign, vertex
-from devmon.analysis.jumps import Jump
 from devmon.analysis.scan import tail_p
-from devmon.analysis.shapes import PULSE
+from devmon.analysis.shapes import PULSE, Jump
 from devmon.analysis.smooth import Array
 
 TILTS = 14
@@ -162,8 +161,10 @@ def _located(curve: Curve, low: int, high: int, i: int, j: int, way: int, tilt: 
     flank = np.minimum(slopes[:, : a + 1].max(1), slopes[:, b:].max(1))
     sure = float(np.mean(inner.min(1) < SLOW * flank))
     tilted = draws - tilt * at
-    top, bottom = tilted[:, low : i + 2].max(1), tilted[:, i : j + 2].min(1)
-    size = np.minimum(np.minimum(top - tilted[:, low], top - bottom), tilted[:, j : high + 1].max(1) - bottom)
+    before, after = tilted[:, low : i + 2], tilted[:, j : high + 1]
+    first = (before - np.minimum.accumulate(before, axis=1)).max(1)
+    bottom = tilted[:, i : j + 2].min(1)
+    size = np.minimum(np.minimum(first, before.max(1) - bottom), after.max(1) - bottom)
     return Plateau(place, way * size, (float(at[i]), float(at[j])), p, sure)
 
 

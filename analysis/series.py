@@ -72,6 +72,29 @@ def checked(steps: Any, values: Any, se: Any = None, name: str = "") -> tuple[Ar
     return t[keep], y[keep], None if s is None else s[keep]
 
 
+def blocks(values: Array, size: int) -> Array:
+    """Means of consecutive blocks; what does not fill the last one is left out."""
+    return values[: len(values) // size * size].reshape(-1, size).mean(1)
+
+
+def straightness(t: Array, unit: Array) -> float:
+    """Root mean square distance from the straight line in log step, for values of range 1."""
+    x = np.log10(t + t[t > 0][0])
+    return float(np.sqrt(np.mean(np.square(unit - np.polyval(np.polyfit(x, unit, 1), x)))))
+
+
+def floored(se: Array | None, notes: list[str]) -> Array | None:
+    """Standard errors kept at or above a tenth of their median, so that no point counts as exact."""
+    if se is None or not np.any(se > 0):
+        if se is not None:
+            notes.append("every se is 0: taken as not given")
+        return None
+    floor = 0.1 * float(np.median(se[se > 0]))
+    if np.any(se < floor):
+        notes.append(f"{int(np.sum(se < floor))} standard errors raised to {floor:.3g}, a tenth of their median")
+    return np.maximum(se, floor)
+
+
 def _vector(data: Any, what: str, label: str) -> Array:
     try:
         if np.iscomplexobj(data):

@@ -1,4 +1,5 @@
-"""The shapes that stand out from smooth drift: a rise (logistic in log step or in step) and a pulse that comes back."""
+"""The shapes that stand out from smooth drift: a rise (logistic in log step or in step) and a pulse that comes back; and
+`Jump`, one of them located in a series."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from devmon.analysis.smooth import Array, Grid
+from devmon.analysis.smooth import Array, Grid, Whitened
 
 WIDTHS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 1.6)  # on the time axis, beside the step that lies within one gap
 RISE = 1.0  # no rise is tried that is wider
@@ -111,3 +112,34 @@ def columns_of(grid: Grid, shapes: Shapes, at: Array) -> tuple[Array, NDArray[np
                 columns.append(new[j])
                 owner.append(j)
     return np.stack(columns, axis=1), np.array(owner)
+
+
+@dataclass(frozen=True)
+class Jump:
+    """A located jump or pulse: posterior draws of centre and width (on the time axis) and of the amplitude, of one sign;
+    `sure` is the share of the posterior that has this sign."""
+
+    centre: Array
+    width: Array
+    size: Array
+    form: int
+    p_value: float
+    sure: float = 1.0
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        return float(np.median(self.centre)), float(np.median(self.width))
+
+    @property
+    def up(self) -> bool:
+        return float(np.median(self.size)) > 0
+
+
+def shapes_of(jumps: list[Jump]) -> Shapes:
+    """The median shape of each jump."""
+    centre, width = np.array([jump.middle for jump in jumps]).reshape(-1, 2).T
+    return Shapes(centre, width, np.array([jump.form for jump in jumps], dtype=np.int64))
+
+
+def with_shapes(grid: Grid, jumps: list[Jump], spikes: tuple[int, ...]) -> Whitened:
+    return Whitened(grid, columns_of(grid, shapes_of(jumps), grid.x)[0], spikes)

@@ -17,9 +17,8 @@ from scipy.optimize import isotonic_regression
 from scipy.signal import find_peaks
 
 from devmon.analysis.curve import Curve, runs_of_sign, vertex
-from devmon.analysis.jumps import Jump
 from devmon.analysis.scan import tail_p
-from devmon.analysis.shapes import PULSE
+from devmon.analysis.shapes import PULSE, Jump
 from devmon.analysis.smooth import Array
 
 CERTAIN = 0.90  # share of the draws by which the slope has a sign
@@ -68,6 +67,14 @@ def implied(jumps: list[Jump], start: float, end: float, way: int) -> float:
     steps = [jump for jump in near if jump.form != PULSE]
     p += [max(a.p_value, b.p_value) for a, b in itertools.pairwise(steps) if a.up != b.up and a.up == (way > 0)]
     return min(p, default=1.0)
+
+
+def is_flank(jump: Jump, turn: Turn, turns: list[Turn]) -> bool:
+    """Whether a jump goes up to a maximum (down to a minimum), or down (up) from it, with no other turn between."""
+    top, maximum = float(np.median(turn.place)), float(np.median(turn.size)) > 0
+    low, high = sorted((jump.middle[0], top))
+    alone = not any(low < float(np.median(other.place)) < high for other in turns)
+    return alone and jump.up == (maximum == (jump.middle[0] < top))
 
 
 def summit(curves: Array, left: int, low: int, high: int, right: int) -> tuple[NDArray[np.int64], Array]:

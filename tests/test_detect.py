@@ -13,8 +13,8 @@ from scipy import stats
 from devmon.analysis.curve import Curve
 from devmon.analysis.detect import Detector, Event, Series, benjamini_hochberg, detect, lead_lag
 from devmon.analysis.detector import _shared
-from devmon.analysis.jumps import shapes_of
 from devmon.analysis.scan import Scan
+from devmon.analysis.shapes import shapes_of
 from devmon.analysis.smooth import Array, Grid, Whitened
 from devmon.analysis.turns import monotone_nulls, most_prominent
 from devmon.errors import DataError

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from devmon.analysis.curve import Curve, vertex
-from devmon.analysis.jumps import Jump, is_event, isolated, joined, locate, shapes_of
+from devmon.analysis.jumps import is_event, joined, locate
 from devmon.analysis.scan import Path, Scan, tail_p
-from devmon.analysis.shapes import LOG, PULSE, STEP, Shapes, candidates, columns_of, odds_against
+from devmon.analysis.shapes import LOG, PULSE, STEP, Jump, Shapes, candidates, columns_of, odds_against, shapes_of
 from devmon.analysis.smooth import Array, Grid, Whitened, matern, shares
+from devmon.analysis.spikes import isolated
 from devmon.analysis.turns import most_prominent, summit
 from tests.test_detect import NOTHING, SIXTY, X, ar1, logistic, rng
 

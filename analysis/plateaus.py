@@ -28,6 +28,7 @@ TILTS = 14
 CERTAIN = 0.95  # share of the draws by which the slope has a sign
 SLOW = 0.5  # on a plateau the slope is at most this share of the slower flank's
 HALVINGS = 9  # of the search for the prominence: to a share 2**-9 of the range
+FINER = 13  # of the search for the size of a plateau that was found
 COARSE = 0.03  # decades between the places at which prominences are measured
 
 Stretch = tuple[int, int, int]  # first and last place of a stretch that goes one way, and that way
@@ -74,24 +75,26 @@ def find_plateaus(curve: Curve, *, alpha: float, n_null: int) -> list[Plateau]:
     return found
 
 
-def prominence(curves: Array, at: Array) -> tuple[Array, Array, NDArray[np.int64], NDArray[np.int64]]:
+def prominence(
+    curves: Array, at: Array, tilts: Array | None = None, halvings: int = HALVINGS
+) -> tuple[Array, Array, NDArray[np.int64], NDArray[np.int64]]:
     """For rising curves (B, n): the prominence of the best plateau (B,), its tilt, and the places i < j between which the
     slope is below the tilt.
 
     The largest t for which some i < j have a rise of t up to i, a fall of t from i to j and a rise of t from j on in
-    y - c x, by bisection over t for each of TILTS values of c.
+    y - c x, by bisection over t for each c of `tilts` (B, tilt) or else TILTS values of it.
     """
     stride = max(int(np.ceil(len(at) * COARSE / max(float(np.ptp(at)), 1e-9) / 2)), 1) if len(at) > 60 else 1
     keep = np.unique(np.append(np.arange(0, len(at), stride), len(at) - 1))
     x, y = at[keep], curves[:, keep]
-    slope = np.diff(y, axis=1) / np.diff(x)
-    top = np.quantile(slope, 0.95, axis=1)
-    tilts = np.maximum(top, 0)[:, None] * np.append(0.0, np.geomspace(0.03, 0.9, TILTS - 1))  # (B, tilt)
+    if tilts is None:
+        top = np.quantile(np.diff(y, axis=1) / np.diff(x), 0.95, axis=1)
+        tilts = np.maximum(top, 0)[:, None] * np.append(0.0, np.geomspace(0.03, 0.9, TILTS - 1))
     tilted = y[:, None] - tilts[:, :, None] * (x - x[0])
     up = tilted - np.minimum.accumulate(tilted, axis=2)
     on = np.maximum.accumulate(tilted[:, :, ::-1], axis=2)[:, :, ::-1] - tilted
     low, high = np.zeros(tilts.shape), np.ptp(tilted, axis=2)
-    for _ in range(HALVINGS):
+    for _ in range(halvings):
         t = (low + high) / 2
         reached = _reached(tilted, up, on, t)
         low, high = np.where(reached, t, low), np.where(reached, high, t)
@@ -160,11 +163,7 @@ def _located(curve: Curve, low: int, high: int, i: int, j: int, way: int, tilt: 
     place = vertex(at[i : i + inner.shape[1]], -inner, inner.argmin(1))
     flank = np.minimum(slopes[:, : a + 1].max(1), slopes[:, b:].max(1))
     sure = float(np.mean(inner.min(1) < SLOW * flank))
-    tilted = draws - tilt * at
-    before, after = tilted[:, low : i + 2], tilted[:, j : high + 1]
-    first = (before - np.minimum.accumulate(before, axis=1)).max(1)
-    bottom = tilted[:, i : j + 2].min(1)
-    size = np.minimum(np.minimum(first, before.max(1) - bottom), after.max(1) - bottom)
+    size = prominence(draws[:, low : high + 1], at[low : high + 1], np.full((len(draws), 1), tilt), FINER)[0]
     return Plateau(place, way * size, (float(at[i]), float(at[j])), p, sure)
 
 

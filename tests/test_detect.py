@@ -217,6 +217,16 @@ def test_p_values_cost_less_where_the_noise_is_white() -> None:
     assert [jump.p_value for jump in jumps] == pytest.approx([1e-4, 3e-4, 3e-4])
 
 
+def test_turns_and_plateaus_cost_a_fifth_where_the_noise_is_white() -> None:
+    """The least p-value of a plateau costs 6, in white noise 1.2; that of a wide maximum, which no pulse implies, 8 and 1.6."""
+    rest = 40 * (X - stats.norm(2, 0.4).cdf(X))
+    top, noise = 30 * np.exp(-0.5 * ((X - 2) / 1.0) ** 2), rng(47).standard_normal(len(X))
+    for shape, kind, price in ((rest, "plateau", 6.0), (top, "turn", 8.0)):
+        for steps, y, cost in ((SIXTY, shape + noise, price / 5), (SIXTY[::2], (shape + noise)[::2], price)):
+            events = [event for event in DETECTOR.fit(steps, y).events() if event.kind == kind]
+            assert min(event.p_value for event in events) == pytest.approx(1e-4 * cost), (kind, cost)
+
+
 def test_standard_errors_that_do_not_tell_the_size_of_the_noise_are_found_out() -> None:
     said = "the noise changes size over training"
     ramp = np.geomspace(1, 30, len(X))

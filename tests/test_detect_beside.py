@@ -1,0 +1,81 @@
+"""Events beside each other: which of two accounts of the same stretch of a series is reported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from devmon.analysis.detect import Detector, Event
+from devmon.analysis.events import against
+from devmon.analysis.plateaus import prominence
+from devmon.analysis.smooth import Array
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from detection_families import POSITIVES, STAGES, at_rest, grid, staged
+
+STEPS = grid("log", 60)
+
+
+def kinds_of(family: str, variant: str, *seed: int) -> list[str]:
+    y, _ = POSITIVES[family][variant](np.random.default_rng(seed), STEPS)
+    return [event.kind for event in Detector().fit(STEPS, y).events()]
+
+
+@pytest.mark.parametrize("run", [12, 13, 14, 16])
+def test_two_checkpoints_at_the_top_of_a_bump_are_no_spike(run: int) -> None:
+    """Less than two checkpoints' distance within the half height, but those beside them lie on its flanks."""
+    assert kinds_of("bump", "width 0.2, SNR 10", 44, run) == ["bump"]
+
+
+@pytest.mark.parametrize("run", [2, 14, 15, 19, 25])
+def test_the_flank_of_a_maximum_is_no_jump_of_its_own(run: int) -> None:
+    assert kinds_of("turn", "sd 0.5, SNR 3", 45, run) == ["turn"]
+
+
+def test_a_steep_fall_beside_a_maximum_stays_a_jump() -> None:
+    x = np.log10(STEPS + 1)
+    for run in range(4):
+        y = (
+            12 * np.exp(-0.5 * ((x - 1.5) / 0.4) ** 2)
+            - 10 * (x > 3)
+            + np.random.default_rng([46, run]).standard_normal(len(x))
+        )
+        kinds = [event.kind for event in Detector().fit(STEPS, y).events()]
+        assert kinds in (["turn", "jump"], ["turn", "plateau", "jump"])
+
+
+@pytest.mark.parametrize("seed", [(200, 16), (201, 20)])
+def test_between_a_minimum_and_a_maximum_a_falling_curve_does_not_rest(seed: tuple[int, int]) -> None:
+    """The rise of a bump on a falling loss, by itself, is also where the fall stops for a while."""
+    assert kinds_of("bump", "width 0.4, SNR 10", *seed) == ["turn", "turn"]
+
+
+def test_a_plateau_goes_the_way_of_the_curve_between_turns() -> None:
+    def event(kind: str, step: float, size: float) -> Event:
+        return Event(kind, step, (step, step), size, (size, size), None, None, 0.01, None, True, "")
+
+    turns = [event("turn", 100, -1), event("turn", 1000, 1)]  # falls to 100, rises to 1000, falls again
+    for step, way in ((50, -1), (300, 1), (3000, -1)):
+        assert not against(event("plateau", step, way), turns)
+        assert against(event("plateau", step, -way), turns)
+    assert not against(event("plateau", 50, 1), [])
+
+
+@pytest.mark.parametrize("sd,off", [(0.1, 0.1), (0.5, 0.3)])
+def test_the_size_of_a_plateau_is_its_prominence(sd: float, off: float) -> None:
+    """Of the first boundary of in-context regression: a rise of 22, then one of 149. Tilted, the curve is highest at its start."""
+    steps = np.unique(np.round(np.append(np.linspace(0, 500_000, 51), np.geomspace(1, 500_000, 50))))
+    boundaries, values = STAGES["in-context regression"]
+    x = np.linspace(0, np.log10(40_000), 800)
+    curve: Array = at_rest(np.log10(boundaries), np.asarray(values), True)(np.clip(x, 2, None))
+    truth, size = float(prominence(curve[None], x)[0][0]), []
+    for run in range(3):
+        y, _ = staged("in-context regression", steps, np.random.default_rng([0, run]), "smooth", sd)
+        size += [
+            event.size for event in Detector().fit(steps, y).events() if event.kind == "plateau" and event.step < 2000
+        ]
+    assert size == pytest.approx([truth] * 3, rel=off), truth

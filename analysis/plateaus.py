@@ -157,10 +157,12 @@ def _located(curve: Curve, low: int, high: int, i: int, j: int, way: int, tilt: 
     slope = way * np.gradient(curve.smoothed, at)
     left = low + int(np.argmax(slope[low : i + 1])) if i > low else low
     right = j + int(np.argmax(slope[j : high + 1])) if high > j else high
-    slopes = np.gradient(draws[:, left : right + 1], at[left : right + 1], axis=1)
+    slopes, twiced = (
+        np.gradient(curves[:, left : right + 1], at[left : right + 1], axis=1) for curves in (draws, way * curve.twiced)
+    )
     a, b = i - left, j - left
-    inner = slopes[:, a : b + 1]
-    place = vertex(at[i : i + inner.shape[1]], -inner, inner.argmin(1))
+    inner, moved = slopes[:, a : b + 1], twiced[:, a : b + 1]
+    place = vertex(at[i : i + inner.shape[1]], -moved, moved.argmin(1))
     flank = np.minimum(slopes[:, : a + 1].max(1), slopes[:, b:].max(1))
     sure = float(np.mean(inner.min(1) < SLOW * flank))
     size = prominence(draws[:, low : high + 1], at[low : high + 1], np.full((len(draws), 1), tilt), FINER)[0]

@@ -9,6 +9,8 @@
   all series of a family (jump, turn, plateau, bump); baselines at their usual settings, and those with a penalty also
   with the penalty raised until no null family has more than 6% false alarms ("held to 6%"). Coverage is that of the
   90% intervals, where SNR >= 3 and there are at least 60 checkpoints.
+- coverage: the same intervals on more series, each with noise of its own, and of all events of the right kind, wherever
+  they lie (within 10% of the step a wide interval can hardly miss).
 - published: shapes and noise like two published learning-coefficient curves, whose slope has a corner or is smooth where it
   is zero; how many boundaries are found within 10% of the step, and how many events lie beside them.
 - limit: how many jumps a likelihood ratio could find that knows that the noise of a jump is white, at 3% false alarms on
@@ -145,6 +147,28 @@ def positives(runs: int, strict: dict[str, float | None], seed: int) -> dict[str
     return table
 
 
+def coverage(runs: int, seed: int) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for family, variants in POSITIVES.items():
+        held: dict[int, list[bool]] = {points: [] for points in POINTS if points >= 60}
+        for (number, (variant, make)), points in itertools.product(enumerate(variants.items()), held):
+            if variant.endswith("SNR 1"):
+                continue
+            steps = grid("log", points)
+            drawn = [make(np.random.default_rng([seed, 3, number, i, points]), steps) for i in range(runs)]
+            for found, (_, truth) in zip(ours(steps, [y for y, _ in drawn]), drawn, strict=True):
+                away = {abs(np.log(max(event[0], 0.5) / truth[0])): event[1] for event in found if event[2] == family}
+                if away and (interval := away[min(away)]):
+                    held[points].append(interval[0] <= truth[0] <= interval[1])
+        rows[family] = {
+            "all": round(float(np.mean([*itertools.chain(*held.values())])), 3),
+            **{f"{points} points": round(float(np.mean(one)), 3) for points, one in held.items()},
+            "intervals": sum(map(len, held.values())),
+        }
+        print(family, rows[family], flush=True)
+    return rows
+
+
 def published(
     runs: int, seed: int, points: Sequence[int] = (40, 60, 100, 200), others: Sequence[str] = tuple(BASELINES)
 ) -> dict[str, Any]:
@@ -240,7 +264,7 @@ def near(step: float, truth: float) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["nulls", "positives", "published", "limit", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["nulls", "positives", "coverage", "published", "limit", "speed"])
     parser.add_argument("--null-runs", type=int, default=1002)
     parser.add_argument("--runs", type=int, default=15, help="series for each variant and number of checkpoints")
     parser.add_argument("--quick", action="store_true")
@@ -256,6 +280,8 @@ def main() -> None:
         if part == "positives":
             strict = held(8 if options.quick else 30, options.seed)
             result |= {"strictness held to 6%": strict, part: positives(runs, strict, options.seed)}
+        if part == "coverage":
+            result[part] = coverage(4 if options.quick else 25, options.seed)
         if part == "published":
             result[part] = published(4 if options.quick else 8, options.seed)
         if part == "limit":

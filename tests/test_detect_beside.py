@@ -79,3 +79,12 @@ def test_the_size_of_a_plateau_is_its_prominence(sd: float, off: float) -> None:
             event.size for event in Detector().fit(steps, y).events() if event.kind == "plateau" and event.step < 2000
         ]
     assert size == pytest.approx([truth] * 3, rel=off), truth
+
+
+def test_a_plateau_between_unequal_slopes_is_not_moved_far_to_the_gentler() -> None:
+    """A fall of 25 a decade, then one of 109: without twicing the place is 9% too early."""
+    steps = np.unique(np.round(np.geomspace(100, 500_000, 60)))
+    for run in range(3):
+        y, truth = staged("in-context regression", steps, np.random.default_rng([0, run]))
+        (step,) = [e.step for e in Detector().fit(steps, y).events() if e.kind == "plateau" and e.step > 50_000]
+        assert step == pytest.approx(truth[2], rel=0.078)

@@ -256,6 +256,18 @@ def test_shares_add_up_and_follow_the_weights() -> None:
     np.testing.assert_array_equal(shares(np.array([0.5, 0.3, 0.2]), 9), [4, 3, 2])
 
 
+def test_twiced_draws_have_the_residuals_smoothed_once_more(small: Grid) -> None:
+    y = 5 * np.sin(3 * small.x) + rng(48).standard_normal(len(small.x))
+    null = Whitened(small, small.drift, (3,))  # a free value smooths to itself
+    curve = Curve(null, [], y, 0)
+    at = np.searchsorted(curve.at, small.x)
+    smooth = curve.smoother(curve.best)[0]
+    again = smooth @ (2 * y - smooth[at] @ y)
+    np.testing.assert_allclose(
+        curve.twiced - curve.draws, np.tile(again - curve.smoothed, (len(curve.draws), 1)), atol=1e-9
+    )
+
+
 def test_the_profile_of_the_noise_keeps_the_shape_of_the_errors_where_the_grid_is_a_part() -> None:
     """Residuals that follow neither: the profile is theirs, whichever covariances are left."""
     se = np.geomspace(1, 8, len(X))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from devmon.analysis.curve import MANY, Curve
-from devmon.analysis.events import Event, Fit, Noise, Trend, against, part_of
+from devmon.analysis.events import Event, Fit, Noise, Trend, part_of
 from devmon.analysis.jumps import JumpSearch, find_jumps, joined
 from devmon.analysis.plateaus import Plateau, find_plateaus
 from devmon.analysis.scan import Path, Scan
@@ -27,8 +27,8 @@ EXACT = 1e-10  # distance from a straight line, as a share of the range, that is
 FLANK = 0.0025  # p-value up to which a jump stands beside a turn of which it is the flank
 SURE = 0.80  # share of the posterior in which a plateau is slow
 SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
-PRICES = {"scan": 3.0, "turn": 8.0, "plateau": 6.0}  # what a p-value is multiplied by where all three are made
-CALM = 0.2  # of these prices where the noise is plainly white
+PRICES = {"scan": 3.0, "turn": 8.0, "plateau": 8.0}  # what a p-value is multiplied by where all three are made
+CALM = 0.15  # of these prices where the noise is plainly white
 KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
 
 
@@ -142,23 +142,24 @@ class Detector:
         p_values: dict[str, tuple[float, ...]] = {}
         found: list[tuple[Event, Array]] = []
         bumps: list[Event] = []
-        told: list[tuple[Event, Array]] = []
         if "scan" in self.searches:
             p_values["scan"] = tuple(self._adjusted(p, "scan", calm) for p in search.p_values) or (1.0,)
             brief = [jump for jump in search.jumps if jump.form == PULSE and jump.middle[1] <= BRIEF]
             found += [self._jump(jump, grid, ready, calm) for jump in joined(search.jumps)]
             found += [self._bump(jump, grid, ready, calm) for jump in brief]
             bumps = [event for event, _ in found if event.kind == "bump"]
-        if "turn" in self.searches:
+        turns = []
+        if set(self.searches) != {"scan"}:
             turns = [(turn, self._turn_p(turn, calm)) for turn in find_turns(curve, n_null=self.n_null)]
+        if "turn" in self.searches:
             p_values["turn"] = tuple(p for _, p in turns) or (1.0,)
             told = [self._turn(turn, p, grid, ready) for turn, p in turns if p <= self.alpha]
             found += [(turn, draws) for turn, draws in told if not any(part_of(turn, bump) for bump in bumps)]
         if "plateau" in self.searches:
-            plateaus = find_plateaus(curve, alpha=self.alpha / self._price("plateau", calm), n_null=self.n_null)
+            sure, alpha = [turn for turn, p in turns if p <= self.alpha], self.alpha / self._price("plateau", calm)
+            plateaus = find_plateaus(curve, sure, alpha=alpha, n_null=self.n_null)
             p_values["plateau"] = tuple(self._adjusted(one.p_value, "plateau", calm) for one in plateaus) or (1.0,)
-            slow = [self._plateau(plateau, grid, ready, calm) for plateau in plateaus if plateau.sure >= SURE]
-            found += [(plateau, draws) for plateau, draws in slow if not against(plateau, [turn for turn, _ in told])]
+            found += [self._plateau(plateau, grid, ready, calm) for plateau in plateaus if plateau.sure >= SURE]
         found = sorted(((e, d) for e, d in found if e.kind in self.kinds), key=lambda pair: pair[0].step)
         mean, low, high = (ready.offset + ready.scale * part for part in curve.band(grid.raw_x, self.level))
         theta = grid.thetas[curve.best]

@@ -113,13 +113,6 @@ def part_of(turn: Event, bump: Event) -> bool:
     return bool(away <= (0.5 if turn.size * bump.size > 0 else 2.0) * bump.width)
 
 
-def against(plateau: Event, turns: list[Event]) -> bool:
-    """Whether a plateau of a rise lies where the curve falls by the turns beside it, or the reverse."""
-    ahead = [turn.size > 0 for turn in turns if turn.step > plateau.step][:1]
-    behind = [turn.size < 0 for turn in turns if turn.step <= plateau.step][-1:]
-    return any(up != (plateau.size > 0) for up in ahead + behind)
-
-
 Location = Event | tuple[Array, Array]
 
 

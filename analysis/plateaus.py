@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from devmon.analysis.curve import Curve, runs_of_sign, vertex
+from devmon.analysis.curve import Curve, vertex
 from devmon.analysis.scan import tail_p
 from devmon.analysis.shapes import PULSE, Jump
 from devmon.analysis.smooth import Array
+from devmon.analysis.turns import Turn
 
 TILTS = 14
-CERTAIN = 0.95  # share of the draws by which the slope has a sign
 SLOW = 0.5  # on a plateau the slope is at most this share of the slower flank's
 HALVINGS = 9  # of the search for the prominence: to a share 2**-9 of the range
 FINER = 13  # of the search for the size of a plateau that was found
@@ -46,12 +46,13 @@ class Plateau:
     sure: float
 
 
-def find_plateaus(curve: Curve, *, alpha: float, n_null: int) -> list[Plateau]:
-    """The plateaus of each stretch between certain turns, the most prominent first, each half searched in turn."""
+def find_plateaus(curve: Curve, turns: list[Turn], *, alpha: float, n_null: int) -> list[Plateau]:
+    """The plateaus of each stretch between `turns`, the most prominent first, each half searched in turn."""
     at = curve.at
-    stretches = _stretches(curve)
+    whole = _stretches(curve, turns)
     nulls: Array | None = None
     found: list[Plateau] = []
+    stretches = list(whole)
     while stretches:
         low, high, way = stretches.pop()
         parts = prominence(way * curve.smoothed[None, low : high + 1], at[low : high + 1])
@@ -61,9 +62,9 @@ def find_plateaus(curve: Curve, *, alpha: float, n_null: int) -> list[Plateau]:
         if not height > 0.5 * curve.unit or _between_jumps(curve.jumps, *span):
             continue
         if nulls is None:
-            nulls = _nulls(curve, _stretches(curve), min(n_null, 49))
+            nulls = _nulls(curve, whole, min(n_null, 49))
             if tail_p(height / curve.unit, nulls) <= 0.5:
-                nulls = _nulls(curve, _stretches(curve), n_null)
+                nulls = _nulls(curve, whole, n_null)
         p = tail_p(height / curve.unit, nulls)
         if p > alpha:
             found.append(Plateau(np.empty(0), np.empty(0), span, p, 0.0))
@@ -117,20 +118,18 @@ def unimodal(values: Array, weights: Array) -> Array:
     return best
 
 
-def _stretches(curve: Curve) -> list[Stretch]:
-    """Between the certain turns of the curve; a curve without certain slope goes the way of its ends."""
-    sign = runs_of_sign(curve.draws, CERTAIN)
-    sure = np.flatnonzero(sign)
+def _stretches(curve: Curve, turns: list[Turn]) -> list[Stretch]:
+    """Between the turns, and the lowest place between two maxima; a curve without turns goes the way of its ends."""
     last = len(curve.at) - 1
-    if not len(sure):
+    tops = [(int(np.searchsorted(curve.at, np.median(one.place))), int(np.sign(np.median(one.size)))) for one in turns]
+    path = tops[:1]
+    for (a, up), (b, then) in itertools.pairwise(tops):
+        if up == then:
+            path.append((a + int(np.argmin(up * curve.mean[a : b + 1])), -up))
+        path.append((b, then))
+    if not path:
         return [(0, last, 1 if curve.mean[-1] > curve.mean[0] else -1)]
-    cuts, ways = [0], [int(sign[sure[0]])]
-    for a, b in itertools.pairwise(sure):
-        if sign[a] != sign[b]:
-            part = curve.mean[a : b + 2] * sign[a]
-            cuts.append(int(a + np.argmax(part)))
-            ways.append(int(sign[b]))
-    cuts.append(last)
+    cuts, ways = [0, *(i for i, _ in path), last], [*(up for _, up in path), -path[-1][1]]
     return [(a, b, way) for (a, b), way in zip(itertools.pairwise(cuts), ways, strict=True) if b - a > 4]
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from devmon.analysis.detect import Detector, Event
-from devmon.analysis.events import against
+from devmon.analysis.detect import Detector
 from devmon.analysis.plateaus import prominence
 from devmon.analysis.smooth import Array
 
@@ -52,17 +51,6 @@ def test_a_steep_fall_beside_a_maximum_stays_a_jump() -> None:
 def test_between_a_minimum_and_a_maximum_a_falling_curve_does_not_rest(seed: tuple[int, int]) -> None:
     """The rise of a bump on a falling loss, by itself, is also where the fall stops for a while."""
     assert kinds_of("bump", "width 0.4, SNR 10", *seed) == ["turn", "turn"]
-
-
-def test_a_plateau_goes_the_way_of_the_curve_between_turns() -> None:
-    def event(kind: str, step: float, size: float) -> Event:
-        return Event(kind, step, (step, step), size, (size, size), None, None, 0.01, None, True, "")
-
-    turns = [event("turn", 100, -1), event("turn", 1000, 1)]  # falls to 100, rises to 1000, falls again
-    for step, way in ((50, -1), (300, 1), (3000, -1)):
-        assert not against(event("plateau", step, way), turns)
-        assert against(event("plateau", step, -way), turns)
-    assert not against(event("plateau", 50, 1), [])
 
 
 @pytest.mark.parametrize("sd,off", [(0.1, 0.1), (0.5, 0.3)])

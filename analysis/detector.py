@@ -27,8 +27,8 @@ EXACT = 1e-10  # distance from a straight line, as a share of the range, that is
 FLANK = 0.0025  # p-value up to which a jump stands beside a turn of which it is the flank
 SURE = 0.80  # share of the posterior in which a plateau is slow
 SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
-PRICES = {"scan": 3.0, "turn": 8.0, "plateau": 8.0}  # what a p-value is multiplied by where all three are made
-CALM = 0.15  # of these prices where the noise is plainly white
+PRICES = {"scan": 3.0, "turn": 8.0, "plateau": 12.0}  # what a p-value is multiplied by where all three are made
+CALM = 0.125  # of these prices where the noise is plainly white
 KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
 
 
@@ -52,8 +52,8 @@ class Detector:
 
     Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
     the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
-    probability alpha at most; turns pay for the scan too, whose shapes imply them. The inverse prices add up to five
-    eighths: now and then a random walk looks like a smooth curve with little noise, and the rest of the budget pays for
+    probability alpha at most; turns pay for the scan too, whose shapes imply them. The inverse prices add up to thirteen
+    twenty-fourths: now and then a random walk looks like a smooth curve with little noise, and the rest of the budget pays for
     that (benchmarks/detection.py). Where there are MANY checkpoints and their noise is plainly white, which a random walk's
     is not, the prices are CALM times as high, and at least 1.
     `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones

@@ -117,11 +117,11 @@ def test_a_maximum_of_half_a_decade_is_one_turn_and_not_two_jumps() -> None:
 
 
 def test_shapes_imply_turns_at_the_price_of_the_scan() -> None:
-    """Turns alone pay for two searches: 1/3 + 1/8 of 1/3 + 1/8 + 1/6, so the least p of the scan costs 3 * 11/15."""
+    """Turns alone pay for two searches: 1/3 + 1/8 of 1/3 + 1/8 + 1/12, so the least p of the scan costs 3 * 11/13."""
     y = 15 * np.exp(-0.5 * ((X - 2) / 0.5) ** 2) + np.cumsum(rng(41).standard_normal(len(X))) / 4
     fit = Detector(kinds=("turn",)).fit(SIXTY, y)
     assert list(fit.p_values) == ["turn"]
-    assert max(fit.events(), key=lambda event: event.size).p_value == pytest.approx(2.2e-4)
+    assert max(fit.events(), key=lambda event: event.size).p_value == pytest.approx(3e-4 * 11 / 13)
 
 
 def test_a_staircase_is_not_taken_for_a_random_walk() -> None:
@@ -217,12 +217,12 @@ def test_p_values_cost_less_where_the_noise_is_white() -> None:
     assert [jump.p_value for jump in jumps] == pytest.approx([1e-4, 3e-4, 3e-4])
 
 
-def test_turns_and_plateaus_cost_a_fifth_where_the_noise_is_white() -> None:
-    """The least p-value of a plateau costs 6, in white noise 1.2; that of a wide maximum, which no pulse implies, 8 and 1.6."""
+def test_turns_and_plateaus_cost_an_eighth_where_the_noise_is_white() -> None:
+    """The least p-value of a plateau costs 12, in white noise 1.5; that of a wide maximum, which no pulse implies, 8 and 1."""
     rest = 40 * (X - stats.norm(2, 0.4).cdf(X))
     top, noise = 30 * np.exp(-0.5 * ((X - 2) / 1.0) ** 2), rng(47).standard_normal(len(X))
-    for shape, kind, price in ((rest, "plateau", 6.0), (top, "turn", 8.0)):
-        for steps, y, cost in ((SIXTY, shape + noise, price / 5), (SIXTY[::2], (shape + noise)[::2], price)):
+    for shape, kind, price in ((rest, "plateau", 12.0), (top, "turn", 8.0)):
+        for steps, y, cost in ((SIXTY, shape + noise, price / 8), (SIXTY[::2], (shape + noise)[::2], price)):
             events = [event for event in DETECTOR.fit(steps, y).events() if event.kind == kind]
             assert min(event.p_value for event in events) == pytest.approx(1e-4 * cost), (kind, cost)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
+from devmon.analysis.curve import Curve
 from devmon.analysis.detect import Detector
-from devmon.analysis.plateaus import prominence
+from devmon.analysis.plateaus import _stretches, prominence
 from devmon.analysis.smooth import Array
+from devmon.analysis.turns import Turn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -51,6 +55,25 @@ def test_a_steep_fall_beside_a_maximum_stays_a_jump() -> None:
 def test_between_a_minimum_and_a_maximum_a_falling_curve_does_not_rest(seed: tuple[int, int]) -> None:
     """The rise of a bump on a falling loss, by itself, is also where the fall stops for a while."""
     assert kinds_of("bump", "width 0.4, SNR 10", *seed) == ["turn", "turn"]
+
+
+def test_a_wiggle_of_a_plateau_does_not_end_the_stretch_in_which_it_is_sought() -> None:
+    """Where this curve rests its slope is by chance surely negative, a turn of p = 1: only turns that are told part a curve."""
+    steps = np.unique(np.round(np.geomspace(100, 500_000, 200)))
+    y, truth = staged("in-context regression", steps, np.random.default_rng([0, 2]), "smooth")
+    fit = Detector().fit(steps, y)
+    assert [event.kind for event in fit.events()] == ["plateau", "turn", "plateau", "turn"]
+    assert [event.step for event in fit.events()] == pytest.approx(truth, rel=0.1)
+    assert max(fit.p_values["turn"]) == 1
+
+
+def test_between_two_maxima_the_curve_falls_and_rises() -> None:
+    x = np.linspace(0, 4, 41)
+    curve = SimpleNamespace(at=x, mean=np.cos(2 * np.pi * (x - 1) / 2))  # highest at 1 and 3
+    tops = [Turn(np.full(3, place), np.full(3, 0.5), 0.01, 1.0) for place in (1.0, 3.0)]
+    assert _stretches(cast(Curve, curve), tops) == [(0, 10, 1), (10, 20, -1), (20, 30, 1), (30, 40, -1)]
+    assert _stretches(cast(Curve, curve), tops[:1]) == [(0, 10, 1), (10, 40, -1)]
+    assert _stretches(cast(Curve, curve), []) == [(0, 40, -1)]
 
 
 @pytest.mark.parametrize("sd,off", [(0.1, 0.1), (0.5, 0.3)])

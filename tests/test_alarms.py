@@ -98,7 +98,7 @@ def test_points_that_an_alarm_added_are_not_looked_at() -> None:
 
 def test_what_cannot_be_followed_is_told() -> None:
     many = [jump(name=f"s{i}") for i in range(40)]
-    with pytest.raises(DataError, match=r"40 series is 5.2e-05 a test.*follow at most 13 series"):
+    with pytest.raises(DataError, match=r"40 series is 5.2e-05 a test.*follow at most 11 series"):
         provisional(many)
     with pytest.raises(DataError, match="no series 'loss'; it has score"):
         provisional([jump()], series=["loss"])

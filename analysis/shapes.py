@@ -142,4 +142,5 @@ def shapes_of(jumps: list[Jump]) -> Shapes:
 
 
 def with_shapes(grid: Grid, jumps: list[Jump], spikes: tuple[int, ...]) -> Whitened:
+    """The model that holds these jumps and leaves the spikes out."""
     return Whitened(grid, columns_of(grid, shapes_of(jumps), grid.x)[0], spikes)

@@ -33,10 +33,12 @@ import numpy as np
 from detection_baselines import BASELINES, STRICTER, Baseline
 from detection_families import FORMS, NULLS, POSITIVES, STAGES, grid, staged
 
-from devmon.analysis.detect import Detector, Series, detect
-from devmon.analysis.scan import Scan
-from devmon.analysis.shapes import PULSE
-from devmon.analysis.smooth import Array, Grid
+from devmon.analysis.detection.detector import Detector
+from devmon.analysis.detection.null_model import Grid
+from devmon.analysis.detection.scan import Scan
+from devmon.analysis.detection.search import detect
+from devmon.analysis.detection.shapes import PULSE
+from devmon.analysis.series import Array, Series
 
 TOLERANCE = 0.10
 POINTS = (20, 60, 200)

@@ -15,8 +15,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
-from devmon.analysis import hmm
-from devmon.analysis.smooth import Array
+from devmon.analysis.runs import hmm
+from devmon.analysis.series import Array
 
 from detection_families import log_of  # isort: skip
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.interpolate import BPoly
 
-from devmon.analysis.smooth import Array
+from devmon.analysis.series import Array
 
 Rng = np.random.Generator
 Null = Callable[[Rng, Array], Array]

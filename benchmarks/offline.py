@@ -43,9 +43,9 @@ from typing import Any
 
 import torch
 
-from devmon.measuring import Event, Study
-from devmon.plan import Plan
-from devmon.trajectory import Trajectory
+from devmon.offline.plan import Plan
+from devmon.offline.study import Event, Study
+from devmon.store.trajectory import Trajectory
 
 MEASURE = [sys.executable, "-m", "devmon.cli", "measure"]
 
@@ -108,10 +108,10 @@ class Bench:
 
         return {
             "seconds": round(total, 1),
-            "instruments": share("devmon/observing.py", "_measure"),
-            "store": share("devmon/trajectory.py", "append", "fail"),
+            "instruments": share("devmon/monitoring/observe.py", "_measure"),
+            "store": share("devmon/store/trajectory.py", "append", "fail"),
             "weights digest": share("devmon/snapshot.py", "weights_digest"),
-            "model from checkpoint": share("devmon/pretrained.py", "causal_lm"),
+            "model from checkpoint": share("devmon/checkpoints/pretrained.py", "causal_lm"),
             "wait for prefetch": share("concurrent/futures/_base.py", "result"),
         }
 

@@ -27,13 +27,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from devmon.analysis.derive import RunData, series_of
-from devmon.analysis.detect import Detection, Fit
-from devmon.analysis.report import content_of
-from devmon.analysis.report_pages import as_html
-from devmon.trajectory import Trajectory
-from tests.browser import Browser, programs
-from tests.synthetic import STEPS, Run, induction_run, watch
+from devmon.analysis.derive.watch_series import RunData, series_of
+from devmon.analysis.detection.events import Fit
+from devmon.analysis.detection.results import Detection
+from devmon.analysis.reports.report import content_of
+from devmon.analysis.reports.writers import as_html
+from devmon.store.trajectory import Trajectory
+from tests.support.browser import Browser, programs
+from tests.support.synthetic import STEPS, Run, induction_run, watch
 
 ROUNDS = 5
 FRAME = "const done = arguments[0]; const t = performance.now(); {act}; requestAnimationFrame(() => setTimeout(() => done(performance.now() - t)));"

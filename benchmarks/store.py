@@ -24,7 +24,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from devmon.trajectory import Trajectory
+from devmon.store.trajectory import Trajectory
 
 SERIES = 200
 WHO = {"instrument": "benchmarks.Row", "fields": {}, "fingerprint": "0", "doc": "A row."}

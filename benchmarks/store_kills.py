@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from devmon.trajectory import Trajectory
+from devmon.store.trajectory import Trajectory
 
 WHO = {"instrument": "benchmarks.Row", "fields": {}, "fingerprint": "0", "doc": "A row."}
 

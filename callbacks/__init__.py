@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "callbacks":
     raise ImportError("this folder installs as devmon.callbacks: write `from devmon.callbacks import Monitor`")
 
-from devmon.callbacks.checkpoints import CheckpointSeries, checkpoints, latest
+from devmon.callbacks.checkpoint_series import CheckpointSeries, checkpoints, latest
 from devmon.callbacks.fabric import FabricMonitor
 from devmon.callbacks.monitor import InductionMonitor, LLCMonitor, Monitor, RepresentationMonitor
 

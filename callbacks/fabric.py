@@ -11,9 +11,9 @@ import torch
 from lightning.fabric import is_wrapped
 
 from devmon.callbacks.monitor import refuse_sharded
-from devmon.distributed import ALONE, Ranks
-from devmon.monitoring import LoopMonitor
-from devmon.trajectory import Trajectory
+from devmon.monitoring.loop import LoopMonitor
+from devmon.monitoring.ranks import ALONE, Ranks
+from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch
 
 

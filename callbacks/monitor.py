@@ -13,16 +13,16 @@ import lightning as L
 import torch
 import xarray as xr
 
-from devmon.callbacks.budget import Budget
-from devmon.callbacks.densify import Densify
-from devmon.callbacks.live import LivePage
-from devmon.distributed import ALONE, Ranks
 from devmon.errors import DevmonError, StoreError
 from devmon.instruments import LLC, InductionHeads, LinearProbe
-from devmon.isolation import isolated
-from devmon.monitoring import resume
-from devmon.observing import observe
-from devmon.trajectory import Trajectory
+from devmon.live.background import LivePage
+from devmon.monitoring.budget import Budget
+from devmon.monitoring.densify import Densify
+from devmon.monitoring.isolation import isolated
+from devmon.monitoring.loop import resume
+from devmon.monitoring.observe import observe
+from devmon.monitoring.ranks import ALONE, Ranks
+from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, every, unique_names
 
 Model = str | Callable[[L.LightningModule], torch.nn.Module] | None
@@ -59,7 +59,7 @@ class Monitor(L.Callback):
       the seconds.
     - `densify`: look for events while training goes on, and measure every watch more often while an alarm is up (see
       `Densify`); a `CheckpointSeries` of the same trainer saves at those steps too. A look takes about as long as
-      `devmon.analysis.detect` of the run's scalars and maxima; each of those is looked at 24 times at most.
+      `devmon.analysis.detection.results.search` of the run's scalars and maxima; each of those is looked at 24 times at most.
     - `live`: an .html file that is made again while training goes on, by a process of its own (`LivePage`); open it in a
       browser and it loads itself again. Its events and alarms are provisional. When training ends, the last one is made.
 
@@ -174,7 +174,7 @@ class Monitor(L.Callback):
             self.live.update(self.trajectory.path)
 
     def _log(self, trainer: L.Trainer, name: str, step: int, dataset: xr.Dataset) -> None:
-        from devmon.analysis.derive import numbers_of  # loads scipy: only where it is asked for
+        from devmon.analysis.derive.watch_series import numbers_of  # loads scipy: only where it is asked for
 
         try:
             with isolated():  # loggers may draw random names

@@ -9,15 +9,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from devmon.errors import DevmonError
-from devmon.monitoring import LoopMonitor
-from devmon.trajectory import Trajectory
+from devmon.monitoring.loop import LoopMonitor
+from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
 
 
 class TrainerMonitor(TrainerCallback):
     """Measure the model while a Hugging Face `Trainer` trains it: `Trainer(..., callbacks=[TrainerMonitor(run, watches)])`.
 
-    What `devmon.monitoring.LoopMonitor` does, at the trainer's `global_step` (once under gradient accumulation), step 0
+    What `devmon.monitoring.loop.loop.LoopMonitor` does, at the trainer's `global_step` (once under gradient accumulation), step 0
     and the step of a resumption included. Under data parallelism the first process measures, and the others wait for it
     at the next exchange of gradients. Sharded weights (FSDP, DeepSpeed ZeRO 3) are refused before training.
 

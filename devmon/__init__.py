@@ -16,10 +16,10 @@ _PUBLIC = {
     "every": "devmon.watch",
     "log_spaced": "devmon.watch",
     # measuring and keeping
-    "observe": "devmon.observing",
-    "LoopMonitor": "devmon.monitoring",
-    "Series": "devmon.series",
-    "Trajectory": "devmon.trajectory",
+    "observe": "devmon.monitoring.observe",
+    "LoopMonitor": "devmon.monitoring.loop",
+    "Series": "devmon.checkpoints.series",
+    "Trajectory": "devmon.store.trajectory",
     # errors
     "DevmonError": "devmon.errors",
     "InstrumentError": "devmon.errors",
@@ -30,18 +30,18 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from devmon.checkpoints.series import Series as Series
     from devmon.errors import DataError as DataError
     from devmon.errors import DevmonError as DevmonError
     from devmon.errors import IdentityError as IdentityError
     from devmon.errors import InstrumentError as InstrumentError
     from devmon.errors import StoreError as StoreError
-    from devmon.monitoring import LoopMonitor as LoopMonitor
-    from devmon.observing import observe as observe
-    from devmon.series import Series as Series
+    from devmon.monitoring.loop import LoopMonitor as LoopMonitor
+    from devmon.monitoring.observe import observe as observe
     from devmon.snapshot import Divisible as Divisible
     from devmon.snapshot import Instrument as Instrument
     from devmon.snapshot import Snapshot as Snapshot
-    from devmon.trajectory import Trajectory as Trajectory
+    from devmon.store.trajectory import Trajectory as Trajectory
     from devmon.watch import Watch as Watch
     from devmon.watch import every as every
     from devmon.watch import log_spaced as log_spaced

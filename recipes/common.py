@@ -20,12 +20,12 @@ from rich.table import Table
 
 from devmon import DevmonError, Trajectory, Watch, observe
 from devmon.analysis import Detection
-from devmon.analysis.report import content_of
-from devmon.analysis.report_drawing import write_whole
-from devmon.analysis.report_pages import WRITERS
+from devmon.analysis.reports.drawing import write_whole
+from devmon.analysis.reports.report import content_of
+from devmon.analysis.reports.writers import WRITERS
 from devmon.callbacks import CheckpointSeries, Monitor, checkpoints, latest
+from devmon.offline.source import with_weights
 from devmon.recipes.language_model import Bar, quiet
-from devmon.source import with_weights
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from devmon import Snapshot, Trajectory, Watch, every, log_spaced
 from devmon.analysis import detect, report, series_of
-from devmon.analysis.stages import extent
+from devmon.analysis.transitions.stages import extent
 from devmon.recipes.common import Check, batches, conclude, fit, table, told_in_one_line
 from devmon.sampling import BAOAB, Settings, regression_loss, sample
 from devmon.snapshot import derive_seed

@@ -40,7 +40,7 @@ from sklearn.datasets import load_digits
 
 from devmon import Snapshot, Trajectory, Watch, every, log_spaced, presets
 from devmon.analysis import Detection, detect, drift, llc, schedule_check, series_of
-from devmon.analysis.stages import extent, meet, run_level
+from devmon.analysis.transitions.stages import extent, meet, run_level
 from devmon.instruments import LLC
 from devmon.recipes.common import Check, conclude, crossing, fit, told_in_one_line, write_report
 from devmon.sampling import classification_loss

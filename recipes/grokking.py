@@ -38,7 +38,7 @@ from scipy.stats import beta
 
 from devmon import Trajectory, Watch, every, log_spaced
 from devmon.analysis import Detection, Event, compare_runs, detect, llc
-from devmon.analysis.stages import extent, meet
+from devmon.analysis.transitions.stages import extent, meet
 from devmon.instruments import LLC, FourierSpectrum, RestrictedLoss
 from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, told_in_one_line, write_report
 from devmon.sampling import classification_loss

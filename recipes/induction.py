@@ -36,11 +36,11 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from devmon import Trajectory, Watch, every, log_spaced
 from devmon.analysis import Series, compare_runs, llc, plots, series_of
-from devmon.analysis.report_drawing import write_whole
-from devmon.analysis.report_pages import WRITERS
-from devmon.analysis.report_runs import runs_content
-from devmon.analysis.runs import RunsComparison, sign_test
-from devmon.analysis.stages import run_level
+from devmon.analysis.reports.comparison import runs_content
+from devmon.analysis.reports.drawing import write_whole
+from devmon.analysis.reports.writers import WRITERS
+from devmon.analysis.runs.compare import RunsComparison, sign_test
+from devmon.analysis.transitions.stages import run_level
 from devmon.callbacks import checkpoints
 from devmon.data.text import Text, read_text
 from devmon.instruments import LLC, Composition, HeadAblation

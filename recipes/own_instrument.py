@@ -36,9 +36,9 @@ from sklearn.datasets import load_digits
 from devmon import Snapshot, Trajectory, Watch, every, log_spaced
 from devmon.analysis import detect
 from devmon.callbacks import latest
-from devmon.cli import app as devmon
+from devmon.cli.root import app as devmon
+from devmon.offline.source import with_weights
 from devmon.recipes.common import Check, conclude, fit, told_in_one_line, write_report
-from devmon.source import with_weights
 
 STEPS, RATE = 400, 0.2
 

@@ -38,9 +38,9 @@ from transformers.utils import logging
 from devmon import DevmonError, Trajectory
 from devmon.analysis import report, series_of
 from devmon.data.text import read_documents
-from devmon.isolation import isolated
-from devmon.measure_command import run as measure
-from devmon.plan import Plan
+from devmon.monitoring.isolation import isolated
+from devmon.offline.plan import Plan
+from devmon.offline.run import run as measure
 from devmon.snapshot import derive_seed
 
 VOCAB, WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 128, 64, 4, 2, 64, 32

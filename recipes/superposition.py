@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from devmon import Snapshot, Trajectory, Watch, every, log_spaced
 from devmon.analysis import Detector, detect, phase_types, plots, report, series_of
-from devmon.analysis.phases import critical_n
+from devmon.analysis.transitions.phases import critical_n
 from devmon.callbacks import Monitor
 from devmon.instruments import LLC, Polysemanticity, Superposition
 from devmon.recipes.common import Check, batches, conclude, table, told_in_one_line, train

@@ -9,7 +9,7 @@ os.environ |= {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 import pytest
 import torch
 
-from tests.browser import settle
+from tests.support.browser import settle
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from devmon import Trajectory, Watch, observe
-from tests.test_anatomy_sites import VOCAB, family
+from tests.anatomy.test_anatomy_sites import VOCAB, family
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

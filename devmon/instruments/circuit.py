@@ -37,7 +37,7 @@ class Circuit(ByContent):
     2024, 2403.17806): mean over prompts of Σ_pos (s(clean) - s(corrupt)) · 1/n Σ_i ∂m/∂(input of r), the gradient taken
     where the embedding is corrupt + (i - ½)/n (clean - corrupt), i = 1 .. n, n = `steps`, in nats. Theirs takes i/n; the
     midpoints are closer to the integral. score(edge): of the `top` first; edge_id(edge): their numbers, which belong to
-    the architecture and are those of `Edges.names`; `devmon.analysis.derive_circuit` compares them between steps.
+    the architecture and are those of `Edges.names`; `devmon.analysis.derive.circuit` compares them between steps.
 
     Circuit C_k: all edges but the first k carry what they carry for the corrupt prompt; each part computes on its own
     input, and sends on what it then has. k goes over `shares` of all edges, at least one. Over share:

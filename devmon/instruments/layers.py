@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.analysis.derive_representation import similarity
+from devmon.analysis.derive.representation import similarity
 from devmon.anatomy import Anatomy, Layout, activations, next_token
 from devmon.anatomy.anatomy import Site, Write
 from devmon.cost import Cost
@@ -34,7 +34,7 @@ class LayerRoles(ByContent):
     centre_attention, centre_mlp, centre_layer: Σ_ℓ ℓ s_ℓ / Σ_ℓ s_ℓ of these effects s, in layers from 0, `_se` over
     sequences: where the part's effect lies; NaN where Σ_ℓ s_ℓ is not above 3 of its standard errors. Layers without
     which the loss is lower count negative, so the centre can lie outside. centre_uniform is that of equal layers, (L - 1) / 2.
-    cka(depth, depth_other): debiased linear CKA (`devmon.analysis.derive_representation.similarity`) of the states after
+    cka(depth, depth_other): debiased linear CKA (`devmon.analysis.derive.representation.similarity`) of the states after
     `depth` layers, 0 the embedding, at up to `places` places: the same places of every sequence, never the first, where
     states differ in size; cka_se, by the jackknife over groups of sequences; cka_p, the p-value over `permutations`
     exchanges of sequences: what two layers share by position alone counts as null. In [-1, 1]; 1: the same up to

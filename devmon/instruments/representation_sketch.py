@@ -29,11 +29,11 @@ class Sketch(ByContent):
     half and one of the second. Layer 0 is the input of the first block, l the output of block l; `blocks` is their path
     where it is not found; `layers=False` leaves the stream, and the need to find it, out.
     With `outputs`: outputs(item, output), float32: the same of the logits, less their mean over the vocabulary, which no
-    probability depends on; it is what essential dynamics follows (`devmon.analysis.essential`).
+    probability depends on; it is what essential dynamics follows (`devmon.analysis.derive.essential`).
     spread(layer), output_spread: mean squared distance of the whole states, not of the sketches, from their mean, per
     dimension, `_se` over sequences: the scale that CKA does not see.
 
-    What follows: `devmon.analysis.derive_representation` (drift, CKA between steps and between layers, with errors and
+    What follows: `devmon.analysis.derive.representation` (drift, CKA between steps and between layers, with errors and
     permutation p-values, which are the null of this instrument: it stores data, no score). A debiased CKA from 128 dims
     is that of the states on average, with a standard deviation of .01 to .05 over `seed` (d = 768, 256 items), most for
     a CKA near 0 of spectra that are flat; the accident is the same at all steps. One half against itself would be up to

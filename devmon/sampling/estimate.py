@@ -15,12 +15,12 @@ from torch import nn
 from devmon.errors import InstrumentError
 from devmon.sampling.chains import Plan, Probe, Proposal, Sampler, run_chains
 from devmon.sampling.data import Examples, as_examples, map_tree
+from devmon.sampling.kernels.baoab import BAOAB
+from devmon.sampling.kernels.preconditioned import PreconditionedSGLD
+from devmon.sampling.kernels.sgld import SGLD, check_settings
+from devmon.sampling.kernels.sgnht import SGNHT
 from devmon.sampling.losses import Loss
 from devmon.sampling.masks import as_mask
-from devmon.sampling.preconditioned import PreconditionedSGLD
-from devmon.sampling.sgld import SGLD, check_settings
-from devmon.sampling.thermostat import SGNHT
-from devmon.sampling.underdamped import BAOAB
 from devmon.snapshot import derive_seed
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
@@ -197,7 +197,7 @@ def estimate_llc(
     say whether you halve them (`regression_loss` does: unit noise). The law is exp(−nbeta L(w) − (gamma/2)‖w − w*‖²):
     `nbeta` is one number, inverse temperature times sample size, None for n / log n with n examples; `gamma` is the
     precision of the localising Gaussian, with its half. `lr` is the variance of the noise of one step, which moves by
-    lr/2 times the gradient of the log density (`devmon.sampling.sgld`); the other kernels read it so too. `None` for
+    lr/2 times the gradient of the log density (`devmon.sampling.kernels.sgld`); the other kernels read it so too. `None` for
     `lr` or `gamma` calibrates both (`devmon.sampling.calibrate`), and chooses `control_variate` and `steps_per_draw`
     where these are None. With both given, `control_variate` None means: where the gradient noise at w* would heat λ̂ by
     more than 1%.
@@ -218,8 +218,8 @@ def estimate_llc(
     >>> 1.2 < float(result["llc"]) < 1.8, result["verdict"].item()  # λ = 3/2
     (True, 'ok')
     """
-    from devmon.analysis.derive_llc import Z, llc
-    from devmon.sampling.calibrate import calibrate, noise_heats
+    from devmon.analysis.derive.llc import Z, llc
+    from devmon.sampling.calibration import calibrate, noise_heats
 
     data = as_examples(data)
     settings = Settings(

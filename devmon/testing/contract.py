@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import xarray as xr
 
-from devmon.isolation import HOOKS, isolated
-from devmon.observing import observe
+from devmon.monitoring.isolation import HOOKS, isolated
+from devmon.monitoring.observe import observe
 from devmon.snapshot import Divisible, Instrument, Snapshot
-from devmon.trajectory import Trajectory
+from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch
 
 

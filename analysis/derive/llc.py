@@ -1,0 +1,240 @@
+"""The local learning coefficient, its error and its health, from stored sampling traces."""
+
+from __future__ import annotations
+
+import warnings
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from scipy.special import stdtrit
+
+from devmon.analysis.derive.mixing import ess_mean, rhat
+from devmon.errors import DataError
+
+LEVEL = 0.90
+Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+VERDICTS = ("ok", "not mixed", "downhill", "diverged", "non-finite")
+MAX_RHAT = 1.1
+MIN_ESS = 10.0
+MAX_TEMPERATURE = 2.0
+
+
+class Estimates(xr.Dataset):
+    """The dataset that `llc` returns; a notebook shows the estimates and their health above xarray's own view."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        if not {"llc", "verdict"} <= set(self.data_vars):
+            return str(super()._repr_html_())
+        from devmon.analysis.reports.notebook import llc_html
+
+        return llc_html(self) + str(super()._repr_html_())
+
+
+def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
+    """λ̂ = nbeta · mean(loss − baseline − linear) over chains and the draws after burn-in, with its error and verdict.
+
+    `dataset` holds `loss` and `baseline` over (chain, draw), perhaps with a leading step, as `devmon.instruments.LLC`
+    stores them. `burn_in` draws are left out (default: what the attrs say). Per step the result has
+
+    - `llc`, `se`, `low`, `high`, `dof`: the estimate and its 90% interval, a Student interval over batch means. `se` is
+      the interval's half-width / 1.645, so that llc ± 1.645 se is that interval also where few chains make it wide.
+    - `llc_chain(chain)`; `ess` and `rhat` of the loss differences (rank-normalised split R̂, Vehtari et al. 2021)
+    - `downhill`: share of draws scored below w*. `drift`: second half minus first half, over λ̂
+    - `temperature`, `temperature_se`: (nbeta E[∇L·(w−w*)] + gamma E‖w−w*‖²) / parameters. It is 1 in the law that should be sampled
+      (integrate by parts), above 1 where step size or gradient noise heat the chain, below 1 while directions spread.
+    - `valley`: E[∇L·(w−w*)] / (2 E[L(w) − L(w*)]): 1 where the loss is quadratic around w*, 2 where it is quartic, below
+      1 where the chain has climbed out of the valley it should describe
+    - `acceptance`: mean Metropolis acceptance of a step of SGLD, where the traces hold it (0.57 is the optimum of MALA)
+    - `fluctuation`, `fluctuation_se`: the singular fluctuation ν = ½ nbeta E_examples[Var_w(loss of the example)], where
+      the traces hold `example_loss` (Watanabe 2010, 1004.2316; d/2 in a regular realisable model at nbeta = n, λ and ν
+      of which give the gap between training and test loss). Its error is that between chains.
+    - `wbic`: n E[L(w)], an estimate of the free energy where nbeta = n / log n (Watanabe 2013)
+    - `verdict`: "non-finite" (a chain met NaN or infinity; λ̂ is NaN), "diverged" (distances still grow, temperature
+      above 2, or λ̂ above the number of parameters), "downhill" (λ̂ or E[∇L·(w−w*)] below 0 by more than its error: w* is
+      no minimum), "not mixed" (R̂ above 1.1 or ESS below 10), else "ok"
+
+    With steps there are `change` and `change_se` too: λ̂ minus that of the step before, and its error from the paired
+    traces. Noise and batches are common to all steps, so it is mostly far below that of two independent estimates.
+
+    Raises DataError for traces without draws after burn-in or without the variables named.
+    """
+    skip = _check(dataset, burn_in)
+    if "step" not in dataset.dims:
+        return _join([_one(dataset, skip)], dataset, skip).isel(step=0)
+    rows = [_one(dataset.isel(step=i), skip) for i in range(dataset.sizes["step"])]
+    derived = _join(rows, dataset, skip).assign_coords(step=dataset["step"])
+    excess = scaled_excess(dataset).transpose("step", "chain", "draw").values[:, :, skip:]
+    shared = bool(dataset.attrs.get("shared_batches"))
+    changes = [(np.nan, np.nan)]
+    changes += [mean_and_error(excess[i] - excess[i - 1], shared)[:2] for i in range(1, len(excess))]
+    for name, values in zip(("change", "change_se"), np.array(changes).T, strict=True):
+        derived[name] = ("step", values, {"long_name": f"{name} of the LLC since the step before", "units": "1"})
+    return derived
+
+
+def scaled_excess(dataset: xr.Dataset) -> xr.DataArray:
+    """nbeta (loss − baseline − linear): unbiased for the local learning coefficient, draw by draw."""
+    difference = dataset["loss"] - dataset["baseline"]
+    if "linear" in dataset:
+        difference = difference - dataset["linear"]
+    return difference * float(dataset.attrs["nbeta"])
+
+
+def mean_and_error(values: np.ndarray, shared: bool = False) -> tuple[float, float, float]:
+    """Mean, standard error and degrees of freedom of correlated draws (chain, draw).
+
+    The draws of each chain are cut into batches; the largest of 16, 8, 4, 2 batches is used whose means look
+    independent (lag-1 correlation at most 0.1, spread of the chains no larger than they explain by a half), else one
+    batch a chain. The error is scaled so that ±1.645 se is the Student interval. Chains that share minibatches
+    (`shared`) are no replicates: then the batches are of their average.
+    """
+    if not np.isfinite(values).all():
+        return float("nan"), float("nan"), 0.0
+    if shared:
+        independent = mean_and_error(values)
+        together = mean_and_error(values.mean(0, keepdims=True))
+        return max(independent, together, key=lambda estimate: estimate[1])
+    chains, draws = values.shape
+    between = values.mean(1).var(ddof=1) / chains if chains > 1 else 0.0
+    variance, dof = (between, chains - 1) if chains > 1 else (np.nan, 0)
+    for count in (16, 8, 4, 2):
+        if draws < 2 * count:
+            continue
+        means = values[:, draws % count :].reshape(chains, count, -1).mean(2)
+        away = means - means.mean()
+        total = (away**2).sum()
+        candidate = total / (means.size - 1) / means.size
+        paired = (away[:, 1:] * away[:, :-1]).sum() * count / (count - 1)
+        if (paired <= 0.1 * total and between <= 1.5 * candidate) or (chains == 1 and count == 2):
+            variance, dof = candidate, means.size - 1
+            break
+    if dof < 1:
+        return float(values.mean()), float("nan"), 0.0
+    widen = stdtrit(dof, 0.5 + LEVEL / 2) / Z
+    return float(values.mean()), float(np.sqrt(variance) * widen), float(dof)
+
+
+def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
+    attrs = dataset.attrs
+    shared = bool(attrs.get("shared_batches"))
+    excess = scaled_excess(dataset).transpose("chain", "draw").values
+    kept = excess[:, skip:]
+    finite = bool(np.isfinite(excess).all())
+    value, se, dof = mean_and_error(kept, shared)
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        chains = kept.mean(1)
+        half = kept.shape[1] // 2
+        drift = (kept[:, half:].mean() - kept[:, :half].mean()) / value if finite and half and value else np.nan
+        row: dict[str, Any] = {"llc": value, "se": se, "low": value - Z * se, "high": value + Z * se, "dof": dof}
+        row |= {
+            "llc_chain": chains,
+            "ess": np.nan,
+            "rhat": np.nan,
+            "drift": drift,
+            "temperature": np.nan,
+            "temperature_se": np.nan,
+            "valley": np.nan,
+        }
+        row["downhill"] = float((kept < 0).mean())
+        row["wbic"] = float(attrs.get("n", np.nan)) * float(dataset["loss"].values[..., skip:].mean())
+    row["acceptance"] = float(dataset["acceptance"].values[..., skip:].mean()) if "acceptance" in dataset else np.nan
+    row["fluctuation"], row["fluctuation_se"] = _fluctuation(dataset, skip)
+    slope = (np.nan, np.nan)
+    if finite and kept.shape[1] >= 4 and kept.std() > 0:
+        row["ess"] = ess_mean(kept)
+        row["rhat"] = rhat(kept)
+    if finite and "slope" in dataset and "parameters" in attrs:
+        pull = float(attrs["nbeta"]) * dataset["slope"].transpose("chain", "draw").values[:, skip:]
+        spread = float(attrs["gamma"]) * dataset["distance"].transpose("chain", "draw").values[:, skip:] ** 2
+        heat, heat_se, _ = mean_and_error(pull + spread, shared)
+        row["temperature"], row["temperature_se"] = (x / int(attrs["parameters"]) for x in (heat, heat_se))
+        slope = mean_and_error(pull, shared)[:2]
+        row["valley"] = slope[0] / (2 * value) if value else np.nan
+    row["verdict"] = _verdict(row, slope, dataset, finite)
+    return row
+
+
+def _fluctuation(dataset: xr.Dataset, skip: int) -> tuple[float, float]:
+    if "example_loss" not in dataset:
+        return np.nan, np.nan
+    losses = dataset["example_loss"].transpose("chain", "draw", "example").values[:, skip:].astype(np.float64)
+    half = 0.5 * float(dataset.attrs["nbeta"])
+    away = (losses - losses.mean((0, 1))) ** 2
+    chains, draws, _ = losses.shape
+    by_chain = half * away.mean((1, 2)) * chains * draws / max(chains * draws - 1, 1)
+    se = by_chain.std(ddof=1) / np.sqrt(chains) if chains > 1 else np.nan
+    return float(by_chain.mean()), float(se)
+
+
+def _verdict(row: dict[str, Any], slope: tuple[float, float], dataset: xr.Dataset, finite: bool) -> str:
+    if not finite:
+        return "non-finite"
+    parameters = float(dataset.attrs.get("parameters", np.inf))
+    if row["low"] > parameters or row["temperature"] > MAX_TEMPERATURE or _grows(dataset):
+        return "diverged"
+    if row["high"] < 0 or slope[0] + 2 * Z * slope[1] < 0:
+        return "downhill"
+    mixed = row["rhat"] <= MAX_RHAT and row["ess"] >= MIN_ESS
+    return "ok" if mixed else "not mixed"
+
+
+def _grows(dataset: xr.Dataset) -> bool:
+    """Whether a chain's last tenth lies wholly beyond three times the farthest of its sixth tenth."""
+    if "distance" not in dataset:
+        return False
+    distance = dataset["distance"].transpose("chain", "draw").values
+    tenth = max(1, distance.shape[1] // 10)
+    middle = distance.shape[1] // 2
+    early, late = distance[:, middle : middle + tenth].max(1), distance[:, -tenth:].min(1)
+    return bool((late > 3 * early).any())
+
+
+_WORDS = {
+    "llc": "local learning coefficient",
+    "se": "standard error (90% interval / 1.645)",
+    "low": "lower end of the 90% interval",
+    "high": "upper end of the 90% interval",
+    "dof": "degrees of freedom of the error",
+    "ess": "effective sample size",
+    "rhat": "rank-normalised split R̂",
+    "drift": "second half minus first half, relative",
+    "temperature": "effective temperature",
+    "temperature_se": "standard error of the effective temperature",
+    "valley": "growth of the loss, 1 in a quadratic valley",
+    "downhill": "share of draws below the loss at w*",
+    "acceptance": "Metropolis acceptance of a step",
+    "fluctuation": "singular fluctuation",
+    "fluctuation_se": "standard error of the singular fluctuation",
+    "wbic": "n times the mean loss of the draws",
+}
+
+
+def _join(rows: list[dict[str, Any]], dataset: xr.Dataset, skip: int) -> xr.Dataset:
+    variables: dict[str, Any] = {
+        name: ("step", np.array([row[name] for row in rows], dtype=np.float64), {"long_name": words, "units": "1"})
+        for name, words in _WORDS.items()
+    }
+    by_chain = np.array([row["llc_chain"] for row in rows], dtype=np.float64)
+    variables["llc_chain"] = (("step", "chain"), by_chain, {"long_name": "LLC of each chain", "units": "1"})
+    verdicts = np.array([row["verdict"] for row in rows], dtype=object)
+    variables["verdict"] = ("step", verdicts, {"long_name": "health of the estimate", "units": ""})
+    chain = dataset["chain"].values if "chain" in dataset.coords else np.arange(dataset.sizes["chain"])
+    return Estimates(variables, {"chain": chain}, dict(dataset.attrs) | {"burn_in": skip, "headline": ["llc"]})
+
+
+def _check(dataset: xr.Dataset, burn_in: int | None) -> int:
+    missing = [name for name in ("loss", "baseline") if name not in dataset]
+    if missing or not {"chain", "draw"} <= set(dataset.dims) or "nbeta" not in dataset.attrs:
+        raise DataError(
+            f"expected LLC traces: variables loss and baseline over (chain, draw) and attrs['nbeta']; got variables "
+            f"{sorted(map(str, dataset.data_vars))} over {tuple(map(str, dataset.dims))}"
+        )
+    skip = int(dataset.attrs.get("burn_in", 0)) if burn_in is None else burn_in
+    if not 0 <= skip < dataset.sizes["draw"]:
+        raise DataError(f"burn_in must leave at least one of {dataset.sizes['draw']} draws, got {skip}")
+    return skip

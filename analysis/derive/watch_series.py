@@ -1,0 +1,182 @@
+"""`series_of(trajectory)`: every quantity of a run as a plain series over steps, ready to be drawn and searched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import xarray as xr
+
+from devmon.analysis.derive.llc import llc
+from devmon.analysis.series import Series
+
+MAX_ELEMENTS = 64  # an array with more elements than this is followed by its maximum only
+_REFERENCES = ("uniform", "majority", "chance")  # variables that others are compared with, never followed by default
+
+
+class RunData(Protocol):
+    """What reading a run needs: `devmon.Trajectory`, or anything with its three members."""
+
+    @property
+    def attrs(self) -> Mapping[str, Any]: ...
+    def names(self) -> list[str]: ...
+    def __getitem__(self, name: str, /) -> xr.Dataset: ...
+
+
+class ReadOnce:
+    """A run whose watches are read from the store once, when first asked for."""
+
+    def __init__(self, run: RunData):
+        self.attrs, self._run = run.attrs, run
+        self._read: dict[str, xr.Dataset] = {}
+        self._names = run.names()
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def __getitem__(self, name: str, /) -> xr.Dataset:
+        if name not in self._read:
+            self._read[name] = self._run[name]
+        return self._read[name]
+
+    def ends(self) -> ReadOnce:
+        """The same run with the first and the last row of each watch alone."""
+        short = ReadOnce(self)
+        short._read = {name: self[name].isel(step=sorted({0, max(self[name].sizes["step"] - 1, 0)})[: self[name].sizes["step"]])
+                       for name in self._names}  # fmt: skip
+        return short
+
+
+def series_of(
+    trajectory: RunData, *, costs: bool = False, each: bool = True, scheduled_only: bool = False
+) -> list[Series]:
+    """All series of a run, in the order of its watches; those of one array follow its maximum.
+
+    LLC traces give `llc/llc` with its standard error, points whose verdict is not "ok" marked as rejected. Any other
+    watch gives its headline variables: a scalar as `watch/variable`, an array as `watch/variable max` (the largest
+    element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each.
+    An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series' `smallest`.
+    Without `each`, arrays give their maximum alone. With `costs`, each watch gives `watch/seconds` too: what its observations took.
+
+    With `scheduled_only`, the points that were measured only because an alarm was up (`attrs["densified"]`) are left out.
+    They lie where something seemed to happen; a p-value that must not depend on that choice is one without them.
+    """
+    found: list[Series] = []
+    densified = trajectory.attrs.get("densified", {}) if scheduled_only else {}
+    for name in trajectory.names():
+        dataset = trajectory[name]
+        if name in densified:
+            dataset = dataset.isel(step=~np.isin(dataset["step"].values, densified[name]))
+        if dataset.sizes.get("step", 0) == 0:
+            continue
+        found += _llc_series(name, dataset) if is_llc(dataset) else _plain_series(name, dataset, each)
+        if costs and "seconds" in dataset.coords:
+            found.append(_series(f"{name}/seconds", dataset["seconds"].assign_attrs(units="s"), None))
+    return found
+
+
+def numbers_of(dataset: xr.Dataset) -> dict[str, float]:
+    """The headline scalars of one observation (no `step` dimension); of LLC traces λ̂ as `llc`, its standard error `se`
+    and `accepted`, 1 where the verdict is "ok"."""
+    if is_llc(dataset):
+        derived = llc(dataset)
+        accepted = float(str(derived["verdict"].item()) == "ok")
+        return {"llc": float(derived["llc"]), "se": float(derived["se"]), "accepted": accepted}
+    row = dataset.expand_dims("step")
+    return {name: float(dataset[name]) for name in headline(row) if dataset[name].ndim == 0}
+
+
+def is_llc(dataset: xr.Dataset) -> bool:
+    """Whether a watch's dataset holds sampling traces of an LLC."""
+    return dataset.attrs.get("kind") == "llc"
+
+
+def headline(dataset: xr.Dataset) -> list[str]:
+    """The variables that are followed: `attrs["headline"]`, else every float scalar that is no error or reference."""
+    named = dataset.attrs.get("headline")
+    if named is None:
+        scalars = [str(v) for v in dataset.data_vars if dataset[v].dims == ("step",) and dataset[v].dtype.kind == "f"]
+        return [v for v in scalars if not v.endswith("_se") and not is_reference(v)]
+    if isinstance(named, str):  # one name, or a list that was stored as JSON text
+        named = json.loads(named) if named.startswith("[") else [named]
+    return [str(v) for v in named if v in dataset.data_vars and "step" in dataset[v].dims and _numeric(dataset[v])]
+
+
+def is_reference(variable: str) -> bool:
+    """Whether a variable is a baseline for another one (uniform attention, a control task, a majority vote)."""
+    return variable in _REFERENCES or variable.startswith("control_") or variable.endswith("_reference")
+
+
+def units_of(array: xr.DataArray) -> str:
+    """The units for an axis or a table; empty where there are none ("1" says so)."""
+    units = str(array.attrs.get("units", ""))
+    return "" if units == "1" else units
+
+
+def elements(array: xr.DataArray) -> Iterator[tuple[str, xr.DataArray]]:
+    """Each element of an array over (step, ...) as (label, series over step), e.g. ("layer=1, head=3", ...).
+
+    Layers come first, then heads, in whatever order the dimensions are stored.
+    """
+    dims = sorted((str(dim) for dim in array.dims if dim != "step"), key=lambda dim: (dim != "layer", dim != "head"))
+    for index in np.ndindex(*(array.sizes[dim] for dim in dims)):
+        where = dict(zip(dims, index, strict=True))
+        label = ", ".join(f"{d}={array[d].values[i] if d in array.coords else i}" for d, i in where.items())
+        yield label, array.isel(where)
+
+
+def _llc_series(name: str, dataset: xr.Dataset) -> list[Series]:
+    derived = llc(dataset)
+    rejected = np.asarray(derived["verdict"].values).astype(str) != "ok"
+    return [_series(f"{name}/llc", derived["llc"], derived["se"], rejected)]
+
+
+def _plain_series(name: str, dataset: xr.Dataset, each: bool) -> list[Series]:
+    found = []
+    for variable in headline(dataset):
+        array = dataset[variable].transpose("step", ...)
+        error = dataset.get(f"{variable}_se")
+        error = error.transpose(*array.dims) if error is not None and set(error.dims) == set(array.dims) else None
+        if array.ndim == 1:
+            found.append(_series(f"{name}/{variable}", array, error))
+        elif array[0].size > 0:
+            found.append(_series(f"{name}/{variable} max", *_largest(array, error)))
+            if each and array[0].size <= MAX_ELEMENTS:
+                errors = [None] * array[0].size if error is None else [one for _, one in elements(error)]
+                for (label, element), one in zip(elements(array), errors, strict=True):
+                    found.append(_series(f"{name}/{variable}[{label}]", element, one))
+    return found
+
+
+def _series(name: str, values: xr.DataArray, se: xr.DataArray | None, rejected: np.ndarray | None = None) -> Series:
+    numbers, error = _floats(values), None if se is None else _floats(se)
+    if error is not None:
+        error = np.where(np.isinf(error), np.nan, error)
+    infinite = np.isinf(numbers)
+    if infinite.any():
+        rejected = infinite if rejected is None else rejected | infinite
+    steps = np.asarray(values["step"].values, dtype=np.int64)
+    smallest = float(values.attrs.get("smallest_change", 0.0))
+    return Series(name, steps, numbers, error, units_of(values), rejected, smallest)
+
+
+def _largest(array: xr.DataArray, error: xr.DataArray | None) -> tuple[xr.DataArray, xr.DataArray | None]:
+    """The largest element at each step (NaN where there is none) and the standard error of that element."""
+    flat = array.stack(element=[dim for dim in array.dims if dim != "step"], create_index=False)
+    best = flat.fillna(-np.inf).argmax("element")
+    chosen = flat.isel(element=best).assign_attrs(array.attrs)
+    if error is None:
+        return chosen, None
+    return chosen, error.stack(element=[dim for dim in array.dims if dim != "step"], create_index=False).isel(
+        element=best
+    )
+
+
+def _floats(array: xr.DataArray) -> np.ndarray:
+    return np.asarray(array.values, dtype=np.float64)
+
+
+def _numeric(array: xr.DataArray) -> bool:
+    return array.dtype.kind in "fiub"

@@ -1,0 +1,1 @@
+"""The search for events in a series, with intervals and p-values."""

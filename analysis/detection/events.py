@@ -1,0 +1,144 @@
+"""What a search of one series returns: events, the smoothed curve, the noise; and which of two events came first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from devmon.analysis.series import Array
+from devmon.errors import DataError
+
+
+@dataclass(frozen=True)
+class Event:
+    """One transition. Steps are optimizer steps; sizes are in the units of the series.
+
+    `interval` and `size_interval` are credible at the detector's level. `size` is the signed change of a jump, the
+    height of a bump, the prominence of a turn (+ maximum, - minimum) or of a plateau (signed like the trend). `span` is
+    from t10 to t90 of a jump, the full width at half maximum of a bump, and where a plateau is slow; `width` is its
+    length in decades of step. `p_value` is the share of simulated nulls with an event as prominent, corrected for the
+    kinds sought in the series; `q_value` for the number of series. `resolved` is false where fewer than three
+    checkpoints lie within the span (of a turn: the interval). `quantiles` are the 1st to 99th percentile of the
+    location.
+    """
+
+    kind: str
+    step: float
+    interval: tuple[float, float]
+    size: float
+    size_interval: tuple[float, float]
+    width: float | None
+    span: tuple[float, float] | None
+    p_value: float
+    q_value: float | None
+    resolved: bool
+    note: str
+    series: str = ""
+    quantiles: tuple[float, ...] = field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        from devmon.analysis.reports.notebook import event_html
+
+        return event_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """The smoothed curve at each step used, with its credible band."""
+
+    steps: Array
+    mean: Array
+    low: Array
+    high: Array
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the trend leaves: its standard deviation, and its correlation from one checkpoint to the next."""
+
+    sd: float
+    autocorrelation: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one series says. `outcome` is EVENTS, NO EVENT, UNRESOLVED or SAMPLER REJECTED.
+
+    `p_values` holds, for each search ("scan" for jumps and bumps, "turn", "plateau"), the corrected p-value of every
+    test made, in the order they were made.
+    """
+
+    outcome: str
+    found: tuple[Event, ...] = ()
+    trend: Trend | None = None
+    noise: Noise | None = None
+    p_values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    series: str = ""
+    locations: tuple[tuple[Event, Array], ...] = field(default=(), repr=False)
+
+    def events(self) -> list[Event]:
+        """The events at or under the detector's alpha, in the order of their steps."""
+        return list(self.found)
+
+    def posterior(self, event: Event) -> tuple[Array, Array]:
+        """Location posterior of an event of this fit: steps (sorted) and weights (sum 1)."""
+        for known, draws in self.locations:
+            if known.kind == event.kind and known.step == event.step:
+                steps, counts = np.unique(draws, return_counts=True)
+                return steps, counts / counts.sum()
+        raise DataError(f"this fit has no {event.kind} at step {event.step:g}: ask the fit the event came from")
+
+
+@dataclass(frozen=True)
+class LeadLag:
+    """How many steps a comes before b: `lag` = step of b - step of a (median), its 90% interval, P(a first)."""
+
+    lag: float
+    interval: tuple[float, float]
+    first: float
+
+
+def part_of(turn: Event, bump: Event) -> bool:
+    """Whether a turn is the top of a bump, or one of its feet on a sloping curve."""
+    assert bump.width is not None
+    away = abs(np.log10(max(turn.step, 1e-9) / max(bump.step, 1e-9)))
+    return bool(away <= (0.5 if turn.size * bump.size > 0 else 2.0) * bump.width)
+
+
+Location = Event | tuple[Array, Array]
+
+
+def lead_lag(a: Location, b: Location, level: float = 0.90) -> LeadLag:
+    """Compare two event locations, given as events or as posteriors (steps, weights), with independent errors.
+
+    Two events within one checkpoint gap come out near P = ½, as they should. Ties count half for each.
+    """
+    (s, u), (t, v) = _location(a), _location(b)
+    lags = np.subtract.outer(t, s).ravel()
+    weights = np.multiply.outer(v, u).ravel()
+    order = np.argsort(lags, kind="stable")
+    lags, cumulative = lags[order], np.cumsum(weights[order])
+    tail = (1 - level) / 2
+    places = np.minimum(np.searchsorted(cumulative, [tail, 0.5, 1 - tail]), len(lags) - 1)
+    low, middle, high = (float(lag) for lag in lags[places])
+    first = float(np.clip(np.sum(weights[order] * ((lags > 0) + 0.5 * (lags == 0))), 0, 1))
+    return LeadLag(middle, (low, high), first)
+
+
+def _location(item: Location) -> tuple[Array, Array]:
+    if isinstance(item, Event):
+        steps = np.asarray(item.quantiles)
+        return steps, np.full(len(steps), 1 / len(steps))
+    steps, weights = np.asarray(item[0], dtype=np.float64), np.asarray(item[1], dtype=np.float64)
+    if len(steps) > 400:  # equal-weight quantiles keep the comparison of all pairs small
+        levels = (np.arange(400) + 0.5) / 400
+        return np.interp(levels, np.cumsum(weights) / weights.sum(), steps), np.full(400, 1 / 400)
+    return steps, weights / weights.sum()

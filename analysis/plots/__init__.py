@@ -1,0 +1,43 @@
+"""Figures of a run. Every `plot_*(data, *, ax=None) -> (figure, axes)` draws on the axes given or on its own figure.
+
+Bands are ±1.64 standard errors (90%), hollow marks are rejected estimates, a shaded strip is an event's 90% interval
+with a line at its estimate. Nothing here shows a window, picks a backend or leaves a global setting changed.
+"""
+
+from devmon.analysis.plots.calibration import plot_calibration
+from devmon.analysis.plots.curves import (
+    plot_layers,
+    plot_llc,
+    plot_overview,
+    plot_position_loss,
+    plot_runs,
+    plot_series,
+)
+from devmon.analysis.plots.events import plot_events, plot_lead_lag, plot_matched
+from devmon.analysis.plots.heatmaps import plot_heads, plot_pairs, plot_similarity
+from devmon.analysis.plots.path import plot_essential
+from devmon.analysis.plots.style import step_axis, style
+
+__all__ = [  # noqa: RUF022
+    # curves over steps
+    "plot_series",
+    "plot_llc",
+    "plot_overview",
+    "plot_runs",
+    "plot_layers",
+    "plot_position_loss",
+    "plot_calibration",
+    # heat maps
+    "plot_heads",
+    "plot_similarity",
+    "plot_pairs",
+    # the path of the outputs
+    "plot_essential",
+    # events
+    "plot_events",
+    "plot_lead_lag",
+    "plot_matched",
+    # parts
+    "step_axis",
+    "style",
+]

@@ -1,0 +1,127 @@
+"""Figures of events: where each is, and which came first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from devmon.analysis.plots.style import (
+    COLOURS,
+    EVENT_COLOURS,
+    EVENT_MARKS,
+    axes_on,
+    brief,
+    draw_note,
+    step_axis,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from devmon.analysis.detection.events import Event
+    from devmon.analysis.runs.compare import Matched
+    from devmon.analysis.transitions.stages import Transition
+
+
+MARK_NAMES = {"jump": "circle", "turn": "diamond", "plateau": "square", "bump": "triangle"}
+
+
+@styled
+def plot_events(
+    events: Sequence[Event],
+    transitions: Sequence[Transition] = (),
+    *,
+    steps: np.ndarray | None = None,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """A forest plot, one row an event: its 90% interval as a bar, its estimate as a mark, hollow where q > 0.05.
+
+    A thin line is the span of an event, from 10% to 90% of a jump. Numbered grey strips are the spans of `transitions`.
+    The axis is that of `steps` (the run's), or reaches as far as the events.
+    """
+    fig, ax = axes_on(ax, height=1.15 + 0.24 * max(len(events), 2))
+    rows = in_order(events)
+    for i, one in enumerate(transitions, 1):
+        ax.axvspan(*one.span, color="#000000", alpha=0.09, lw=0, zorder=0)
+        ax.annotate(str(i), (one.step, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3), fontsize=9, gid=f"at-step-{i}",
+                    textcoords="offset points", ha="center", fontweight="bold", annotation_clip=False)  # fmt: skip
+    for y, event in enumerate(rows):
+        sure = event.q_value is None or event.q_value <= 0.05
+        colour = EVENT_COLOURS.get(event.kind, "#555555")
+        if event.span is not None:
+            ax.plot(event.span, [y, y], color=colour, lw=1)
+        ax.plot(event.interval, [y, y], color=colour, lw=3.5, alpha=0.55, solid_capstyle="butt")
+        ax.plot(
+            event.step, y, EVENT_MARKS.get(event.kind, "o"), ms=6, mec=colour, mfc=colour if sure else "white", mew=1.4
+        )
+        told = f"q = {event.q_value:.3g}" if event.q_value is not None else f"p = {event.p_value:.3g}"
+        ax.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
+    ax.set_yticks(range(len(rows)), [f"{brief(event.series)} ({event.kind})" for event in rows], fontsize=8.5)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    marks = ", ".join(f"{MARK_NAMES[kind]}: {kind}" for kind in EVENT_MARKS if any(e.kind == kind for e in rows))
+    ax.set_title("Events with 90% intervals", pad=32)
+    ax.annotate(f"{marks}; hollow: q > 0.05", (0, 1), xycoords="axes fraction", xytext=(0, 17), textcoords="offset points",
+                fontsize=8.5, color="#555555", annotation_clip=False)  # fmt: skip  # between the title and the numbers
+    if steps is None:
+        spans = [event.span or event.interval for event in rows] + [one.span for one in transitions]
+        steps = np.array([x for event in rows for x in (event.step, *event.interval)] + [x for s in spans for x in s])
+    step_axis(ax, steps)
+    return fig, ax
+
+
+def in_order(events: Sequence[Event]) -> list[Event]:
+    """The rows of `plot_events`, from the top."""
+    return sorted(events, key=lambda event: (event.step, event.series))
+
+
+@styled
+def plot_lead_lag(
+    rows: Sequence[tuple[str, float, tuple[float, float], bool]], main: str = "main event", *, ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Lag behind the main event, a row an event: (label, lag in steps, 90% interval, whether the order is settled)."""
+    fig, ax = axes_on(ax, height=1.1 + 0.26 * max(len(rows), 2))
+    for y, (_, lag, interval, settled) in enumerate(rows):
+        colour = COLOURS[0] if settled else "#777777"
+        ax.plot(interval, [y, y], color=colour, lw=3.5, alpha=0.5, solid_capstyle="butt")
+        ax.plot(lag, y, "o", ms=6, mec=colour, mfc=colour if settled else "white", mew=1.4)
+    ax.axvline(0, color="#333333", lw=1)
+    ax.set_yticks(range(len(rows)), [brief(label) for label, *_ in rows], fontsize=8.5)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.margins(x=0.08)
+    ax.set_title(f"Lag behind {brief(main)}")
+    ax.set_xlabel("optimizer steps; left of 0 came first, hollow: order not settled")
+    return fig, ax
+
+
+@styled
+def plot_matched(matched: Sequence[Matched], *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Events matched across runs, a row each: every run's 90% interval and estimate, and the median as a diamond.
+
+    A colour and a height within the row is a run, the same in all rows; the number of runs stands on the right.
+    """
+    runs = list(dict.fromkeys(run for one in matched for run in one.events))
+    alone = ax is None
+    fig, ax = axes_on(ax, height=1.3 + 0.34 * max(len(matched), 2))
+    for y, one in enumerate(matched):
+        for run, event in one.events.items():
+            i = runs.index(run)
+            at, colour = y + 0.6 * ((i + 0.5) / len(runs) - 0.5), COLOURS[i % 7]
+            ax.plot(event.interval, [at, at], color=colour, lw=1.6, alpha=0.6, solid_capstyle="butt")
+            ax.plot(event.step, at, "o", ms=3.5, color=colour)
+        ax.plot(one.step, y, "D", ms=5.5, mfc="none", mec="#222222", mew=1.2)
+        told = f"{len(one.events)} of {one.of} runs"
+        ax.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
+    labels = [f"{brief(one.series)} ({one.kind}, {'up' if one.sign > 0 else 'down'})" for one in matched]
+    ax.set_yticks(range(len(matched)), labels, fontsize=8.5)
+    ax.set_ylim(len(matched) - 0.4, -0.6)
+    ax.set_title("Events matched across runs")
+    draw_note(ax, "diamond: median")
+    step_axis(ax, np.array([x for one in matched for e in one.events.values() for x in (e.step, *e.interval)]))
+    handles = [Line2D([], [], color=COLOURS[i % 7], marker="o", ms=3.5, label=run) for i, run in enumerate(runs[:7])]
+    if alone:
+        fig.legend(handles=handles, loc="outside lower center", ncols=4)
+    return fig, ax

@@ -1,0 +1,1 @@
+"""The report of a run: content, figures, prose and the pages that show them."""

@@ -1,0 +1,151 @@
+"""What a comparison of runs says: events matched across them, which series came first, what differs in configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from devmon.analysis import plots
+from devmon.analysis.derive.watch_series import RunData, series_of
+from devmon.analysis.reports.content import Block, Content, Figure, Row, Section, Story, Table, Text
+from devmon.analysis.reports.drawing import Page, curves
+from devmon.analysis.reports.figures import PANELS, key_series
+from devmon.analysis.reports.report import numbers_of_series
+from devmon.analysis.reports.story import number, step
+from devmon.analysis.reports.tables import numbers_table, text_of
+from devmon.analysis.runs.compare import ENOUGH, Matched, RunsComparison
+from devmon.analysis.series import Series
+from devmon.analysis.transitions.stages import run_level
+
+OF_ITS_OWN = ("run_id", "created", "skipped", "title", "calibration")  # attributes that differ without meaning
+PAIRS = 4  # series whose order is tested, each with each
+SHOWN = 40  # matched events in the figure
+
+
+def runs_content(runs: Mapping[str, RunData], comparison: RunsComparison) -> Content:
+    """The report of `compare_runs(runs)`: one page, in the form that a run's own report has."""
+    page = Page(None)
+    told: list[Block] = [Text(comparison.outcome.upper(), "outcome"), Story([summary(comparison)])]
+    sections = [Section("story", "What happened", told)]
+    blocks: list[Block] = []
+    if comparison.matched:
+        drawing, _ = plots.plot_matched(comparison.matched[:SHOWN])
+        caption = "Every event with q ≤ 0.05 of a single run, with those of other runs at the same place; bars: 90%."
+        blocks.append(page.add("matched", drawing, caption))
+    sections.append(Section("matched", "Events matched across runs", [*blocks, matched_table(comparison)]))
+    order = order_table(comparison)
+    if order.rows:
+        sections.append(Section("order", "What came first", [order]))
+    series = {name: [one for one in series_of(run) if run_level(one.name)] for name, run in runs.items()}
+    if any(series.values()):
+        sections.append(Section("curves", "The same series of every run", [_curves(page, series)]))
+    sections.append(Section("differs", "What differs in configuration", [differences(runs)]))
+    named = [numbers_of_series(one) | {"name": f"{run}: {one.name}"} for run, found in series.items() for one in found]
+    events = [event.to_dict() | {"run": run} for run, d in comparison.detections.items() for event in d.events]
+    return Content(f"{len(runs)} runs compared", ", ".join(runs), comparison.outcome, sections, named, events)
+
+
+def summary(comparison: RunsComparison) -> str:
+    """One sentence: how many events were found in how many runs."""
+    n = len(comparison.detections)
+    if comparison.outcome == ENOUGH:
+        return f"{n} run: events are matched across two or more."
+    if not comparison.matched:
+        return f"NO EVENT in any of {n} runs. This is a result: what changed, changed smoothly."
+    shared = [one for one in comparison.matched if len(one.events) > 1]
+    everywhere = sum(len(one.events) == n for one in shared)
+    return (
+        f"{len(comparison.matched)} different events in {n} runs; {len(shared)} of them in two or more, {everywhere} in all. "
+        "Each run was searched alone and no curves were averaged."
+    )
+
+
+def matched_table(comparison: RunsComparison) -> Table:
+    columns = ["series", "kind", "runs", "median step", "interval", "coverage", "spread\n(decades)", "p", "q", "in"]
+    rows = []
+    for one in comparison.matched:
+        kind = f"{one.kind} {'up' if one.sign > 0 else 'down'}"
+        interval = f"[{step(one.interval[0])}, {step(one.interval[1])}]"
+        numbers = [number(v, 2) for v in (one.coverage or None, one.spread, one.p_value, one.q_value)]
+        cells = [one.series, kind, f"{len(one.events)} of {one.of}", step(one.step), interval, *numbers]
+        rows.append(Row([*cells, ", ".join(one.events)], weak=len(one.events) == 1))
+    note = (
+        "interval: order statistics that hold the median over all such runs with the probability in coverage. p: circular "
+        "shifts of the runs' events that bring as many runs together. Grey: found in one run, with its own 90% interval."
+    )
+    return Table(columns, rows, note if rows else summary(comparison), "long")
+
+
+def order_table(comparison: RunsComparison) -> Table:
+    """Sign tests of the jumps found in most runs, each with each."""
+    best: dict[str, Matched] = {}
+    for one in comparison.matched:
+        if one.kind == "jump" and len(one.events) > 1 and run_level(one.series):
+            best.setdefault(one.series, one)
+    rows = []
+    for a, b in combinations(list(best.values())[:PAIRS], 2):
+        test = comparison.lead_lag(a, b)
+        if not test.lags:
+            continue
+        said = {"a first": f"{a.series} first", "b first": f"{b.series} first"}.get(test.outcome, test.outcome)
+        lag = f"{step(test.lag)} [{step(test.interval[0])}, {step(test.interval[1])}]"
+        counts = f"{test.a_first} : {test.b_first}" + (f" ({test.ties} ties)" if test.ties else "")
+        rows.append(Row([f"{a.series} before {b.series}", counts, lag, number(test.p_value, 2), said]))
+    note = "Two-sided exact sign test over runs. Lag: median of the second event's step minus the first one's."
+    return Table(["pair", "before : after", "lag in steps", "p", "outcome"], rows, note, "long")
+
+
+def differences(runs: Mapping[str, RunData]) -> Table:
+    """Attributes and instrument settings that are not the same in all runs; "–" where a run has none."""
+    flat = {name: _flat(run) for name, run in runs.items()}
+    keys = dict.fromkeys(key for one in flat.values() for key in one)
+    rows = []
+    for key in keys:
+        values = [one.get(key, "–") for one in flat.values()]
+        if len(set(values)) > 1:
+            rows.append(Row([key, *values]))
+    note = "All recorded settings are the same in all runs." if not rows else ""
+    return Table(["setting", *runs], rows, note)
+
+
+def _flat(run: RunData) -> dict[str, str]:
+    found: dict[str, str] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                add(f"{prefix}.{key}" if prefix else str(key), item)
+        else:
+            found[prefix] = text_of(value, 80)
+
+    add("", {key: value for key, value in run.attrs.items() if key not in OF_ITS_OWN})
+    for name in run.names():
+        data = run[name]
+        add(name, {"instrument": data.attrs.get("instrument", "–"), **dict(data.attrs.get("fields") or {})})
+        add(f"{name}.checkpoints", data.sizes.get("step", 0))
+    return found
+
+
+def _curves(page: Page, series: Mapping[str, list[Series]]) -> Figure:
+    first = max(series.values(), key=len)
+    names = [one.name for one in key_series(first, [])][:PANELS]
+    shown = {run: [one for one in found if one.name in names and len(one.steps)] for run, found in series.items()}
+    drawing, axes = plots.plot_runs(shown)
+    where, drawn = [], []
+    for ax in axes:
+        name = ax.get_title(loc="left")
+        own = [
+            Series(f"{run}: {name}", one.steps, one.values)
+            for run, found in shown.items()
+            for one in found
+            if one.name == name
+        ]
+        where.append(curves(ax, own))
+        drawn += own
+    parts = [(run, [f"run-{i}-{k}" for k in range(len(axes))]) for i, run in enumerate(shown)]
+    steps = np.unique(np.concatenate([one.steps for found in shown.values() for one in found]))
+    caption = f"One colour a run; {len(steps)} different checkpoints between steps {steps[0]} and {steps[-1]}."
+    return page.add("runs", drawing, caption, numbers_table(drawn), where, parts)

@@ -1,0 +1,131 @@
+"""From a matplotlib drawing to a figure of the page: SVG, where it shows what, and a PNG copy."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+
+from devmon.analysis import plots
+from devmon.analysis.reports.content import Figure, Panel, Table
+from devmon.analysis.reports.svg import compact
+from devmon.analysis.series import Series
+
+
+class Where(NamedTuple):
+    """What a pair of axes shows: lines over steps, or rows with a value for each of `steps` (`content.Panel`)."""
+
+    ax: Axes
+    scale: str
+    lines: list[str] = []  # noqa: RUF012
+    steps: list[float] = []  # noqa: RUF012
+    rows: list[str] = []  # noqa: RUF012
+    values: list[list[int | None]] = []  # noqa: RUF012
+    unit: float = 1.0
+
+
+@dataclass
+class Page:
+    """Turns drawings into figures of the report and, where a folder is given, into PNG files.
+
+    `left` says how many more panels of plain series may be drawn: a run may hold more than a page can show.
+    """
+
+    folder: Path | None
+    names: set[str] = field(default_factory=set)
+    left: int = 72
+
+    def add(
+        self,
+        name: str,
+        drawing: Drawing,
+        caption: str,
+        data: Table | None = None,
+        where: Sequence[Where] = (),
+        parts: Sequence[tuple[str, list[str]]] = (),
+        opened: bool = False,
+    ) -> Figure:
+        base = name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "figure"
+        while name in self.names:
+            name = f"{base}-{sum(known.startswith(base) for known in self.names) + 1}"
+        self.names.add(name)
+        prefix = f"f{len(self.names):x}"
+        with plots.style():
+            image = io.BytesIO()
+            drawing.savefig(image, format="svg")
+            panels = [_panel(drawing, one, prefix) for one in where]
+            if self.folder is not None:
+                png = io.BytesIO()
+                drawing.savefig(png, format="png")
+                write_whole(self.folder / f"{name}.png", png.getvalue())
+        hidden = [(label, [f"{prefix}-{i}" for i in ids]) for label, ids in parts]
+        return Figure(name, compact(image.getvalue().decode(), prefix), caption, data, panels, hidden, opened)
+
+
+def curves(ax: Axes, series: Sequence[Series]) -> Where:
+    """Axes with lines over steps."""
+    return Where(ax, ax.get_xscale(), [one.name for one in series])
+
+
+def rows_over_steps(ax: Axes, rows: Sequence[str]) -> Where:
+    """Axes of steps with one mark or bar a row, of which the page says these words; the first row is the top one."""
+    return Where(ax, ax.get_xscale(), rows=list(rows))
+
+
+def heat(ax: Axes, steps: Sequence[float], rows: list[str], *, square: bool = False) -> Where:
+    """Axes with a heat map, one column a step. A `square` one has steps upward, too, and its first row is the lowest."""
+    values: Any = np.ma.filled(np.ma.asarray(ax.images[0].get_array(), dtype=float), np.nan)
+    peak = float(np.max(np.abs(values), where=np.isfinite(values), initial=0.0))
+    unit = float(f"1e{int(np.floor(np.log10(peak))) - 2}") if peak else 1.0
+    table = [[rounded_to(x, unit) for x in row] for row in (values[::-1] if square else values)]
+    scale = "square" if square else "columns"
+    return Where(ax, scale, steps=list(steps), rows=rows[::-1] if square else rows, values=table, unit=unit)
+
+
+def rounded(value: float, digits: int = 4) -> float | None:
+    return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+
+
+def rounded_to(value: float, unit: float) -> int | None:
+    """How many units; a page holds many thousands of these."""
+    return round(value / unit) if np.isfinite(value) else None
+
+
+def _panel(drawing: Drawing, one: Where, prefix: str) -> Panel:
+    """The axes in the coordinates of the SVG: points from the left, points from the top."""
+    width, height = drawing.get_size_inches() * 72
+    box = one.ax.get_position()
+    corners = [box.x0 * width, (1 - box.y1) * height, box.x1 * width, (1 - box.y0) * height]
+    scale: Any = one.ax.xaxis.get_transform()
+    return Panel(
+        group=f"{prefix}-axes_{drawing.axes.index(one.ax) + 1}",
+        box=[round(float(v), 2) for v in corners],
+        scale=one.scale,
+        limits=[float(f"{v:.8g}") for v in one.ax.get_xlim()],
+        threshold=float(scale.linthresh) if one.scale == "symlog" else 0.0,
+        lines=one.lines,
+        steps=[float(f"{s:.6g}") for s in one.steps],
+        rows=one.rows,
+        values=one.values,
+        unit=one.unit,
+    )
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write aside, then rename: the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,187 @@
+"""Writes a report's content as HTML, Markdown or JSON. Everything from a run is escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+import devmon
+from devmon.analysis.plots.style import EVENT_COLOURS
+from devmon.analysis.reports.content import (
+    Block,
+    Code,
+    Content,
+    Figure,
+    Fold,
+    Heading,
+    Items,
+    Story,
+    Table,
+    Terms,
+    Text,
+)
+from devmon.analysis.reports.svg import share_styles
+
+OWN = ("page.css",), ("page_steps.js", "page_any.js", "page.js")  # style and script of the page
+
+
+def as_html(content: Content, *, figures: str | None = None, refresh: int | None = None) -> str:
+    """One page with style, script, figures and numbers inside; it loads nothing, and works without the script."""
+    environment = Environment(
+        loader=PackageLoader("devmon.analysis.reports", "web"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    drawn = [figure for section in content.sections for figure in _figures(section.blocks)]
+    drawings, rules = share_styles([figure.svg for figure in drawn])
+    svgs = {figure.name: svg for figure, svg in zip(drawn, drawings, strict=True)}
+    css, js = (
+        Markup("".join((files("devmon.analysis.reports") / "web" / name).read_text("utf-8") for name in names))
+        for names in OWN
+    )
+    return environment.get_template("page.html.j2").render(
+        content=content,
+        numbers=_script_json(_numbers(content)),
+        svg=lambda figure: _labelled(svgs[figure.name], figure.caption),
+        rules=Markup("\n".join([rules, *(f".{k} {{ fill: {c}; stroke: {c} }}" for k, c in EVENT_COLOURS.items())])),
+        refresh=refresh,
+        css=css,
+        js=js,
+    )
+
+
+def as_markdown(content: Content, *, figures: str | None = None, refresh: int | None = None) -> str:
+    """The same words and tables as CommonMark with pipe tables; `figures` is the folder of PNG files to show."""
+    lines = [f"# {_md(content.title)}", _md(content.subtitle)]
+    for section in content.sections:
+        lines.append(f"## {_md(section.title)}")
+        for block in section.blocks:
+            lines += _block_md(block, figures)
+    return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def as_json(content: Content, *, figures: str | None = None, refresh: int | None = None) -> str:
+    """Title, outcome, events and series as numbers, and the sections with each block's kind; without drawings."""
+    sections = [
+        {"key": one.key, "title": one.title, "blocks": [_block_json(block) for block in one.blocks]}
+        for one in content.sections
+    ]
+    body = {"devmon": devmon.__version__, "title": content.title, "subtitle": content.subtitle,
+            "outcome": content.outcome, "events": content.events, "series": content.series, "sections": sections}  # fmt: skip
+    return json.dumps(_finite(body), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+WRITERS: dict[str, Callable[..., str]] = {".html": as_html, ".htm": as_html, ".md": as_markdown, ".json": as_json}
+
+
+def _numbers(content: Content) -> dict[str, Any]:
+    """What the page's script needs: every series, the steps that they share, events, and where each figure shows what."""
+    drawn = {
+        figure.name: {"panels": [asdict(panel) for panel in figure.panels], "parts": figure.parts}
+        for section in content.sections
+        for figure in _figures(section.blocks)
+        if figure.panels
+    }
+    grids: dict[tuple[int, ...], int] = {}
+    series = [one | {"steps": grids.setdefault(tuple(one["steps"]), len(grids))} for one in content.series]
+    events = [
+        {
+            "series": f"{one['run']}: {one['series']}" if "run" in one else one["series"],
+            "kind": one["kind"],
+            "step": one["step"],
+            "q": one["q_value"],
+        }
+        | dict(zip(("low", "high"), one["interval"], strict=True))
+        for one in content.events
+    ]
+    return {"grids": list(map(list, grids)), "series": series, "events": events, "figures": drawn}
+
+
+def _figures(blocks: list[Any]) -> list[Figure]:
+    inner = [figure for block in blocks if isinstance(block, Fold) for figure in _figures(block.inside)]
+    return [block for block in blocks if isinstance(block, Figure)] + inner
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def _labelled(svg: str, caption: str) -> Markup:
+    """A drawing with its caption as the label; names within it were escaped when it was drawn."""
+    head, rest = svg.split(">", 1)
+    return Markup(f'{head} role="img" aria-label="{escape(caption)}">{rest}')
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, lists for tuples."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    return value
+
+
+def _block_json(block: Any) -> Any:
+    if isinstance(block, Fold):
+        return {"block": "fold", "title": block.title, "inside": [_block_json(one) for one in block.inside]}
+    fields: dict[str, Any] = {"block": block.block} | asdict(block)
+    for drawing in ("svg", "panels", "parts", "opened"):
+        fields.pop(drawing, None)
+    return fields
+
+
+def _block_md(block: Block, figures: str | None) -> list[str]:
+    match block:
+        case Text(text, look):
+            return [f"**{_md(text)}**" if look == "outcome" else _md(text)]
+        case Story(sentences):
+            return [_md(sentence) for sentence in sentences]
+        case Heading(text):
+            return [f"### {_md(text)}"]
+        case Items(items):
+            return ["\n".join(f"- {_md(item)}" for item in items)]
+        case Terms(pairs):
+            return ["\n".join(f"- **{_md(term)}**: {_md(meaning)}" for term, meaning in pairs)]
+        case Code(text, _):
+            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+            return [f"{fence}\n{text}\n{fence}"]
+        case Table():
+            return _table_md(block)
+        case Figure():
+            image = f"![{_md(block.name)}]({figures}/{block.name}.png)" if figures else ""
+            return [image, f"*{_md(block.caption)}*", *(_table_md(block.data) if block.data and not image else [])]
+        case Fold(title, inside):
+            return [f"**{_md(title)}**", *(line for one in inside for line in _block_md(one, figures))]
+
+
+def _table_md(table: Table) -> list[str]:
+    if not table.rows:
+        return [_md(table.note)]
+    rows = [table.columns, ["---"] * len(table.columns)]
+    lines = ["| " + " | ".join(cell if row is rows[1] else _md(cell) for cell in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(_md(cell) + (" (weak)" if row.weak and not i else "") for i, cell in enumerate(row.cells)) + " |"
+              for row in table.rows]  # fmt: skip
+    return ["\n".join(lines), _md(table.note)]
+
+
+def _md(text: str) -> str:
+    """Text on one line in which no character is markup; an underscore within a word needs no escape."""
+    text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"([\\`*\[\]<>|$~&])", r"\\\1", text)
+    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+    text = re.sub(r"(?<=\w)(://|@)", "\\1\u200b", text)  # no link of its own making
+    return re.sub(r"^([#+\-]|\d+[.)])", r"\\\1", text)

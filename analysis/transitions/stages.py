@@ -1,0 +1,167 @@
+"""`stages(series, detection)`: the run cut at its transitions, and how much each series changed in each part.
+
+The transitions are the jumps of the series. With `kinds=("turn", "plateau")` stages end at the critical points of smooth
+curves instead, as in Hoogland et al. (2024, arXiv:2402.02364).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from devmon.analysis.detection.events import Event
+from devmon.analysis.detection.results import Detection
+from devmon.analysis.series import Series
+
+Q = 0.05  # a transition rests on events with a q-value up to this
+WIDE = 2.0  # an interval whose ends differ by more than this factor is wide
+
+
+@dataclass(frozen=True)
+class Change:
+    """Last minus first accepted value of a series in a stage, its standard error (if known), and the two steps."""
+
+    value: float
+    se: float | None
+    steps: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Events of several series that belong together.
+
+    `step` is the median of their estimates, `interval` spans their 90% intervals, `span` their t10 to t90; events with a wide
+    interval count for these only where all have one.
+    """
+
+    step: float
+    interval: tuple[float, float]
+    span: tuple[float, float]
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run, between checkpoints `start` and `end`: a "stage", or the "transition" between two of them."""
+
+    kind: str
+    start: int
+    end: int
+    changes: dict[str, Change]
+    transition: Transition | None = None
+
+
+def run_level(name: str) -> bool:
+    """Whether a series speaks for the run: a scalar or the maximum of an array, not one of the array's elements."""
+    return "[" not in name
+
+
+def is_sure(event: Event) -> bool:
+    """Whether an event stands after the correction for the number of series (q <= 0.05; p where q is not known)."""
+    return (event.p_value if event.q_value is None else event.q_value) <= Q
+
+
+def is_wide(event: Event) -> bool:
+    """Whether the ends of the interval differ by more than a factor of WIDE."""
+    return (event.interval[1] + 1) / (event.interval[0] + 1) > WIDE
+
+
+def transitions(events: Iterable[Event], kinds: Collection[str] = ("jump",)) -> list[Transition]:
+    """Clusters of sure run-level events of these `kinds`, in the order of their steps.
+
+    Beginning with the best located event, another joins it when the 90% interval of each meets the extent of the other.
+    The extent of a jump is its interval together with its t10-t90 span: two rises that go on at the same time are one
+    transition even where their midpoints are told apart. An event with a wide interval places a transition only where all of
+    its events are wide.
+    """
+    left = sorted(
+        (event for event in events if event.kind in kinds and is_sure(event) and run_level(event.series)),
+        key=lambda event: (np.log((event.interval[1] + 1) / (event.interval[0] + 1)), event.step, event.series),
+    )
+    found = []
+    while left:
+        members = [event for event in left if _together(left[0], event)]
+        left = [event for event in left if event not in members]
+        placed = [event for event in members if not is_wide(event)] or members
+        extents = [extent(event) for event in placed]
+        found.append(
+            Transition(
+                step=float(np.median([event.step for event in placed])),
+                interval=(min(e.interval[0] for e in placed), max(e.interval[1] for e in placed)),
+                span=(min(low for low, _ in extents), max(high for _, high in extents)),
+                events=tuple(members),
+            )
+        )
+    return sorted(found, key=lambda transition: transition.step)
+
+
+def stages(series: Sequence[Series], detection: Detection, kinds: Collection[str] = ("jump",)) -> list[Stage]:
+    """Stages and transitions in turn, from the first to the last checkpoint; one stage where nothing was found.
+
+    Changes are those of the run-level series, from the first to the last accepted checkpoint within the part. A
+    transition reaches from the checkpoint before its span to the one after it; two that overlap meet halfway.
+    """
+    shown = [one for one in series if run_level(one.name) and len(one.steps)]
+    if not shown:
+        return []
+    grid = np.unique(np.concatenate([one.steps for one in shown]))
+    found = transitions(detection.events, kinds)
+    ends: list[int] = []  # start and end of each transition, as indices of the grid
+    for i, one in enumerate(found):
+        low = max(int(np.searchsorted(grid, one.span[0], side="right")) - 1, 0)
+        high = min(int(np.searchsorted(grid, one.span[1], side="left")), len(grid) - 1)
+        if i and low < ends[-1]:
+            low = ends[-1] = max((low + ends[-1]) // 2, ends[-2])
+        ends += [low, max(high, low)]
+    cuts = [0, *ends, len(grid) - 1]
+    parts = []
+    for i, (a, b) in enumerate(pairwise(cuts)):
+        start, end = int(grid[a]), int(grid[b])
+        if i % 2 == 0 and start == end and found:  # no room for a stage between two transitions
+            continue
+        changes = {one.name: change for one in shown if (change := change_over(one, start, end)) is not None}
+        kind, transition = ("transition", found[i // 2]) if i % 2 else ("stage", None)
+        parts.append(Stage(kind, start, end, changes, transition))
+    return parts
+
+
+def change_over(series: Series, start: float, end: float) -> Change | None:
+    """Last minus first accepted value from step `start` to `end`; None where there are not two."""
+    values = np.asarray(series.values, dtype=float)
+    where = np.flatnonzero(series.good & (series.steps >= start) & (series.steps <= end))
+    if len(where) < 2:
+        return None
+    a, b = where[0], where[-1]
+    se = None if series.se is None else float(np.hypot(series.se[a], series.se[b]))
+    return Change(float(values[b] - values[a]), se, (int(series.steps[a]), int(series.steps[b])))
+
+
+def main_event(events: Iterable[Event]) -> Event | None:
+    """The event that others are compared with: among the sure run-level jumps the largest of prefix matching if there
+    is one, else the one with the smallest p-value and, of equals, the largest change against its own interval."""
+    sure = [event for event in events if event.kind == "jump" and is_sure(event) and run_level(event.series)]
+    induction = [event for event in sure if "prefix_matching" in event.series]
+    if induction:
+        return max(induction, key=lambda event: (abs(event.size), -event.step))
+    return min(sure, key=lambda event: (event.p_value, -_clarity(event), event.step), default=None)
+
+
+def _clarity(event: Event) -> float:
+    return abs(event.size) / max(event.size_interval[1] - event.size_interval[0], 1e-9 * abs(event.size) + 1e-300)
+
+
+def extent(event: Event) -> tuple[float, float]:
+    """The interval of an event together with its span; of a plateau, which is where a stage ends, the interval alone."""
+    low, high = event.interval if event.kind == "plateau" or event.span is None else event.span
+    return min(low, event.interval[0]), max(high, event.interval[1])
+
+
+def _together(a: Event, b: Event) -> bool:
+    return meet(a.interval, extent(b)) and meet(b.interval, extent(a))
+
+
+def meet(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a[0] <= b[1] and b[0] <= a[1]

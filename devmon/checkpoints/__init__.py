@@ -1,0 +1,1 @@
+"""Series of checkpoints: folders, Hugging Face repositories, weights files."""

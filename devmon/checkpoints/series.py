@@ -1,0 +1,246 @@
+"""`Series`: the checkpoints of a training by their steps, listed without loading, read one by one with the next ahead."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from devmon.checkpoints.weights import SUFFIXES, State, read_state
+from devmon.errors import DataError
+
+STEP = r"(?i)(?:^|[^a-z])(?:global_?step|step|checkpoint|iter(?:ation)?)[-_=]?(\d+)"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One revision of a model on the Hugging Face hub. `folder` downloads what is not in the hub's cache."""
+
+    repository: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.name}"
+
+    def folder(self, cache: str | None = None) -> Path:
+        """Where the model lies: safetensors where the revision has them, else what `torch.save` wrote.
+
+        `cache` is a folder to download into, in place of the hub's cache. Files that the hub names by their SHA-256 are
+        checked: safetensors have no checksum of their own.
+        """
+        import huggingface_hub
+
+        try:
+            for kind in ("safetensors", "bin"):
+                folder = Path(huggingface_hub.snapshot_download(
+                    self.repository, revision=self.name, allow_patterns=["*.json", f"*.{kind}"], cache_dir=cache
+                ))  # fmt: skip
+                if held := sorted(folder.glob(f"*.{kind}")):
+                    break
+            else:
+                raise DataError(f"{self} holds no weights: neither *.safetensors nor *.bin")
+        except DataError:
+            raise
+        except Exception as error:  # of the network, the hub and the cache, each with classes of its own
+            raise DataError(
+                f"{self} cannot be downloaded ({_line(error)}): try again, or leave the step out"
+            ) from error
+        for file in held:
+            blob = file.resolve()
+            if re.fullmatch("[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
+                raise DataError(f"{self} is damaged on this disk: {file.name} is not of the SHA-256 that the hub tells; "
+                                f"delete {blob} to have it downloaded again")  # fmt: skip
+        return folder
+
+    def config(self) -> str:
+        import huggingface_hub
+
+        try:
+            return Path(huggingface_hub.hf_hub_download(self.repository, "config.json", revision=self.name)).read_text()
+        except Exception as error:
+            raise DataError(f"{self} gives no config.json ({_line(error)})") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one step on the CPU. `folder` is where its config.json lies, None for a single file."""
+
+    step: int
+    name: str
+    state: State = field(repr=False)
+    folder: Path | None
+
+
+class Series:
+    """Checkpoints by step: `Series.open("runs/mine/checkpoints")`, `Series.open("EleutherAI/pythia-70m")`.
+
+    - `where`: a folder of files (Lightning's, state dicts, safetensors), a folder of Hugging Face folders
+      (`step123/`, `checkpoint-123/`), the run's folder in which `checkpoints/` lies, or owner/name on the hub, whose
+      revisions are the checkpoints.
+    - `pattern`: a regular expression that finds the step in the names as its one group (`r"model_(\\d+)"`); by default what
+      follows step, checkpoint, global_step or iter. Names without a step are left out.
+    - `allow_pickle`: read files that hold more than tensors, which runs code they hold.
+    - `forget`: download revisions of the hub into a folder of their own (in TMPDIR) that goes with the checkpoint, so that
+      at most two lie on the disk.
+
+    Raises DataError where there are no checkpoints, and where two are of one step.
+    """
+
+    def __init__(self, name: str, places: Mapping[int, Path | Revision], *, allow_pickle: bool = False,
+                 forget: bool = False) -> None:  # fmt: skip
+        self.name = name
+        self.forget = forget
+        self.places = dict(sorted(places.items()))
+        self.allow_pickle = allow_pickle
+
+    @classmethod
+    def open(cls, where: str | os.PathLike[str], *, pattern: str | None = None, allow_pickle: bool = False,
+             forget: bool = False) -> Series:  # fmt: skip
+        rule, folder = _rule(pattern), Path(where)
+        if folder.is_dir():
+            places: dict[int, Path | Revision] = {}
+            names: dict[str, Any] = {path.name: path for path in _members(folder)}
+            if not any(rule.search(name) for name in names) and (folder / "checkpoints").is_dir():
+                names = {path.name: path for path in _members(folder / "checkpoints")}
+        elif folder.exists():
+            raise DataError(f"{where} is a file: give the folder in which the checkpoints lie")
+        elif REPOSITORY.fullmatch(str(where)):
+            places, names = {}, {name: Revision(str(where), name) for name in _revisions(str(where))}
+        else:
+            raise DataError(f"there is no folder {where}: give a folder of checkpoints, or owner/name on the hub")
+        for name in sorted(names):
+            if not (match := rule.search(name)):
+                continue
+            step = int(match[1])
+            if step in places:
+                raise DataError(f"{where} has two checkpoints of step {step}, {_named(places[step])} and {name}: tell "
+                                "those that belong to the series by a pattern, as in --pattern '^stage1-step(\\d+)'")  # fmt: skip
+            places[step] = names[name]
+        if not places:
+            held = ", ".join(sorted(names)[:6]) or "nothing"
+            raise DataError(f"no name in {where} holds a step (it has {held}): give checkpoints such as step-100.ckpt, "
+                            "step100.safetensors, checkpoint-100/, or --pattern 'model_(\\d+)'")  # fmt: skip
+        return cls(str(where), places, allow_pickle=allow_pickle, forget=forget)
+
+    @property
+    def steps(self) -> list[int]:
+        return list(self.places)
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether checkpoints bring their own architecture, a config.json (one that lacks it is damaged)."""
+        return any(isinstance(place, Revision) or (place / "config.json").is_file() for place in self.places.values())
+
+    def config(self) -> dict[str, Any]:
+        """The config.json of the first checkpoint that has a readable one; empty where none has."""
+        for place in self.places.values():
+            try:
+                text = place.config() if isinstance(place, Revision) else (place / "config.json").read_text()
+                found = json.loads(text)
+            except (OSError, ValueError, DataError):
+                continue
+            if isinstance(found, dict):
+                return found
+        return {}
+
+    def tokenizer(self) -> tuple[str, str | None] | None:
+        """Where the tokenizer of the series lies: beside its checkpoints, in one of them, or in the last revision."""
+        for place in (Path(self.name), *reversed(self.places.values())):
+            if isinstance(place, Revision):
+                return place.repository, place.name
+            if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+                return str(place), None
+        return None
+
+    def read(self, step: int) -> Checkpoint:
+        """Raises DataError where the checkpoint cannot be had or read."""
+        place = self.places[step]
+        if not isinstance(place, Revision):
+            return Checkpoint(step, place.name, read_state(place, self.allow_pickle), place if place.is_dir() else None)
+        scratch = tempfile.mkdtemp(prefix="devmon-") if self.forget else None
+        try:
+            path = place.folder(scratch)
+            found = Checkpoint(step, str(place), read_state(path, self.allow_pickle), path)
+        except BaseException:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        if scratch is not None:
+            weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
+        return found
+
+    def stream(self, steps: Iterable[int]) -> Iterator[tuple[int, Checkpoint | DataError]]:
+        """Each step with its checkpoint, or with why there is none; the next is read meanwhile, in a thread.
+
+        A step is taken from `steps` when the one before it has been read. Two are in memory at most, where the caller lets go of one before it takes the next.
+        """
+        wanted, ahead = iter(steps), []
+        with ThreadPoolExecutor(1, "prefetch") as pool:
+            for step in wanted:
+                ahead.append((step, pool.submit(self._try, step)))
+                break
+            while ahead:
+                step, coming = ahead.pop()
+                found = [coming.result()]
+                del coming
+                for following in wanted:
+                    ahead.append((following, pool.submit(self._try, following)))
+                    break
+                yield step, found.pop()  # no reference stays here
+
+    def _try(self, step: int) -> Checkpoint | DataError:
+        try:
+            return self.read(step)
+        except DataError as error:
+            return error
+
+    def __repr__(self) -> str:
+        return f"Series({self.name!r}: {len(self.places)} steps)"
+
+
+def _rule(pattern: str | None) -> re.Pattern[str]:
+    try:
+        rule = re.compile(STEP if pattern is None else pattern)
+    except re.error as error:
+        raise DataError(f"the pattern {pattern!r} is no regular expression ({error})") from None
+    if rule.groups != 1:
+        raise DataError(f"the pattern {pattern!r} needs one group, the digits of the step, as in 'model_(\\d+)'")
+    return rule
+
+
+def _members(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() or path.suffix in SUFFIXES]
+
+
+def _revisions(repository: str) -> list[str]:
+    import huggingface_hub
+
+    try:
+        refs = huggingface_hub.HfApi().list_repo_refs(repository)
+    except Exception as error:
+        raise DataError(f"there is no folder {repository}, and the hub lists no revisions of a model of that name "
+                        f"({_line(error)})") from error  # fmt: skip
+    return list(dict.fromkeys(ref.name for ref in (*refs.branches, *refs.tags)))
+
+
+def _named(place: Path | Revision) -> str:
+    return place.name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,0 +1,5 @@
+"""`python -m devmon.cli`."""
+
+from devmon.cli.root import main
+
+main()

@@ -1,0 +1,127 @@
+"""What the commands print: rich tables of a run, of events, of costs and of a calibration's trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def run_view(trajectory: Any, run: str) -> Any:
+    """What `devmon show` prints: provenance, a table of the watches, a table of the latest values."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from devmon.analysis.derive.watch_series import ReadOnce, series_of
+    from devmon.analysis.reports.glossary import alarms, skipped
+
+    attrs, held = trajectory.attrs, ReadOnce(trajectory)
+    title = Text(str(attrs.get("title", run)), style="bold")
+    parts: list[Any] = [title.append(f"  run {attrs['run_id']}, seed {attrs['seed']}, {attrs['created']}", "not bold")]
+    if left_out := skipped(attrs):
+        parts.append(Text(f"left out to keep max_overhead: {left_out}"))
+    parts += [Text(line) for line in alarms(attrs)]
+    table = Table("watch", "instrument", "steps", "from", "to", "failed", "seconds", box=None, header_style="bold")
+    for name in held.names():
+        dataset = held[name]
+        steps = dataset["step"].values
+        seconds = f"{float(dataset['seconds'].sum()):.1f}" if steps.size else ""
+        first, last = (str(steps[0]), str(steps[-1])) if steps.size else ("", "")
+        table.add_row(safe(name), safe(dataset.attrs["instrument"].rsplit(".", 1)[-1]), str(steps.size), first, last,
+                      str(len(trajectory.failures(name)) or ""), seconds)  # fmt: skip
+    values = Table("series", "first", "latest", "", box=None, header_style="bold")
+    for series in series_of(held.ends(), each=False):
+        if len(series.values):
+            error = f"± {series.se[-1]:.2g}" if series.se is not None else ""
+            if series.rejected is not None and series.rejected[-1]:
+                error += " rejected by the sampler's checks"
+            values.add_row(safe(series.name), f"{series.values[0]:.4g}", f"{series.values[-1]:.4g}",
+                           f"{error} {safe(series.units)}")  # fmt: skip
+    return Group(*parts, table, values)
+
+
+def plain_table(table: Any) -> Any:
+    """A table of a report as a rich one."""
+    from rich.table import Table
+
+    made = Table(box=None, header_style="bold", caption=safe(table.note) or None, caption_justify="left")
+    for i, column in enumerate(table.columns):
+        made.add_column(safe(column), overflow="fold", no_wrap=bool(i))
+    for row in table.rows:
+        made.add_row(*map(safe, row.cells), style="dim" if row.weak else "")
+    return made
+
+
+def events_table(detection: Any) -> Any:
+    """A rich table of every series: its events, or the outcome NO EVENT, UNRESOLVED or SAMPLER REJECTED."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", caption_justify="left", caption=(
+        f"{len(detection.fits)} series, {detection.family} tests in the q-values. * the step between checkpoints, or the "
+        "abruptness, is not resolved: the report names the steps to add"))  # fmt: skip
+    for column in ("series", "outcome", "step", "90% interval", "size", "decades", "p", "q"):
+        table.add_column(column, overflow="fold" if column == "series" else "ellipsis", no_wrap=column != "series")
+    for name, fit in detection.fits.items():
+        events = [event for event in detection.events if event.series == name]
+        for e in events:
+            table.add_row(safe(name), e.kind + ("" if e.resolved else "*"), f"{e.step:.0f}",
+                          f"{e.interval[0]:.0f} to {e.interval[1]:.0f}", f"{e.size:+.3g}",
+                          "" if e.width is None else f"{e.width:.2f}", f"{e.p_value:.3f}", f"{e.q_value:.3f}")  # fmt: skip
+        if not events:
+            table.add_row(safe(name), fit.outcome)
+    return table
+
+
+def cost_table(found: Any, training: int | None) -> Any:
+    """A rich table of `devmon.cli.describe.Estimate`s; `training` is the work of the training itself, in tokens."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", caption_justify="left", caption=(
+        "work: tokens passed forward, a backward pass counted as two; what watches of a step share is counted for each"
+        + ("" if training is None else "; share: of a training step's forward and backward passes")))  # fmt: skip
+    for column in ("watch", "instrument", "forwards", "backwards", "positions", "observations", "work"):
+        table.add_column(column, justify="left" if column in ("watch", "instrument") else "right")
+    if training is not None:
+        table.add_column("share", justify="right")
+    rows = [(e.name, e.instrument, e.cost, e.observations, e.work) for e in found]
+    known = [work for *_, work in rows if work is not None]
+    for name, kind, one, observations, work in [*rows, ("all", "", None, None, sum(known))]:
+        passes = [f"{n:,}" for n in (one.forwards, one.backwards, one.positions)] if one else [""] * 3
+        cells = [safe(name), safe(kind), *passes, "" if observations is None else f"{observations:,}"]
+        cells.append("not told" if work is None else f"{work:.3g}")
+        if training is not None:
+            cells.append("" if work is None or not training else f"{work / training:.1%}")
+        table.add_row(*cells, style="bold" if name == "all" and one is None and observations is None else "")
+    return table
+
+
+def trials_table(trials: Any, steps: Mapping[str, int]) -> Any:
+    """A rich table of a calibration's trials, those at the chosen lr and gamma in bold."""
+    from rich.table import Table
+
+    numbers = {
+        "lr": "lr",
+        "gamma": "gamma",
+        "llc": "LLC",
+        "se": "se",
+        "ess": "ESS",
+        "rhat": "R̂",
+        "temperature": "temp.",
+    }
+    numbers = {name: words for name, words in numbers.items() if name in trials}
+    table = Table(box=None, header_style="bold")
+    for words in ("checkpoint", *numbers.values(), "verdict"):
+        table.add_column(words, no_wrap=True)
+    names = [f"{name} {step}" for name, step in steps.items()]
+    for i in range(trials.sizes["trial"]):
+        row = {str(name): column.values[i] for name, column in trials.items()}
+        chosen = all(row[name] == trials.attrs[name] for name in ("lr", "gamma"))
+        cells = [f"{row[name]:.3g}" for name in numbers]
+        table.add_row(names[int(row["model"])], *cells, safe(row["verdict"]), style="bold" if chosen else "")
+    return table
+
+
+def safe(text: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))

@@ -1,0 +1,1 @@
+"""What every monitor does, whichever trainer runs the loop: observe, isolate, agree between ranks, keep the budget."""

@@ -1,0 +1,171 @@
+"""The one way a measurement is made, online and offline: instruments on a snapshot, rows to a trajectory."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xarray as xr
+
+from devmon.errors import DevmonError, IdentityError, StoreError
+from devmon.monitoring.fingerprint import identity
+from devmon.monitoring.isolation import guarded, isolated, private_copy
+from devmon.monitoring.ranks import ALONE, Ranks
+from devmon.snapshot import Divisible, Instrument, Snapshot, derive_seed, weights_digest
+from devmon.store.trajectory import Trajectory
+from devmon.watch import Watch, unique_names
+
+
+def observe(
+    step: int,
+    model: torch.nn.Module,
+    watches: Iterable[Watch],
+    trajectory: Trajectory | None,
+    *,
+    strict: bool = True,
+    ranks: Ranks = ALONE,
+    each: Callable[[str, xr.Dataset | None], None] | None = None,
+    failures: dict[str, dict[int, str]] | None = None,
+) -> list[str]:
+    """Measure every watch that is due at `step` and not yet in the trajectory; returns the names it appended.
+
+    Each instrument gets its own copy of the model and a seed made of the run's seed and the watch's name, so its
+    numbers do not depend on which other instruments ran, or when. Nothing of the caller's process or model changes.
+
+    With `strict=False` an instrument that fails (other than by not fitting the model), or a row that cannot be
+    written (a full disk), is recorded with its reason where the store can still be written, warned of once, and the
+    others go on. `failures` (watch to step to reason) is added to, and a watch in it is not warned of again; without
+    it, one of which the trajectory holds an earlier failure is not.
+
+    `each(name, dataset)` is called after every watch that was measured, with its row, or None where it failed.
+
+    With several `ranks` all of them call this with the same step and watches, and only rank 0 holds the `trajectory`
+    (None elsewhere), decides what is missing in it and calls `each`. Every rank measures its share of a `Divisible`
+    instrument, at the weights of rank 0; the other instruments run on rank 0. What is raised is raised on every rank.
+
+    Raises `InstrumentError` where an instrument does not fit the model or changed the caller's own, `IdentityError`
+    where the trajectory holds another configuration or other weights for this step.
+    """
+    due = [watch for watch in unique_names(watches) if step in watch.steps]
+    if not due:
+        return []
+    book = Book(trajectory, strict, each, failures)
+    weights, seeds = ranks.first(book.missing, step, model, due)
+    appended = []
+    memo: dict[Any, Any] = {}
+    for watch in due:
+        if watch.name not in seeds:
+            continue
+        started = time.perf_counter()
+        try:
+            dataset = _measure(watch.instrument, step, model, seeds[watch.name], ranks, memo)
+        except DevmonError:
+            raise
+        except Exception as error:
+            if strict:
+                raise
+            ranks.first(book.fail, watch.name, step, error)
+            continue
+        if ranks.first(book.append, watch.name, step, dataset, weights, time.perf_counter() - started):
+            appended.append(watch.name)
+    return appended
+
+
+def _measure(
+    instrument: Instrument, step: int, model: torch.nn.Module, seed: int, ranks: Ranks, memo: dict[Any, Any]
+) -> xr.Dataset | None:
+    """The dataset on rank 0, None on the others. What may fail on one rank only is done within a call of `ranks`."""
+
+    def alone() -> xr.Dataset | None:
+        with isolated(), guarded(model):
+            return instrument(Snapshot(step, private_copy(model), seed, memo)) if ranks.rank == 0 else None
+
+    if ranks.size == 1 or not isinstance(instrument, Divisible):
+        return ranks.agree(alone)
+
+    def part() -> xr.Dataset | None:
+        with isolated(), guarded(model):
+            share = instrument.share(ranks.rank, ranks.size)
+            return None if share is None else share(Snapshot(step, twin, seed))
+
+    with isolated():
+        twin = ranks.agree(private_copy, model)
+    ranks.equalise(twin)
+    parts = [found for found in ranks.gather(part) if found is not None]
+    return ranks.agree(lambda: instrument.join(parts) if ranks.rank == 0 else None)
+
+
+@dataclass(frozen=True)
+class Book:
+    """What rank 0 does with its trajectory in one `observe`: every decision about a failing store is made here."""
+
+    trajectory: Trajectory | None
+    strict: bool
+    each: Callable[[str, xr.Dataset | None], None] | None
+    failures: dict[str, dict[int, str]] | None
+
+    def missing(self, step: int, model: torch.nn.Module, due: Iterable[Watch]) -> tuple[str, dict[str, int]]:
+        """The digest of the weights, and the seed of each watch that is not yet in the trajectory."""
+        if self.trajectory is None:
+            raise DevmonError("observe needs the trajectory on rank 0: give it there, and None on the other ranks")
+        weights = weights_digest(model)
+        seeds = {}
+        for watch in due:
+            try:
+                self.trajectory.declare(watch.name, identity(watch.instrument))
+                held = self.trajectory.holds(watch.name, step, weights=weights)
+            except (StoreError, OSError) as error:
+                if self.strict or not by_system(error):
+                    raise
+                self.fail(watch.name, step, error, record=False)  # it may hold a row there
+                continue
+            if not held:
+                seeds[watch.name] = derive_seed(self.trajectory.seed, watch.name)
+        return weights, seeds
+
+    def append(self, name: str, step: int, dataset: xr.Dataset | None, weights: str, seconds: float) -> bool:
+        """Whether the row was written."""
+        assert self.trajectory is not None
+        assert dataset is not None
+        try:
+            self.trajectory.append(name, step, dataset, weights=weights, seconds=seconds)
+        except (StoreError, OSError) as error:
+            if self.strict or not by_system(error):
+                raise
+            self.fail(name, step, error)
+            return False
+        self._tell(name, dataset)
+        return True
+
+    def fail(self, name: str, step: int, error: Exception, record: bool = True) -> None:
+        """Record that there is no row, and warn of it once."""
+        assert self.trajectory is not None
+        notes = (f"({note})" for note in getattr(error, "__notes__", []))
+        reason = " ".join([f"{type(error).__name__}: {error}", *notes])
+        earlier = None if self.failures is None else self.failures.get(name)
+        try:
+            if self.failures is None:
+                earlier = self.trajectory.failures(name)
+            if record:
+                self.trajectory.fail(name, step, reason)
+        except (StoreError, OSError) as refused:  # not even that can be written: the warning has to do
+            if not by_system(refused):
+                raise
+        if not earlier:
+            warnings.warn(f"{name} failed at step {step} ({reason}); the others go on", stacklevel=6)
+        if self.failures is not None:
+            self.failures.setdefault(name, {})[step] = reason
+        self._tell(name, None)
+
+    def _tell(self, name: str, dataset: xr.Dataset | None) -> None:
+        if self.each is not None:
+            self.each(name, dataset)
+
+
+def by_system(error: Exception) -> bool:
+    """Whether the operating system refused (a full disk, no permission), and not the trajectory."""
+    return isinstance(error, OSError) or (isinstance(error.__cause__, OSError) and not isinstance(error, IdentityError))

@@ -1,0 +1,1 @@
+"""Measuring a series of checkpoints: the plan, the study, where models and data come from."""

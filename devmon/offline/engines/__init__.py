@@ -1,0 +1,1 @@
+"""How the checkpoints of a study are spread over processes and machines."""

@@ -1,0 +1,253 @@
+"""Measuring a series of checkpoints: what is still to do, and doing it, with the instruments and `observe` of training.
+
+    plan = Plan(series="runs/mine/checkpoints", into="runs/mine/trajectory.zarr", source="script.py:study")
+    Study(plan).measure(tell=print)
+
+`devmon.offline.engines.processes` deals the checkpoints to several processes; `devmon measure` is the command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from devmon import presets
+from devmon.checkpoints.pretrained import causal_lm
+from devmon.checkpoints.selection import select
+from devmon.checkpoints.series import Checkpoint, Series
+from devmon.checkpoints.weights import fitting
+from devmon.errors import DataError, IdentityError, InstrumentError
+from devmon.instruments import LLC
+from devmon.monitoring.fingerprint import describe, identity
+from devmon.monitoring.isolation import private_copy
+from devmon.monitoring.observe import observe
+from devmon.offline.in_parts import FULL, in_parts
+from devmon.offline.plan import Plan, pairs
+from devmon.offline.probe_text import Probe, read_probe
+from devmon.offline.source import load_study
+from devmon.store.rows import plain
+from devmon.store.trajectory import Trajectory
+from devmon.watch import Watch, unique_names
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of one step (`watch` None: of its whole checkpoint): measured, failed, skipped, or said."""
+
+    kind: str
+    step: int
+    watch: str | None = None
+    reason: str = ""
+
+
+class Study:
+    """A plan with everything that it names opened: the `series`, the chosen `steps`, the `watches`, the `trajectory`.
+
+    `read_only` leaves the run as it is (there may be none). Raises DevmonError where something is missing, and where the
+    run holds another configuration of a watch.
+    """
+
+    def __init__(self, plan: Plan, *, read_only: bool = False) -> None:
+        self.plan = plan
+        if plan.threads is not None:
+            _limit_threads(plan.threads)
+        self.series = Series.open(plan.series, pattern=plan.pattern, allow_pickle=plan.allow_pickle, forget=plan.forget)
+        self.steps = select(self.series.steps, plan.steps)
+        self.config = self.series.config()
+        self.model, watches = (None, None) if plan.source is None else load_study(plan.source)
+        if self.model is None and not self.series.pretrained:
+            raise DataError(f"the checkpoints of {plan.series} bring no config.json: give the model they are of, "
+                            "--source script.py:name of a function that returns it, or returns (model, watches)")  # fmt: skip
+        if (watches is None) == (plan.preset is None):
+            raise DataError(f"{plan.source} gives {'no' if watches is None else 'its own'} watches: "
+                            + ("return (model, watches) there, or add --preset standard --tokens FILE"
+                               if watches is None else "leave --preset out"))  # fmt: skip
+        self.probe: Probe | None = None
+        self.watches = self._chosen(self._preset() if watches is None else watches)
+        self.device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.model is not None:
+            self.model = private_copy(self.model).to(self.device)
+        self.trajectory = self._open(read_only)
+
+    def _shard(self) -> list[int]:
+        """The chosen steps of this shard, dealt in turn."""
+        shard, shards = map(int, self.plan.shard.split("/"))
+        return self.steps[shard - 1 :: shards]
+
+    def missing(self) -> dict[int, list[Watch]]:
+        """Of every step of this shard the watches that the trajectory does not hold: nothing is loaded for the others."""
+        held = {
+            name: set(self.trajectory.steps(name)) if name in self.known else set() for name in map(_name, self.watches)
+        }
+        work = {}
+        for step in self._shard():
+            due = [watch for watch in self.watches if step in watch.steps and step not in held[watch.name]]
+            if due:
+                work[step] = due
+        return work
+
+    def measure(self, steps: Iterable[int] | None = None, tell: Callable[[Event], None] = lambda event: None) -> None:
+        """Do what is missing at `steps` (all, by default), which are taken one by one, each when the one before is begun.
+
+        `tell` hears of every row and of every checkpoint that was skipped. A checkpoint that cannot be read, or does not
+        fit, is recorded as a failure of its watches with the reason, and so is an instrument that fails: the others go
+        on, and the next time both are tried again. Raises InstrumentError where an instrument does not fit the model.
+        """
+        work = self.missing()
+        wanted = work if steps is None else (step for step in steps if step in work)
+        for step, found in self.series.stream(wanted):
+            try:
+                if isinstance(found, DataError):
+                    raise found
+                model = self._filled(found)
+                del found
+                self._observe(step, model, work[step], tell)
+            except (DataError, IdentityError) as error:
+                for watch in work[step]:
+                    if not self.trajectory.holds(watch.name, step):
+                        self.trajectory.fail(watch.name, step, f"checkpoint skipped: {error}")
+                tell(Event("skipped", step, None, str(error)))
+            except InstrumentError as error:
+                raise InstrumentError(f"step {step}: {error}") from error
+
+    def _observe(self, step: int, model: nn.Module, due: Iterable[Watch], tell: Callable[[Event], None]) -> None:
+        """`observe`, and again in a half and a quarter of the memory for those for which it was too small."""
+        failures: dict[str, dict[int, str]] = {}
+        todo = {watch.name: watch for watch in due}
+        for parts in (1, 2, 4):
+            failures.clear()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* failed at step", UserWarning)  # told of here
+                observe(step, model, _in_parts(todo.values(), parts), self.trajectory, strict=False, failures=failures)
+            for name, watch in list(todo.items()):
+                reason = failures.get(name, {}).get(step)
+                again = (
+                    parts < 4 and reason is not None and FULL.search(reason) and in_parts(watch.instrument, 2 * parts)
+                )
+                if again:
+                    tell(Event("said", step, name, f"out of memory: again in {2 * parts} parts"))
+                    continue
+                tell(Event("measured", step, name) if reason is None else Event("failed", step, name, reason))
+                del todo[name]
+            if not todo:
+                return
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    def _filled(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model with the weights of a checkpoint."""
+        if self.model is None:
+            return causal_lm(checkpoint, self.config, getattr(torch, self.plan.dtype)).to(self.device)
+        state = fitting(self.model, checkpoint.state, checkpoint.name, self.plan.prefix)
+        self.model.load_state_dict(state, strict=False)  # fitting is strict
+        return self.model
+
+    def _preset(self) -> list[Watch]:
+        assert self.plan.preset is not None
+        self.probe = self._probe()
+        tokens, size = self.probe.tokens, self.plan.vocab_size
+        if size is None:
+            size = getattr(getattr(self.model, "config", None), "vocab_size", None) or self.config.get("vocab_size")
+        if size is None:
+            raise DataError("the model tells no vocabulary size: give --vocab-size")
+        low, high = int(tokens.min()), int(tokens.max())
+        if high >= size or low < 0:
+            raise DataError(f"{self.plan.tokens} holds tokens {low} to {high}, the vocabulary is 0 to {size - 1}: give tokens "
+                            "of this model's tokenizer")  # fmt: skip
+        make = getattr(presets, self.plan.preset)
+        given = {"vocab_size": size, "last": max(2, self.steps[-1]), "bos": self.plan.bos, "llc": self._llc()}
+        return [dataclasses.replace(watch, steps=frozenset(self.steps)) for watch in make(tokens, **given)]
+
+    def _probe(self) -> Probe:
+        assert self.plan.tokens is not None
+        settings = pairs(self.plan.llc, "llc")
+        examples = settings.get("examples", 16 * settings.get("batch_size", 32)) if settings else 0
+        where = (self.plan.tokenizer, None) if self.plan.tokenizer is not None else self.series.tokenizer()
+        return read_probe(Path(self.plan.tokens), where, self.plan.sequences, self.plan.length, examples)
+
+    def _llc(self) -> LLC | None:
+        """The LLC of the plan's settings, on the examples of its probe; `examples` among them is their number."""
+        if self.probe is None or not self.plan.llc:
+            return None
+        settings = {name: value for name, value in pairs(self.plan.llc, "llc").items() if name != "examples"}
+        try:
+            return LLC(self.probe.examples, **settings)
+        except TypeError as error:
+            known = ", ".join(field.name for field in dataclasses.fields(LLC) if field.name not in ("data", "loss"))
+            raise DataError(f"--llc: {error}: its settings are {known}") from None
+
+    def _chosen(self, watches: Iterable[Watch]) -> tuple[Watch, ...]:
+        found = unique_names(watches)
+        unknown = sorted(set(self.plan.watch) - {watch.name for watch in found})
+        if unknown:
+            raise DataError(f"there is no watch {unknown[0]!r}: those are {', '.join(map(_name, found))}")
+        return tuple(watch for watch in found if not self.plan.watch or watch.name in self.plan.watch)
+
+    def _open(self, read_only: bool) -> Any:
+        place = store_of(self.plan.into)
+        if read_only and "://" not in str(place) and not Path(place).exists():
+            self.known: set[str] = set()
+            return None
+        trajectory = Trajectory(place, "r" if read_only else "a", seed=self.plan.seed)
+        for watch in self.watches:
+            if not read_only or watch.name in trajectory:  # then nothing is written
+                trajectory.declare(watch.name, identity(watch.instrument))
+        self.known = set(trajectory.names())
+        return trajectory
+
+    def record(self) -> None:
+        """Keep the plan in the run, the last of the list `measured`, with the digests of the probe data."""
+        held = (
+            {"tokens_held": describe(self.probe.tokens), "examples_held": describe(self.probe.examples)}
+            if self.probe
+            else {}
+        )
+        alone = self.plan.engine == "processes" and self.plan.workers == 1
+        threads = self.plan.threads or (torch.get_num_threads() if alone else 1)  # the last bits depend on it
+        plan = plain(self.plan.record() | held | {"checkpoints": len(self.steps), "threads": threads})
+        before = self.trajectory.attrs.get("measured", [])
+        before = [before] if isinstance(before, dict) else before  # of an earlier devmon
+        self.trajectory.record(measured=[*(one for one in before if one != plan), plan])
+
+    def frozen(self) -> Plan:
+        """The plan for other processes: whole paths, and the probe data as they are, in a file of the run's folder."""
+        plan, folder = self.plan.absolute(), Path(str(self.trajectory.path))
+        if self.probe is None or "://" in str(self.trajectory.path):
+            return plan
+        file = self.probe.save(folder.resolve() / "_probe")
+        return dataclasses.replace(plan, tokens=str(file), tokenizer=None, sequences=None, length=None)
+
+
+def store_of(into: str) -> str:
+    """The store of a run that is named by its folder or by its store."""
+    inner = Path(into) / "trajectory.zarr"
+    return str(inner) if inner.is_dir() else into
+
+
+def _in_parts(watches: Iterable[Watch], parts: int) -> list[Watch]:
+    if parts == 1:
+        return list(watches)
+    return [
+        dataclasses.replace(watch, instrument=in_parts(watch.instrument, parts) or watch.instrument)
+        for watch in watches
+    ]
+
+
+def _name(watch: Watch) -> str:
+    return watch.name
+
+
+def _limit_threads(count: int) -> None:
+    """Of torch and of the linear algebra that NumPy and SciPy bring: sums are rounded by how many threads share them."""
+    import scipy.linalg  # noqa: F401  # what is loaded later would not be limited
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(count)
+    threadpool_limits(count)

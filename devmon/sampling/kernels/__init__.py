@@ -1,0 +1,1 @@
+"""SGMCMC kernels, one a file: the formula, its stability bound and its bias."""

@@ -1,0 +1,108 @@
+"""`devmon instruments` and `devmon cost`: what is said is what the classes hold and what a run does."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from devmon import Snapshot, Watch, every, log_spaced
+from devmon.analysis.reports.glossary import _CITED
+from devmon.cli.describe import estimates, explain, instruments, summary
+from devmon.cli.root import app
+from devmon.cost import Cost
+from devmon.errors import DataError
+from devmon.instruments import LLC, InductionHeads, LinearProbe, PreviousTokenHeads, ProbeLoss, RepeatGain
+from devmon.testing import even
+
+TOKENS = torch.randint(20, (6, 16), generator=torch.Generator().manual_seed(0))
+SOURCE = """
+import torch
+from devmon import Watch, every
+from devmon.callbacks import Monitor
+from devmon.instruments import InductionHeads, RepeatGain
+watches = [Watch("induction", InductionHeads(50, 10, 32), every(10)), Watch("own", print, every(5))]
+def made():
+    return Monitor("never.zarr", watches[:1])
+nothing = 3
+"""
+
+
+@pytest.mark.parametrize("name", list(instruments()))
+def test_every_instrument_explains_itself(name: str) -> None:
+    kind = instruments()[name]
+    text = explain(name)
+    assert all(f"  {field.name}: " in text for field in fields(kind))
+    assert inspect.getdoc(kind) in text
+    assert summary(kind).endswith((".", ":"))
+    assert callable(getattr(kind, "cost", None)), f"{name} does not tell its cost"
+
+
+def test_every_instrument_is_cited() -> None:
+    assert set(_CITED) == set(instruments())
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    listed = run(app, ["instruments"])
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in instruments())
+    assert explain("RepeatGain") in run(app, ["instruments", "RepeatGain"]).output
+    with pytest.raises(DataError, match="perhaps InductionHeads"):
+        explain("induction")
+    script = tmp_path / "script.py"
+    script.write_text(SOURCE)
+    shown = run(app, ["cost", f"{script}:watches", "--last", "100", "--tokens-per-step", "1000"], terminal_width=120)
+    words = {line.split()[0]: line.split() for line in shown.output.splitlines() if line.strip()}
+    assert words["induction"][2:] == ["10", "0", "32", "11", "3.52e+03", "1.2%"]  # 11 · 10 · 32 of 3 · 1000 · 100
+    assert words["own"][-3:] == ["21", "not", "told"]
+    assert run(app, ["cost", f"{script}:made", "--last", "100"]).exit_code == 0
+    with pytest.raises(DataError, match=r"a list of Watch, a Monitor, or \(model, watches\); got int"):
+        run(app, ["cost", f"{script}:nothing", "--last", "5"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "instrument",
+    [
+        InductionHeads(20, 10, 16, batch_size=4),
+        RepeatGain(20, 10, 16, batch_size=4),
+        PreviousTokenHeads(20, 10, 16),
+        ProbeLoss(TOKENS),
+        LinearProbe(TOKENS, TOKENS % 3, blocks="blocks"),
+        LLC(TOKENS, chains=2, draws=3, burn_in=2, batch_size=4, lr=1e-6),
+        LLC(TOKENS, chains=2, draws=3, burn_in=2, batch_size=4, lr=1e-6, control_variate=True),
+        LLC(TOKENS, chains=3, draws=3, burn_in=2, batch_size=4, lr=1e-6, control_variate=True, shared_batches=True),
+    ],
+    ids=lambda instrument: type(instrument).__name__,
+)
+def test_the_cost_is_what_passes_through_the_model(instrument: object) -> None:
+    model = even(20, 16).float()
+    seen = {True: 0, False: 0}
+
+    def count(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[0] > 1:  # one alone is the check that the model is causal
+            seen[torch.is_grad_enabled()] += args[0].shape[0]
+
+    model.register_forward_pre_hook(count)
+    told = instrument.cost()  # type: ignore[attr-defined]
+    if isinstance(instrument, LLC):  # hooks of a stacked pass see one chain of many
+        from devmon.sampling.estimate import Settings, sample
+
+        names = Settings.__dataclass_fields__.keys() & LLC.__dataclass_fields__.keys()
+        settings = Settings(**{name: getattr(instrument, name) for name in names})
+        sample(model, instrument.loss, instrument.data, settings, stacked=False)
+        assert told.backwards == seen[True]
+        assert told.forwards >= seen[True] + seen[False] > 0.9 * told.forwards
+    else:
+        instrument(Snapshot(0, model))  # type: ignore[operator]
+        assert told == Cost(forwards=seen[False], backwards=0, positions=16)
+
+
+def test_observations_are_counted_by_the_rule() -> None:
+    found = estimates([Watch("a", print, log_spaced(5, 10_000)), Watch("b", print, every(7, start=3))], 100)
+    assert [e.observations for e in found] == [4, 14]
+    assert found[0].work is None

@@ -1,0 +1,224 @@
+"""Every instrument on every family: finite headlines of the same dimensions for all, with tiny random models.
+
+A new instrument is one line of `INSTRUMENTS`; `test_none_is_forgotten` asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import devmon.instruments
+from devmon.anatomy import Anatomy
+from devmon.cost import Cost
+from devmon.data import broken_repeats, random_tokens, symbol_tasks
+from devmon.errors import InstrumentError
+from devmon.instruments import Sketch
+from devmon.presets import vision
+from devmon.snapshot import Snapshot
+from devmon.testing.contract import headlines, state
+from tests.anatomy.test_anatomy_sites import CONFIGS, MASKED, VISION, VOCAB, D, family
+
+CAUSAL = tuple(name for name in CONFIGS if name not in (*MASKED, *VISION))
+LENGTH = 24
+TEXT = 3 + random_tokens(VOCAB - 3, 12, LENGTH, seed=0)
+PATCHES = 5  # of a 16 x 16 image in 8 x 8 patches, and one class token
+LAYER, HEAD, DEPTH = ("layer",), ("layer", "head"), ("depth",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`module` of devmon.instruments, how `name` is built for tokens (batch, pos) of a model, where it makes sense, and
+    the dimensions of its headlines."""
+
+    module: str
+    name: str
+    make: Callable[[Any, Tensor], Any]
+    dims: tuple[tuple[str, ...], ...]
+    families: tuple[str, ...] = CAUSAL
+    nan: str = ""  # why a headline may be NaN in a random model
+    refuses: bool = False  # the families that are not named, in words
+
+
+def pairs() -> Any:
+    return broken_repeats(VOCAB, 8, 4, exclude=(0, 1, 2))
+
+
+def tasks() -> Any:
+    return symbol_tasks(VOCAB, tasks=2, prompts=4, shots=3, symbols=5, exclude=(0, 1, 2))
+
+
+ALL = tuple(CONFIGS)
+UNMIXED = tuple(name for name in CONFIGS if name != "bert")  # whose stream is a sum of what the layers add
+OUTSIDE = (0, 1, 2)
+UNIGRAM = "there is no common_ratio of order 1"
+RARE = "a random model's effect can be within 3 standard errors of 0"
+INSTRUMENTS = [
+    # behaviour
+    Case("probe_loss", "ProbeLoss", lambda make, x: make(x), ((), ()), refuses=True),
+    Case("repeat_gain", "RepeatGain", lambda make, x: make(VOCAB, 4, LENGTH, exclude=OUTSIDE), ((),)),
+    Case("ngram_stages", "NgramStages", lambda make, x: make(x, x[:4], VOCAB, (1, 2)), (), nan=UNIGRAM),
+    Case("in_context", "InContextLearning", lambda make, x: make(x, 2, 20), ((), ())),
+    Case(
+        "few_shot",
+        "FewShot",
+        lambda make, x: make(VOCAB, shots=(1, 2), prompts=8, exclude=OUTSIDE),
+        (("shots",), ("shots",)),
+    ),
+    # attention heads
+    Case("induction", "InductionHeads", lambda make, x: make(VOCAB, 4, LENGTH, exclude=OUTSIDE), (HEAD,)),
+    Case("previous_token", "PreviousTokenHeads", lambda make, x: make(tokens=x), (HEAD,), ALL),
+    Case(
+        "fuzzy_induction",
+        "FuzzyInduction",
+        lambda make, x: make(torch.tensor([-1] * 3 + [*range(13, 23), *range(3, 13)]), 8, 18),
+        (HEAD, ()),
+    ),
+    Case("fuzzy_induction", "AbstractInduction", lambda make, x: make(torch.arange(VOCAB) % 9, 8, 18), (HEAD, ())),
+    Case("fuzzy_induction", "HierarchicalInduction", lambda make, x: make((3, 4), (5, 6), 8, 18), (HEAD, ())),
+    Case("copying", "CopyingHeads", lambda make, x: make(tokens=x), (HEAD,), refuses=True),
+    Case("composition", "Composition", lambda make, x: make(draws=16), (), UNMIXED, refuses=True),
+    Case("head_spectra", "HeadSpectra", lambda make, x: make(sample=16, length=8), (), refuses=True),
+    Case(
+        "head_ablation", "HeadAblation", lambda make, x: make(VOCAB, 8, LENGTH, heads=((1, 0),), groups=2), (), nan=RARE
+    ),
+    # the residual stream
+    Case("logit_lens", "LogitLens", lambda make, x: make(x[:4]), (DEPTH, (), HEAD), refuses=True),
+    Case("tuned_lens", "TunedLens", lambda make, x: make(x[:6], steps=3), (DEPTH, DEPTH, ()), refuses=True),
+    Case("layers", "LayerRoles", lambda make, x: make(x[:6], permutations=9), (LAYER, ()), nan=RARE, refuses=True),
+    Case(
+        "residual_attribution",
+        "ResidualAttribution",
+        lambda make, x: make(x[:6], x[:6, 0], (x[:6, 0] - 3 + 1) % 20 + 3, ablation_prompts=4),
+        (),
+        nan=RARE,
+        refuses=True,
+    ),
+    Case("patching", "ActivationPatching", lambda make, x: make(pairs(), exact=2), (), nan=RARE),
+    Case(
+        "circuit",
+        "Circuit",
+        lambda make, x: make(pairs(), steps=1, shares=(0.1,), random=1),
+        (),
+        nan=RARE,
+    ),
+    Case("function_vectors", "FunctionVectorHeads", lambda make, x: make(tasks(), exact=2), (), nan=RARE),
+    # representations
+    Case("linear_probe", "LinearProbe", lambda make, x: make(x, x % 3), (LAYER, LAYER), ALL),
+    Case("mdl_probe", "MDLProbe", lambda make, x: make(x, x % 3), (LAYER, LAYER), ALL),
+    Case("intrinsic_dimension", "IntrinsicDimension", lambda make, x: make(x), (), ALL),
+    Case("representation_sketch", "Sketch", lambda make, x: make(x, dims=8), (LAYER,), ALL),
+    Case("superposition", "Superposition", lambda make, x: make(), (), (*CAUSAL, *MASKED), refuses=True),
+    Case("polysemanticity", "Polysemanticity", lambda make, x: make(x, x % 3), (), ALL),
+    # weights
+    Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
+]
+ELSEWHERE = {
+    "LLC": "samples for seconds; tests/test_llc_derive.py, tests/test_sampling.py",
+    "Curvature": "of any loss; tests/test_curvature.py",
+    "RestrictedLoss": "of addition modulo p; tests/test_fourier_instruments.py",
+    "FourierSpectrum": "of addition modulo p; tests/test_fourier_instruments.py",
+}
+
+
+class OfPatches(nn.Module):
+    """A vision encoder of images put together from a book of patches: tokens (batch, pos), the first is not read."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        generator = torch.Generator().manual_seed(0)
+        self.book = nn.Parameter(torch.randn(VOCAB, 3, 8, 8, generator=generator))
+
+    def forward(self, tokens: Tensor) -> Any:
+        rows = self.book[tokens[:, 1:]].unflatten(1, (2, 2))  # (batch, 2, 2, 3, 8, 8)
+        return self.inner(rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3))
+
+
+@cache
+def model_of(name: str) -> nn.Module:
+    return OfPatches(family(name)).eval() if name in VISION else family(name)
+
+
+def tokens_of(name: str) -> Tensor:
+    return TEXT[:, :PATCHES] if name in VISION else TEXT
+
+
+def instrument_of(case: Case, name: str) -> Any:
+    module = importlib.import_module(f"devmon.instruments.{case.module}")
+    return case.make(getattr(module, case.name), tokens_of(name))
+
+
+@pytest.mark.parametrize(
+    "case, name",
+    [pytest.param(case, name, id=f"{case.name}-{name}") for case in INSTRUMENTS for name in case.families],
+)
+def test_every_instrument_on_every_family(case: Case, name: str) -> None:
+    found = instrument_of(case, name)(Snapshot(0, model_of(name)))
+    followed = headlines(found)
+    assert followed
+    for key in followed:
+        values = found[key].values
+        assert values.size
+        assert not np.isinf(values).any(), f"{key} is infinite"
+        assert case.nan or np.isfinite(values).all(), f"{key} is NaN: {values}"
+    assert not case.dims or tuple(found[key].dims for key in followed) == case.dims
+    if "head" in found.sizes and name in CAUSAL:
+        assert (found.sizes["layer"], found.sizes["head"]) == (2, 4)
+
+
+@pytest.mark.parametrize("case", [case for case in INSTRUMENTS if case.refuses], ids=lambda case: case.name)
+def test_models_that_make_no_sense_are_refused_by_name(case: Case) -> None:
+    for name in sorted(set(ALL) - set(case.families)):
+        with pytest.raises(InstrumentError, match=case.name):
+            instrument_of(case, name)(Snapshot(0, model_of(name)))
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_images_go_in_as_they_are(name: str) -> None:
+    images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for watch in vision(images, torch.arange(24) % 2, last=10):
+        found = watch.instrument(Snapshot(0, family(name)))
+        assert all(np.isfinite(found[key].values).all() for key in headlines(found)), watch.name
+    _, reads = Anatomy(family(name)).run(images, [("resid_post", 1)])
+    sketch = Sketch(images, dims=D)(Snapshot(0, family(name)))["sketch"]  # as many directions as there are: the states
+    np.testing.assert_allclose(sketch[2], reads["resid_post", 1].mean(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("predicts", ["ProbeLoss", "RepeatGain", "InContextLearning", "FewShot", "NgramStages"])
+def test_models_that_see_the_answer_are_refused(predicts: str, name: str) -> None:
+    case = next(case for case in INSTRUMENTS if case.name == predicts)
+    with pytest.raises(
+        InstrumentError, match=f"{predicts} needs a model that predicts each token from those before it"
+    ):
+        instrument_of(case, name)(Snapshot(0, model_of(name)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_of_them_left_no_trace(name: str) -> None:
+    """After the tests above, in one process, the family's model is what it was."""
+    fresh = OfPatches(family(name)).eval() if name in VISION else family(name)
+    before, after = state(fresh), state(model_of(name))
+    assert before == after, [key for key in before if before[key] != after.get(key)]
+
+
+@pytest.mark.parametrize("case", INSTRUMENTS, ids=lambda case: case.name)
+def test_what_tells_its_cost_tells_it_in_passes(case: Case) -> None:
+    instrument = instrument_of(case, "gpt2")
+    if hasattr(instrument, "cost"):
+        assert isinstance(instrument.cost(), Cost)
+        assert instrument.cost().work >= 0
+
+
+def test_none_is_forgotten() -> None:
+    known = {case.name for case in INSTRUMENTS} | set(ELSEWHERE)
+    assert set(devmon.instruments.__all__) <= known, "add a line to INSTRUMENTS for each of the others"

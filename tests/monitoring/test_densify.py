@@ -1,0 +1,170 @@
+"""`Monitor(densify=True)`: denser while an alarm is up, recorded as such, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from typer.testing import CliRunner
+
+from devmon import Snapshot, Trajectory, Watch, log_spaced
+from devmon.analysis import series_of
+from devmon.callbacks import CheckpointSeries, Monitor, checkpoints
+from devmon.cli.root import app
+from devmon.monitoring.densify import Densify
+from tests.monitoring.test_ranks import after, leave_together, spawn_two
+from tests.support.lightning_toys import Norm, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*LeafSpec.*", "ignore:.*dataloader.*")
+LAST = 150
+ENOUGH = 90  # the alarm is up
+SCHEDULE = log_spaced(52, LAST)
+SCHEDULED = [step for step in range(LAST + 1) if step in SCHEDULE]
+
+
+@dataclass(frozen=True)
+class Rises:
+    """A score that jumps near step 50, with noise that only the step decides."""
+
+    at: float = 50.0
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        noise = 0.01 * np.random.default_rng([3, snapshot.step]).standard_normal()
+        return xr.Dataset({"score": ((), float(snapshot.step >= self.at) + noise)})
+
+
+def watches(at: float = 50.0) -> list[Watch]:
+    return [Watch("rises", Rises(at), SCHEDULE), Watch("norm", Norm(), {0, 40, LAST})]
+
+
+def weights(module: torch.nn.Module) -> list[Any]:
+    return [value.tolist() for value in module.state_dict().values()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained with checkpoints before and behind the monitor; the final weights are compared in place."""
+    folder = tmp_path_factory.mktemp("densify")
+    series = [CheckpointSeries(folder / name, {60, 65, 70}) for name in ("before", "behind")]
+    monitor = Monitor(folder / "run.zarr", watches(), densify=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        watched = train([series[0], monitor, series[1]], steps=LAST)
+        assert weights(watched) == weights(train([], steps=LAST))
+    return folder
+
+
+def test_points_are_added_while_the_alarm_is_up_and_the_record_tells_them(run: Path) -> None:
+    store = Trajectory(run / "run.zarr", "r")
+    (alarm,) = [one for one in store.attrs["alarms"] if one["series"] == "rises/score"]
+    assert alarm["kind"] == "jump"
+    assert 45 <= alarm["step"] <= 55
+    assert alarm["status"] == "settled"
+    added = store.attrs["densified"]
+    assert added["rises"], "nothing was added: the test shows nothing"
+    assert all(alarm["raised_at"] < step <= alarm["ended_at"] for steps in added.values() for step in steps)
+    assert store.steps("rises") == sorted([*SCHEDULED, *added["rises"]])
+    assert store.steps("norm") == sorted([0, 40, LAST, *added["norm"]])
+    for name in added:
+        steps = np.array(store.steps(name))
+        assert all(step >= 1.05 * steps[steps < step][-1] for step in added[name])
+    up = list(range(alarm["raised_at"] + 1, alarm["ended_at"]))
+    norm = np.array(store.steps("norm"))
+    assert all(any(norm[norm <= step] > step / 1.05 - 1) for step in up), "the gaps are at most 5%"
+    (scheduled,) = [one for one in series_of(store, scheduled_only=True) if one.name == "rises/score"]
+    assert scheduled.steps.tolist() == SCHEDULED
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(run / "run.zarr")]).output
+    assert f"alarm at step {alarm['raised_at']} of a jump of rises/score" in shown
+    assert f"measured only because an alarm was up: norm at {len(added['norm'])} steps" in shown
+
+
+def test_checkpoints_are_saved_at_the_added_steps_on_either_side_of_the_monitor(run: Path) -> None:
+    added = Trajectory(run / "run.zarr", "r").attrs["densified"]
+    wanted = sorted({60, 65, 70, *added["rises"], *added["norm"]})
+    assert list(checkpoints(run / "before")) == wanted
+    assert list(checkpoints(run / "behind")) == wanted
+
+
+@pytest.mark.parametrize("stopped", [70, 80])
+def test_a_resumption_goes_on_as_if_it_had_never_stopped(run: Path, tmp_path: Path, stopped: int) -> None:
+    whole = Trajectory(run / "run.zarr", "r")
+    (alarm,) = whole.attrs["alarms"]
+    assert 70 < alarm["raised_at"] < 80 < alarm["ended_at"], "one stop before the alarm, one while it is up"
+    train([Monitor(tmp_path / "run.zarr", watches(), densify=True)], steps=stopped + 10)
+    resume = run / "behind" / f"step-{stopped:08d}.ckpt"
+    train([Monitor(tmp_path / "run.zarr", watches(), densify=True)], steps=LAST, resume=resume)
+    again = Trajectory(tmp_path / "run.zarr", "r")
+    for key in ("alarms", "densified"):
+        assert again.attrs[key] == whole.attrs[key]
+    assert again.steps("norm") == whole.steps("norm")
+    assert again.steps("rises") == whole.steps("rises")
+
+
+def test_without_an_alarm_and_without_the_option_the_schedule_is_kept(tmp_path: Path) -> None:
+    train([Monitor(tmp_path / "flat.zarr", watches(1e9), densify=True)], steps=60)
+    flat = Trajectory(tmp_path / "flat.zarr", "r")
+    assert flat.steps("rises") == [step for step in SCHEDULED if step <= 60]
+    assert "densified" not in flat.attrs
+    assert "alarms" not in flat.attrs
+    train([Monitor(tmp_path / "run.zarr", watches(), densify=True)], steps=60)
+    train([Monitor(tmp_path / "off.zarr", watches())], steps=60)
+    off = Trajectory(tmp_path / "off.zarr", "r")
+    assert off.steps("rises") == flat.steps("rises")
+    for name in ("rises", "norm"):  # the schedule is no part of who measures
+        assert off[name].attrs["fingerprint"] == Trajectory(tmp_path / "run.zarr", "r")[name].attrs["fingerprint"]
+
+
+def test_the_budget_says_no_once_a_step_and_a_store_that_cannot_be_written_adds_none(tmp_path: Path) -> None:
+    store = Trajectory(tmp_path / "run.zarr")
+    densify = Densify([Watch("norm", Norm(), {0, 100})])
+    densify.adopt(True, {"norm": 100})
+    assert [step for step in range(101, 130) if densify.due(step)] == [105, 111, 117, 123]  # asked, not measured
+    assert densify.admit(store, 130, ["norm"]) == ["norm"]
+    assert store.attrs["densified"] == {"norm": [130]}
+
+    class Full:
+        attrs = MappingProxyType({"densified": {}})
+
+        def record(self, **_: Any) -> None:
+            raise OSError("disk full")
+
+    with pytest.warns(UserWarning, match=r"no alarms are raised \(OSError: disk full\)"):
+        assert densify.admit(Full(), 140, ["norm"]) == []  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="disk full"):
+        Densify([Watch("norm", Norm(), {0})], strict=True).admit(Full(), 140, ["norm"])  # type: ignore[arg-type]
+
+
+def two_processes(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "ranks"}  # fmt: skip
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    callbacks: list[L.Callback] = [
+        Monitor(folder / "run.zarr", watches(), densify=True),
+        CheckpointSeries(folder / "saved", {0}),
+    ]
+    found = {"watched": after(train(callbacks, steps=ENOUGH, strategy="ddp", devices=2))}
+    found["alone"] = after(train([], steps=ENOUGH, strategy="ddp", devices=2))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    leave_together()
+
+
+def test_two_ranks_add_the_points_that_one_adds(run: Path, tmp_path: Path) -> None:
+    spawn_two(two_processes, tmp_path)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["watched"] == found["alone"]
+    one, two = Trajectory(run / "run.zarr", "r"), Trajectory(tmp_path / "run.zarr", "r")
+    assert two.attrs["densified"]["rises"] == [s for s in one.attrs["densified"]["rises"] if s <= ENOUGH] != []
+    assert two.steps("rises") == [step for step in one.steps("rises") if step <= ENOUGH]
+    assert list(checkpoints(tmp_path / "saved")) == [0, *sorted(set().union(*two.attrs["densified"].values()))]

@@ -1,0 +1,174 @@
+"""Calibration and the direct call, on problems whose coefficient is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+from devmon.analysis import llc
+from devmon.errors import InstrumentError
+from devmon.sampling import Settings, calibrate, classification_loss, estimate_llc, regression_loss, sample
+from devmon.sampling.calibration import _heat, largest_curvature, noise_heats
+from devmon.testing import exact
+
+
+def linear_regression(n=5000, d=8, noise=1.0):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator)
+    y = x @ torch.randn(d, 1, generator=generator) + noise * torch.randn(n, 1, generator=generator)
+    model = nn.Linear(d, 1, bias=False)
+    model.weight.data = torch.linalg.lstsq(x.double(), y.double()).solution.T.float()
+    return model, (x, y)
+
+
+def test_largest_curvature_is_the_top_eigenvalue():
+    model, (x, y) = linear_regression(n=400)
+    top = torch.linalg.eigvalsh((x.T @ x / len(x)).double()).max().item()
+    found = largest_curvature(model, regression_loss, (x, y), Settings(lr=1.0, gamma=1.0), rounds=200)
+    assert found == pytest.approx(top, rel=1e-3)
+
+
+def test_regression_with_label_noise_unaided():
+    """λ = 4; plain minibatch SGLD at this batch size is far off, as is a baseline from other examples."""
+    model, data = linear_regression()
+    result = estimate_llc(model, regression_loss, data, chains=4, draws=200, batch_size=256)
+    value, se = result["llc"].item(), result["se"].item()
+    assert result["verdict"].item() == "ok"
+    assert result.attrs["control_variate"]
+    assert "Control variates pay" in result.attrs["calibration"]
+    assert se < 0.05 * 4
+    assert abs(value - 4) < 3 * se + 0.03 * 4, (value, se)
+    assert {"llc", "se", "ess", "rhat", "verdict", "loss", "baseline"} <= set(result.data_vars)
+    assert result["loss"].dims == ("chain", "draw")
+
+
+def test_the_interval_of_a_calibrated_level_knows_what_the_settings_leave():
+    model, data = linear_regression(n=200, d=2)
+    result = estimate_llc(model, regression_loss, data, draws=60, batch_size=50)
+    half = (result["high"] - result["low"]).item() / 2
+    systematic = result.attrs["systematic"] * result["llc"].item()
+    assert systematic > 0
+    assert half == pytest.approx(1.6449 * np.hypot(result["se"].item(), systematic), rel=1e-3)
+    given = {name: result.attrs[name] for name in ("lr", "gamma", "steps_per_draw", "control_variate")}
+    alone = estimate_llc(model, regression_loss, data, draws=60, batch_size=50, **given)
+    assert alone["llc"].item() == result["llc"].item()
+    assert (alone["high"] - alone["low"]).item() / 2 == pytest.approx(1.6449 * alone["se"].item(), rel=1e-3)
+
+
+def test_heat_of_gradient_noise_is_read_off_two_batch_sizes():
+    """λ̂ = 4 (1 + 0.3 (1/B − 1/n)/(1/64 − 1/n)): the heat at B = 64 is 0.3, whatever the larger batch is."""
+    n = 100
+
+    def run(lr, gamma, steps, size, variates):
+        value = 4 * (1 + 0.3 * (1 / size - 1 / n) / (1 / 64 - 1 / n))
+        traces = xr.Dataset(
+            {"loss": (("chain", "draw"), np.full((2, 20), value)), "baseline": (("chain", "draw"), np.zeros((2, 20)))}
+        )
+        return [(traces.assign_attrs(nbeta=1.0, burn_in=0, shared_batches=0), xr.Dataset({"llc": value}))]
+
+    assert _heat(run, (1e-3, 1.0, 1), True, 64, n) == pytest.approx(0.3 * 4 / 4)
+    assert _heat(run, (1e-3, 1.0, 1), True, n, n) == 0.0
+
+
+def test_what_is_left_of_the_heat_is_small_beside_the_error():
+    """Label noise, small batches: at the largest stable step the chains would be a quarter too hot."""
+    model, data = linear_regression(n=1000, d=16)
+    start = Settings(lr=0.0, gamma=0.0, batch_size=16, sampler="baoab", draws=100, burn_in=50)
+    found = calibrate(model, regression_loss, data, start, tolerance=0.05, max_steps=1000)
+    values = [
+        llc(sample(model, regression_loss, data, replace(found.settings, seed=seed)))["llc"].item() for seed in range(6)
+    ]
+    assert abs(np.mean(values) / 8 - 1) < 0.06
+    assert found.systematic < 0.1
+
+
+def test_calibration_records_every_trial_and_its_reasons():
+    model, data = linear_regression(n=500, d=4, noise=0.0)
+    found = calibrate(model, regression_loss, data, max_steps=800)
+    assert found.flat, found.reasons
+    assert not found.settings.control_variate
+    assert set(found.trials.data_vars) >= {"lr", "gamma", "model", "llc", "se", "verdict"}
+    assert found.settings.lr in found.trials["lr"].values
+    assert "plateau" in found.reasons or "tenth" in found.reasons
+
+
+def test_given_settings_are_used_as_they_are():
+    model, data = linear_regression(n=500, d=3, noise=0.0)
+    result = estimate_llc(
+        model, regression_loss, data, lr=1e-3, gamma=2.0, nbeta=40.0, sampler="sgld", draws=10, burn_in=4
+    )
+    used = {name: result.attrs[name] for name in ("lr", "gamma", "nbeta", "burn_in", "kernel", "n")}
+    assert used == {"lr": 1e-3, "gamma": 2.0, "nbeta": 40.0, "burn_in": 4, "kernel": "sgld", "n": 500}
+    assert result.sizes["draw"] == 14
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_control_variates_are_chosen_where_the_noise_at_the_center_would_heat(noise):
+    model, data = linear_regression(n=5000, d=8, noise=noise)
+    given = {"lr": 2e-5, "gamma": 1.0, "batch_size": 64, "draws": 10, "sampler": "sgld"}
+    assert estimate_llc(model, regression_loss, data, **given).attrs["control_variate"] == bool(noise)
+    settings = Settings(lr=2e-5, gamma=1.0, batch_size=64)
+    # in closed form: Cov(∇L_B) = noise² I / B, so 2e-5 · 587² · 8 / 64 / 8 = 0.108 against 0.01 · 8 / 2
+    assert noise_heats(model, regression_loss, data, settings) == bool(noise)
+    assert not noise_heats(model, regression_loss, data, replace(settings, lr=2e-6))
+    assert not noise_heats(model, regression_loss, data, replace(settings, batch_size=5000))
+
+
+class Product(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.tensor(w, dtype=torch.float32) for w in weights])
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = x @ weight.T
+        return x
+
+
+def test_reduced_rank_unaided():
+    """λ = 26 of 96 parameters: d / 2 = 48 and the generic stratum's 27 are the wrong answers at hand."""
+    model = Product(exact.deep_linear_point([8, 6, 8], 3, np.random.default_rng(0)))
+    x = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
+    data, start = (x, model(x).detach()), Settings(lr=0.0, gamma=0.0, batch_size=128, sampler="baoab")
+    found = calibrate(model, regression_loss, data, start, max_steps=800)
+    result = llc(sample(model, regression_loss, data, replace(found.settings, seed=1)))
+    assert result["verdict"].item() == "ok"
+    assert result["se"].item() < 0.03 * 26
+    assert result["llc"].item() == pytest.approx(26, rel=0.05), (result["llc"].item(), result["se"].item())
+
+
+def test_a_small_classifier_unaided():
+    """No coefficient is known here; what the choice must give is healthy chains and the same λ̂ from another seed."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 6, generator=generator)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(400):
+        optimizer.zero_grad()
+        classification_loss(model, (x, y)).mean().backward()
+        optimizer.step()
+    found = calibrate(model, classification_loss, (x, y), max_steps=400)
+    one, two = (llc(sample(model, classification_loss, (x, y), replace(found.settings, seed=seed))) for seed in (1, 2))
+    assert one["verdict"].item() == two["verdict"].item() == "ok"
+    assert one["valley"].item() > 0.75
+    assert 2 < one["llc"].item() < 146 / 2
+    spread = np.hypot(one["se"].item(), two["se"].item())
+    assert abs(one["llc"].item() - two["llc"].item()) < 3 * spread < 0.6 * one["llc"].item()
+
+
+def test_weights_that_are_flat_everywhere_set_no_scale():
+    model = nn.Linear(2, 1)
+    with pytest.raises(InstrumentError, match="curvature"):
+        estimate_llc(model, lambda m, b: (0 * m.weight).sum() + 0 * b[:, 0], torch.zeros(10, 2))
+
+
+@pytest.mark.parametrize("answer", [0.5, torch.zeros(3), torch.zeros(10, 2)])
+def test_a_loss_of_another_shape_is_told_before_its_noise_is_measured(answer):
+    model = nn.Linear(2, 1)
+    with pytest.raises(InstrumentError, match="one loss per example"):
+        estimate_llc(model, lambda m, b: answer, torch.zeros(20, 2), lr=1e-3, gamma=1.0, batch_size=10)

@@ -1,0 +1,55 @@
+"""A run written by version 0.1.0 opens, is read, gives the same numbers when measured again, and continues."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from devmon import IdentityError, Trajectory, Watch, observe
+from devmon.monitoring.fingerprint import identity
+from tests.support.stored_run import STEPS, STORED, model, watches
+
+
+def test_every_watch_is_read_with_its_steps() -> None:
+    run = Trajectory(STORED, "r")
+    assert set(run.names()) == {watch.name for watch in watches()}
+    assert {name: run.steps(name) for name in run.names()} == {name: list(STEPS) for name in run.names()}
+
+
+def test_the_identities_of_then_are_those_of_now() -> None:
+    run = Trajectory(STORED, "r")
+    for watch in watches():
+        then, now = run[watch.name].attrs, identity(watch.instrument)
+        assert (then["instrument"], then["fingerprint"]) == (now["instrument"], now["fingerprint"]), watch.name
+
+
+def test_the_same_weights_give_the_same_numbers(tmp_path: Path) -> None:
+    stored, again = Trajectory(STORED, "r"), Trajectory(tmp_path / "again.zarr", "a", seed=0)
+    for step in STEPS:
+        observe(step, model(step), watches(), again)
+    for name in stored.names():
+        then, now = stored[name], again[name]
+        for variable in then.data_vars:
+            old, new = then[variable].values, now[variable].values
+            assert then[variable].dims == now[variable].dims, f"{name}/{variable}"
+            assert then[variable].attrs.get("units") == now[variable].attrs.get("units"), f"{name}/{variable}"
+            assert old.dtype == new.dtype, f"{name}/{variable}"
+            if old.dtype.kind == "f":  # sums in another order on another machine
+                np.testing.assert_allclose(new, old, rtol=2e-3, atol=2e-4, err_msg=f"{name}/{variable}")
+            else:
+                assert np.array_equal(old, new), f"{name}/{variable}"
+
+
+def test_it_continues_and_refuses_another_configuration(tmp_path: Path) -> None:
+    shutil.copytree(STORED, tmp_path / "run.zarr")
+    run = Trajectory(tmp_path / "run.zarr", "a")
+    assert observe(4, model(4), watches(), run) == []
+    assert sorted(observe(5, model(5), watches(), run)) == sorted(run.names())
+    assert run.steps("llc") == [*STEPS, 5]
+    llc = next(watch for watch in watches() if watch.name == "llc")
+    with pytest.raises(IdentityError, match="gamma"):
+        observe(6, model(6), [Watch("llc", replace(llc.instrument, gamma=20.0), llc.steps)], run)

@@ -72,6 +72,11 @@ def checked(steps: Any, values: Any, se: Any = None, name: str = "") -> tuple[Ar
     return t[keep], y[keep], None if s is None else s[keep]
 
 
+def run_level(name: str) -> bool:
+    """Whether a series speaks for the run: a scalar or the maximum of an array, not one of the array's elements."""
+    return "[" not in name
+
+
 def blocks(values: Array, size: int) -> Array:
     """Means of consecutive blocks; what does not fill the last one is left out."""
     return values[: len(values) // size * size].reshape(-1, size).mean(1)

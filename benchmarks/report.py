@@ -27,11 +27,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from devmon.analysis.derive.watch_series import RunData, series_of
+from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.detection.events import Fit
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.report import content_of
 from devmon.analysis.reports.writers import as_html
+from devmon.analysis.run import RunData
 from devmon.store.trajectory import Trajectory
 from tests.support.browser import Browser, programs
 from tests.support.synthetic import STEPS, Run, induction_run, watch

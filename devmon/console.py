@@ -12,8 +12,9 @@ def run_view(trajectory: Any, run: str) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from devmon.analysis.derive.watch_series import ReadOnce, series_of
-    from devmon.analysis.reports.glossary import alarms, skipped
+    from devmon.analysis.derive.watch_series import series_of
+    from devmon.analysis.reports.run_words import alarms, skipped
+    from devmon.analysis.run import ReadOnce
 
     attrs, held = trajectory.attrs, ReadOnce(trajectory)
     title = Text(str(attrs.get("title", run)), style="bold")

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from devmon import Snapshot, Trajectory, Watch, every, log_spaced
 from devmon.analysis import detect, report, series_of
-from devmon.analysis.transitions.stages import extent
 from devmon.recipes.common import Check, batches, conclude, fit, table, told_in_one_line
 from devmon.sampling import BAOAB, Settings, regression_loss, sample
 from devmon.snapshot import derive_seed
@@ -239,7 +238,7 @@ def jumps_of(run: Trajectory) -> list[dict[str, Any]]:
     for event in detect(series).events:
         if event.kind != "jump":
             continue
-        low, high = extent(event)
+        low, high = event.extent
         steps = changes["half fallen" if event.series == "stairs/loss" else "half grown"]
         inside = [mode for mode, step in enumerate(steps) if low <= step <= high]
         found.append({"series": event.series, "step": event.step, "extent": (low, high), "size": event.size,

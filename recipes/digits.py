@@ -40,7 +40,8 @@ from sklearn.datasets import load_digits
 
 from devmon import Snapshot, Trajectory, Watch, every, log_spaced, presets
 from devmon.analysis import Detection, detect, drift, llc, schedule_check, series_of
-from devmon.analysis.transitions.stages import extent, meet, run_level
+from devmon.analysis.detection.events import meet
+from devmon.analysis.series import run_level
 from devmon.instruments import LLC
 from devmon.recipes.common import Check, conclude, crossing, fit, told_in_one_line, write_report
 from devmon.sampling import classification_loss
@@ -211,7 +212,7 @@ def main(out: Path, form: Form, seed: int, console: Console) -> None:
         [part.mean() for part in np.array_split(later, 5)]
     )  # neighbours are alike: an error of five means
     error = blocks.std(ddof=1) / np.sqrt(len(blocks))
-    by_itself = [row for row in falls["plateau"] if not row.kinks and meet(extent(row.event), (left, left))]
+    by_itself = [row for row in falls["plateau"] if not row.kinks and meet(row.event.extent, (left, left))]
     estimates = llc(plateau["llc"])
     probes, moved = plateau["probe"]["accuracy"], drift(plateau["sketch"])["drift"]
     facts = {

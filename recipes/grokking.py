@@ -38,7 +38,7 @@ from scipy.stats import beta
 
 from devmon import Trajectory, Watch, every, log_spaced
 from devmon.analysis import Detection, Event, compare_runs, detect, llc
-from devmon.analysis.transitions.stages import extent, meet
+from devmon.analysis.detection.events import meet
 from devmon.instruments import LLC, FourierSpectrum, RestrictedLoss
 from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, told_in_one_line, write_report
 from devmon.sampling import classification_loss
@@ -219,7 +219,7 @@ def phases(half: dict[str, float], detection: Detection) -> dict[str, Event]:
     for name, window in windows.items():
         own = [e for e in detection.events if e.series.endswith(name.partition(": ")[2])]
         near = [
-            e for e in own if meet(extent(e), window) and (e.size < 0 or e.kind == "turn")
+            e for e in own if meet(e.extent, window) and (e.size < 0 or e.kind == "turn")
         ]  # falls, and where they begin
         if near:
             found[name] = min(near, key=lambda e: e.p_value)
@@ -229,7 +229,7 @@ def phases(half: dict[str, float], detection: Detection) -> dict[str, Event]:
 def checks(found: dict[str, Any], detection: Detection, form: Form) -> list[Check]:
     half, end, height = found["half"], found["end"], found["llc"]
     seen = phases(half, detection)
-    onsets = [extent(event)[0] for event in seen.values()]
+    onsets = [event.extent[0] for event in seen.values()]
     return [
         Check("memorised (train loss below half of a guess), step", half["train"], 1, form.steps / 10, "p 113: by 1400"),
         Check("circuit (restricted loss) after that, ratio of steps", half["restricted"] / half["train"], 1.5, published="p 113: 1400 to 9400"),

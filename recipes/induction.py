@@ -40,7 +40,7 @@ from devmon.analysis.reports.comparison import runs_content
 from devmon.analysis.reports.drawing import write_whole
 from devmon.analysis.reports.writers import WRITERS
 from devmon.analysis.runs.compare import RunsComparison, sign_test
-from devmon.analysis.transitions.stages import run_level
+from devmon.analysis.series import run_level
 from devmon.callbacks import checkpoints
 from devmon.data.text import Text, read_text
 from devmon.instruments import LLC, Composition, HeadAblation

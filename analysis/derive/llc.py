@@ -11,6 +11,8 @@ import xarray as xr
 from scipy.special import stdtrit
 
 from devmon.analysis.derive.mixing import ess_mean, rhat
+from devmon.analysis.table import Row, table_html, thinned
+from devmon.analysis.wording import number
 from devmon.errors import DataError
 
 LEVEL = 0.90
@@ -29,9 +31,7 @@ class Estimates(xr.Dataset):
     def _repr_html_(self) -> str:
         if not {"llc", "verdict"} <= set(self.data_vars):
             return str(super()._repr_html_())
-        from devmon.analysis.reports.notebook import llc_html
-
-        return llc_html(self) + str(super()._repr_html_())
+        return _html(self) + str(super()._repr_html_())
 
 
 def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
@@ -238,3 +238,21 @@ def _check(dataset: xr.Dataset, burn_in: int | None) -> int:
     if not 0 <= skip < dataset.sizes["draw"]:
         raise DataError(f"burn_in must leave at least one of {dataset.sizes['draw']} draws, got {skip}")
     return skip
+
+
+def _html(derived: xr.Dataset) -> str:
+    """λ̂ with its error and health, one row a step; rejected estimates are grey."""
+    names = {"llc": "LLC", "se": "standard error", "ess": "ESS", "rhat": "R̂"}
+    shown = [name for name in names if name in derived and derived[name].dims in ((), ("step",))]
+    verdicts = np.atleast_1d(derived["verdict"].values).astype(str)
+    steps = (
+        np.atleast_1d(derived["step"].values) if "step" in derived.coords else np.full(len(verdicts), "–", dtype=object)
+    )
+    columns = [np.atleast_1d(derived[name].values) for name in shown]
+    rows = [
+        Row([str(steps[i]), *(number(float(column[i]), 4) for column in columns), verdict], verdict != "ok")
+        for i, verdict in enumerate(verdicts)
+    ]
+    accepted = int((verdicts == "ok").sum())
+    table = thinned(["step", *(names[name] for name in shown), "verdict"], rows)
+    return f"<p><b>LLC</b>: {accepted} of {len(verdicts)} estimates accepted</p>" + table_html(table)

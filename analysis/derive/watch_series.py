@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
 
 from devmon.analysis.derive.llc import llc
+from devmon.analysis.run import RunData
 from devmon.analysis.series import Series
 
 MAX_ELEMENTS = 64  # an array with more elements than this is followed by its maximum only
 _REFERENCES = ("uniform", "majority", "chance")  # variables that others are compared with, never followed by default
-
-
-class RunData(Protocol):
-    """What reading a run needs: `devmon.Trajectory`, or anything with its three members."""
-
-    @property
-    def attrs(self) -> Mapping[str, Any]: ...
-    def names(self) -> list[str]: ...
-    def __getitem__(self, name: str, /) -> xr.Dataset: ...
-
-
-class ReadOnce:
-    """A run whose watches are read from the store once, when first asked for."""
-
-    def __init__(self, run: RunData):
-        self.attrs, self._run = run.attrs, run
-        self._read: dict[str, xr.Dataset] = {}
-        self._names = run.names()
-
-    def names(self) -> list[str]:
-        return self._names
-
-    def __getitem__(self, name: str, /) -> xr.Dataset:
-        if name not in self._read:
-            self._read[name] = self._run[name]
-        return self._read[name]
-
-    def ends(self) -> ReadOnce:
-        """The same run with the first and the last row of each watch alone."""
-        short = ReadOnce(self)
-        short._read = {name: self[name].isel(step=sorted({0, max(self[name].sizes["step"] - 1, 0)})[: self[name].sizes["step"]])
-                       for name in self._names}  # fmt: skip
-        return short
 
 
 def series_of(

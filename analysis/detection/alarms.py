@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 from devmon.analysis.detection.detector import Detector
-from devmon.analysis.detection.events import Event
+from devmon.analysis.detection.events import Event, meet
 from devmon.analysis.detection.scan import LEAST
 from devmon.analysis.detection.search import detect
-from devmon.analysis.series import Series
-from devmon.analysis.transitions.stages import extent, meet, run_level
+from devmon.analysis.series import Series, run_level
 from devmon.errors import DataError
 
 LATELY = 2.0  # an event is near the end while the last step is at most this many times the end of its extent
@@ -155,17 +154,17 @@ def _looked(alarms: Sequence[Alarm], events: Sequence[Event], last: int) -> list
     left = list(events)
     for alarm in alarms:
         if alarm.status == "up":
-            same = [event for event in left if meet(extent(event), (alarm.low, alarm.high))]
+            same = [event for event in left if meet(event.extent, (alarm.low, alarm.high))]
             if same:
                 event = min(same, key=lambda event: event.p_value)
-                low, high = extent(event)
+                low, high = event.extent
                 left = [event for event in left if event not in same]
                 alarm = replace(alarm, kind=event.kind, step=event.step, low=low, high=high)
             else:
                 alarm = replace(alarm, status="withdrawn", ended_at=last)
         found.append(alarm)
     for event in left:
-        low, high = extent(event)
+        low, high = event.extent
         known = any(alarm.status == "settled" and meet((low, high), (alarm.low, alarm.high)) for alarm in alarms)
         if last <= LATELY * max(high, 1.0) and not known:
             found.append(Alarm(event.series, event.kind, event.step, low, high, event.p_value, last))

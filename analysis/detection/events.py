@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from devmon.analysis.series import Array
+from devmon.analysis.wording import number, step
 from devmon.errors import DataError
+
+MAX_Q = 0.05  # q-value up to which an event stands: about 5% of such events are expected to be false
+WIDE = 2.0  # factor between the ends of an interval above which it is wide: it no longer places a transition
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,48 @@ class Event:
     series: str = ""
     quantiles: tuple[float, ...] = field(default=(), repr=False)
 
-    def _repr_html_(self) -> str:
-        from devmon.analysis.reports.notebook import event_html
+    @property
+    def sure(self) -> bool:
+        """Whether it stands after the correction for the number of series (q <= 0.05; p where q is not known)."""
+        return (self.p_value if self.q_value is None else self.q_value) <= MAX_Q
 
-        return event_html(self)
+    @property
+    def wide(self) -> bool:
+        """Whether the ends of the interval differ by more than a factor of WIDE."""
+        return (self.interval[1] + 1) / (self.interval[0] + 1) > WIDE
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """The interval together with the span; of a plateau, which is where a stage ends, the interval alone."""
+        low, high = self.interval if self.kind == "plateau" or self.span is None else self.span
+        return min(low, self.interval[0]), max(high, self.interval[1])
+
+    def in_words(self) -> str:
+        """The event in a sentence without its full stop: what happened, where, and how sure that is."""
+        low, high = (step(x) for x in self.interval)
+        chance = f"p = {number(self.p_value, 2)}" + ("" if self.q_value is None else f", q = {number(self.q_value, 2)}")
+        if self.kind == "jump":
+            what = f"{'rises' if self.size > 0 else 'falls'} by {number(abs(self.size))}"
+        elif self.kind == "turn":
+            what = f"has a {'maximum' if self.size > 0 else 'minimum'}"
+        elif self.kind == "bump":
+            what = f"has a {'bump' if self.size > 0 else 'dip'} of {number(abs(self.size))}"
+        else:
+            what = f"has a {self.kind}"
+        over = ""
+        if self.kind != "jump" and self.span is not None:
+            over = f" over steps {step(self.span[0])}–{step(self.span[1])}"
+        at = ", flattest at" if self.kind == "plateau" else " at"
+        return f"{self.series} {what}{over}{at} step {step(self.step)} [{low}, {high}] ({chance})"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        from markupsafe import escape
+
+        note = "" if self.resolved else f" Not resolved in time{f': {self.note}' if self.note else ''}."
+        return f"<p><b>{escape(self.kind)}</b>: {escape(self.in_words())}.{escape(note)}</p>"
 
 
 @dataclass(frozen=True)
@@ -104,6 +143,11 @@ class LeadLag:
     lag: float
     interval: tuple[float, float]
     first: float
+
+
+def meet(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether two intervals have a point in common."""
+    return a[0] <= b[1] and b[0] <= a[1]
 
 
 def part_of(turn: Event, bump: Event) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 
 from devmon.analysis.detection.events import Event, Fit
-from devmon.analysis.series import Array, Series
+from devmon.analysis.series import Array, Series, run_level
+from devmon.analysis.table import Row, Table, table_html
+from devmon.analysis.wording import interval_text, number, step
 
 COLUMNS = (
     "kind", "series", "step", "low", "high", "size", "size_low", "size_high", "width", "span_low", "span_high",
@@ -36,6 +38,16 @@ class Detection:
     settings: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def outcome(self) -> str:
+        """One outcome for the run: EVENTS if any event is sure, else that of the series that say the most."""
+        if any(event.sure for event in self.events):
+            return "EVENTS"
+        outcomes = {fit.outcome for fit in self.fits.values()}
+        if outcomes & {"EVENTS", "NO EVENT"}:  # events that do not stand after correction are none
+            return "NO EVENT"
+        return "SAMPLER REJECTED" if outcomes == {"SAMPLER REJECTED"} else "UNRESOLVED"
+
     def posterior(self, event: Event) -> tuple[Array, Array]:
         """Location posterior of one of the events."""
         return self.fits[event.series].posterior(event)
@@ -53,11 +65,6 @@ class Detection:
                 rows.append({"series": name, "outcome": fit.outcome, "note": "; ".join(fit.notes)})
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
-    def _repr_html_(self) -> str:
-        from devmon.analysis.reports.notebook import detection_html
-
-        return detection_html(self)
-
     def to_json(self) -> str:
         """Events, outcomes, settings and provenance as JSON text, null where a number is not known."""
         outcomes = {
@@ -67,6 +74,37 @@ class Detection:
         body = {"family": self.family, "settings": dict(self.settings), "provenance": dict(self.provenance)}
         events = [event.to_dict() for event in self.events]
         return json.dumps({**body, "series": outcomes, "events": events}, indent=1, allow_nan=False)
+
+    def _repr_html_(self) -> str:
+        """The outcome, the events, and how many series have none."""
+        events = sorted(self.events, key=lambda event: (not run_level(event.series), event.step, event.series))
+        silent = len(self.fits) - len({event.series for event in events})
+        searched = f"{len(self.fits)} series, {self.family} tests, {silent} series without an event"
+        return f"<p><b>{self.outcome}</b>: {searched}</p>" + table_html(events_table(events, self.family))
+
+
+def events_table(events: Sequence[Event], family: int) -> Table:
+    """One row an event; those that do not stand among `family` tests are weak."""
+    columns = [
+        "series",
+        "kind",
+        "step [90%]",
+        "size [90%]",
+        "width\n(decades)",
+        "p",
+        f"q\n(of {family})",
+        "resolved",
+    ]
+    rows = []
+    for event in events:
+        place = f"{step(event.step)} {interval_text(event.interval, step)}"
+        size = f"{number(event.size)} {interval_text(event.size_interval, number)}"
+        resolved = "yes" if event.resolved else f"no: {event.note}" if event.note else "no"
+        chance = [number(event.p_value, 2), number(event.q_value, 2)]
+        cells = [event.series, event.kind, place, size, number(event.width, 2), *chance, resolved]
+        rows.append(Row(cells, weak=not event.sure))
+    note = "Grey: q > 0.05, does not stand among all tests." if any(row.weak for row in rows) else ""
+    return Table(columns, rows, note if rows else "No event in any series; each one's outcome is listed here.", "long")
 
 
 def provenance(run: Any, searched: Iterable[Series]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""BibTeX of references written as words.py writes them: "Authors (year), Title. Venue or arXiv number"."""
+"""BibTeX of references written as references.py writes them: "Authors (year), Title. Venue or arXiv number"."""
 
 from __future__ import annotations
 

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 
 from devmon.analysis import plots
-from devmon.analysis.derive.watch_series import RunData, series_of
-from devmon.analysis.reports.content import Block, Content, Figure, Row, Section, Story, Table, Text
+from devmon.analysis.derive.watch_series import series_of
+from devmon.analysis.reports.content import Block, Content, Figure, Section, Story, Text
 from devmon.analysis.reports.drawing import Page, curves
 from devmon.analysis.reports.figures import PANELS, key_series
 from devmon.analysis.reports.report import numbers_of_series
-from devmon.analysis.reports.story import number, step
 from devmon.analysis.reports.tables import numbers_table, text_of
+from devmon.analysis.run import RunData
 from devmon.analysis.runs.compare import ENOUGH, Matched, RunsComparison
-from devmon.analysis.series import Series
-from devmon.analysis.transitions.stages import run_level
+from devmon.analysis.series import Series, run_level
+from devmon.analysis.table import Row, Table
+from devmon.analysis.wording import number, step
 
 OF_ITS_OWN = ("run_id", "created", "skipped", "title", "calibration")  # attributes that differ without meaning
 PAIRS = 4  # series whose order is tested, each with each

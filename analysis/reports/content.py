@@ -5,28 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
-
-MAX_ROWS = 120  # rows of a table behind a figure
-
-
-@dataclass(frozen=True)
-class Row:
-    """Cells as text; a `weak` row does not count (a rejected estimate, an event that does not stand)."""
-
-    cells: list[str]
-    weak: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """`look` is "" (numbers), "long" (words in the first and last column), "glance" (words in the last) or "text" (names and values)."""
-
-    block: ClassVar[str] = "table"
-    columns: list[str]
-    rows: list[Row]
-    note: str = ""
-    look: str = ""
+from devmon.analysis.table import Table
 
 
 @dataclass(frozen=True)
@@ -138,11 +117,3 @@ class Content:
     sections: list[Section]
     series: list[dict[str, Any]]
     events: list[dict[str, Any]]
-
-
-def thinned(columns: list[str], rows: list[Row]) -> Table:
-    """A table of at most MAX_ROWS of the rows, first and last among them, that says what it leaves out."""
-    if len(rows) <= MAX_ROWS:
-        return Table(columns, rows)
-    kept = np.unique(np.linspace(0, len(rows) - 1, MAX_ROWS).round().astype(int))
-    return Table(columns, [rows[i] for i in kept], f"{len(kept)} of {len(rows)} rows; all are in the trajectory.")

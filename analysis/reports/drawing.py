@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
 from devmon.analysis import plots
-from devmon.analysis.reports.content import Figure, Panel, Table
+from devmon.analysis.reports.content import Figure, Panel
 from devmon.analysis.reports.svg import compact
 from devmon.analysis.series import Series
+from devmon.analysis.table import Table
 
 
 class Where(NamedTuple):

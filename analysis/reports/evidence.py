@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from devmon.analysis.derive.watch_series import RunData
 from devmon.analysis.detection.events import Event, lead_lag
 from devmon.analysis.detection.results import Detection
-from devmon.analysis.reports.story import number, step
+from devmon.analysis.run import RunData
 from devmon.analysis.series import Series
 from devmon.analysis.transitions.mirage import MIRAGE, SURVIVES, Survival, mirage_guard, twins_of
 from devmon.analysis.transitions.phases import PhaseType, phase_types
-from devmon.analysis.transitions.schedule import ScheduleCheck, schedule_check
+from devmon.analysis.transitions.schedule import ScheduleCheck, schedule_check, schedule_of
 from devmon.analysis.transitions.stages import Change, Transition, transitions
+from devmon.analysis.wording import number, step
 from devmon.errors import DataError
 
 SURE = 0.9  # probability from which one of two events is said to lead
-RATES = ("learning_rate", "lr")  # variables that hold the schedule
 
 
 @dataclass(frozen=True)
@@ -73,20 +72,6 @@ def type_in_short(kind: PhaseType) -> str:
     if kind.kind not in ("A", "B", "neither"):
         return "not settled" if kind.kind == "unsettled" else "–"
     return f"{kind.kind} ({number(kind.probabilities[kind.kind], 2)})"
-
-
-def schedule_of(run: RunData, series: Sequence[Series]) -> Series | list[float] | None:
-    """The learning rates that a run holds (a series called …/learning_rate or …/lr), else the steps that its settings
-    tell: `warm_up`, the end of the warm-up, and `kinks`, others at which the rate bends or jumps."""
-    for one in series:
-        if one.name.rpartition("/")[2] in RATES and len(one.steps) >= 6:
-            return one
-    settings = run.attrs.get("settings")
-    if not isinstance(settings, Mapping):
-        return None
-    kinks = settings.get("kinks")
-    told = [settings.get("warm_up"), *(kinks if isinstance(kinks, list | tuple) else [])]
-    return [float(one) for one in told if isinstance(one, int | float) and one > 0] or None
 
 
 def _led(one: Transition, detection: Detection) -> list[str]:

@@ -15,12 +15,14 @@ from devmon.analysis.detection.results import Detection
 from devmon.analysis.plots.events import in_order
 from devmon.analysis.plots.heatmaps import short
 from devmon.analysis.plots.style import MAX_COLUMNS, thin
-from devmon.analysis.reports.content import Figure, Row, Table, thinned
+from devmon.analysis.reports.content import Figure
 from devmon.analysis.reports.drawing import Page, curves, heat, rows_over_steps
-from devmon.analysis.reports.story import Lag, lags, number, phrase, step
-from devmon.analysis.reports.tables import interval_text, numbers_table
-from devmon.analysis.series import Series
-from devmon.analysis.transitions.stages import Transition, is_sure, main_event, run_level, transitions
+from devmon.analysis.reports.tables import numbers_table
+from devmon.analysis.series import Series, run_level
+from devmon.analysis.table import Row, Table, thinned
+from devmon.analysis.transitions.order import Lag, lags, main_event
+from devmon.analysis.transitions.stages import Transition, transitions
+from devmon.analysis.wording import interval_text, number, step
 
 PANELS = 6  # series in the overview and in one figure of a watch
 MAX_LINES = 40  # rows of a forest plot
@@ -28,7 +30,7 @@ MAX_LINES = 40  # rows of a forest plot
 
 def overview(page: Page, series: Sequence[Series], events: Sequence[Event]) -> Figure:
     chosen = key_series(series, events)
-    sure = [event for event in events if is_sure(event)]
+    sure = [event for event in events if event.sure]
     caption = (
         f"{len(chosen)} series of the run on one axis of steps.{bands(chosen)}"
         if len(chosen) > 1
@@ -52,7 +54,7 @@ def stack(page: Page, name: str, chosen: Sequence[Series], sure: Sequence[Event]
 
 def key_series(series: Sequence[Series], events: Iterable[Event]) -> list[Series]:
     """The few series that tell the run: loss and LLC, then the first of each watch, those with sure events before."""
-    sure = {event.series: event.step for event in reversed(list(events)) if is_sure(event)}
+    sure = {event.series: event.step for event in reversed(list(events)) if event.sure}
     level = [one for one in series if run_level(one.name) and len(one.steps)] or list(series)
     seen: set[str] = set()
     ranked = []
@@ -67,7 +69,7 @@ def key_series(series: Sequence[Series], events: Iterable[Event]) -> list[Series
 
 def timeline(page: Page, detection: Detection, series: Sequence[Series]) -> Figure | None:
     """The sure events of the run's own series on one axis of steps, over its transitions."""
-    events = [event for event in detection.events if is_sure(event) and run_level(event.series)]
+    events = [event for event in detection.events if event.sure and run_level(event.series)]
     found = transitions(detection.events)
     numbered = " Numbered strips: the transitions." if found else ""
     caption = f"Every event that stands in a series of the whole run (q ≤ 0.05), in the order of its step.{numbered}"
@@ -77,7 +79,7 @@ def timeline(page: Page, detection: Detection, series: Sequence[Series]) -> Figu
 
 def forest(page: Page, events: Sequence[Event]) -> Figure | None:
     """All events of the page, where they are more than those of the timeline."""
-    if all(is_sure(event) and run_level(event.series) for event in events):
+    if all(event.sure and run_level(event.series) for event in events):
         return None
     return _forest(page, "events", events, "Each event at its estimate, with its 90% interval.")
 
@@ -91,7 +93,7 @@ def _forest(
     if len(events) > MAX_LINES:
         caption += f" The first {MAX_LINES} of {len(events)}; all are in the table."
     drawing, ax = plots.plot_events(shown, found, steps=steps)
-    words = list(map(phrase, in_order(shown)))
+    words = list(map(Event.in_words, in_order(shown)))
     table = Table(["event"], [Row([each]) for each in words], "", "long")
     return page.add(name, drawing, caption, table, [rows_over_steps(ax, words)])
 
@@ -130,7 +132,7 @@ def _lag_cells(row: Lag) -> list[str]:
 
 
 def llc_figure(page: Page, name: str, derived: xr.Dataset, events: Sequence[Event]) -> Figure:
-    own = [event for event in events if event.series == f"{name}/llc" and is_sure(event)]
+    own = [event for event in events if event.series == f"{name}/llc" and event.sure]
     drawing, ax = plots.plot_llc(derived, own)
     verdicts = np.asarray(derived["verdict"].values).astype(str)
     caption = (

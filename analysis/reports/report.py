@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-import devmon
 from devmon.analysis.derive.llc import llc
-from devmon.analysis.derive.watch_series import ReadOnce, RunData, is_llc, series_of
+from devmon.analysis.derive.watch_series import is_llc, series_of
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event
-from devmon.analysis.detection.results import Detection
+from devmon.analysis.detection.results import Detection, events_table
 from devmon.analysis.detection.search import detect
 from devmon.analysis.reports.bibtex import bibtex
 from devmon.analysis.reports.content import Block, Code, Content, Fold, Heading, Items, Section, Story, Terms, Text
@@ -34,11 +34,11 @@ from devmon.analysis.reports.figures import (
     overview,
     timeline,
 )
-from devmon.analysis.reports.glossary import GLOSSARY, TOPICS, methods, references
+from devmon.analysis.reports.glossary import GLOSSARY, TOPICS, methods
+from devmon.analysis.reports.references import references
 from devmon.analysis.reports.story import tell
 from devmon.analysis.reports.tables import (
     alarms_table,
-    events_table,
     fields_table,
     has_rows,
     measured_table,
@@ -51,8 +51,9 @@ from devmon.analysis.reports.tables import (
 )
 from devmon.analysis.reports.watches import topic_of, watch_blocks
 from devmon.analysis.reports.writers import WRITERS
-from devmon.analysis.series import Series
-from devmon.analysis.transitions.stages import run_level, transitions
+from devmon.analysis.run import ReadOnce, RunData
+from devmon.analysis.series import Series, run_level
+from devmon.analysis.transitions.stages import transitions
 from devmon.errors import DataError
 
 __all__ = ["content_of", "key_series", "report"]
@@ -110,7 +111,7 @@ def content_of(
     alarms = attrs.pop("alarms", [])
     stored = attrs.pop("calibration") if "trials" in attrs.get("calibration", ()) else None
 
-    told: list[Block] = [Text(story.headline, "outcome"), *([Text(note, "note")] if note else [])]
+    told: list[Block] = [Text(story.outcome, "outcome"), *([Text(note, "note")] if note else [])]
     first = 1 + bool(attrs.get("control"))
     told.append(Text(" ".join(story.happened[:first]), "lead"))
     if changes := transitions(detection.events):
@@ -141,7 +142,7 @@ def content_of(
     return Content(
         title=title or str(attrs.get("title") or f"Training run {attrs.get('run_id', '')}".strip()),
         subtitle=_subtitle(datasets, attrs),
-        outcome=story.headline,
+        outcome=story.outcome,
         sections=sections,
         series=[numbers_of_series(one) for one in series],
         events=[event.to_dict() for event in events],
@@ -151,7 +152,7 @@ def content_of(
 def _events(page: Page, events: Sequence[Event], detection: Detection) -> list[Block]:
     drawn = forest(page, events)
     blocks: list[Block] = [] if drawn is None else [drawn]
-    blocks.append(events_table(events, detection))
+    blocks.append(events_table(events, detection.family))
     silent = silent_table(detection)
     if silent.rows:
         blocks.append(Fold(f"Series without an event: {len(silent.rows)}", [silent], opened=not events))
@@ -206,7 +207,7 @@ def _subtitle(datasets: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> s
         for key in ("model", "data", "parameters")
         if key in attrs
     ]
-    return "; ".join([*parts, f"devmon {devmon.__version__}"])
+    return "; ".join([*parts, f"devmon {version('devmon')}"])
 
 
 def numbers_of_series(one: Series) -> dict[str, Any]:

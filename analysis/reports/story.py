@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from devmon.analysis.detection.events import Event, LeadLag, lead_lag
+from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.results import Detection
-from devmon.analysis.series import Series
-from devmon.analysis.transitions.stages import Transition, is_sure, is_wide, main_event, run_level, transitions
+from devmon.analysis.series import Series, run_level
+from devmon.analysis.transitions.order import lags, main_event
+from devmon.analysis.transitions.stages import Transition, transitions
+from devmon.analysis.wording import NAMED, count, listed, number, probability, some, step
 
-NAMED = 3  # items named in a sentence before "and 4 more"
 REMEDIES = {  # where every estimate is rejected, by the commonest reason
     "downhill": "At these weights the loss still falls: measure later checkpoints, or raise gamma (devmon calibrate).",
     "diverged": "The chains run away: lower lr or raise gamma (devmon calibrate finds both).",
@@ -24,24 +24,10 @@ REMEDIES = {  # where every estimate is rejected, by the commonest reason
 
 
 @dataclass(frozen=True)
-class Lag:
-    """How far an event came behind the main one: `steps` (negative: before it), 90% interval, P(it came first).
-
-    The order is `settled` where the interval leaves out 0 and both events are resolved between their checkpoints.
-    """
-
-    event: Event
-    steps: float
-    interval: tuple[float, float]
-    first: float
-    settled: bool
-
-
-@dataclass(frozen=True)
 class Story:
-    """`headline` EVENTS, NO EVENT, UNRESOLVED or SAMPLER REJECTED; sentences; and what argues against them."""
+    """`outcome` EVENTS, NO EVENT, UNRESOLVED or SAMPLER REJECTED; sentences; and what argues against them."""
 
-    headline: str
+    outcome: str
     happened: list[str]
     against: list[str]
 
@@ -57,14 +43,14 @@ def tell(
     """The story of a run. `verdicts` holds, for each LLC watch, the verdict at every step; `beside`, for each
     transition in order, further sentences about it."""
     found = transitions(detection.events)
-    outcome = headline(series, detection)
+    outcome = detection.outcome
     happened = ["This run is marked as a control, in which no transition is expected."] if control else []
     if found:
         happened += _what_happened(series, detection, found, beside)
     elif outcome == "EVENTS":
-        sure = sorted((e for e in detection.events if is_sure(e)), key=lambda e: (not run_level(e.series), e.step))
+        sure = sorted((e for e in detection.events if e.sure), key=lambda e: (not run_level(e.series), e.step))
         happened.append(
-            f"No transition of the run, but {_count(len(sure), 'event')}: {_some(list(map(phrase, sure)))}."
+            f"No transition of the run, but {count(len(sure), 'event')}: {some(list(map(Event.in_words, sure)))}."
         )
     elif outcome == "NO EVENT":
         fits = [fit for fit in detection.fits.values() if fit.outcome in ("EVENTS", "NO EVENT")]
@@ -73,7 +59,7 @@ def tell(
             if len(fits) < len(detection.fits)
             else ""
         )
-        searched = f"{_count(len(fits), 'series', 'series')}{left} and {detection.family} tests"
+        searched = f"{count(len(fits), 'series', 'series')}{left} and {detection.family} tests"
         happened.append(
             f"NO EVENT: in {searched} nothing stands out from smooth drift with correlated noise "
             "(q ≤ 0.05). This is a result: what changed, changed smoothly."
@@ -88,90 +74,32 @@ def tell(
     return Story(outcome, happened, _against(series, detection, verdicts))
 
 
-def headline(series: Sequence[Series], detection: Detection) -> str:
-    """One outcome for the run: EVENTS if any event is sure, else that of the series that say the most."""
-    if any(is_sure(event) for event in detection.events):
-        return "EVENTS"
-    outcomes = {fit.outcome for fit in detection.fits.values()}
-    if outcomes & {"EVENTS", "NO EVENT"}:  # events that do not stand after correction are none
-        return "NO EVENT"
-    return "SAMPLER REJECTED" if outcomes == {"SAMPLER REJECTED"} else "UNRESOLVED"
-
-
-def lags(detection: Detection) -> list[Lag]:
-    """Every other sure event against the main one, run-level series first, each by its lag."""
-    main = main_event(detection.events)
-    if main is None:
-        return []
-    rows = []
-    for event in detection.events:
-        if event is not main and is_sure(event):
-            lag: LeadLag = lead_lag(detection.posterior(main), detection.posterior(event))
-            settled = event.resolved and main.resolved and not lag.interval[0] <= 0 <= lag.interval[1]
-            rows.append(Lag(event, lag.lag, lag.interval, 1 - lag.first, settled))
-    return sorted(rows, key=lambda row: (not run_level(row.event.series), row.steps))
-
-
-def phrase(event: Event) -> str:
-    """One event in words."""
-    low, high = (step(x) for x in event.interval)
-    chance = f"p = {number(event.p_value, 2)}" + ("" if event.q_value is None else f", q = {number(event.q_value, 2)}")
-    if event.kind == "jump":
-        what = f"{'rises' if event.size > 0 else 'falls'} by {number(abs(event.size))}"
-    elif event.kind == "turn":
-        what = f"has a {'maximum' if event.size > 0 else 'minimum'}"
-    elif event.kind == "bump":
-        what = f"has a {'bump' if event.size > 0 else 'dip'} of {number(abs(event.size))}"
-    else:
-        what = f"has a {event.kind}"
-    over = ""
-    if event.kind != "jump" and event.span is not None:
-        over = f" over steps {step(event.span[0])}–{step(event.span[1])}"
-    at = ", flattest at" if event.kind == "plateau" else " at"
-    return f"{event.series} {what}{over}{at} step {step(event.step)} [{low}, {high}] ({chance})"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for readers: three significant digits, a true minus sign, a dash where there is none."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    text = f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
-    if "e" in text:
-        mantissa, exponent = text.split("e")
-        text = f"{mantissa}e{int(exponent)}"
-    return text.replace("-", "−")
-
-
-def step(value: float) -> str:
-    return f"{value:.0f}".replace("-", "−")
-
-
 def _what_happened(
     series: Sequence[Series], detection: Detection, found: Sequence[Transition], beside: Sequence[Sequence[str]]
 ) -> list[str]:
     last = max(int(one.steps[-1]) for one in series if len(one.steps))
     first = min(int(one.steps[0]) for one in series if len(one.steps))
     where = f", at about steps {', '.join(step(one.step) for one in found)}" if len(found) > 1 else ""
-    told = [f"Between steps {first} and {last} the run went through {_count(len(found), 'transition')}{where}."]
+    told = [f"Between steps {first} and {last} the run went through {count(len(found), 'transition')}{where}."]
     for i, one in enumerate(found, 1):
         order = sorted(one.events, key=lambda event: (event.p_value, event.q_value or 0, -_relative(event, series)))
         more = len(order) - NAMED
         rest = f"; {more} more series jump with {'it' if len(found) == 1 else 'them'}" if more > 0 else ""
         which = "It" if len(found) == 1 else f"Transition {i}"
-        wide = sum(map(is_wide, one.events))
-        but = f" but for {_count(wide, 'wide one')}" if 0 < wide < len(one.events) else ""
+        wide = sum(event.wide for event in one.events)
+        but = f" but for {count(wide, 'wide one')}" if 0 < wide < len(one.events) else ""
         told.append(
             f"{which} happened at about step {step(one.step)} (90% intervals of its jumps{but} "
             f"within {step(one.interval[0])}–{step(one.interval[1])}; 10% to 90% of the change within "
-            f"{step(one.span[0])}–{step(one.span[1])}): {_list(map(phrase, order[:NAMED]), last=not rest)}{rest}."
+            f"{step(one.span[0])}–{step(one.span[1])}): {listed(map(Event.in_words, order[:NAMED]), last=not rest)}{rest}."
         )
         told[-1] = " ".join([told[-1], *(beside[i - 1] if i <= len(beside) else ())])
-    turns = [e for e in detection.events if e.kind != "jump" and is_sure(e) and run_level(e.series)]
+    turns = [e for e in detection.events if e.kind != "jump" and e.sure and run_level(e.series)]
     if turns:
         others = f" and {len(turns) - 2 * NAMED} more in the table" if len(turns) > 2 * NAMED else ""
-        told.append(f"Beside the jumps, {_list(list(map(phrase, turns[: 2 * NAMED])), last=not others)}{others}.")
+        told.append(
+            f"Beside the jumps, {listed(list(map(Event.in_words, turns[: 2 * NAMED])), last=not others)}{others}."
+        )
     return told + _order(detection)
 
 
@@ -187,35 +115,35 @@ def _order(detection: Detection) -> list[str]:
         way, p = ("before", row.first) if row.steps < 0 else ("after", 1 - row.first)
         told.append(
             f"the {row.event.kind} of {row.event.series} came {step(abs(row.steps))} steps {way} it "
-            f"[{step(low)}, {step(high)}] (probability {_probability(p)});"
+            f"[{step(low)}, {step(high)}] (probability {probability(p)});"
         )
     if len(settled) > 2 * NAMED:
         told.append(f"{len(settled) - 2 * NAMED} more are in the table;")
     open_ = [f"{row.event.series} ({row.event.kind})" for row in rows if not row.settled]
     if open_:
         told.append(
-            f"the order is not settled for {_list(open_[: 2 * NAMED])}{' and others' * (len(open_) > 2 * NAMED)};"
+            f"the order is not settled for {listed(open_[: 2 * NAMED])}{' and others' * (len(open_) > 2 * NAMED)};"
         )
     return [" ".join(told)[:-1] + "."]
 
 
 def _against(series: Sequence[Series], detection: Detection, verdicts: Mapping[str, np.ndarray]) -> list[str]:
     said = []
-    weak = [event for event in detection.events if not is_sure(event)]
+    weak = [event for event in detection.events if not event.sure]
     if weak:
         said.append(
-            f"{_count(len(weak), 'event')} found in a single series {'does' if len(weak) == 1 else 'do'} not stand "
-            f"among {detection.family} series (q > 0.05): {_some(list(map(phrase, weak)))}."
+            f"{count(len(weak), 'event')} found in a single series {'does' if len(weak) == 1 else 'do'} not stand "
+            f"among {detection.family} series (q > 0.05): {some(list(map(Event.in_words, weak)))}."
         )
-    sure = [event for event in detection.events if is_sure(event)]
+    sure = [event for event in detection.events if event.sure]
     unresolved = [event for event in sure if not event.resolved]
     if unresolved:
         notes = [f"{event.series} ({event.note or 'too few checkpoints'})" for event in unresolved]
-        said.append(f"{len(unresolved)} of {_count(len(sure), 'event')} not resolved in time: {_some(notes)}.")
-    wide = [e for e in sure if run_level(e.series) and is_wide(e)]
+        said.append(f"{len(unresolved)} of {count(len(sure), 'event')} not resolved in time: {some(notes)}.")
+    wide = [e for e in sure if run_level(e.series) and e.wide]
     if wide:
         said.append(
-            f"{_count(len(wide), 'event')} with a wide interval (a factor above 2): {_some(list(map(phrase, wide)))}."
+            f"{count(len(wide), 'event')} with a wide interval (a factor above 2): {some(list(map(Event.in_words, wide)))}."
         )
     said += [_rejected_in_words(name, verdict) for name, verdict in verdicts.items() if len(set(verdict == "ok")) == 2]
     for one in series:
@@ -227,10 +155,10 @@ def _against(series: Sequence[Series], detection: Detection, verdicts: Mapping[s
     stands = {event.series for event in sure}
     silent = [name for name in level if name not in stands]
     if silent and sure:
-        said.append(f"{len(silent)} of {len(level)} run-level series show no event that stands: {_some(silent)}.")
+        said.append(f"{len(silent)} of {len(level)} run-level series show no event that stands: {some(silent)}.")
     few = [name for name, fit in level.items() if fit.outcome == "UNRESOLVED"]
     if few:
-        said.append(f"Too few checkpoints to say anything of {_some(few)}.")
+        said.append(f"Too few checkpoints to say anything of {some(few)}.")
     if (nulls := int(detection.settings.get("n_null", 0))) and detection.family:
         said.append(
             f"p-values below {number(1 / (1 + nulls))} are extrapolated from the largest of {nulls} simulated nulls; "
@@ -241,7 +169,7 @@ def _against(series: Sequence[Series], detection: Detection, verdicts: Mapping[s
 
 def _rejected_in_words(name: str, verdicts: np.ndarray) -> str:
     bad = verdicts[verdicts != "ok"]
-    kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(bad.tolist()).most_common())
+    kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(bad.tolist()).most_common())
     share = f"{len(bad)} of {len(verdicts)}" if len(bad) < len(verdicts) else f"all {len(verdicts)}"
     remedy = (
         f" {REMEDIES[worst]}"
@@ -256,22 +184,3 @@ def _relative(event: Event, series: Sequence[Series]) -> float:
     one = next((one for one in series if one.name == event.series), None)
     spread = float(np.ptp(one.values[np.isfinite(one.values)])) if one is not None and len(one.values) else 0.0
     return abs(event.size) / spread if spread else 0.0
-
-
-def _probability(p: float) -> str:
-    return "> 0.99" if p > 0.99 else f"{p:.2f}"
-
-
-def _count(n: int, one: str, many: str = "") -> str:
-    return f"{n} {one if n == 1 else many or one + 's'}"
-
-
-def _list(items: Sequence[str] | map[str], *, last: bool = True) -> str:
-    items = list(items)
-    mark = "; " if any(", " in item for item in items) else ", "
-    return mark.join(items) if len(items) < 2 or not last else f"{mark.join(items[:-1])} and {items[-1]}"
-
-
-def _some(items: Sequence[str]) -> str:
-    more = len(items) - NAMED
-    return _list(items) if more <= 0 else f"{_list(items[:NAMED], last=False)} and {more} more"

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from devmon.analysis.derive.watch_series import RunData
-from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.results import Detection
-from devmon.analysis.reports.content import Row, Table, thinned
-from devmon.analysis.reports.glossary import skipped
-from devmon.analysis.reports.story import number, step
-from devmon.analysis.series import Series
-from devmon.analysis.transitions.stages import Transition, is_sure, run_level, stages
+from devmon.analysis.reports.run_words import skipped
+from devmon.analysis.run import RunData
+from devmon.analysis.series import Series, run_level
+from devmon.analysis.table import Row, Table, thinned
+from devmon.analysis.transitions.stages import Transition, stages
+from devmon.analysis.wording import interval_text, number, step
 
 
 def transitions_table(found: Sequence[Transition], kinds: Sequence[str]) -> Table:
@@ -67,29 +66,6 @@ def _change(change: Any, start: int, end: int) -> str:
     text = ("+" if change.value > 0 else "") + number(change.value)
     text += f" ± {number(change.se, 2)}" if change.se is not None and np.isfinite(change.se) else ""
     return text if change.steps == (start, end) else f"{text} ({change.steps[0]}–{change.steps[1]})"
-
-
-def events_table(events: Sequence[Event], detection: Detection) -> Table:
-    columns = [
-        "series",
-        "kind",
-        "step [90%]",
-        "size [90%]",
-        "width\n(decades)",
-        "p",
-        f"q\n(of {detection.family})",
-        "resolved",
-    ]
-    rows = []
-    for event in events:
-        place = f"{step(event.step)} {interval_text(event.interval, step)}"
-        size = f"{number(event.size)} {interval_text(event.size_interval, number)}"
-        resolved = "yes" if event.resolved else f"no: {event.note}" if event.note else "no"
-        chance = [number(event.p_value, 2), number(event.q_value, 2)]
-        cells = [event.series, event.kind, place, size, number(event.width, 2), *chance, resolved]
-        rows.append(Row(cells, weak=not is_sure(event)))
-    note = "Grey: q > 0.05, does not stand among all tests." if any(row.weak for row in rows) else ""
-    return Table(columns, rows, note if rows else "No event in any series; each one's outcome is listed here.", "long")
 
 
 def alarms_table(alarms: Sequence[Mapping[str, Any]]) -> Table:
@@ -172,10 +148,6 @@ def measured_table(trajectory: RunData, datasets: Mapping[str, xr.Dataset]) -> T
 def fields_table(data: xr.Dataset) -> Table | None:
     fields = data.attrs.get("fields")
     return pairs_table(fields) if isinstance(fields, Mapping) and fields else None
-
-
-def interval_text(interval: tuple[float, float], words: Any) -> str:
-    return f"[{words(interval[0])}, {words(interval[1])}]"
 
 
 def has_rows(data: xr.Dataset) -> bool:

@@ -29,7 +29,6 @@ from devmon.analysis.reports.figures import (
 from devmon.analysis.reports.glossary import TOPICS
 from devmon.analysis.reports.tables import has_rows
 from devmon.analysis.series import Series
-from devmon.analysis.transitions.stages import is_sure
 from devmon.errors import DataError
 
 MAX_COMPARED = 60  # steps of which all pairs are compared
@@ -61,7 +60,7 @@ def _followed(
     page: Page, name: str, data: xr.Dataset, series: Sequence[Series], events: Sequence[Event]
 ) -> list[Block]:
     mine = [one for one in series if one.name.startswith(f"{name}/")]
-    sure = [event for event in events if is_sure(event)]
+    sure = [event for event in events if event.sure]
     drawn: list[Block] = []
     lines: list[Series] = []
     for variable in headline(data):

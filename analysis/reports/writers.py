@@ -6,13 +6,13 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-import devmon
 from devmon.analysis.plots.style import EVENT_COLOURS
 from devmon.analysis.reports.content import (
     Block,
@@ -23,11 +23,11 @@ from devmon.analysis.reports.content import (
     Heading,
     Items,
     Story,
-    Table,
     Terms,
     Text,
 )
 from devmon.analysis.reports.svg import share_styles
+from devmon.analysis.table import Table
 
 OWN = ("page.css",), ("page_steps.js", "page_any.js", "page.js")  # style and script of the page
 
@@ -74,7 +74,7 @@ def as_json(content: Content, *, figures: str | None = None, refresh: int | None
         {"key": one.key, "title": one.title, "blocks": [_block_json(block) for block in one.blocks]}
         for one in content.sections
     ]
-    body = {"devmon": devmon.__version__, "title": content.title, "subtitle": content.subtitle,
+    body = {"devmon": version("devmon"), "title": content.title, "subtitle": content.subtitle,
             "outcome": content.outcome, "events": content.events, "series": content.series, "sections": sections}  # fmt: skip
     return json.dumps(_finite(body), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 

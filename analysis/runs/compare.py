@@ -20,7 +20,6 @@ from devmon.analysis.detection.results import Detection
 from devmon.analysis.detection.search import benjamini_hochberg, detect
 from devmon.analysis.series import Array
 from devmon.analysis.transitions.agreement import SHIFTS, log_extent, most_covered, shifted
-from devmon.analysis.transitions.stages import extent, is_sure
 from devmon.errors import DataError
 
 WITHIN = 0.1  # decades by which an extent is widened on either side (a factor of 1.26)
@@ -181,7 +180,7 @@ def _searched(detection: Detection, series: str) -> bool:
 
 def _match(series: str, searched: Mapping[str, Detection], within: float, shifts: int, seed: int) -> list[Matched]:
     names, found = list(searched), []
-    sure = {run: [e for e in d.events if e.series == series and is_sure(e)] for run, d in searched.items()}
+    sure = {run: [e for e in d.events if e.series == series and e.sure] for run, d in searched.items()}
     trends = [trend.steps for d in searched.values() if (trend := d.fits[series].trend) is not None]
     ends = log_extent((min(float(t[0]) for t in trends), max(float(t[-1]) for t in trends)))
     for kind, sign in sorted({(e.kind, 1 if e.size > 0 else -1) for events in sure.values() for e in events}):
@@ -207,4 +206,4 @@ def _matched(series: str, kind: str, sign: int, events: dict[str, Event], of: in
 
 
 def _extents(events: list[Event], within: float) -> list[tuple[float, float]]:
-    return [log_extent(extent(event), within) for event in events]
+    return [log_extent(event.extent, within) for event in events]

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devmon.analysis.detection.results import Detection
-from devmon.analysis.series import Array
-from devmon.analysis.transitions.stages import extent, is_sure, run_level
+from devmon.analysis.series import Array, run_level
 from devmon.errors import DataError
 
 SHIFTS = 999
@@ -43,11 +42,11 @@ def agreement(
     The place of an event is its interval together with its span. None where fewer than two series have one. Series made
     from the same measurements (a maximum and its element) agree by construction: leave one of them out.
     """
-    events = [e for e in detection.events if e.kind == kind and is_sure(e) and run_level(e.series)]
+    events = [e for e in detection.events if e.kind == kind and e.sure and run_level(e.series)]
     names = sorted({e.series for e in events})
     if len(names) < 2:
         return None
-    tracks = [[log_extent(extent(e)) for e in events if e.series == name] for name in names]
+    tracks = [[log_extent(e.extent) for e in events if e.series == name] for name in names]
     place, members = most_covered(tracks)
     null = shifted(tracks, *log_extent((first, last)), shifts=shifts, seed=seed)
     p = (1 + int(np.sum(null >= len(members)))) / (1 + shifts)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import xarray as xr
 
-from devmon.analysis.derive.watch_series import RunData, elements, headline, is_llc
-from devmon.analysis.detection.events import Event
+from devmon.analysis.derive.watch_series import elements, headline, is_llc
+from devmon.analysis.detection.events import Event, meet
 from devmon.analysis.detection.results import Detection
-from devmon.analysis.transitions.stages import extent, meet
+from devmon.analysis.run import RunData
 from devmon.errors import DataError
 
 SURVIVES, MIRAGE, OPEN = "survives", "only in a thresholded score", "not checked"
@@ -84,7 +84,7 @@ def _survival(event: Event, twin: str, detection: Detection) -> Survival:
     if fit.outcome not in ("EVENTS", "NO EVENT"):
         return Survival(event, twin, OPEN, None, f"{twin}: {fit.outcome}")
     alike = [other for other in detection.events if other.series == twin and other.kind == event.kind]
-    near = [other for other in alike if meet(extent(other), extent(event))]
+    near = [other for other in alike if meet(other.extent, event.extent)]
     if near:
         return Survival(event, twin, SURVIVES, min(near, key=lambda other: abs(other.step - event.step)), "")
     where = ", ".join(f"{other.step:.0f}" for other in alike)

@@ -11,7 +11,6 @@ from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.search import detect
 from devmon.analysis.series import Array, Series
-from devmon.analysis.transitions.stages import extent
 from devmon.errors import DataError
 
 REACH = 0.3  # decades around the extent of an event in which it is sought again
@@ -67,7 +66,7 @@ def _alternate(series: Series, start: int) -> np.ndarray:
 
 
 def _window(event: Event) -> tuple[float, float]:
-    low, high = extent(event)
+    low, high = event.extent
     return low * 10**-REACH, max(high, 1.0) * 10**REACH
 
 

@@ -7,18 +7,19 @@ in log step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from devmon.analysis.detection.events import Event
+from devmon.analysis.detection.events import Event, meet
+from devmon.analysis.run import RunData
 from devmon.analysis.series import Array, Series, checked
-from devmon.analysis.transitions.stages import extent, meet
 from devmon.errors import DataError
 
 ABRUPT = 0.3  # share by which slopes on two sides differ at a kink: |b - a| / (|a| + |b|)
 RESET = 0.4  # change of log learning rate from one checkpoint to the next that may be a reset (a factor 1.5)
+RATES = ("learning_rate", "lr")  # variables that hold the schedule
 STEEP = 5.0  # a reset is this many times as large as the changes beside it
 
 
@@ -72,10 +73,24 @@ def schedule_check(
     kinks = tuple(kink for kink in kinks if meet((kink.low, kink.high), (first, last)))
     rows = []
     for event in events:
-        own = extent(event)
+        own = event.extent
         near = tuple(kink for kink in kinks if meet(own, (kink.low, kink.high)))
         rows.append(Coincidence(event, near, chance_of(own, kinks, first, last)))
     return ScheduleCheck(tuple(rows), kinks, _as_many(rows))
+
+
+def schedule_of(run: RunData, series: Sequence[Series]) -> Series | list[float] | None:
+    """The learning rates that a run holds (a series called …/learning_rate or …/lr), else the steps that its settings
+    tell: `warm_up`, the end of the warm-up, and `kinks`, others at which the rate bends or jumps."""
+    for one in series:
+        if one.name.rpartition("/")[2] in RATES and len(one.steps) >= 6:
+            return one
+    settings = run.attrs.get("settings")
+    if not isinstance(settings, Mapping):
+        return None
+    kinks = settings.get("kinks")
+    told = [settings.get("warm_up"), *(kinks if isinstance(kinks, list | tuple) else [])]
+    return [float(one) for one in told if isinstance(one, int | float) and one > 0] or None
 
 
 def kinks_of(schedule: Series) -> tuple[Kink, ...]:

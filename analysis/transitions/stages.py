@@ -12,12 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from devmon.analysis.detection.events import Event
+from devmon.analysis.detection.events import Event, meet
 from devmon.analysis.detection.results import Detection
-from devmon.analysis.series import Series
-
-Q = 0.05  # a transition rests on events with a q-value up to this
-WIDE = 2.0  # an interval whose ends differ by more than this factor is wide
+from devmon.analysis.series import Series, run_level
 
 
 @dataclass(frozen=True)
@@ -54,21 +51,6 @@ class Stage:
     transition: Transition | None = None
 
 
-def run_level(name: str) -> bool:
-    """Whether a series speaks for the run: a scalar or the maximum of an array, not one of the array's elements."""
-    return "[" not in name
-
-
-def is_sure(event: Event) -> bool:
-    """Whether an event stands after the correction for the number of series (q <= 0.05; p where q is not known)."""
-    return (event.p_value if event.q_value is None else event.q_value) <= Q
-
-
-def is_wide(event: Event) -> bool:
-    """Whether the ends of the interval differ by more than a factor of WIDE."""
-    return (event.interval[1] + 1) / (event.interval[0] + 1) > WIDE
-
-
 def transitions(events: Iterable[Event], kinds: Collection[str] = ("jump",)) -> list[Transition]:
     """Clusters of sure run-level events of these `kinds`, in the order of their steps.
 
@@ -78,15 +60,15 @@ def transitions(events: Iterable[Event], kinds: Collection[str] = ("jump",)) -> 
     its events are wide.
     """
     left = sorted(
-        (event for event in events if event.kind in kinds and is_sure(event) and run_level(event.series)),
+        (event for event in events if event.kind in kinds and event.sure and run_level(event.series)),
         key=lambda event: (np.log((event.interval[1] + 1) / (event.interval[0] + 1)), event.step, event.series),
     )
     found = []
     while left:
         members = [event for event in left if _together(left[0], event)]
         left = [event for event in left if event not in members]
-        placed = [event for event in members if not is_wide(event)] or members
-        extents = [extent(event) for event in placed]
+        placed = [event for event in members if not event.wide] or members
+        extents = [event.extent for event in placed]
         found.append(
             Transition(
                 step=float(np.median([event.step for event in placed])),
@@ -139,29 +121,5 @@ def change_over(series: Series, start: float, end: float) -> Change | None:
     return Change(float(values[b] - values[a]), se, (int(series.steps[a]), int(series.steps[b])))
 
 
-def main_event(events: Iterable[Event]) -> Event | None:
-    """The event that others are compared with: among the sure run-level jumps the largest of prefix matching if there
-    is one, else the one with the smallest p-value and, of equals, the largest change against its own interval."""
-    sure = [event for event in events if event.kind == "jump" and is_sure(event) and run_level(event.series)]
-    induction = [event for event in sure if "prefix_matching" in event.series]
-    if induction:
-        return max(induction, key=lambda event: (abs(event.size), -event.step))
-    return min(sure, key=lambda event: (event.p_value, -_clarity(event), event.step), default=None)
-
-
-def _clarity(event: Event) -> float:
-    return abs(event.size) / max(event.size_interval[1] - event.size_interval[0], 1e-9 * abs(event.size) + 1e-300)
-
-
-def extent(event: Event) -> tuple[float, float]:
-    """The interval of an event together with its span; of a plateau, which is where a stage ends, the interval alone."""
-    low, high = event.interval if event.kind == "plateau" or event.span is None else event.span
-    return min(low, event.interval[0]), max(high, event.interval[1])
-
-
 def _together(a: Event, b: Event) -> bool:
-    return meet(a.interval, extent(b)) and meet(b.interval, extent(a))
-
-
-def meet(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    return a[0] <= b[1] and b[0] <= a[1]
+    return meet(a.interval, b.extent) and meet(b.interval, a.extent)

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from devmon import Snapshot, Watch, every, log_spaced
-from devmon.analysis.reports.glossary import _CITED
+from devmon.analysis.reports.references import CITED
 from devmon.cli.describe import estimates, explain, instruments, summary
 from devmon.cli.root import app
 from devmon.cost import Cost
@@ -43,7 +43,7 @@ def test_every_instrument_explains_itself(name: str) -> None:
 
 
 def test_every_instrument_is_cited() -> None:
-    assert set(_CITED) == set(instruments())
+    assert set(CITED) == set(instruments())
 
 
 def test_the_commands(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.detection.events import Event, Fit
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.report import key_series
-from devmon.analysis.reports.story import lags, number, tell
+from devmon.analysis.reports.story import tell
 from devmon.analysis.reports.tables import run_table
 from devmon.analysis.series import Series
-from devmon.analysis.transitions.stages import main_event, stages, transitions
+from devmon.analysis.transitions.order import lags, main_event
+from devmon.analysis.transitions.stages import stages, transitions
+from devmon.analysis.wording import number
 from devmon.store.trajectory import Trajectory
 from tests.support.synthetic import STEPS, Run, induction_run, rise, traces, watch
 
@@ -176,7 +178,7 @@ def told(
     names = {event.series for event in events} | set(outcomes or {})
     series = [Series(name, np.arange(0, 1000, 10), np.arange(100.0)) for name in sorted(names)]
     story = tell(series, detection(*events, outcomes=outcomes), verdicts or {}, control=more.get("control", False))
-    return story.headline, " ".join(story.happened), " ".join(story.against)
+    return story.outcome, " ".join(story.happened), " ".join(story.against)
 
 
 def test_what_came_first_is_said_the_right_way_round() -> None:

@@ -18,17 +18,19 @@ from devmon.analysis.derive.llc import llc
 from devmon.analysis.derive.representation import similarity
 from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.reports.bibtex import bibtex
-from devmon.analysis.reports.content import Content, Figure, Items, Panel, Row, Section, Table, Text
-from devmon.analysis.reports.evidence import evidence, schedule_of, type_in_words
-from devmon.analysis.reports.glossary import _CITED, references
-from devmon.analysis.reports.notebook import event_html
+from devmon.analysis.reports.content import Content, Figure, Items, Panel, Section, Text
+from devmon.analysis.reports.evidence import evidence, type_in_words
+from devmon.analysis.reports.references import CITED, references
 from devmon.analysis.reports.report import content_of
-from devmon.analysis.reports.story import number, tell
+from devmon.analysis.reports.story import tell
 from devmon.analysis.reports.svg import compact, share_styles
 from devmon.analysis.reports.writers import WRITERS, as_html, as_json, as_markdown
 from devmon.analysis.series import Series
+from devmon.analysis.table import Row, Table
 from devmon.analysis.transitions.phases import types_between
+from devmon.analysis.transitions.schedule import schedule_of
 from devmon.analysis.transitions.stages import transitions
+from devmon.analysis.wording import number
 from devmon.errors import DataError
 from devmon.store.trajectory import Trajectory
 from tests.reports.test_report import TEN, Reader, detection, jump, small_run
@@ -312,7 +314,7 @@ def test_evidence_stands_with_its_own_transition(said: Content) -> None:
 
 
 def test_every_reference_is_a_bibtex_entry_with_its_own_key() -> None:
-    cited = references(_CITED)
+    cited = references(CITED)
     text = bibtex(cited)
     keys = re.findall(r"^@\w+\{(\w+),$", text, re.M)
     assert len(keys) == len(set(keys)) == len(cited)
@@ -415,6 +417,6 @@ def test_a_notebook_shows_a_trajectory_and_an_event_escaped(tmp_path: Path) -> N
     assert "<td>&lt;b&gt;Norm</td>" in html
     assert "<i>T" not in html
     one = jump("<b>/x", 640, resolved=False, note="measure step 600")
-    assert event_html(one) == (
+    assert one._repr_html_() == (
         "<p><b>jump</b>: &lt;b&gt;/x rises by 1 at step 640 [635, 645] (p = 0.005, q = 0.01). Not resolved in time: measure step 600.</p>"
     )

@@ -16,12 +16,12 @@ from PIL import Image
 
 from devmon.analysis import plots
 from devmon.analysis.plots.style import EVENT_COLOURS, EVENT_LINES, EVENT_MARKS, brief, outline
-from devmon.analysis.reports.content import Figure, Table, Text
+from devmon.analysis.reports.content import Figure, Text
 from devmon.analysis.reports.glossary import GLOSSARY
-from devmon.analysis.reports.story import phrase
 from devmon.analysis.reports.svg import compact
 from devmon.analysis.reports.tables import transitions_table
 from devmon.analysis.series import Series
+from devmon.analysis.table import Table
 from devmon.analysis.transitions.stages import transitions
 from tests.reports.test_report import jump, told
 from tests.reports.test_report_forms import content, figures
@@ -50,7 +50,7 @@ def test_every_kind_has_a_colour_a_line_a_mark_and_a_meaning_of_its_own() -> Non
     (event("swirl", span=None), "a/x has a swirl at step 300 [295, 305] (p = 0.005, q = 0.01)"),
 ])  # fmt: skip
 def test_an_event_in_words(found: Any, words: str) -> None:
-    assert phrase(found) == words
+    assert found.in_words() == words
 
 
 def test_the_forest_marks_each_kind_and_names_only_those_it_holds() -> None:

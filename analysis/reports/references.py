@@ -1,0 +1,86 @@
+"""Whom a report cites, for each class of instrument and for the detection of events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_LLC = "Lau et al. (2023), The local learning coefficient: a singularity-aware complexity measure. arXiv:2308.12108"
+_OLSSON = "Olsson et al. (2022), In-context learning and induction heads. arXiv:2209.11895"
+_HOOGLAND = "Hoogland et al. (2024), The developmental landscape of in-context learning. arXiv:2402.02364"
+_ELHAGE = "Elhage et al. (2021), A mathematical framework for transformer circuits. Transformer Circuits Thread"
+_WANG = (
+    "Wang et al. (2022), Interpretability in the wild: indirect object identification in GPT-2 small. arXiv:2211.00593"
+)
+_TOY = "Elhage et al. (2022), Toy models of superposition. arXiv:2209.10652"
+_HEWITT = "Hewitt & Liang (2019), Designing and interpreting probes with control tasks. arXiv:1909.03368"
+_NANDA = "Nanda et al. (2023), Progress measures for grokking via mechanistic interpretability. arXiv:2301.05217"
+_CKA = "Kornblith et al. (2019), Similarity of neural network representations revisited. arXiv:1905.00414"
+CITED = {
+    "LLC": (
+        _LLC,
+        "Watanabe (2009), Algebraic geometry and statistical learning theory. Cambridge University Press",
+        _HOOGLAND,
+        "Vehtari et al. (2021), Rank-normalization, folding, and localization: an improved R̂. Bayesian Analysis 16(2)",
+    ),
+    "InductionHeads": (_OLSSON,),
+    "PreviousTokenHeads": (_OLSSON,),
+    "RepeatGain": (_OLSSON,),
+    "ProbeLoss": (_OLSSON,),
+    "InContextLearning": (_OLSSON,),
+    "FewShot": ("Brown et al. (2020), Language models are few-shot learners. arXiv:2005.14165",),
+    "NgramStages": (_HOOGLAND,),
+    "FuzzyInduction": (_OLSSON,),
+    "AbstractInduction": (_OLSSON,),
+    "HierarchicalInduction": (_OLSSON,),
+    "CopyingHeads": (_OLSSON,),
+    "Composition": (_ELHAGE,),
+    "HeadSpectra": (_ELHAGE,),
+    "ResidualAttribution": (_ELHAGE, _WANG),
+    "HeadAblation": (_WANG,),
+    "ActivationPatching": (
+        _WANG,
+        "Zhang & Nanda (2023), Towards best practices of activation patching in language models. arXiv:2309.16042",
+        "Heimersheim & Nanda (2024), How to use and interpret activation patching. arXiv:2404.15255",
+    ),
+    "Circuit": (
+        "Hanna et al. (2024), Have faith in faithfulness: going beyond circuit overlap. arXiv:2403.17806",
+        "Tigges et al. (2024), LLM circuit analyses are consistent across training and scale. arXiv:2407.10827",
+    ),
+    "FunctionVectorHeads": ("Todd et al. (2023), Function vectors in large language models. arXiv:2310.15213",),
+    "LogitLens": ("nostalgebraist (2020), Interpreting GPT: the logit lens. LessWrong",),
+    "TunedLens": ("Belrose et al. (2023), Eliciting latent predictions with the tuned lens. arXiv:2303.08112",),
+    "LayerRoles": (_CKA,),
+    "LinearProbe": (_HEWITT,),
+    "MDLProbe": (
+        _HEWITT,
+        "Voita & Titov (2020), Information-theoretic probing with minimum description length. arXiv:2003.12298",
+    ),
+    "IntrinsicDimension": (
+        "Facco et al. (2017), Estimating the intrinsic dimension of datasets by a minimal neighborhood information. "
+        "Scientific Reports 7",
+    ),
+    "Sketch": (_CKA, _HOOGLAND),
+    "Superposition": (_TOY,),
+    "Polysemanticity": (_TOY,),
+    "Curvature": (
+        "Ghorbani et al. (2019), An investigation into neural net optimization via Hessian eigenvalue density. "
+        "arXiv:1901.10159",
+        "Meyer et al. (2021), Hutch++: optimal stochastic trace estimation. arXiv:2010.09649",
+    ),
+    "WeightStatistics": ("Hu et al. (2023), Latent state models of training dynamics. arXiv:2308.09543",),
+    "RestrictedLoss": (_NANDA,),
+    "FourierSpectrum": (
+        _NANDA,
+        "Hurley & Rickard (2009), Comparing measures of sparsity. IEEE Transactions on Information Theory 55(10)",
+    ),
+}
+_DETECTION = (
+    "Benjamini & Hochberg (1995), Controlling the false discovery rate. J. R. Stat. Soc. B 57(1)",
+    "Besag & Clifford (1991), Sequential Monte Carlo p-values. Biometrika 78(2)",
+)
+
+
+def references(instruments: Iterable[str]) -> list[str]:
+    """Whom to cite for these instrument classes and for the detection of events."""
+    found = [one for name in instruments for one in CITED.get(name.rpartition(".")[2], ())]
+    return sorted({*found, *_DETECTION})

@@ -1,0 +1,42 @@
+"""What the analysis asks of a run, and a run whose watches are read from the store once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class RunData(Protocol):
+    """What reading a run needs: `devmon.Trajectory`, or anything with its three members."""
+
+    @property
+    def attrs(self) -> Mapping[str, Any]: ...
+    def names(self) -> list[str]: ...
+    def __getitem__(self, name: str, /) -> xr.Dataset: ...
+
+
+class ReadOnce:
+    """A run whose watches are read from the store once, when first asked for."""
+
+    def __init__(self, run: RunData):
+        self.attrs, self._run = run.attrs, run
+        self._read: dict[str, xr.Dataset] = {}
+        self._names = run.names()
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def __getitem__(self, name: str, /) -> xr.Dataset:
+        if name not in self._read:
+            self._read[name] = self._run[name]
+        return self._read[name]
+
+    def ends(self) -> ReadOnce:
+        """The same run with the first and the last row of each watch alone."""
+        short = ReadOnce(self)
+        short._read = {name: self[name].isel(step=sorted({0, max(self[name].sizes["step"] - 1, 0)})[: self[name].sizes["step"]])
+                       for name in self._names}  # fmt: skip
+        return short

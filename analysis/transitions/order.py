@@ -1,0 +1,52 @@
+"""What came first: every sure event of a run against the one that the others are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from devmon.analysis.detection.events import Event, LeadLag, lead_lag
+from devmon.analysis.detection.results import Detection
+from devmon.analysis.series import run_level
+
+
+@dataclass(frozen=True)
+class Lag:
+    """How far an event came behind the main one: `steps` (negative: before it), 90% interval, P(it came first).
+
+    The order is `settled` where the interval leaves out 0 and both events are resolved between their checkpoints.
+    """
+
+    event: Event
+    steps: float
+    interval: tuple[float, float]
+    first: float
+    settled: bool
+
+
+def main_event(events: Iterable[Event]) -> Event | None:
+    """The event that others are compared with: among the sure run-level jumps the largest of prefix matching if there
+    is one, else the one with the smallest p-value and, of equals, the largest change against its own interval."""
+    sure = [event for event in events if event.kind == "jump" and event.sure and run_level(event.series)]
+    induction = [event for event in sure if "prefix_matching" in event.series]
+    if induction:
+        return max(induction, key=lambda event: (abs(event.size), -event.step))
+    return min(sure, key=lambda event: (event.p_value, -_clarity(event), event.step), default=None)
+
+
+def lags(detection: Detection) -> list[Lag]:
+    """Every other sure event against the main one, run-level series first, each by its lag."""
+    main = main_event(detection.events)
+    if main is None:
+        return []
+    rows = []
+    for event in detection.events:
+        if event is not main and event.sure:
+            lag: LeadLag = lead_lag(detection.posterior(main), detection.posterior(event))
+            settled = event.resolved and main.resolved and not lag.interval[0] <= 0 <= lag.interval[1]
+            rows.append(Lag(event, lag.lag, lag.interval, 1 - lag.first, settled))
+    return sorted(rows, key=lambda row: (not run_level(row.event.series), row.steps))
+
+
+def _clarity(event: Event) -> float:
+    return abs(event.size) / max(event.size_interval[1] - event.size_interval[0], 1e-9 * abs(event.size) + 1e-300)

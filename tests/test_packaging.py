@@ -82,7 +82,7 @@ def test_only_callbacks_and_recipes_import_lightning() -> None:
 
 
 def test_only_plots_and_report_import_matplotlib() -> None:
-    allowed = ("devmon.analysis.plots", "devmon.analysis.reports.report")
+    allowed = ("devmon.analysis.plots", "devmon.analysis.reports")
     assert [o for o in offenders("devmon", {"matplotlib"}) if not o.startswith(allowed)] == []
 
 

@@ -212,8 +212,8 @@ def run(path: Path, watches: list[Watch], share: float | None, *callbacks: L.Cal
 
 
 def test_the_examples_of_the_budget_hold() -> None:
-    assert doctest.testmod(devmon.callbacks.budget).attempted > 4
-    assert doctest.testmod(devmon.callbacks.budget).failed == 0
+    assert doctest.testmod(devmon.monitoring.budget).attempted > 4
+    assert doctest.testmod(devmon.monitoring.budget).failed == 0
 
 
 def test_costly_observations_are_left_out_and_listed_while_the_cheap_one_goes_on(tmp_path: Path) -> None:

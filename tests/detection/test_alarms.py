@@ -28,7 +28,7 @@ def event(kind: str, step: float, low: float, high: float, p: float = 0.001) -> 
 
 
 def test_docstrings() -> None:
-    assert doctest.testmod(devmon.analysis.alarms).failed == 0
+    assert doctest.testmod(devmon.analysis.detection.alarms).failed == 0
 
 
 def test_the_alarm_of_a_jump_rises_once_it_is_there_and_settles_and_looking_on_is_looking_from_the_start() -> None:

@@ -20,10 +20,10 @@ from rich.table import Table
 
 from devmon import DevmonError, Trajectory, Watch, observe
 from devmon.analysis import Detection
-from devmon.analysis.reports.drawing import write_whole
 from devmon.analysis.reports.report import content_of
 from devmon.analysis.reports.writers import WRITERS
 from devmon.callbacks import CheckpointSeries, Monitor, checkpoints, latest
+from devmon.files import write_whole
 from devmon.offline.source import with_weights
 from devmon.recipes.language_model import Bar, quiet
 

@@ -37,12 +37,12 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from devmon import Trajectory, Watch, every, log_spaced
 from devmon.analysis import Series, compare_runs, llc, plots, series_of
 from devmon.analysis.reports.comparison import runs_content
-from devmon.analysis.reports.drawing import write_whole
 from devmon.analysis.reports.writers import WRITERS
 from devmon.analysis.runs.compare import RunsComparison, sign_test
 from devmon.analysis.series import run_level
 from devmon.callbacks import checkpoints
 from devmon.data.text import Text, read_text
+from devmon.files import write_whole
 from devmon.instruments import LLC, Composition, HeadAblation
 from devmon.recipes import language_model as lm
 from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, told_in_one_line, write_report

@@ -214,9 +214,10 @@ def watch(
     import threading
 
     from devmon.live.server import live_report, server
+    from devmon.store.place import store_path
 
     try:
-        serving = server(live := live_report(_path(run), every), port)
+        serving = server(live := live_report(store_path(run), every), port)
     except OSError as error:
         raise DevmonError(f"port {port} cannot be opened ({error.strerror}): choose another with --port") from error
     stop = threading.Event()
@@ -246,8 +247,8 @@ def compare(
 
     from devmon.analysis import Detector, compare_runs, series_of
     from devmon.analysis.reports.comparison import differences, matched_table, order_table, runs_content, summary
-    from devmon.analysis.reports.drawing import write_whole
     from devmon.analysis.reports.writers import WRITERS
+    from devmon.files import write_whole
 
     if out is not None and out.suffix not in WRITERS:
         raise DevmonError(f"-o takes a file that ends in {', '.join(WRITERS)}, got {out.name!r}")
@@ -344,7 +345,7 @@ def compact(
     out: Annotated[str | None, typer.Option("-o", "--out", metavar="COPY", help="Write a small copy here instead: a folder, or a URL.")] = None,
 ) -> None:  # fmt: skip
     """Fold a run's new rows into its Zarr groups, or write a consolidated, sharded, compressed copy (-o copy.zarr)."""
-    from devmon.store.export import compact as write
+    from devmon.store.compact import compact as write
     from devmon.store.trajectory import Trajectory
 
     trajectory = _open(run)
@@ -475,11 +476,7 @@ def _as_json(values: Any) -> list[Any]:
 
 
 def _open(run: str | Path) -> Any:
+    from devmon.store.place import store_path
     from devmon.store.trajectory import Trajectory
 
-    return Trajectory(_path(run), "r")
-
-
-def _path(run: str | Path) -> str:
-    inner = Path(run) / "trajectory.zarr"
-    return str(inner if inner.is_dir() else run)
+    return Trajectory(store_path(run), "r")

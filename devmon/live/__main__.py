@@ -14,7 +14,7 @@ def main(run: str, page: str, seconds: str = "") -> None:
     """Make the page at the lowest priority; it appears whole or not at all."""
     if hasattr(os, "nice"):
         os.nice(19)
-    from devmon.analysis.reports.drawing import write_whole
+    from devmon.files import write_whole
     from devmon.live.server import live_page
 
     write_whole(Path(page), live_page(run, int(seconds) if seconds else None).encode())

@@ -20,6 +20,7 @@ from torch import Tensor
 from devmon.data import probe_tokens
 from devmon.data.text import read_documents
 from devmon.errors import DataError, DevmonError
+from devmon.files import write_whole
 
 ARRAYS = (".npy", ".pt", ".safetensors")
 SEQUENCES, LENGTH = 64, 256  # of tokens made of text, where nothing else is asked
@@ -42,10 +43,7 @@ class Probe:
         content = save({"tokens": self.tokens.clone(), "examples": self.examples.clone()})
         file = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
         if not file.exists():
-            folder.mkdir(exist_ok=True)
-            fresh = file.with_suffix(".part")
-            fresh.write_bytes(content)
-            fresh.replace(file)
+            write_whole(file, content)
         return file
 
 

@@ -32,6 +32,7 @@ from devmon.offline.in_parts import FULL, in_parts
 from devmon.offline.plan import Plan, pairs
 from devmon.offline.probe_text import Probe, read_probe
 from devmon.offline.source import load_study
+from devmon.store.place import store_path
 from devmon.store.rows import plain
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
@@ -191,7 +192,7 @@ class Study:
         return tuple(watch for watch in found if not self.plan.watch or watch.name in self.plan.watch)
 
     def _open(self, read_only: bool) -> Any:
-        place = store_of(self.plan.into)
+        place = store_path(self.plan.into)
         if read_only and "://" not in str(place) and not Path(place).exists():
             self.known: set[str] = set()
             return None
@@ -223,12 +224,6 @@ class Study:
             return plan
         file = self.probe.save(folder.resolve() / "_probe")
         return dataclasses.replace(plan, tokens=str(file), tokenizer=None, sequences=None, length=None)
-
-
-def store_of(into: str) -> str:
-    """The store of a run that is named by its folder or by its store."""
-    inner = Path(into) / "trajectory.zarr"
-    return str(inner) if inner.is_dir() else into
 
 
 def _in_parts(watches: Iterable[Watch], parts: int) -> list[Watch]:

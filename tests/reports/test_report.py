@@ -26,6 +26,7 @@ from devmon.analysis.series import Series
 from devmon.analysis.transitions.order import lags, main_event
 from devmon.analysis.transitions.stages import stages, transitions
 from devmon.analysis.wording import number
+from devmon.errors import StoreError
 from devmon.store.trajectory import Trajectory
 from tests.support.synthetic import STEPS, Run, induction_run, rise, traces, watch
 
@@ -377,7 +378,7 @@ def test_a_failure_leaves_the_old_report_and_no_litter(tmp_path: Path, monkeypat
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StoreError, match="disk full"):
         write_report(Run({}), path)
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
     assert path.read_text() == "old"

@@ -11,6 +11,7 @@ from devmon.errors import DevmonError
 from devmon.offline.engines.processes import Ended, part
 from devmon.offline.plan import Plan, pairs
 from devmon.offline.study import Event
+from devmon.store.place import store_path
 from devmon.store.trajectory import Trajectory
 
 SOON, SELDOM = 0.5, 15.0  # seconds between looks at the run: at first, and as hours go by
@@ -91,9 +92,7 @@ def _wait(jobs: Sequence[Any], plan: Plan, tell: Callable[[Event], None]) -> lis
 
 def _news(plan: Plan) -> Iterator[list[Event]]:
     """The rows that were written since it was asked before, by whoever wrote them; first those that are there."""
-    from devmon.offline.study import store_of
-
-    trajectory, seen = Trajectory(store_of(plan.into), "r"), set[tuple[int, str]]()
+    trajectory, seen = Trajectory(store_path(plan.into), "r"), set[tuple[int, str]]()
     while True:
         now = {
             (step, name)

@@ -74,7 +74,7 @@ def events_table(detection: Any) -> Any:
 
 
 def cost_table(found: Any, training: int | None) -> Any:
-    """A rich table of `devmon.cli.describe.Estimate`s; `training` is the work of the training itself, in tokens."""
+    """A rich table of `devmon.cost.Estimate`s; `training` is the work of the training itself, in tokens."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", caption_justify="left", caption=(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from devmon.errors import DevmonError
+from devmon.watch import Watch, unique_names
 
 
 @dataclass(frozen=True)
@@ -22,3 +26,31 @@ class Cost:
     def work(self) -> int:
         """In tokens passed forward."""
         return (self.forwards + 2 * self.backwards) * self.positions
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one watch will cost up to the last step: `observations` times `cost` (None: the instrument does not tell)."""
+
+    name: str
+    instrument: str
+    observations: int
+    cost: Cost | None
+
+    @property
+    def work(self) -> int | None:
+        """In tokens passed forward, all observations together."""
+        return None if self.cost is None else self.cost.work * self.observations
+
+
+def estimates(watches: Iterable[Watch], last: int) -> list[Estimate]:
+    """What each watch costs in a run of the steps 0 to `last`. Raises DevmonError for a `last` below 0."""
+    if last < 0:
+        raise DevmonError(f"the last step must be at least 0, got {last}")
+    found = []
+    for watch in unique_names(watches):
+        observations = sum(1 for step in range(last + 1) if step in watch.steps)
+        tell = getattr(watch.instrument, "cost", None)
+        name = getattr(type(watch.instrument), "__name__", "")
+        found.append(Estimate(watch.name, name, observations, tell() if callable(tell) else None))
+    return found

@@ -15,7 +15,7 @@ def main(run: str, page: str, seconds: str = "") -> None:
     if hasattr(os, "nice"):
         os.nice(19)
     from devmon.files import write_whole
-    from devmon.live.server import live_page
+    from devmon.live.page import live_page
 
     write_whole(Path(page), live_page(run, int(seconds) if seconds else None).encode())
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from devmon.cli.describe import Estimate
+from devmon.cost import Estimate
 from devmon.instruments import LLC
 from devmon.monitoring.isolation import isolated
 from devmon.offline.study import Study

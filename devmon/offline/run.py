@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from devmon.cli.describe import estimates
 from devmon.console import cost_table
+from devmon.cost import estimates
 from devmon.offline import forecast
 from devmon.offline.plan import ENGINES, Plan
 from devmon.offline.study import Event, Study

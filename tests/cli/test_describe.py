@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from devmon import Snapshot, Watch, every, log_spaced
 from devmon.analysis.reports.references import CITED
-from devmon.cli.describe import estimates, explain, instruments, summary
+from devmon.cli.describe import explain, instruments, summary
 from devmon.cli.root import app
-from devmon.cost import Cost
+from devmon.cost import Cost, estimates
 from devmon.errors import DataError
 from devmon.instruments import LLC, InductionHeads, LinearProbe, PreviousTokenHeads, ProbeLoss, RepeatGain
 from devmon.testing import even

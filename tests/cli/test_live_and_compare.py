@@ -22,7 +22,8 @@ from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.comparison import differences, matched_table, order_table, runs_content, summary
 from devmon.analysis.runs.compare import RunsComparison, compare_runs
 from devmon.cli.root import app
-from devmon.live.server import Live, live_report, server, waiting
+from devmon.live.page import live_report
+from devmon.live.server import Live, server, waiting
 from tests.reports.test_report import detection, jump
 from tests.support.synthetic import STEPS, Run, induction_run, watch
 

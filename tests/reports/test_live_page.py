@@ -14,7 +14,7 @@ from devmon import DevmonError, Trajectory, Watch, every
 from devmon.callbacks import Monitor
 from devmon.live import background as live_module
 from devmon.live.background import LivePage
-from devmon.live.server import live_page
+from devmon.live.page import live_page
 from tests.support.lightning_toys import Norm, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*LeafSpec.*", "ignore:.*dataloader.*")

@@ -1,0 +1,100 @@
+"""`devmon show`, `watch`, `compact` and `export`: what is done with one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from devmon.cli.arguments import Run, open_run, store_path
+from devmon.console import run_view
+from devmon.errors import DevmonError
+
+
+def show(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and show what is committed (Ctrl-C ends it).")] = False,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often --follow looks.")] = 2.0,
+) -> None:  # fmt: skip
+    """Say what a run holds: its provenance, and each watch with its instrument, steps, failures and latest values."""
+    import time
+
+    from rich.console import Console
+
+    console = Console()
+    if not follow:
+        console.print(run_view(open_run(run), run))
+        return
+    seen: object = None
+    try:
+        while True:
+            trajectory = open_run(run)
+            now = {name: (trajectory.steps(name), len(trajectory.failures(name))) for name in trajectory}
+            if now != seen:
+                if console.is_terminal:
+                    console.clear()
+                console.print(run_view(trajectory, run))
+                seen = now
+            time.sleep(every)
+    except KeyboardInterrupt:
+        pass
+
+
+def watch(
+    run: Run,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")] = 8765,
+    every: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="How often to look for new steps.")] = 10.0,
+) -> None:
+    """Serve the report of a run to this machine alone, made again as steps are committed. Its events are provisional."""
+    import threading
+
+    from devmon.live.page import live_report
+    from devmon.live.server import server
+
+    try:
+        serving = server(live := live_report(store_path(run), every), port)
+    except OSError as error:
+        raise DevmonError(f"port {port} cannot be opened ({error.strerror}): choose another with --port") from error
+    stop = threading.Event()
+    told = lambda line: typer.echo(line, err=True)  # noqa: E731
+    threading.Thread(target=live.follow, args=(stop, told), daemon=True).start()
+    typer.echo(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)")
+    try:
+        serving.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stop.set()
+        serving.server_close()
+
+
+def compact(
+    run: Run,
+    out: Annotated[str | None, typer.Option("-o", "--out", metavar="COPY", help="Write a small copy here instead: a folder, or a URL.")] = None,
+) -> None:  # fmt: skip
+    """Fold a run's new rows into its Zarr groups, or write a consolidated, sharded, compressed copy (-o copy.zarr)."""
+    from devmon.store.export import compact as write
+    from devmon.store.trajectory import Trajectory
+
+    trajectory = open_run(run)
+    if out is None:
+        Trajectory(trajectory.path).fold()
+        typer.echo(trajectory.path)
+    else:
+        typer.echo(write(trajectory, out))
+
+
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A name that ends in .nc, .parquet, .csv or .zarr.")],
+    watch: Annotated[str | None, typer.Option(show_default="all", help="Take this watch alone.")] = None,
+) -> None:
+    """Write a run as netCDF, Parquet, CSV or plain Zarr.
+
+    CSV and Parquet hold the numbers without a dimension but step, one a line: watch, variable, step, value, se, units,
+    verdict; LLC traces give the derived llc. netCDF and Zarr hold everything, one group a watch.
+    """
+    from devmon.store.export import export as write
+
+    typer.echo(write(open_run(run), out, watch=watch))

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from devmon.offline.plan import store_path
+
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's store, the folder it is in (runs/demo), or its URL.")]
 
 
@@ -15,9 +17,3 @@ def open_run(run: str | Path) -> Any:
     from devmon.store.trajectory import Trajectory
 
     return Trajectory(store_path(run), "r")
-
-
-def store_path(run: str | Path) -> str:
-    """The store of a run that is named by its folder or by its store."""
-    inner = Path(run) / "trajectory.zarr"
-    return str(inner if inner.is_dir() else run)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from devmon.cli.arguments import Run, open_run, store_path
+from devmon.cli.arguments import Run, open_run
 from devmon.console import run_view
 from devmon.errors import DevmonError
+from devmon.offline.plan import store_path
 
 
 def show(

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from devmon.console import cost_table
 from devmon.cost import estimates
 from devmon.offline import forecast
-from devmon.offline.plan import ENGINES, Plan
+from devmon.offline.plan import Plan
 from devmon.offline.study import Event, Study
 
 
@@ -43,7 +43,9 @@ def run(plan: Plan, dry_run: bool) -> int:
         if plan.engine == "processes" and plan.workers == 1:
             study.measure(tell=tell)
         elif work:
-            lost = importlib.import_module(ENGINES[plan.engine]).measure(study.frozen(), list(work), tell)
+            lost = importlib.import_module(f"devmon.offline.engines.{plan.engine}").measure(
+                study.frozen(), list(work), tell
+            )
     study.trajectory.fold()
     for one in lost:
         errors.print(f"{one}: give the command again to measure the rest")

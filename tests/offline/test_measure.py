@@ -460,7 +460,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an option that is none": (["--source", "S:study", "--engine", "ray", "--option", "fast"], "NAME=VALUE"),
     "an LLC of none": (["--source", "S:study", "--llc", "nbeta=30"], "among the source's watches"),
     "shard": (["--source", "S:study", "--shard", "3/2"], "i from 1 to n"),
-    "dtype": (["--source", "S:study", "--dtype", "int8"], "bfloat16, float16, got 'int8'"),
+    "dtype": (["--source", "S:study", "--dtype", "int8"], "no dtype 'int8': those are float32, float64, bfloat16, float16"),
 }
 
 
@@ -480,10 +480,13 @@ def test_options_that_do_not_go_together_are_told_and_nothing_is_made(
     ("text", "said"),
     [
         ("presett = 'full'", "unknown key 'presett', perhaps 'preset'"),
-        ("workers = 'two'", "workers must be int, got 'two'"),
-        ("workers = true", "workers must be int, got True"),
-        ("steps = [1, 2]", r"steps must be str, got \[1, 2\]"),
-        ("watch = 'loss'", r"watch must be tuple\[str, ...\], got 'loss'"),
+        ("workers = 'two'", "workers must be an integer, got 'two'"),
+        ("workers = true", "workers must be an integer, got True"),
+        ("seed = 0.5", "seed must be an integer, got 0.5"),
+        ("forget = 1", "forget must be true or false, got 1"),
+        ("steps = [1, 2]", r"steps must be a string, got \[1, 2\]"),
+        ("watch = 'loss'", "watch must be a list of strings, got 'loss'"),
+        ("watch = ['loss', 3]", r"watch must be a list of strings, got \['loss', 3\]"),
         ("series = ", "cannot be read as TOML"),
         ("preset = 'full'", "no series and no into"),
     ],

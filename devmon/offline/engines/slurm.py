@@ -9,7 +9,7 @@ from typing import Any
 
 from devmon.errors import DevmonError
 from devmon.offline.engines.processes import Ended, part
-from devmon.offline.plan import Plan, pairs
+from devmon.offline.plan import Plan, pairs, store_path
 from devmon.offline.study import Event
 from devmon.store.place import store_path
 from devmon.store.trajectory import Trajectory

@@ -180,7 +180,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Any]:
         of_models = of_models.isel(trial=of_models["model"].values < len(models))
         return Calibration(replace(start, **chosen), of_models, "because", True, 0.01)
 
-    monkeypatch.setattr("devmon.sampling.calibrate", found)
+    monkeypatch.setattr("devmon.offline.calibrate.calibrate", found)
     return asked
 
 
@@ -353,7 +353,7 @@ def test_a_calibration_that_fails_names_the_steps_and_how_to_take_others(
     def fails(*_: object, **__: object) -> None:
         raise InstrumentError("no step size ran healthily")
 
-    monkeypatch.setattr("devmon.sampling.calibrate", fails)
+    monkeypatch.setattr("devmon.offline.calibrate.calibrate", fails)
     said = fail(f"{copy / 'script.py'}:made", copy / "run", "--middle", 0, "--force")
     assert said.startswith(
         "no step size ran healthily (late checkpoint: step 40, middle checkpoint: step 0; --late and"

@@ -44,7 +44,7 @@ from typing import Any
 import torch
 
 from devmon.offline.plan import Plan
-from devmon.offline.study import Event, Study
+from devmon.offline.study import Progress, Study
 from devmon.store.trajectory import Trajectory
 
 MEASURE = [sys.executable, "-m", "devmon.cli", "measure"]
@@ -183,7 +183,7 @@ def begin(plan: Plan, log: Path) -> int:
         return pid
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def tell(event: Event) -> None:
+    def tell(event: Progress) -> None:
         os.write(file, f"{event.step} {event.watch}\n".encode())
 
     try:
@@ -222,7 +222,7 @@ def peaks(plan: Plan) -> list[float]:
         while not done.wait(0.005):
             high = max(high, now())
 
-    def tell(event: Event) -> None:
+    def tell(event: Progress) -> None:
         nonlocal high
         if event.watch == study.watches[-1].name:
             seen[event.step], high = high, 0.0

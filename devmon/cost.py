@@ -11,7 +11,7 @@ from devmon.watch import Watch, unique_names
 
 @dataclass(frozen=True)
 class Cost:
-    """Passes of one observation: `forwards` and `backwards` count sequences (or images), each of `positions` places.
+    """Passes of one observation: `forwards` and `backwards` count sequences, each of `positions` tokens (or patches).
 
     An instrument tells it with a method `cost() -> Cost`. A backward pass costs about two forward passes, so the work
     of one observation is (forwards + 2 backwards) · positions tokens; what several instruments of a step share
@@ -30,7 +30,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one watch will cost up to the last step: `observations` times `cost` (None: the instrument does not tell)."""
+    """What a watch will cost up to the last step: `observations` times `cost` (None: the instrument gives none)."""
 
     name: str
     instrument: str
@@ -47,10 +47,10 @@ def estimates(watches: Iterable[Watch], last: int) -> list[Estimate]:
     """What each watch costs in a run of the steps 0 to `last`. Raises DevmonError for a `last` below 0."""
     if last < 0:
         raise DevmonError(f"the last step must be at least 0, got {last}")
-    found = []
+    estimated = []
     for watch in unique_names(watches):
         observations = sum(1 for step in range(last + 1) if step in watch.steps)
-        tell = getattr(watch.instrument, "cost", None)
+        cost = getattr(watch.instrument, "cost", None)
         name = getattr(type(watch.instrument), "__name__", "")
-        found.append(Estimate(watch.name, name, observations, tell() if callable(tell) else None))
-    return found
+        estimated.append(Estimate(watch.name, name, observations, cost() if callable(cost) else None))
+    return estimated

@@ -26,33 +26,41 @@ class Revision:
         """Where the model lies: safetensors where the revision has them, else what `torch.save` wrote.
 
         `cache` is a folder to download into, in place of the hub's cache. Files that the hub names by their SHA-256 are
-        checked: safetensors have no checksum of their own.
+        checked: safetensors have no checksum of their own. Raises DataError.
         """
-        import huggingface_hub
-
         try:
-            for kind in ("safetensors", "bin"):
-                folder = Path(huggingface_hub.snapshot_download(
-                    self.repository, revision=self.name, allow_patterns=["*.json", f"*.{kind}"], cache_dir=cache
-                ))  # fmt: skip
-                if held := sorted(folder.glob(f"*.{kind}")):
-                    break
-            else:
-                raise DataError(f"{self} holds no weights: neither *.safetensors nor *.bin")
-        except DataError:
-            raise
+            folder, files = self._downloaded(cache)
         except Exception as error:  # of the network, the hub and the cache, each with classes of its own
             raise DataError(
                 f"{self} cannot be downloaded ({_line(error)}): try again, or leave the step out"
             ) from error
-        for file in held:
+        if not files:
+            raise DataError(f"{self} holds no weights: neither *.safetensors nor *.bin")
+        for file in files:
             blob = file.resolve()
             if re.fullmatch("[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
-                raise DataError(f"{self} is damaged on this disk: {file.name} is not of the SHA-256 that the hub tells; "
-                                f"delete {blob} to have it downloaded again")  # fmt: skip
+                raise DataError(
+                    f"{self} is damaged on this disk: {file.name} is not of the SHA-256 that the hub tells; delete "
+                    f"{blob} to have it downloaded again"
+                )
         return folder
 
+    def _downloaded(self, cache: str | None) -> tuple[Path, list[Path]]:
+        """The folder, and its files of weights: safetensors alone where there are any, else .bin."""
+        import huggingface_hub
+
+        for kind in ("safetensors", "bin"):
+            patterns = ["*.json", f"*.{kind}"]
+            where = huggingface_hub.snapshot_download(
+                self.repository, revision=self.name, allow_patterns=patterns, cache_dir=cache
+            )
+            folder = Path(where)
+            if files := sorted(folder.glob(f"*.{kind}")):
+                break
+        return folder, files
+
     def config(self) -> str:
+        """The text of its config.json. Raises DataError."""
         import huggingface_hub
 
         try:
@@ -62,13 +70,16 @@ class Revision:
 
 
 def revisions(repository: str) -> list[str]:
+    """The names of the branches and tags. Raises DataError where the hub has no such model."""
     import huggingface_hub
 
     try:
         refs = huggingface_hub.HfApi().list_repo_refs(repository)
     except Exception as error:
-        raise DataError(f"there is no folder {repository}, and the hub lists no revisions of a model of that name "
-                        f"({_line(error)})") from error  # fmt: skip
+        raise DataError(
+            f"there is no folder {repository}, and the hub lists no revisions of a model of that name "
+            f"({_line(error)}): give a folder of checkpoints, or owner/name of a model"
+        ) from error
     return list(dict.fromkeys(ref.name for ref in (*refs.branches, *refs.tags)))
 
 

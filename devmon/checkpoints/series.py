@@ -1,4 +1,4 @@
-"""`Series`: the checkpoints of a training by their steps, listed without loading, read one by one with the next ahead."""
+"""`Series`: the checkpoints of a training by their steps, listed without loading, each read while the last is used."""
 
 from __future__ import annotations
 
@@ -37,49 +37,68 @@ class Series:
     - `where`: a folder of files (Lightning's, state dicts, safetensors), a folder of Hugging Face folders
       (`step123/`, `checkpoint-123/`), the run's folder in which `checkpoints/` lies, or owner/name on the hub, whose
       revisions are the checkpoints.
-    - `pattern`: a regular expression that finds the step in the names as its one group (`r"model_(\\d+)"`); by default what
-      follows step, checkpoint, global_step or iter. Names without a step are left out.
+    - `pattern`: a regular expression that finds the step in the names as its one group (`r"model_(\\d+)"`); by default
+      what follows step, checkpoint, global_step or iter. Names without a step are left out.
     - `allow_pickle`: read files that hold more than tensors, which runs code they hold.
-    - `forget`: download revisions of the hub into a folder of their own (in TMPDIR) that goes with the checkpoint, so that
-      at most two lie on the disk.
+    - `forget`: download revisions of the hub into a folder of their own (in TMPDIR) that goes with the checkpoint, so
+      that at most two lie on the disk.
 
     Raises DataError where there are no checkpoints, and where two are of one step.
     """
 
-    def __init__(self, name: str, places: Mapping[int, Path | Revision], *, allow_pickle: bool = False,
-                 forget: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        places: Mapping[int, Path | Revision],
+        *,
+        allow_pickle: bool = False,
+        forget: bool = False,
+    ) -> None:
         self.name = name
         self.forget = forget
         self.places = dict(sorted(places.items()))
         self.allow_pickle = allow_pickle
 
     @classmethod
-    def open(cls, where: str | os.PathLike[str], *, pattern: str | None = None, allow_pickle: bool = False,
-             forget: bool = False) -> Series:  # fmt: skip
+    def open(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        pattern: str | None = None,
+        allow_pickle: bool = False,
+        forget: bool = False,
+    ) -> Series:
+        # the names that may hold a step: of files and folders, or of revisions on the hub
         rule, folder = _rule(pattern), Path(where)
+        names: dict[str, Path | Revision]
         if folder.is_dir():
-            places: dict[int, Path | Revision] = {}
-            names: dict[str, Any] = {path.name: path for path in _members(folder)}
+            names = _members(folder)
             if not any(rule.search(name) for name in names) and (folder / "checkpoints").is_dir():
-                names = {path.name: path for path in _members(folder / "checkpoints")}
+                names = _members(folder / "checkpoints")
         elif folder.exists():
             raise DataError(f"{where} is a file: give the folder in which the checkpoints lie")
         elif REPOSITORY.fullmatch(str(where)):
-            places, names = {}, {name: Revision(str(where), name) for name in revisions(str(where))}
+            names = {name: Revision(str(where), name) for name in revisions(str(where))}
         else:
             raise DataError(f"there is no folder {where}: give a folder of checkpoints, or owner/name on the hub")
+        # their steps, each once
+        places: dict[int, Path | Revision] = {}
         for name in sorted(names):
             if not (match := rule.search(name)):
                 continue
             step = int(match[1])
             if step in places:
-                raise DataError(f"{where} has two checkpoints of step {step}, {_named(places[step])} and {name}: tell "
-                                "those that belong to the series by a pattern, as in --pattern '^stage1-step(\\d+)'")  # fmt: skip
+                raise DataError(
+                    f"{where} has two checkpoints of step {step}, {places[step].name} and {name}: tell those that "
+                    "belong to the series by a pattern, as in --pattern '^stage1-step(\\d+)'"
+                )
             places[step] = names[name]
         if not places:
             held = ", ".join(sorted(names)[:6]) or "nothing"
-            raise DataError(f"no name in {where} holds a step (it has {held}): give checkpoints such as step-100.ckpt, "
-                            "step100.safetensors, checkpoint-100/, or --pattern 'model_(\\d+)'")  # fmt: skip
+            raise DataError(
+                f"no name in {where} holds a step (it has {held}): give checkpoints such as step-100.ckpt, "
+                "step100.safetensors, checkpoint-100/, or --pattern 'model_(\\d+)'"
+            )
         return cls(str(where), places, allow_pickle=allow_pickle, forget=forget)
 
     @property
@@ -96,11 +115,11 @@ class Series:
         for place in self.places.values():
             try:
                 text = place.config() if isinstance(place, Revision) else (place / "config.json").read_text()
-                found = json.loads(text)
+                config = json.loads(text)
             except (OSError, ValueError, DataError):
                 continue
-            if isinstance(found, dict):
-                return found
+            if isinstance(config, dict):
+                return config
         return {}
 
     def tokenizer(self) -> tuple[str, str | None] | None:
@@ -120,19 +139,20 @@ class Series:
         scratch = tempfile.mkdtemp(prefix="devmon-") if self.forget else None
         try:
             path = place.folder(scratch)
-            found = Checkpoint(step, str(place), read_state(path, self.allow_pickle), path)
+            checkpoint = Checkpoint(step, str(place), read_state(path, self.allow_pickle), path)
         except BaseException:
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
         if scratch is not None:
-            weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
-        return found
+            weakref.finalize(checkpoint, shutil.rmtree, scratch, ignore_errors=True)
+        return checkpoint
 
     def stream(self, steps: Iterable[int]) -> Iterator[tuple[int, Checkpoint | DataError]]:
         """Each step with its checkpoint, or with why there is none; the next is read meanwhile, in a thread.
 
-        A step is taken from `steps` when the one before it has been read. Two are in memory at most, where the caller lets go of one before it takes the next.
+        A step is taken from `steps` when the step before it has been read. Two checkpoints are in memory at most, where
+        the caller lets go of each before it takes the next.
         """
         wanted, ahead = iter(steps), []
         with ThreadPoolExecutor(1, "prefetch") as pool:
@@ -141,12 +161,12 @@ class Series:
                 break
             while ahead:
                 step, coming = ahead.pop()
-                found = [coming.result()]
+                held = [coming.result()]
                 del coming
                 for following in wanted:
                     ahead.append((following, pool.submit(self._try, following)))
                     break
-                yield step, found.pop()  # no reference stays here
+                yield step, held.pop()  # no reference stays here
 
     def _try(self, step: int) -> Checkpoint | DataError:
         try:
@@ -168,9 +188,5 @@ def _rule(pattern: str | None) -> re.Pattern[str]:
     return rule
 
 
-def _members(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir() or path.suffix in SUFFIXES]
-
-
-def _named(place: Path | Revision) -> str:
-    return place.name
+def _members(folder: Path) -> dict[str, Path | Revision]:
+    return {path.name: path for path in folder.iterdir() if path.is_dir() or path.suffix in SUFFIXES}

@@ -52,13 +52,13 @@ def calibrate(
         raise DevmonError(f"-o takes a .png, .svg or .pdf file, got {out}")
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     with errors.status("reading the checkpoints") as status:
-        found = calibrate_series(
+        chosen = calibrate_series(
             source, checkpoints, into=into, late=late, middle=middle, tolerance=tolerance, max_steps=max_steps,
             prefix=prefix, force=force, progress=status.update if errors.is_terminal else errors.print,
         )  # fmt: skip
-    trials = found.calibration.trials
-    Console().print(trials_table(trials, found.record["steps"]))
-    typer.echo(f"\n{found.record['reasons']}\n\n{found.line}")
+    trials = chosen.calibration.trials
+    Console().print(trials_table(trials, chosen.record["steps"]))
+    typer.echo(f"\n{chosen.record['reasons']}\n\n{chosen.line}")
     if out is not None:
         from devmon.analysis import plots
 
@@ -66,10 +66,10 @@ def calibrate(
         with plots.style():
             plots.plot_calibration(trials)[0].savefig(out)
         errors.print(f"drawn: {safe(out)}")
-    if found.trajectory is None:
+    if chosen.trajectory is None:
         errors.print(
-            f"no run lies beside the checkpoints ({safe(found.beside)}): nothing is stored; --into RUN stores it"
+            f"no run lies beside the checkpoints ({safe(chosen.beside)}): nothing is stored; --into RUN stores it"
         )
         return
-    found.store(force)
-    errors.print(f'stored: Trajectory("{found.trajectory.path}").attrs["calibration"]', markup=False)
+    chosen.store(force)
+    errors.print(f'stored: Trajectory("{chosen.trajectory.path}").attrs["calibration"]', markup=False)

@@ -6,35 +6,45 @@ from typing import Annotated
 
 import typer
 
-from devmon.console import cost_table, safe
+from devmon.console import cost_table, list_table, variables_table
 from devmon.errors import DevmonError
 
+NAME = typer.Argument(metavar="[NAME]", help="Explain this one.")
+SOURCE = typer.Argument(
+    metavar="SOURCE",
+    help="path/to/script.py:name or package.module:name, a list of watches, a Monitor, or a function that returns one.",
+)
+LAST = typer.Option(min=0, help="The last step of the run.")
+TOKENS_PER_STEP = typer.Option(min=1, help="Tokens in a training step, to compare with.")
 
-def instruments(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Explain this one.")] = None,
-) -> None:
-    """List the instruments, or explain one: formula, source, what the values mean, pitfalls, fields."""
+
+def instruments(name: Annotated[str | None, NAME] = None) -> None:
+    """List the instruments, or explain one: formula, source, fields, and a table of the variables that it returns."""
+    import inspect
+
+    from rich.console import Console
+
     from devmon.cli import describe
 
-    if name is not None:
-        typer.echo(describe.explain(name))
+    if name is None:
+        Console().print(list_table({key: describe.summary(kind) for key, kind in describe.instruments().items()}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False)
-    table.add_column(no_wrap=True, style="bold")
-    for known, kind in describe.instruments().items():
-        table.add_row(known, safe(describe.summary(kind)))
-    Console().print(table)
+    kind = describe.instrument(name)
+    parts = describe.description(inspect.getdoc(kind) or "")
+    typer.echo(f"{describe.signature(kind)}\n\n{parts.above}")
+    if parts.variables:
+        typer.echo()
+        Console().print(variables_table(parts.variables))
+    if parts.below:
+        typer.echo(f"\n{parts.below}")
 
 
 def cost(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="path/to/script.py:name or package.module:name, a list of watches, a Monitor, or a function that returns one.")],
-    last: Annotated[int, typer.Option(min=0, help="The last step of the run.")],
-    tokens_per_step: Annotated[int | None, typer.Option(min=1, help="Tokens in a training step, to compare with.")] = None,
-) -> None:  # fmt: skip
-    """Say what a list of watches will cost before a run: passes of each observation, observations, share of training."""
+    source: Annotated[str, SOURCE],
+    last: Annotated[int, LAST],
+    tokens_per_step: Annotated[int | None, TOKENS_PER_STEP] = None,
+) -> None:
+    """Say what watches will cost before a run: passes of an observation, how many observations, share of training."""
     from rich.console import Console
 
     from devmon.cost import estimates
@@ -43,9 +53,8 @@ def cost(
     _, watches = load_study(source)
     if watches is None:
         raise DevmonError(f"{source} has no watches: name a list of Watch, a Monitor, or what returns one")
-    found = estimates(watches, last)
-    training = None if tokens_per_step is None else 3 * tokens_per_step * last
-    Console().print(cost_table(found, training))
+    training = None if tokens_per_step is None else 3 * tokens_per_step * last  # a backward pass costs two forward
+    Console().print(cost_table(estimates(watches, last), training))
 
 
 def demo(context: typer.Context) -> None:

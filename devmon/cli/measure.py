@@ -19,7 +19,8 @@ def measure(config: Path | None, dry_run: bool, **given: Any) -> None:
     """Measure checkpoints that lie on disk or on the hub: the same instruments and numbers as during training.
 
     What the run holds is skipped, so an interrupted command goes on when it is given again. Checkpoints that cannot be
-    read or do not fit, and instruments that fail, are named and recorded; the others are measured, and the exit code is 1.
+    read or do not fit, and instruments that fail, are named and recorded; the others are measured, and the exit code is
+    1.
     """
     plan = Plan.read(config, given)
     if plan.engine == "processes" and plan.workers > 1 and not dry_run:

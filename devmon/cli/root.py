@@ -16,13 +16,16 @@ HELP = """Watch how a neural network develops while it trains.
 
 A [b]run[/b] is a Zarr store that devmon's Lightning callbacks fill during training (devmon.callbacks.Monitor).
 
-[b]To see it all once[/b]: [cyan]devmon demo[/cyan] trains a small language model on real text, through its induction phase
-transition, and writes runs/demo/report.html. [b]With a run of your own[/b]: [cyan]devmon show RUN[/cyan] says what it holds,
-[cyan]devmon detect RUN[/cyan] finds its phase transitions, [cyan]devmon report RUN -o report.html[/cyan] writes the page.
+[b]To see it all once[/b]: [cyan]devmon demo[/cyan] trains a small language model on real text, through its induction
+phase transition, and writes runs/demo/report.html. [b]With a run of your own[/b]: [cyan]devmon show RUN[/cyan] says
+what it holds, [cyan]devmon detect RUN[/cyan] finds its phase transitions, [cyan]devmon report RUN -o report.html[/cyan]
+writes the page.
 
-[b]Before measuring the LLC[/b]: [cyan]devmon calibrate SOURCE CHECKPOINTS[/cyan] finds its step size and localisation."""
+[b]Before measuring the LLC[/b]: [cyan]devmon calibrate SOURCE CHECKPOINTS[/cyan] finds its step size and
+localisation."""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+# to begin with
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
@@ -30,16 +33,20 @@ app.command(
 )(instruments.demo)
 app.command()(instruments.instruments)
 app.command()(instruments.cost)
+# measuring checkpoints
 app.command()(calibrate.calibrate)
+app.command(no_args_is_help=True)(measure.measure)
+# a run
 app.command()(runs.show)
-app.command()(runs.watch)
-app.command()(events.compare)
-app.command()(events.detect)
-app.command()(events.replay)
-app.command()(events.report)
+app.command()(runs.serve)
+app.command(hidden=True)(runs.watch)
 app.command()(runs.compact)
 app.command()(runs.export)
-app.command(no_args_is_help=True)(measure.measure)
+# its events
+app.command()(events.detect)
+app.command()(events.compare)
+app.command()(events.replay)
+app.command()(events.report)
 
 
 def main() -> None:

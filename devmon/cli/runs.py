@@ -1,4 +1,4 @@
-"""`devmon show`, `watch`, `compact` and `export`: what is done with one run."""
+"""`devmon show`, `serve`, `compact` and `export`: what is done with one run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from devmon.console import run_view
 from devmon.errors import DevmonError
 from devmon.offline.plan import store_path
 
+FOLLOW = typer.Option("--follow", "-f", help="Stay, and show what is committed (Ctrl-C ends it).")
+EVERY = typer.Option(min=0.1, metavar="SECONDS", help="How often --follow looks.")
+PORT = typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")
+NEWS = typer.Option("--every", min=0.5, metavar="SECONDS", help="How often to look for new steps.")
+COPY = typer.Option("-o", "--out", metavar="COPY", help="Write a small copy here instead: a folder, or a URL.")
+FILE = typer.Option("-o", "--out", help="A name that ends in .nc, .parquet, .csv or .zarr.")
+WATCH = typer.Option(show_default="all", help="Take this watch alone.")
 
-def show(
-    run: Run,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and show what is committed (Ctrl-C ends it).")] = False,
-    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often --follow looks.")] = 2.0,
-) -> None:  # fmt: skip
+
+def show(run: Run, follow: Annotated[bool, FOLLOW] = False, every: Annotated[float, EVERY] = 2.0) -> None:
     """Say what a run holds: its provenance, and each watch with its instrument, steps, failures and latest values."""
     import time
 
@@ -42,12 +46,8 @@ def show(
         pass
 
 
-def watch(
-    run: Run,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")] = 8765,
-    every: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="How often to look for new steps.")] = 10.0,
-) -> None:
-    """Serve the report of a run to this machine alone, made again as steps are committed. Its events are provisional."""
+def serve(run: Run, port: Annotated[int, PORT] = 8765, every: Annotated[float, NEWS] = 10.0) -> None:
+    """Serve a run's report to this machine alone, made again as steps are committed. Its events are provisional."""
     import threading
 
     from devmon.live.page import live_report
@@ -58,8 +58,11 @@ def watch(
     except OSError as error:
         raise DevmonError(f"port {port} cannot be opened ({error.strerror}): choose another with --port") from error
     stop = threading.Event()
-    told = lambda line: typer.echo(line, err=True)  # noqa: E731
-    threading.Thread(target=live.follow, args=(stop, told), daemon=True).start()
+
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
+    threading.Thread(target=live.follow, args=(stop, tell), daemon=True).start()
     typer.echo(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)")
     try:
         serving.serve_forever()
@@ -70,10 +73,13 @@ def watch(
         serving.server_close()
 
 
-def compact(
-    run: Run,
-    out: Annotated[str | None, typer.Option("-o", "--out", metavar="COPY", help="Write a small copy here instead: a folder, or a URL.")] = None,
-) -> None:  # fmt: skip
+def watch(run: Run, port: Annotated[int, PORT] = 8765, every: Annotated[float, NEWS] = 10.0) -> None:
+    """The earlier name of `devmon serve`."""
+    typer.echo("devmon watch is now devmon serve: the old name goes with the next version", err=True)
+    serve(run, port, every)
+
+
+def compact(run: Run, out: Annotated[str | None, COPY] = None) -> None:
     """Fold a run's new rows into its Zarr groups, or write a consolidated, sharded, compressed copy (-o copy.zarr)."""
     from devmon.store.export import compact as write
     from devmon.store.trajectory import Trajectory
@@ -86,11 +92,7 @@ def compact(
         typer.echo(write(trajectory, out))
 
 
-def export(
-    run: Run,
-    out: Annotated[Path, typer.Option("-o", "--out", help="A name that ends in .nc, .parquet, .csv or .zarr.")],
-    watch: Annotated[str | None, typer.Option(show_default="all", help="Take this watch alone.")] = None,
-) -> None:
+def export(run: Run, out: Annotated[Path, FILE], watch: Annotated[str | None, WATCH] = None) -> None:
     """Write a run as netCDF, Parquet, CSV or plain Zarr.
 
     CSV and Parquet hold the numbers without a dimension but step, one a line: watch, variable, step, value, se, units,

@@ -1,4 +1,4 @@
-"""`python -m devmon.live RUN PAGE.html [SECONDS]`: write the live page of a run once; with SECONDS it loads itself again.
+"""`python -m devmon.live RUN PAGE.html [SECONDS]`: write the live page of a run; with SECONDS it loads itself again.
 
 `devmon.callbacks.Monitor(live=...)` starts this beside the training, so that making a page shares nothing with it.
 """

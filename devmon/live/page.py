@@ -28,10 +28,10 @@ def live_page(run: str, refresh: int | None, nulls: int = 99) -> str:
     from devmon.store.trajectory import Trajectory
 
     trajectory = Trajectory(run, "r")
-    found = series_of(trajectory, each=False)
+    series = series_of(trajectory, each=False)
     note = (
-        f"Provisional: the run may still be written. Only series of the whole run are searched, with {nulls} nulls, and "
-        "every look is another chance of a false alarm; devmon report makes the final page."
+        f"Provisional: the run may still be written. Only series of the whole run are searched, with {nulls} nulls, "
+        "and every look is another chance of a false alarm; devmon report makes the final page."
     )
-    content = content_of(trajectory, detection=search(found, Detector(n_null=nulls)), note=note)
+    content = content_of(trajectory, detection=search(series, Detector(n_null=nulls)), note=note)
     return as_html(content, refresh=refresh)

@@ -1,7 +1,7 @@
-"""`devmon watch RUN`: the report of a run that is still being written, served to this machine alone.
+"""`devmon serve RUN`: the report of a run that is still being written, served to this machine alone.
 
-It answers one path, "/", with the page in memory; no file is read for a request, so no path leads outside. It listens on
-127.0.0.1 and refuses requests that name another host, so that no web page can read it through a changed DNS entry.
+It answers one path, "/", with the page in memory; no file is read for a request, so no path leads outside. It listens
+on 127.0.0.1 and refuses requests that name another host, so that no web page can read it through a changed DNS entry.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Live:
             return False
         return True
 
-    def follow(self, stop: threading.Event, told: Callable[[str], None]) -> None:
-        """Update until `stop` is set; `told` gets a line for every new page and every new error."""
+    def follow(self, stop: threading.Event, tell: Callable[[str], None]) -> None:
+        """Update until `stop` is set; `tell` gets a line for every new page and every new error."""
         last = ""
         while not stop.is_set():
             if self.update():
-                told(f"page of {len(self.page.encode()):,} bytes")
+                tell(f"page of {len(self.page.encode()):,} bytes")
             if self.error != last and self.error:
-                told(self.error)
+                tell(self.error)
             last = self.error
             stop.wait(self.every)
 

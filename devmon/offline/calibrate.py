@@ -1,4 +1,4 @@
-"""The LLC's step size and localisation from a series of checkpoints: sampled on a late and a middle one, kept in the run."""
+"""The LLC's step size and localisation from a series: sampled at a late and a middle checkpoint, kept in the run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class SeriesCalibration:
     """What was chosen on the checkpoints of a series.
 
     - `calibration`: the trials (an xarray dataset), the reasons, and how sure the choice is.
-    - `record`: what a run keeps of it, in values that JSON can hold: what was asked, `steps` of the checkpoints by their
-      names (late, middle), the chosen `settings` (keyword arguments of `LLC`), the reasons and the trials.
+    - `record`: what a run keeps of it, in values that JSON can hold: what was asked, `steps` of the checkpoints by
+      their names (late, middle), the chosen `settings` (keyword arguments of `LLC`), the reasons and the trials.
     - `trajectory`: the run that it belongs to, None where there is none.
     - `beside`: where a run beside the checkpoints would lie.
     """
@@ -125,8 +125,15 @@ def calibrate_series(
     chosen_steps = ", ".join(f"{name} checkpoint: step {step}" for name, step in steps.items())
     progress(f"{chosen_steps} ({len(series)} in the series); sampling can take minutes")
     try:
-        answer = calibrate(models, instrument.loss, instrument.data, start, tolerance=tolerance, max_steps=max_steps,
-                           progress=progress)  # fmt: skip
+        answer = calibrate(
+            models,
+            instrument.loss,
+            instrument.data,
+            start,
+            tolerance=tolerance,
+            max_steps=max_steps,
+            progress=progress,
+        )
     except InstrumentError as error:
         raise InstrumentError(f"{error} ({chosen_steps}; --late and --middle give others)") from error
 

@@ -36,9 +36,9 @@ class Plan:
 
     `source` names the model, the watches or both (`devmon.offline.source.load_study`), `preset` watches for a language
     model with the probe batch that `tokens` holds or is made of (`devmon.offline.probe_text`), and with an LLC where
-    `llc` has its settings (NAME=VALUE). Watches of a source keep their own steps, those of a preset are made at all that
-    `steps` chooses. `dtype` and no model are for checkpoints that bring their architecture. `options` (NAME=VALUE) are
-    the engine's own. Raises DataError for values that do not go together.
+    `llc` has its settings (NAME=VALUE). Watches of a source keep their own steps, those of a preset are made at all
+    that `steps` chooses. `dtype` and no model are for checkpoints that bring their architecture. `options` (NAME=VALUE)
+    are the engine's own. Raises DataError for values that do not go together.
     """
 
     series: str = option("A folder of checkpoints, or owner/name on the Hugging Face hub.", metavar="SERIES")
@@ -112,7 +112,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path | None, given: Mapping[str, Any]) -> Plan:
-        """The plan of a TOML file, with what is `given` (neither None nor an empty list) in place of the file's values."""
+        """The plan of a TOML file, with what is `given` (not None, not an empty list) in place of the file's values."""
         values = {} if path is None else _from_file(path)
         values |= {key: value for key, value in given.items() if value not in (None, [])}
         if lacking := [key for key in ("series", "into") if key not in values]:
@@ -162,8 +162,8 @@ def _from_file(path: Path) -> dict[str, Any]:
     for key, value in values.items():
         if key not in KINDS:
             near = difflib.get_close_matches(key, KINDS, 1)
-            raise DataError(f"{path} has an unknown key {key!r}" + (f", perhaps {near[0]!r}" if near else "")
-                            + f": the keys are {', '.join(KINDS)}")  # fmt: skip
+            hint = f", perhaps {near[0]!r}" if near else ""
+            raise DataError(f"{path} has an unknown key {key!r}{hint}: the keys are {', '.join(KINDS)}")
         kind = kind_of(key)
         strings = isinstance(value, list) and all(isinstance(part, str) for part in value)
         if not (strings if kind == tuple[str, ...] else type(value) is kind):  # so that true is no integer

@@ -41,7 +41,7 @@ from devmon.offline.engines import processes as workers
 from devmon.offline.in_parts import in_parts
 from devmon.offline.plan import Plan
 from devmon.offline.source import load_study
-from devmon.offline.study import Event, Study
+from devmon.offline.study import Progress, Study
 from devmon.sampling import regression_loss
 from tests.anatomy.test_anatomy_sites import VOCAB, family
 from tests.support.lightning_toys import Net, Norm, train
@@ -143,10 +143,10 @@ def test_the_run_of_training_is_filled_up_and_only_what_is_missing_is_loaded(
     loaded: list[int] = []
     read = Series.read
     monkeypatch.setattr(Series, "read", lambda self, step: (loaded.append(step), read(self, step))[1])
-    events: list[Event] = []
+    events: list[Progress] = []
     Study(plan).measure(tell=events.append)
     assert loaded == [2, 6, 8]
-    assert events == [Event("measured", step, "norm") for step in (2, 6, 8)]
+    assert events == [Progress("measured", step, "norm") for step in (2, 6, 8)]
     assert Trajectory(run, "r").steps("norm") == series.steps
 
 
@@ -341,11 +341,11 @@ def test_out_of_memory_is_tried_again_in_smaller_batches(
     model.save_pretrained(tmp_path / "saved" / "step3")
     probe = Squeezed(tokens, batch_size=8, limit=limit)
     with_watches(monkeypatch, None, [Watch("loss", probe, every(1)), Watch("norm", Norm(), every(1))])
-    events: list[Event] = []
+    events: list[Progress] = []
     Study(Plan(str(tmp_path / "saved"), str(tmp_path / "run.zarr"), "x.py:y")).measure(tell=events.append)
     found = [event for event in events if event.watch == "loss"]
-    assert [event.kind for event in found] == [["measured"], ["said", "measured"], ["said", "said", "measured"],
-                                               ["said", "said", "failed"]][told]  # fmt: skip
+    assert [event.kind for event in found] == [["measured"], ["retried", "measured"], ["retried", "retried", "measured"],
+                                               ["retried", "retried", "failed"]][told]  # fmt: skip
     store = Trajectory(tmp_path / "run.zarr", "r")
     assert store.steps("norm") == [3]
     if told < 3:
@@ -369,7 +369,7 @@ def test_chains_run_one_after_another_are_the_same_llc() -> None:
         smaller = in_parts(llc, parts)
         assert smaller is not None
         assert identity(smaller) == identity(llc)
-        assert smaller.batch_size == 8
+        assert smaller.of.batch_size == 8
         xr.testing.assert_allclose(smaller(Snapshot(0, model)), llc(Snapshot(0, model)), rtol=1e-6)
     assert in_parts(Norm(), 2) is None
 
@@ -460,7 +460,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an option that is none": (["--source", "S:study", "--engine", "ray", "--option", "fast"], "NAME=VALUE"),
     "an LLC of none": (["--source", "S:study", "--llc", "nbeta=30"], "among the source's watches"),
     "shard": (["--source", "S:study", "--shard", "3/2"], "i from 1 to n"),
-    "dtype": (["--source", "S:study", "--dtype", "int8"], "no dtype 'int8': those are float32, float64, bfloat16, float16"),
+    "dtype": (
+        ["--source", "S:study", "--dtype", "int8"],
+        "no dtype 'int8': those are float32, float64, bfloat16, float16",
+    ),
 }
 
 
@@ -477,7 +480,7 @@ def test_options_that_do_not_go_together_are_told_and_nothing_is_made(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "retried"),
     [
         ("presett = 'full'", "unknown key 'presett', perhaps 'preset'"),
         ("workers = 'two'", "workers must be an integer, got 'two'"),

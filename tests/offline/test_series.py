@@ -411,7 +411,7 @@ def test_steps_are_chosen(text: str, chosen: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "retried"),
     [
         ("3", "no checkpoint of step 3"),
         ("some", "expected all, log:40"),

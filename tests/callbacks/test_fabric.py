@@ -18,9 +18,9 @@ from devmon.callbacks import FabricMonitor
 from tests.callbacks.test_callbacks import same
 from tests.monitoring.test_monitoring import WATCHES, after, seeded, train
 from tests.monitoring.test_ranks import Divided, leave_together, spawn_two
-from tests.offline.test_measure import rows
-from tests.offline.test_measure import same as same_rows
 from tests.support.lightning_toys import Careless, Norm
+from tests.support.offline_toys import rows
+from tests.support.offline_toys import same as same_rows
 
 
 def fit(fabric: L.Fabric, path: Path | None, watches: list[Watch], accumulate: int = 1, wrapped: bool = True) -> Any:

@@ -17,9 +17,7 @@ from devmon.offline.engines import slurm as slurm_engine
 from devmon.offline.engines.processes import Ended
 from devmon.offline.plan import Plan
 from devmon.offline.study import Progress
-from tests.offline.test_measure import PLAIN, own_path, plain, rows, same
-
-__all__ = ["own_path", "plain"]  # fixtures
+from tests.support.offline_toys import PLAIN, rows, same
 
 PINNED = (
     PLAIN

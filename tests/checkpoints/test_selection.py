@@ -28,7 +28,7 @@ def test_steps_are_chosen(text: str, chosen: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "retried"),
+    ("text", "said"),
     [
         ("3", "no checkpoint of step 3"),
         ("some", "expected all, log:40"),

@@ -64,7 +64,7 @@ def test_options_that_do_not_go_together_are_told_and_nothing_is_made(
 
 
 @pytest.mark.parametrize(
-    ("text", "retried"),
+    ("text", "said"),
     [
         ("presett = 'full'", "unknown key 'presett', perhaps 'preset'"),
         ("workers = 'two'", "workers must be an integer, got 'two'"),

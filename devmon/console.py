@@ -9,10 +9,8 @@ from typing import Any
 def run_view(trajectory: Any, run: str) -> Any:
     """What `devmon show` prints: provenance, a table of the watches, a table of the latest values."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    from devmon.analysis.derive.watch_series import series_of
     from devmon.analysis.reports.run_words import alarms, skipped
     from devmon.analysis.run import ReadOnce
 
@@ -22,6 +20,13 @@ def run_view(trajectory: Any, run: str) -> Any:
     if left_out := skipped(attrs):
         parts.append(Text(f"left out to keep max_overhead: {left_out}"))
     parts += [Text(line) for line in alarms(attrs)]
+    return Group(*parts, watches_table(held, trajectory), latest_table(held))
+
+
+def watches_table(held: Any, trajectory: Any) -> Any:
+    """Each watch of a run (`devmon.analysis.run.ReadOnce`): its instrument, steps, failures and seconds."""
+    from rich.table import Table
+
     table = Table("watch", "instrument", "steps", "from", "to", "failed", "seconds", box=None, header_style="bold")
     for name in held.names():
         dataset = held[name]
@@ -30,15 +35,24 @@ def run_view(trajectory: Any, run: str) -> Any:
         first, last = (str(steps[0]), str(steps[-1])) if steps.size else ("", "")
         instrument, failed = dataset.attrs["instrument"].rsplit(".", 1)[-1], len(trajectory.failures(name)) or ""
         table.add_row(safe(name), safe(instrument), str(steps.size), first, last, str(failed), seconds)
-    values = Table("series", "first", "latest", "", box=None, header_style="bold")
+    return table
+
+
+def latest_table(held: Any) -> Any:
+    """The first and the latest value of each series of the whole run, with its error."""
+    from rich.table import Table
+
+    from devmon.analysis.derive.watch_series import series_of
+
+    table = Table("series", "first", "latest", "", box=None, header_style="bold")
     for series in series_of(held.ends(), each=False):
         if len(series.values):
             error = f"± {series.se[-1]:.2g}" if series.se is not None else ""
             if series.rejected is not None and series.rejected[-1]:
                 error += " rejected by the sampler's checks"
             ends = (f"{series.values[0]:.4g}", f"{series.values[-1]:.4g}")
-            values.add_row(safe(series.name), *ends, f"{error} {safe(series.units)}")
-    return Group(*parts, table, values)
+            table.add_row(safe(series.name), *ends, f"{error} {safe(series.units)}")
+    return table
 
 
 def list_table(lines: Mapping[str, str]) -> Any:

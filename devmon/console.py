@@ -131,7 +131,7 @@ def cost_table(estimates: Sequence[Any], training: int | None) -> Any:
         table.add_column("share", justify="right")
 
     def add(name: str, kind: str, passes: Sequence[str], observations: str, work: int | None, style: str = "") -> None:
-        cells = [safe(name), safe(kind), *passes, observations, "not told" if work is None else f"{work:.3g}"]
+        cells = [safe(name), safe(kind), *passes, observations, "unknown" if work is None else f"{work:.3g}"]
         if training is not None:
             cells.append("" if work is None or not training else f"{work / training:.1%}")
         table.add_row(*cells, style=style)

@@ -54,11 +54,11 @@ def seconds(study: Study, work: Mapping[int, Sequence[Watch]], estimates: Sequen
         sources.append(f"a forward pass on this machine's {study.device.type} ({rate:,.0f} tokens a second)")
         unknown -= costs.keys()
     if not sources:
-        return f"time: not told before a checkpoint is measured: --steps {study.steps[-1]} first"
+        return f"time: unknown until a checkpoint is measured: --steps {study.steps[-1]} first"
     workers = study.plan.workers
     shares = "" if workers == 1 else f", {_time(total / workers)} with {workers} at once"
     line = f"time: about {_time(total)}{shares}, checkpoints' reading apart, from {' and '.join(sources)}"
-    return line + (f"; not told for {', '.join(sorted(unknown))}" if unknown else "")
+    return line + (f"; unknown for {', '.join(sorted(unknown))}" if unknown else "")
 
 
 def _rate(study: Study) -> float | None:

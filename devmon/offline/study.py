@@ -129,7 +129,7 @@ class Study:
         for parts in (1, 2, 4):
             failures.clear()
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* failed at step", UserWarning)  # told of here
+                warnings.filterwarnings("ignore", ".* failed at step", UserWarning)  # `tell` says it
                 observe(step, model, _in_parts(todo.values(), parts), self.trajectory, strict=False, failures=failures)
             for name, watch in list(todo.items()):
                 reason = failures.get(name, {}).get(step)

@@ -110,7 +110,7 @@ def test_the_commands(tmp_path: Path) -> None:
     shown = run(app, ["cost", f"{script}:watches", "--last", "100", "--tokens-per-step", "1000"], terminal_width=120)
     words = {line.split()[0]: line.split() for line in shown.output.splitlines() if line.strip()}
     assert words["induction"][2:] == ["10", "0", "32", "11", "3.52e+03", "1.2%"]  # 11 · 10 · 32 of 3 · 1000 · 100
-    assert words["own"][-3:] == ["21", "not", "told"]
+    assert words["own"][-2:] == ["21", "unknown"]
     assert run(app, ["cost", f"{script}:made", "--last", "100"]).exit_code == 0
     with pytest.raises(DataError, match=r"a list of Watch, a Monitor, or \(model, watches\); got int"):
         run(app, ["cost", f"{script}:nothing", "--last", "5"], catch_exceptions=False)

@@ -66,7 +66,7 @@ def test_a_dry_run_prints_steps_watches_and_cost_and_leaves_nothing(trained: Pat
     assert "steps: 0, 6, 8, 10" in result.output
     lines = {line.split()[0]: line.split() for line in result.output.splitlines() if line.strip()}
     assert lines["norm"][1] == "Norm"
-    assert lines["norm"][-3:] == ["4", "not", "told"]
+    assert lines["norm"][-3:] == ["Norm", "4", "unknown"]
     assert lines["llc"][1] == "LLC"
     assert "2" in lines["llc"]
     assert not (tmp_path / "run.zarr").exists()

@@ -91,7 +91,7 @@ def test_a_dry_run_tells_memory_and_time(
     other = measure(
         trained / "saved", "--into", tmp_path / "o.zarr", "--source", f"{trained / 'script.py'}:study", "--dry-run"
     )
-    assert "time: not told before a checkpoint is measured: --steps 12 first" in other.output
+    assert "time: unknown until a checkpoint is measured: --steps 12 first" in other.output
 
 
 class Full:

@@ -80,8 +80,8 @@ def compare(
 
     from devmon.analysis import Detector, compare_runs, series_of
     from devmon.analysis.reports.comparison import differences, matched_table, order_table, runs_content, summary
-    from devmon.analysis.reports.drawing import write_whole
     from devmon.analysis.reports.writers import WRITERS
+    from devmon.files import write_whole
 
     # what is compared: runs by the last part of their names, or by the whole where that is one for several
     if out is not None and out.suffix not in WRITERS:

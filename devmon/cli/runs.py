@@ -10,7 +10,6 @@ import typer
 from devmon.cli.arguments import Run, open_run
 from devmon.console import run_view
 from devmon.errors import DevmonError
-from devmon.offline.plan import store_path
 
 FOLLOW = typer.Option("--follow", "-f", help="Stay, and show what is committed (Ctrl-C ends it).")
 EVERY = typer.Option(min=0.1, metavar="SECONDS", help="How often --follow looks.")
@@ -52,6 +51,7 @@ def serve(run: Run, port: Annotated[int, PORT] = 8765, every: Annotated[float, N
 
     from devmon.live.page import live_report
     from devmon.live.server import server
+    from devmon.store.place import store_path
 
     try:
         serving = server(live := live_report(store_path(run), every), port)
@@ -81,7 +81,7 @@ def watch(run: Run, port: Annotated[int, PORT] = 8765, every: Annotated[float, N
 
 def compact(run: Run, out: Annotated[str | None, COPY] = None) -> None:
     """Fold a run's new rows into its Zarr groups, or write a consolidated, sharded, compressed copy (-o copy.zarr)."""
-    from devmon.store.export import compact as write
+    from devmon.store.compact import compact as write
     from devmon.store.trajectory import Trajectory
 
     trajectory = open_run(run)

@@ -14,10 +14,10 @@ import numpy as np
 from devmon.errors import DevmonError, IdentityError, InstrumentError
 from devmon.instruments import LLC
 from devmon.monitoring.fingerprint import identity
-from devmon.offline.plan import store_path
 from devmon.offline.source import checkpoint_series, late_and_middle, load_source, with_weights
 from devmon.sampling import Calibration, Settings, calibrate
 from devmon.snapshot import weights_digest
+from devmon.store.place import store_path
 from devmon.store.rows import plain
 from devmon.store.trajectory import Trajectory
 

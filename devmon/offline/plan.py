@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import os
 import re
 import tomllib
 import types
@@ -187,9 +186,3 @@ def pairs(texts: Sequence[str], what: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             values[name] = value
     return values
-
-
-def store_path(run: str | os.PathLike[str]) -> str:
-    """The store of a run that is named by its folder or by its store."""
-    inner = Path(run) / "trajectory.zarr"
-    return str(inner) if inner.is_dir() else os.fspath(run)

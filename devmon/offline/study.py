@@ -29,7 +29,7 @@ from devmon.monitoring.fingerprint import describe, identity
 from devmon.monitoring.isolation import private_copy
 from devmon.monitoring.observe import observe
 from devmon.offline.in_parts import FULL, in_parts
-from devmon.offline.plan import Plan, pairs, store_path
+from devmon.offline.plan import Plan, pairs
 from devmon.offline.probe_text import Probe, read_probe
 from devmon.offline.source import load_study
 from devmon.store.place import store_path

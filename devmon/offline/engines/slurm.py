@@ -9,8 +9,9 @@ from typing import Any
 
 from devmon.errors import DevmonError
 from devmon.offline.engines.processes import Ended, part
-from devmon.offline.plan import Plan, pairs, store_path
+from devmon.offline.plan import Plan, pairs
 from devmon.offline.study import Progress
+from devmon.store.place import store_path
 from devmon.store.trajectory import Trajectory
 
 SOON, SELDOM = 0.5, 15.0  # seconds between looks at the run: at first, and as hours go by

@@ -64,7 +64,7 @@ def describe(value: Any) -> str:
 
 
 def _module(value: Any) -> str:
-    """The module that something was defined in; of a script its stem alone, wherever the script lies (`offline.source`)."""
+    """The module that something was defined in; of a script (`offline.source`) its stem alone, wherever it lies."""
     return str(getattr(value, "__module__", "")).partition("@")[0]
 
 

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub on this machine: the requests that huggingface_hub makes, answered from folders."""
+"""A stand-in of the Hugging Face hub on this machine: the requests of huggingface_hub, answered from folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 class Hub:
     """One repository, `lab/model`: a folder a revision; `branches` and `tags` are listed, with a folder or without.
 
-    As the hub does it, a weights file is named by its SHA-256 in its ETag. `requests` are the paths that were asked for.
+    As the hub does it, a weights file is named by its SHA-256 in its ETag. `requests` are the paths asked for.
     """
 
     def __init__(self, folder: Path, branches: Sequence[str], tags: Sequence[str] = ()) -> None:

@@ -12,8 +12,8 @@ import xarray as xr
 from devmon.cost import Cost
 from devmon.sampling.chains import Sampler
 from devmon.sampling.data import as_examples
-from devmon.sampling.estimate import Settings, sample
 from devmon.sampling.losses import Loss, next_token_loss
+from devmon.sampling.traces import Settings, sample
 from devmon.snapshot import Instrument, Snapshot
 
 

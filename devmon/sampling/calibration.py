@@ -9,30 +9,33 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import nn
 
-from devmon.analysis.derive.llc import llc, mean_and_error, scaled_excess
+from devmon.analysis.derive.llc import llc
 from devmon.errors import InstrumentError
-from devmon.sampling.data import Examples, as_examples, draw_batches
-from devmon.sampling.estimate import Settings, sample
-from devmon.sampling.flat import Flat
-from devmon.sampling.losses import Loss, check_losses
-from devmon.sampling.masks import as_mask
-from devmon.snapshot import derive_seed
+from devmon.sampling.curvature import largest_curvature
+from devmon.sampling.data import as_examples
+from devmon.sampling.losses import Loss
+from devmon.sampling.traces import Settings, sample
+from devmon.sampling.trials import (
+    Run,
+    Trial,
+    _difference,
+    _error,
+    _healthy,
+    _same,
+    _settled,
+    _signed_difference,
+    _suspect,
+    _undecided,
+    _variates_pay,
+)
 
 RATIO = 10**0.5  # between the step sizes and the gammas that are compared
 GAMMAS = tuple(1 / RATIO**k for k in range(1, 8))  # over the largest curvature of nbeta L
 GAMMA_FOR_LR = 0.1
-LEAST_VALLEY = 0.75
 LONGEST_TRIAL = 2000  # steps a chain
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.8, 1.15
-
-HEALTHY = ("ok", "not mixed")
-
-Trial = tuple[xr.Dataset, xr.Dataset]  # traces and what is derived from them
-Run = Callable[..., list[Trial]]  # of lr, gamma, steps a draw (and batch size): one trial a model
 
 
 @dataclass(frozen=True)
@@ -225,132 +228,3 @@ def _localisation(
     least = next(k for k, move in enumerate(moves) if move <= 1.25 * min(moves))
     gamma = tried[least + 1][0]  # the smaller of the two: beyond it the other error begins
     return lr, gamma, steps, flat[least], moves[least]
-
-
-def _healthy(trials: list[Trial]) -> bool:
-    return all(result["verdict"].item() in HEALTHY for _, result in trials)
-
-
-def _settled(trials: list[Trial]) -> bool:
-    """Whether the chains fill the directions they have, and stay where the loss rises as around w*."""
-    return _healthy(trials) and all(
-        LEAST_TEMPERATURE <= result["temperature"].item() <= MOST_TEMPERATURE
-        and result["valley"].item() >= LEAST_VALLEY
-        for _, result in trials
-    )
-
-
-def _error(trials: list[Trial]) -> float:
-    """The largest relative error; it grows where the score of far weights is noise."""
-    return max(abs(result["se"].item() / result["llc"].item()) for _, result in trials)
-
-
-def _suspect(trial: Trial, tolerance: float) -> bool:
-    """Whether gradient noise may have added more than the tolerance to λ̂. SGLD's own step-size heat along flat
-    directions, a factor 1 / (1 − lr gamma / 4), does not: it spreads the chain where the loss does not change."""
-    traces, result = trial
-    attrs = traces.attrs
-    expected = 1 / (1 - attrs["lr"] * attrs["gamma"] / 4) if attrs["kernel"] in ("sgld", "preconditioned") else 1.0
-    heat = int(attrs["parameters"]) / 2 * (result["temperature"].item() - expected)
-    return heat > tolerance * max(result["llc"].item() - heat, 0.0)
-
-
-def largest_curvature(model: nn.Module, loss: Loss, data: Any, settings: Settings, *, rounds: int = 12) -> float:
-    """The largest curvature of the mean loss at w*, by power iteration on differences of gradients.
-
-    Of large data a part stands for all, at least 512 examples. Differences need no second derivative, which fused
-    attention lacks.
-    """
-    examples = as_examples(data)
-    mask = as_mask(settings.mask, model)
-    flat = Flat(model, loss, torch.float64, None if mask is None else mask.names)
-    where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.center)
-    examples = examples.to(flat.center.device, torch.float64)
-    generator = torch.Generator().manual_seed(settings.seed)
-    size = max(512, int(1e8 / (flat.center.numel() * examples.numel())))
-    index = torch.randperm(examples.n, generator=generator)[:size].to(flat.center.device)
-    direction = torch.randn(flat.center.shape, generator=generator, dtype=torch.float64).to(flat.center.device)
-    curvature = 0.0
-    for _ in range(rounds):
-        if where is not None:
-            direction = direction * where
-        direction = direction / direction.norm().clamp(min=1e-300)
-        step = 1e-4 * (1 + flat.center.norm() / math.sqrt(flat.center.numel()))
-        ends = [_gradient(flat, examples, index, flat.center + sign * step * direction) for sign in (1, -1)]
-        product = (ends[0] - ends[1]) / (2 * step)
-        curvature = float(product.norm() if where is None else (product * where).norm())
-        direction = product
-    if not math.isfinite(curvature) or curvature == 0:
-        raise InstrumentError(f"the loss has curvature {curvature} at w*: nothing sets a scale, give lr and gamma")
-    return curvature
-
-
-def noise_heats(model: nn.Module, loss: Loss, data: Any, settings: Settings, *, batches: int = 8) -> bool:
-    """Whether the gradient noise at w* alone would add more than 1% to λ̂: then control variates pay.
-
-    Minibatches add lr nbeta² tr Cov(∇L_B(w*)) / 8 to λ̂ (SGLD on a quadratic: (lr nbeta / 2)² Cov to the noise of a step),
-    here over half of the parameters, the most that λ can be. Costs `batches` gradients.
-    """
-    examples = as_examples(data)
-    if settings.batch_size >= examples.n:
-        return False
-    mask = as_mask(settings.mask, model)
-    flat = Flat(model, loss, torch.float64 if settings.float64 else torch.float32, None if mask is None else mask.names)
-    where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.center)
-    examples = examples.to(flat.center.device, flat.center.dtype)
-    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "gradient noise"))
-    rows = draw_batches(examples.n, settings.batch_size, batches, generator).to(flat.center.device)
-    flat.bind(flat.center, torch.zeros_like(flat.center))
-    check_losses(flat.losses(examples.batch(rows[0])), len(rows[0]))
-    grads = torch.stack([_gradient(flat, examples, row, flat.center) for row in rows])
-    grads = grads if where is None else grads * where
-    trace = float(grads.var(0).sum())
-    size = flat.center.numel() if where is None else int(where.sum())
-    nbeta = examples.n / math.log(max(examples.n, 2)) if settings.nbeta is None else settings.nbeta
-    return settings.lr * nbeta**2 * trace / 8 > 0.01 * size / 2
-
-
-def _gradient(flat: Flat, examples: Examples, index: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    total, grad = torch.zeros_like(position), torch.zeros_like(position)
-    flat.bind(position, grad)
-    for part in index.split(256):
-        grad.zero_()
-        flat.backward(examples.batch(part))
-        total.add_(grad, alpha=len(part) / len(index))
-    return total
-
-
-def _difference(one: Trial, other: Trial) -> tuple[float, float]:
-    """How far two trials are apart and its error, over λ̂: they share noise and batches, which makes it small."""
-    difference, error = _signed_difference(one, other)
-    return abs(difference), error
-
-
-def _signed_difference(one: Trial, other: Trial) -> tuple[float, float]:
-    burn_in = int(one[0].attrs["burn_in"])
-    excess = [scaled_excess(traces).values[:, burn_in:] for traces, _ in (one, other)]
-    difference, error, _ = mean_and_error(excess[0] - excess[1], bool(one[0].attrs["shared_batches"]))
-    scale = max(abs(other[1]["llc"].item()), 1e-300)
-    return difference / scale, error / scale
-
-
-def _same(one: Trial, other: Trial, tolerance: float) -> bool:
-    difference, error = _difference(one, other)
-    return difference <= max(tolerance, 1.645 * error)
-
-
-def _undecided(one: Trial, other: Trial, tolerance: float) -> bool:
-    """Whether the trials agree only because they are short."""
-    difference, error = _difference(one, other)
-    return tolerance / 2 < error and tolerance < difference + 1.645 * error and difference <= 1.645 * error
-
-
-def _variates_pay(traces: xr.Dataset, tolerance: float) -> bool:
-    """Whether the noise that control variates took away would have doubled the variance of the score, or heated the
-    chain: E[linear²] = E‖w − w*‖² trace(noise) / parameters, if noise and displacement have no common direction."""
-    kept = traces.isel(draw=slice(int(traces.attrs["burn_in"]), None))
-    linear, excess = kept["linear"].values, scaled_excess(kept).values
-    nbeta, lr, size = traces.attrs["nbeta"], traces.attrs["lr"], traces.attrs["parameters"]
-    noise = size * (linear**2).mean() / max(float((kept["distance"].values ** 2).mean()), 1e-300)
-    heat = lr * nbeta**2 * noise / 8
-    return bool((nbeta * linear).var() > excess.var() or heat > 0.5 * tolerance * abs(excess.mean()))

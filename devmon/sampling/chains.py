@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from devmon.errors import InstrumentError
+from devmon.sampling.acceptance import Proposal, _Judge
 from devmon.sampling.data import Examples, draw_batches
 from devmon.sampling.flat import Evaluator, Flat, Looped, Stacked, gradient_at_center, score_at_center
 from devmon.sampling.losses import Loss
@@ -32,16 +33,6 @@ class Sampler(Protocol):
     def init(self, position: Tensor, center: Tensor) -> Any: ...
 
     def step(self, state: Any, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """The density and the step whose Metropolis acceptance is asked for: those of `devmon.sampling.SGLD`."""
-
-    lr: float
-    nbeta: float
-    gamma: float
-    prior: float
 
 
 @dataclass(frozen=True)
@@ -220,55 +211,6 @@ class _Lane:
         if plan.proposal is not None:
             proposals = _noise(plan.seed, "proposal", chains, self.rows)
             self.judge = _Judge(plan.proposal, evaluator, self.rows, center, proposals, where)
-
-
-class _Judge:
-    """The Metropolis acceptance of one SGLD proposal from where the chains are, on the minibatch that they meet there.
-
-    The proposal is judged and dropped, so the chains go their way; it costs one more pass and noise of its own.
-    """
-
-    def __init__(
-        self,
-        proposal: Proposal,
-        evaluator: Evaluator,
-        rows: Tensor,
-        center: Tensor,
-        noise: Iterator[Tensor],
-        where: Tensor | None,
-    ) -> None:
-        self.proposal, self.rows, self.center, self.noise, self.where = proposal, rows, center, noise, where
-        self.there, self.grads = torch.empty_like(rows), torch.empty_like(rows)
-        self.score = evaluator.bind(self.there, self.grads)
-
-    def __call__(self, index: Tensor, losses: Tensor, grads: Tensor, slopes: Tensor | None) -> Tensor:
-        p = self.proposal
-        drift, noise = self._drift(self.rows, grads), next(self.noise)
-        if self.where is not None:
-            noise.mul_(self.where)
-        self.there.copy_(self.rows).add_(drift, alpha=-p.lr / 2).add_(noise, alpha=p.lr**0.5)
-        found = self.score(index).to(torch.float64).mean(1)
-        if slopes is not None:
-            self.grads.sub_(slopes)
-        back = self._drift(self.there, self.grads)
-        energy = p.nbeta * (found - losses)
-        if slopes is not None:
-            energy -= p.nbeta * torch.linalg.vecdot(slopes, self.there - self.rows)
-        for strength, origin in ((p.gamma, self.center), (p.prior, torch.zeros_like(self.center))):
-            if strength:
-                middle = (self.there + self.rows) / 2 - origin
-                energy += strength * torch.linalg.vecdot(middle, self.there - self.rows)
-        away = (self.rows - self.there).add_(back, alpha=p.lr / 2)
-        ratio = torch.linalg.vecdot(noise, noise) / 2 - torch.linalg.vecdot(away, away) / (2 * p.lr)
-        return (ratio - energy).clamp(max=0).exp()
-
-    def _drift(self, rows: Tensor, grads: Tensor) -> Tensor:
-        p = self.proposal
-        drift = grads * p.nbeta
-        drift.add_(rows - self.center, alpha=p.gamma)
-        if p.prior:
-            drift.add_(rows, alpha=p.prior)
-        return drift if self.where is None else drift.mul_(self.where)
 
 
 def _noise(seed: int, what: str, group: Sequence[int], rows: Tensor) -> Iterator[Tensor]:

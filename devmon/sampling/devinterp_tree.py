@@ -12,8 +12,8 @@ import xarray as xr
 from torch import Tensor, nn
 
 from devmon.errors import InstrumentError
-from devmon.sampling.estimate import Settings, sample
 from devmon.sampling.losses import next_token_loss, outputs
+from devmon.sampling.traces import Settings, sample
 
 
 def sample_tree(model: nn.Module, tokens: Tensor, observables: Mapping[str, Tensor], settings: Settings) -> xr.DataTree:

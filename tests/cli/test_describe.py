@@ -141,7 +141,7 @@ def test_the_cost_is_what_passes_through_the_model(instrument: object) -> None:
     model.register_forward_pre_hook(count)
     told = instrument.cost()  # type: ignore[attr-defined]
     if isinstance(instrument, LLC):  # hooks of a stacked pass see one chain of many
-        from devmon.sampling.estimate import Settings, sample
+        from devmon.sampling.traces import Settings, sample
 
         names = Settings.__dataclass_fields__.keys() & LLC.__dataclass_fields__.keys()
         settings = Settings(**{name: getattr(instrument, name) for name in names})

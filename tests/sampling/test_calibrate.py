@@ -11,7 +11,8 @@ from torch import nn
 from devmon.analysis import llc
 from devmon.errors import InstrumentError
 from devmon.sampling import Settings, calibrate, classification_loss, estimate_llc, regression_loss, sample
-from devmon.sampling.calibration import _heat, largest_curvature, noise_heats
+from devmon.sampling.calibration import _heat
+from devmon.sampling.curvature import largest_curvature, noise_heats
 from devmon.testing import exact
 
 

@@ -11,7 +11,7 @@ from devmon.analysis import llc
 from devmon.errors import InstrumentError
 from devmon.instruments.llc import LLC
 from devmon.sampling import classification_loss, next_token_loss, regression_loss
-from devmon.sampling.estimate import Settings, sample
+from devmon.sampling.traces import Settings, sample
 from devmon.snapshot import Snapshot
 from devmon.testing import exact
 

@@ -237,7 +237,7 @@ def test_devinterp_reads_our_tree(neox, tmp_path):
     tree = sample_tree(neox, tokens, observables, settings)
     part = Settings(**(vars(settings) | {"mask": "layer 1 head 0"}))
     head = sample_tree(neox, tokens, observables, part)
-    from devmon.sampling.estimate import sample
+    from devmon.sampling.traces import sample
 
     ours = llc(sample(neox, next_token_loss, tokens, settings))
     assert compute_llc(tree)["llc_mean"].item() == pytest.approx(ours["llc"].item(), rel=1e-4, abs=1e-5)

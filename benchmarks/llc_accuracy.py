@@ -77,7 +77,7 @@ def deep_linear(widths: list[int], rank: int, seed: int, *, noise: float = 0.0, 
 
 def settings_for_regression(tolerance: float) -> Settings:
     model, data = regression(10_000)
-    start = Settings(lr=0.0, gamma=0.0, batch_size=64, sampler="baoab")
+    start = Settings(batch_size=64, sampler="baoab")
     return calibrate(model, regression_loss, data, start, tolerance=tolerance).settings
 
 
@@ -86,7 +86,7 @@ def case_regression(args: argparse.Namespace) -> dict[str, Any]:
     found = []
     for seed in range(args.seeds):
         model, data = regression(seed)
-        found.append(float(llc(sample(model, regression_loss, data, replace(settings, seed=seed)))["llc"]))
+        found.append(float(llc(sample(model, regression_loss, data, settings, seed=seed))["llc"]))
     steps = settings.chains * (settings.draws + settings.burn_in) * settings.steps_per_draw
     passes = 2 * steps * settings.batch_size + 100_000  # forward and backward at w and at w*, and once over the data
     return {
@@ -105,7 +105,7 @@ def case_intervals(args: argparse.Namespace) -> dict[str, Any]:
     found = []
     for seed in range(args.intervals):
         model, data = regression(seed, n=100_000)
-        result = llc(sample(model, regression_loss, data, replace(settings, seed=seed)))
+        result = llc(sample(model, regression_loss, data, settings, seed=seed))
         found.append([float(result[name]) for name in ("llc", "low", "high", "se")])
     value, low, high, se = np.array(found).T
     return {
@@ -195,7 +195,7 @@ def case_peers(args: argparse.Namespace) -> dict[str, Any]:
     rates = (1e-4, 1e-5, 1e-6, 1e-7)
     for seed in range(args.peer_seeds):
         model, data = regression(seed)
-        found["devmon"].append(float(llc(sample(model, regression_loss, data, replace(settings, seed=seed)))["llc"]))
+        found["devmon"].append(float(llc(sample(model, regression_loss, data, settings, seed=seed))["llc"]))
         for lr in rates:
             found[f"devinterp, lr {lr:g}"].append(devinterp_llc(model, data, seed, lr))
     n, batch = len(data[0]), settings.batch_size

@@ -160,9 +160,19 @@ class OwnLLC:
         product = model.product().detach()[None]
         lr = 0.1 / self.nbeta  # the largest curvature of the loss is about 13
         kernel = BAOAB(lr, self.nbeta, self.gamma, momentum=self.momentum)
-        settings = Settings(lr, self.gamma, self.nbeta, self.chains, self.draws, self.burn_in, batch_size=1,
-                            steps_per_draw=self.steps_per_draw, sampler=kernel, float64=True, seed=snapshot.seed)  # fmt: skip
-        return sample(snapshot.model, copying_loss, product, settings)
+        settings = Settings(
+            nbeta=self.nbeta,
+            gamma=self.gamma,
+            lr=lr,
+            chains=self.chains,
+            draws=self.draws,
+            burn_in=self.burn_in,
+            batch_size=1,
+            steps_per_draw=self.steps_per_draw,
+            sampler=kernel,
+            float64=True,
+        )
+        return sample(snapshot.model, copying_loss, product, settings, seed=snapshot.seed)
 
 
 def watches(target: Tensor, steps: int, llc: OwnLLC, estimates: Container[int]) -> list[Watch]:

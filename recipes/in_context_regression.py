@@ -221,7 +221,7 @@ def short_llc(*, chains: int, draws: int, burn_in: int, batch_size: int) -> LLC:
 
 
 def _llc(examples: int, **settings: Any) -> LLC:
-    return LLC(sequences(examples, _generator(0, "llc")), squared_error, NBETA, GAMMA, RATE, **settings)
+    return LLC(sequences(examples, _generator(0, "llc")), squared_error, nbeta=NBETA, gamma=GAMMA, lr=RATE, **settings)
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""From a model, a loss and data to stored traces, and to λ̂."""
+"""λ̂ from a model, a loss and data."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import nn
 
 from devmon.analysis.derive.llc import Z, llc
 from devmon.sampling.calibration import calibrate
-from devmon.sampling.chains import Sampler
-from devmon.sampling.curvature import noise_heats
+from devmon.sampling.constants import NOISE_MATTERS
+from devmon.sampling.curvature import noise_bias
 from devmon.sampling.data import as_examples
+from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.losses import Loss
 from devmon.sampling.traces import Settings, sample
 
@@ -48,10 +49,10 @@ def estimate_llc(
     say whether you halve them (`regression_loss` does: unit noise). The law is exp(−nbeta L(w) − (gamma/2)‖w − w*‖²):
     `nbeta` is one number, inverse temperature times sample size, None for n / log n with n examples; `gamma` is the
     precision of the localising Gaussian, with its half. `lr` is the variance of the noise of one step, which moves by
-    lr/2 times the gradient of the log density (`devmon.sampling.kernels.sgld`); the other kernels read it so too. `None` for
-    `lr` or `gamma` calibrates both (`devmon.sampling.calibrate`), and chooses `control_variate` and `steps_per_draw`
-    where these are None. With both given, `control_variate` None means: where the gradient noise at w* would heat λ̂ by
-    more than 1%.
+    lr/2 times the gradient of the log density (`devmon.sampling.kernels.sgld`); the other kernels read it so too.
+    `None` for `lr` or `gamma` calibrates both (`devmon.sampling.calibrate`), and chooses `control_variate` and
+    `steps_per_draw` where these are None. With both given, `control_variate` None means: where the minibatch noise at
+    w* would bias λ̂ by more than 1%.
 
     `draws` are kept after `burn_in` (None: half of `draws`) in each of `chains` chains. `data` is a tensor, a tuple or
     mapping of tensors, a list of batches, a DataLoader or a dataset; `loss` gets batches of the form the data has. The
@@ -60,6 +61,8 @@ def estimate_llc(
     Returns `llc`, `se`, `low`, `high`, `ess`, `rhat`, `temperature`, `verdict` … (`devmon.analysis.llc`) and the traces
     over (chain, draw), burn-in included. After a calibration `attrs["calibration"]` holds its reasons and
     `attrs["systematic"]` the relative error that the settings leave; `low` and `high` then contain it beside `se`.
+    Raises InstrumentError for settings that cannot be run, a loss that is not finite at w*, and a calibration that no
+    step size passes.
 
     >>> import torch
     >>> from devmon.sampling import regression_loss
@@ -71,42 +74,36 @@ def estimate_llc(
     """
     data = as_examples(data)
     settings = Settings(
-        lr=lr if lr is not None else 0.0,
-        gamma=gamma if gamma is not None else 0.0,
         nbeta=nbeta,
         chains=chains,
         draws=draws,
         burn_in=draws // 2 if burn_in is None else burn_in,
         batch_size=min(64, data.n) if batch_size is None else batch_size,
-        steps_per_draw=steps_per_draw or 1,
         sampler=sampler,
-        control_variate=bool(control_variate),
         shared_batches=shared_batches,
         prior=prior,
         mask=mask,
         examples=examples,
         acceptance=acceptance,
         float64=float64,
-        seed=seed,
     )
-    reasons, systematic = "", 0.0
+    # What is given is used as it is; what is not is calibrated, or for control variates read off the noise at w*.
+    choices = {"lr": lr, "gamma": gamma, "control_variate": control_variate, "steps_per_draw": steps_per_draw}
+    given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    calibration = None
     if lr is None or gamma is None:
-        found = calibrate(model, loss, data, settings)
-        reasons, systematic = found.reasons, found.systematic
-        given: dict[str, Any] = {
-            "lr": lr,
-            "gamma": gamma,
-            "control_variate": control_variate,
-            "steps_per_draw": steps_per_draw,
-        }
-        settings = replace(found.settings, **{name: value for name, value in given.items() if value is not None})
-    elif control_variate is None:
-        settings = replace(settings, control_variate=noise_heats(model, loss, data, settings))
-    traces = sample(model, loss, data, settings)
+        calibration = calibrate(model, loss, data, settings, seed=seed)
+        settings = calibration.settings
+    settings = replace(settings, **given)
+    if calibration is None and control_variate is None:
+        variates = noise_bias(model, loss, data, settings, seed=seed) > NOISE_MATTERS
+        settings = replace(settings, control_variate=variates)
+    traces = sample(model, loss, data, settings, seed=seed)
     result = llc(traces)
     attrs = result.attrs
-    if reasons:
-        attrs = attrs | {"calibration": reasons, "systematic": systematic}
+    if calibration is not None:
+        systematic = calibration.systematic
+        attrs = attrs | {"calibration": calibration.reasons, "systematic": systematic}
         half = Z * np.hypot(result["se"], systematic * abs(result["llc"]))
         result["low"], result["high"] = result["llc"] - half, result["llc"] + half
     return xr.merge([result, traces], combine_attrs="drop").assign_attrs(attrs)

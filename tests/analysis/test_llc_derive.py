@@ -76,7 +76,7 @@ def test_shared_minibatches_are_not_averaged_away():
 def spoil(data, kind):
     if kind == "non-finite":
         data["loss"].values[2, 150:] = np.nan
-    if kind == "downhill":
+    if kind == "negative":
         data["loss"].values -= 2 * LEVEL / NBETA
     if kind == "not mixed":
         data["loss"].values += (np.array([-10, -5, 5, 10]) / NBETA)[:, None]
@@ -85,7 +85,7 @@ def spoil(data, kind):
     return data
 
 
-@pytest.mark.parametrize("kind", ["non-finite", "downhill", "not mixed", "diverged"])
+@pytest.mark.parametrize("kind", ["non-finite", "negative", "not mixed", "diverged"])
 def test_each_illness_has_its_verdict(kind):
     result = llc(spoil(traces(), kind))
     assert result["verdict"].item() == kind, result
@@ -99,7 +99,7 @@ def test_a_chain_that_dies_in_burn_in_is_not_averaged_away():
     assert llc(data)["verdict"].item() == "non-finite"
 
 
-@pytest.mark.parametrize("slope, verdict", [(7.8, "ok"), (20.0, "diverged"), (-2.0, "downhill")])
+@pytest.mark.parametrize("slope, verdict", [(7.8, "ok"), (20.0, "diverged"), (-2.0, "negative")])
 def test_temperature_and_slope(slope, verdict):
     """nbeta slope + gamma distance² must average to the number of parameters (400) in the right law."""
     data = traces().assign(slope=(("chain", "draw"), slope + 0.01 * autoregressive(4, 300, 0.0, 9)))

@@ -82,10 +82,8 @@ def localisation(trials: Trials, at: Point, curvature: float) -> tuple[Choice, s
     for share in GAMMAS:
         at = _with_quieter_steps(trials, replace(at, gamma=share * curvature), tried, first_lr)
         # The chains have left the basin, or what they meet there is noise: smaller gammas only go farther.
-        noisy = tried and relative_error(trials.at(at)) > ERROR_GROWTH * max(
-            tolerance, relative_error(trials.at(tried[0]))
-        )
-        if not settled(trials.at(at)) or noisy:
+        limit = ERROR_GROWTH * max(tolerance, relative_error(trials.at(tried[0]))) if tried else math.inf
+        if not settled(trials.at(at)) or relative_error(trials.at(at)) > limit:
             break
         tried.append(at)
         if len(tried) == 1:
@@ -113,6 +111,8 @@ def localisation(trials: Trials, at: Point, curvature: float) -> tuple[Choice, s
         if flat[least]
         else "is where λ̂ moved least with gamma, but no plateau: compare only estimates of the same gamma."
     )
+    if at.lr < first_lr:
+        reason += f" On the way there lr is reduced to {at.lr:.3g}, for the bias of minibatch noise."
     return Choice(replace(at, gamma=gamma), flat[least], moves[least] / (RATIO - 1)), reason
 
 

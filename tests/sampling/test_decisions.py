@@ -87,8 +87,9 @@ def test_noise_that_inflates_the_temperature_lowers_lr_and_the_last_gamma_follow
         return p.lr / 1e-3 if p.gamma < 20 else 0.0
 
     formula = Formula(lambda p: 4 + 2 * inflated(p), temperature=lambda p: 1 + 0.1 * inflated(p))
-    choice, _ = localisation(formula, Point(1e-3, 10.0, 1), 100.0)
+    choice, reason = localisation(formula, Point(1e-3, 10.0, 1), 100.0)
     assert choice.at.lr < 1e-3
+    assert f"lr is reduced to {choice.at.lr:.3g}, for the bias of minibatch noise" in reason
     lowered = {point.lr for point in formula.asked if point.gamma == pytest.approx(100 / RATIO)}
     assert choice.at.lr in lowered
 

@@ -120,7 +120,7 @@ def sample(
     # The attrs hold every setting that a later reader needs to repeat the traces; what only adds variables is seen in
     # the variables. Booleans become integers, which netCDF can hold. lr and gamma stay in front: the
     # order of attrs is part of the bytes of a stored row.
-    attrs = {"lr": settings.lr, "gamma": settings.gamma}
+    attrs: dict[str, Any] = {"lr": settings.lr, "gamma": settings.gamma}
     attrs |= {field.name: getattr(settings, field.name) for field in fields(Settings)} | {"seed": seed}
     attrs |= {
         "kind": "llc",

@@ -167,9 +167,16 @@ def case_crossings(args: argparse.Namespace) -> dict[str, Any]:
             return potential(*(weights[i] for i in range(size))).expand(len(batch))
 
         settings = Settings(
-            sampler="baoab", lr=3e-4, gamma=gamma, nbeta=nbeta, chains=1024, draws=200, burn_in=200,
-            steps_per_draw=10, batch_size=1,
-        )  # fmt: skip
+            sampler="baoab",
+            lr=3e-4,
+            gamma=gamma,
+            nbeta=nbeta,
+            chains=1024,
+            draws=200,
+            burn_in=200,
+            steps_per_draw=10,
+            batch_size=1,
+        )
         result = llc(sample(Point(size), loss, torch.zeros(1, 1), settings))
         rows.append(summary(result, truth) | {"potential": name})
     return {"rows": rows}
@@ -230,9 +237,18 @@ def devinterp_llc(model: nn.Module, data: tuple[Tensor, Tensor], seed: int, lr: 
 
     with tempfile.TemporaryDirectory() as folder:
         tree = devinterp_sample(
-            copy.deepcopy(model), Rows(), {}, lr=lr, n_beta=len(table) / math.log(len(table)), localization=1.0,
-            batch_size=64, init_seed=seed, loss_fn=loss, output_path=f"{folder}/samples.zarr", device="cpu",
-        )  # fmt: skip
+            copy.deepcopy(model),
+            Rows(),
+            {},
+            lr=lr,
+            n_beta=len(table) / math.log(len(table)),
+            localization=1.0,
+            batch_size=64,
+            init_seed=seed,
+            loss_fn=loss,
+            output_path=f"{folder}/samples.zarr",
+            device="cpu",
+        )
         return float(compute_llc(tree)["llc_mean"])
 
 

@@ -34,9 +34,13 @@ def neox(hidden: int = 128, layers: int = 2, heads: int = 4, vocab: int = 5000) 
 
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * hidden, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=512,
+    )
     return GPTNeoXForCausalLM(config).eval()
 
 

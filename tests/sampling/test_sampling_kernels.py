@@ -141,9 +141,15 @@ def neox():
 
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=19, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=16, hidden_dropout=0.1, attention_dropout=0.1,
-    )  # fmt: skip
+        vocab_size=19,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+    )
     return GPTNeoXForCausalLM(config)
 
 

@@ -85,9 +85,16 @@ def test_singular_fluctuation_of_a_regular_model_is_half_its_parameters():
     model.weight.data = torch.linalg.lstsq(x.double(), y.double()).solution.T.float()
     options = {"lr": 5e-5, "gamma": 1.0, "nbeta": 2000.0, "sampler": "baoab", "batch_size": 64, "chains": 8}
     traces = run(
-        model, (x, y), regression_loss, control_variate=True, examples=2000, steps_per_draw=4, draws=150, burn_in=50,
+        model,
+        (x, y),
+        regression_loss,
+        control_variate=True,
+        examples=2000,
+        steps_per_draw=4,
+        draws=150,
+        burn_in=50,
         **options,
-    )  # fmt: skip
+    )
     result = llc(traces)
     residual = (y - model(x)).detach().double()[:, 0]
     inverse = torch.linalg.inv((x.T @ x / len(x)).double())

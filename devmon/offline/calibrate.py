@@ -120,8 +120,6 @@ def calibrate_series(
     _refuse_another(trajectory, asked, force)
 
     # the trials, from the instrument's own settings
-    names = {entry.name for entry in fields(Settings)} & {entry.name for entry in fields(instrument)}
-    start = Settings(**{name: getattr(instrument, name) for name in names})
     chosen_steps = ", ".join(f"{name} checkpoint: step {step}" for name, step in steps.items())
     progress(f"{chosen_steps} ({len(series)} in the series); sampling can take minutes")
     try:
@@ -129,7 +127,7 @@ def calibrate_series(
             models,
             instrument.loss,
             instrument.data,
-            start,
+            instrument,
             tolerance=tolerance,
             max_steps=max_steps,
             progress=progress,
@@ -151,9 +149,9 @@ def calibrate_series(
     return SeriesCalibration(answer, record, trajectory, beside)
 
 
-def _as_keywords(settings: LLC | Settings) -> dict[str, Any]:
+def _as_keywords(settings: Settings) -> dict[str, Any]:
     """The keyword arguments of `LLC` that JSON can hold: all but data, loss, and a mask of tensors."""
-    values = {entry.name: getattr(settings, entry.name) for entry in fields(LLC) if entry.name not in ("data", "loss")}
+    values = {entry.name: getattr(settings, entry.name) for entry in fields(Settings)}
     patterns = values["mask"] if isinstance(values["mask"], list | tuple) else [values["mask"]]
     if not all(pattern is None or isinstance(pattern, str) for pattern in patterns):
         del values["mask"]

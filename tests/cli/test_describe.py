@@ -18,6 +18,7 @@ from devmon.cli.root import app
 from devmon.cost import Cost, estimates
 from devmon.errors import DataError
 from devmon.instruments import LLC, InductionHeads, LinearProbe, PreviousTokenHeads, ProbeLoss, RepeatGain
+from devmon.sampling import sample
 from devmon.testing import even
 
 TOKENS = torch.randint(20, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -141,11 +142,7 @@ def test_the_cost_is_what_passes_through_the_model(instrument: object) -> None:
     model.register_forward_pre_hook(count)
     told = instrument.cost()  # type: ignore[attr-defined]
     if isinstance(instrument, LLC):  # hooks of a stacked pass see one chain of many
-        from devmon.sampling.traces import Settings, sample
-
-        names = Settings.__dataclass_fields__.keys() & LLC.__dataclass_fields__.keys()
-        settings = Settings(**{name: getattr(instrument, name) for name in names})
-        sample(model, instrument.loss, instrument.data, settings, stacked=False)
+        sample(model, instrument.loss, instrument.data, instrument, stacked=False)
         assert told.backwards == seen[True]
         assert told.forwards >= seen[True] + seen[False] > 0.9 * told.forwards
     else:

@@ -58,8 +58,12 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
       above 2, or λ̂ above the number of parameters), "negative" (λ̂ or E[∇L·(w−w*)] below 0 by more than its error: w* is
       no minimum), "not mixed" (R̂ above 1.1 or ESS below 10), else "ok"
 
-    With steps there are `change` and `change_se` too: λ̂ minus that of the step before, and its error from the paired
-    traces. Noise and batches are common to all steps, so it is mostly far below that of two independent estimates.
+    With steps there are also, from traces that are paired because noise and batches are common to all steps,
+
+    - `change`, `change_se`: λ̂ minus that of the step before, and its error, mostly far below that of two independent
+      estimates
+    - `llc_replicates` (replicate, step): λ̂ by batch of draws, the same batches at every step, whose mean is `llc`; how
+      their contrasts over steps differ is the error of that contrast. See `paired_batches`.
 
     Raises DataError for traces without draws after burn-in or without the variables named.
     """
@@ -74,6 +78,10 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
     changes += [mean_and_error(excess[i] - excess[i - 1], shared)[:2] for i in range(1, len(excess))]
     for name, values in zip(("change", "change_se"), np.array(changes).T, strict=True):
         derived[name] = ("step", values, {"long_name": f"{name} of the LLC since the step before", "units": "1"})
+    batches = paired_batches(excess, shared)
+    centred = batches - batches.mean(0) + derived["llc"].values
+    about = {"long_name": "LLC by batch of draws, paired over steps", "units": "1"}
+    derived["llc_replicates"] = (("replicate", "step"), centred, about)
     return derived
 
 
@@ -120,6 +128,38 @@ def mean_and_error(values: np.ndarray, shared: bool = False) -> tuple[float, flo
         return float(values.mean()), float("nan"), 0.0
     widen = stdtrit(dof, 0.5 + LEVEL / 2) / Z
     return float(values.mean()), float(np.sqrt(variance) * widen), float(dof)
+
+
+def paired_batches(values: np.ndarray, shared: bool = False) -> np.ndarray:
+    """Means of batches of draws, (batch, step), of traces (step, chain, draw) that are paired over steps.
+
+    Each chain is cut into 16, 8, 4, 2 or 1 batches, the most whose changes from step to step look independent: over all
+    steps together their lag-1 correlation is at most 0.1, and chains differ by at most one and a half times what their
+    batches explain. Chains that share minibatches (`shared`) are averaged first. NaN at a step with an infinite loss.
+    """
+    if shared:
+        values = values.mean(1, keepdims=True)
+    steps, chains, draws = values.shape
+    changes = np.diff(values, axis=0) if steps > 1 else values
+    changes = changes[np.isfinite(changes).all((1, 2))]
+    for count in (16, 8, 4, 2):
+        if draws < 2 * count:
+            continue
+        means = changes[:, :, draws % count :].reshape(len(changes), chains, count, -1).mean(3)
+        # Each change counts alike, however large its noise: what is judged is the memory of the chains.
+        away = means - means.mean((1, 2), keepdims=True)
+        total = np.maximum((away**2).sum((1, 2)), np.finfo(float).tiny)
+        paired = (away[:, :, 1:] * away[:, :, :-1]).sum((1, 2)) * count / (count - 1)
+        within = total / (chains * count - 1) / count
+        between = means.mean(2).var(1, ddof=1) if chains > 1 else 0 * within
+        if (
+            len(changes) and np.mean(paired / total) <= 0.1 and np.mean(between / within) <= 1.5
+        ) or chains * count == 2:
+            break
+    else:
+        count = 1
+    batches = values[:, :, draws % count :].reshape(steps, chains * count, -1).mean(2).T
+    return np.where(np.isfinite(values).all((1, 2)), batches, np.nan)
 
 
 def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:

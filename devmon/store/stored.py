@@ -47,6 +47,7 @@ class StoredWatch:
         self.units = place.units(name) if units is None else units
         self._folded: tuple[Any, dict[int, str]] = (None, {})  # a version of the group, its steps and their weights
         self._layout = b""  # of the last row that was seen to be of the stored form
+        self._stored_form: dict[str, str] | None = None  # once there is a first row it stays
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,11 @@ class StoredWatch:
         )
 
     def append(self, step: int, dataset: xr.Dataset, weights: str, seconds: float) -> None:
-        """Commit one row, unless `step` has one of the same weights. IdentityError where its form or weights differ."""
+        """Commit one row, unless `step` has one of the same weights. IdentityError where its form or weights differ.
+
+        Replicates are left out where the rows before have none: a run of an earlier version goes on as it began.
+        """
+        dataset = self._as_before(dataset)
         layout, payload = encode(dataset)  # before the lock: of a large row this is the longest part
         with self.place.locked():
             if self.holds(step, weights):
@@ -204,6 +209,15 @@ class StoredWatch:
             steps, weights = ([], []) if rows is None else (rows[key].values.tolist() for key in ("step", "weights"))
             self._folded = (version, dict(zip(steps, weights, strict=True)))
         return self._folded[1]
+
+    def _as_before(self, dataset: xr.Dataset) -> xr.Dataset:
+        replicates = [name for name, variable in dataset.data_vars.items() if "replicate" in variable.dims]
+        if not replicates:
+            return dataset
+        if self._stored_form is None:
+            self._stored_form = self.attributes().get("shape")
+        stored = self._stored_form or {}
+        return dataset.drop_vars([name for name in replicates if stored and name not in stored])
 
     def _refuse_another_form(self, step: int, dataset: xr.Dataset) -> None:
         """Keep the form of the first row, and hold the later ones to it."""

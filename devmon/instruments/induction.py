@@ -12,6 +12,7 @@ from torch import Tensor
 from devmon.anatomy import attention_patterns, stack_heads
 from devmon.cost import Cost
 from devmon.data import best_fixed_offset, clustered_mean, minibatches, repeats
+from devmon.data.rows import Rows
 from devmon.snapshot import Snapshot
 
 
@@ -20,12 +21,16 @@ class InductionHeads:
     """Prefix matching of every attention head on random tokens repeated with a random period per sequence.
 
     Queries are the places q of the second copy without accidental collisions (`devmon.data.repeats`), p the period of
-    the sequence; all values are attention weights in [0, 1], means over queries.
-    prefix_matching(layer, head): A[q, q - p + 1], with `_se` over sequences (Olsson et al. 2022, 2209.11895);
-    duplicate_token(layer, head): A[q, q - p], with `_se`;
-    fixed_offset(layer, head): max over o of the mean of A[q, q - o], what the head's best fixed offset gets of the same
-    queries: a head whose prefix matching is no higher looks at positions, not at content;
-    uniform: the mean of 1 / (q + 1), the score of attention spread evenly over the past.
+    the sequence, A the attention pattern (Olsson et al. 2022, 2209.11895); all are means over queries, in [0, 1].
+
+    - `prefix_matching` (layer, head), attention: A[q, q - p + 1]. Null: `fixed_offset`, `uniform`.
+    - `prefix_matching_se` (layer, head), attention: its standard error over sequences.
+    - `duplicate_token` (layer, head), attention: A[q, q - p].
+    - `duplicate_token_se` (layer, head), attention: its standard error over sequences.
+    - `fixed_offset` (layer, head), attention: max over o of the mean of A[q, q - o], what the head's best fixed offset
+      gets of the same queries; a head whose prefix matching is no higher looks at positions, not at content.
+    - `uniform`, attention: the mean of 1 / (q + 1), the score of attention spread evenly over the past.
+
     Raises InstrumentError for a model that shows no attention patterns, DataError for a probe that cannot be drawn.
     """
 
@@ -53,23 +58,22 @@ class InductionHeads:
         duplicate, duplicate_se = _by_head([torch.cat([part[1] for part in layer]) for layer in layers], count)
         offset = stack_heads([best_fixed_offset(sum(part[2] for part in layer), queries).numpy() for layer in layers])
         uniform = float((queries / torch.arange(1, self.length + 1)).sum() / queries.sum())
-        dims, units = ("layer", "head"), {"units": "attention"}
-        return xr.Dataset(
-            {
-                "prefix_matching": (
-                    dims,
-                    prefix,
-                    {"long_name": "attention to the place after the last match", "smallest_change": 0.05} | units,
-                ),
-                "prefix_matching_se": (dims, prefix_se, {"long_name": "standard error over sequences"} | units),
-                "duplicate_token": (dims, duplicate, {"long_name": "attention to the last match itself"} | units),
-                "duplicate_token_se": (dims, duplicate_se, {"long_name": "standard error over sequences"} | units),
-                "fixed_offset": (dims, offset, {"long_name": "best fixed offset for the same queries"} | units),
-                "uniform": ((), uniform, {"long_name": "prefix matching of uniform attention"} | units),
-            },
-            coords={"layer": np.arange(prefix.shape[0]), "head": np.arange(prefix.shape[1])},
-            attrs={"headline": ["prefix_matching"]},
+        dims, result = ("layer", "head"), Rows(headline=["prefix_matching"])
+        result.put(
+            "prefix_matching",
+            dims,
+            prefix,
+            prefix_se,
+            "attention to the place after the last match",
+            units="attention",
+            smallest_change=0.05,
         )
+        result.put(
+            "duplicate_token", dims, duplicate, duplicate_se, "attention to the last match itself", units="attention"
+        )
+        result.put("fixed_offset", dims, offset, None, "best fixed offset for the same queries", units="attention")
+        result.put("uniform", (), uniform, None, "prefix matching of uniform attention", units="attention")
+        return result.dataset(layer=np.arange(prefix.shape[0]), head=np.arange(prefix.shape[1]))
 
     def cost(self) -> Cost:
         return Cost(forwards=self.sequences, positions=self.length)

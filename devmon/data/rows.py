@@ -15,7 +15,7 @@ class Rows:
     `attrs`, which may be added to, are attributes of the dataset.
 
     >>> result = Rows(headline=["score"], error="standard error over prompts")
-    >>> result.put("score", "layer", [0.5, 0.75], [0.1, 0.2], "share of right answers", units="share", smallest_change=0.1)
+    >>> result.put("score", "layer", [0.5, 0.75], [0.1, 0.2], "share of right answers", units="share")
     >>> result.put("chance", (), 0.25, None, "share of a blind guess", units="share")
     >>> dataset = result.dataset(layer=[0, 1])
     >>> list(dataset.data_vars), dataset["score_se"].attrs

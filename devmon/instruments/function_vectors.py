@@ -111,7 +111,7 @@ class FunctionVectorHeads(ByContent):
         # a gradient for all heads says which are worth a pass of their own; without a gain there is nothing to measure
         guess = self._attribution(anatomy, measured, means[0])
         shape = (anatomy.layers, anatomy.heads)
-        chosen = np.argsort(-np.abs(guess.mean(0)).ravel(), kind="stable")[: self.exact] if there else []
+        chosen = np.argsort(-np.abs(guess.mean(0)).ravel(), kind="stable")[: self.exact if there else 0]
         effects = {name: np.full((len(measured), *shape), np.nan) for name in LABELS}
         for at in chosen:
             layer, head = (int(i) for i in np.unravel_index(at, shape))

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from devmon.anatomy import attention_patterns, stack_heads
 from devmon.cost import Cost
-from devmon.data import best_fixed_offset, clustered_mean, minibatches, repeats
+from devmon.data import best_fixed_offset, clustered_mean, minibatches
+from devmon.data.repeats import OnRepeats
 from devmon.data.rows import Rows
 from devmon.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
-class InductionHeads:
+class InductionHeads(OnRepeats):
     """Prefix matching of every attention head on random tokens repeated with a random period per sequence.
 
     Queries are the places q of the second copy without accidental collisions (`devmon.data.repeats`), p the period of
@@ -34,16 +35,10 @@ class InductionHeads:
     Raises InstrumentError for a model that shows no attention patterns, DataError for a probe that cannot be drawn.
     """
 
-    vocab_size: int
-    sequences: int = 64
-    length: int = 64
-    seed: int = 0
-    bos: int | None = None
-    exclude: tuple[int, ...] = ()
     batch_size: int = 32
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        probe = repeats(self.vocab_size, self.sequences, self.length, self.seed, self.bos, self.exclude)
+        probe = self._repeats
         parts = [
             [
                 _sums(pattern, probe.period[rows], probe.query[rows])
@@ -51,6 +46,8 @@ class InductionHeads:
             ]
             for rows in minibatches(self.sequences, self.batch_size)
         ]
+
+        # whole sequences go into the errors, whatever minibatch they came in
         layers = list(zip(*parts, strict=True))  # layer, minibatch, (prefix, duplicate, offset)
         count = probe.query.sum(1).numpy()
         queries = probe.query.sum(0).double()
@@ -58,21 +55,14 @@ class InductionHeads:
         duplicate, duplicate_se = _by_head([torch.cat([part[1] for part in layer]) for layer in layers], count)
         offset = stack_heads([best_fixed_offset(sum(part[2] for part in layer), queries).numpy() for layer in layers])
         uniform = float((queries / torch.arange(1, self.length + 1)).sum() / queries.sum())
-        dims, result = ("layer", "head"), Rows(headline=["prefix_matching"])
-        result.put(
-            "prefix_matching",
-            dims,
-            prefix,
-            prefix_se,
-            "attention to the place after the last match",
-            units="attention",
-            smallest_change=0.05,
-        )
-        result.put(
-            "duplicate_token", dims, duplicate, duplicate_se, "attention to the last match itself", units="attention"
-        )
-        result.put("fixed_offset", dims, offset, None, "best fixed offset for the same queries", units="attention")
-        result.put("uniform", (), uniform, None, "prefix matching of uniform attention", units="attention")
+
+        dims, units, result = ("layer", "head"), "attention", Rows(headline=["prefix_matching"])
+        label = "attention to the place after the last match"
+        result.put("prefix_matching", dims, prefix, prefix_se, label, units=units, smallest_change=0.05)
+        label = "attention to the last match itself"
+        result.put("duplicate_token", dims, duplicate, duplicate_se, label, units=units)
+        result.put("fixed_offset", dims, offset, None, "best fixed offset for the same queries", units=units)
+        result.put("uniform", (), uniform, None, "prefix matching of uniform attention", units=units)
         return result.dataset(layer=np.arange(prefix.shape[0]), head=np.arange(prefix.shape[1]))
 
     def cost(self) -> Cost:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from devmon.errors import DataError, InstrumentError
 from devmon.instruments import Curvature, curvature
-from devmon.instruments.curvature import SMALL, _trace
+from devmon.instruments.curvature import MAX_DENSE, _trace
 from devmon.sampling import classification_loss, next_token_loss, regression_loss
 from devmon.snapshot import Snapshot
 from devmon.testing import InstrumentContract
@@ -109,14 +109,14 @@ def dense(model: nn.Module, loss: Any, batch: Any) -> Array:
 # --- closed forms -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [SMALL, SMALL + 1])
+@pytest.mark.parametrize("size", [MAX_DENSE, MAX_DENSE + 1])
 @pytest.mark.parametrize("least", [0.0, -0.3, -9.0])
 def test_a_bowl_has_its_spectrum(size: int, least: float) -> None:
     """Minibatches of unequal weight, a minimum, a saddle, and one that falls more steeply than it rises."""
     known = spectrum(size, least)
     found = measure(precise(UNEVEN, batch_size=3), Bowl(rotated(known)))
     assert_describes(found, rotated(known))
-    assert (float(found["trace_se"]) == 0) == (size <= SMALL)
+    assert (float(found["trace_se"]) == 0) == (size <= MAX_DENSE)
     assert found["rank"].values.tolist() == [1, 2, 3, 4, 5]
     assert (found["eigenvalue_error"] < 1e-5).all()
     assert found["least_error"] < 1e-5
@@ -154,7 +154,7 @@ def test_linear_regression_has_the_covariance_of_its_inputs() -> None:
 
 
 def test_every_eigenvalue_of_few_parameters() -> None:
-    known = spectrum(SMALL + 6, -0.3)
+    known = spectrum(MAX_DENSE + 6, -0.3)
     for top in (len(known), len(known) - 1):
         found = measure(precise(UNEVEN, top=top), Bowl(rotated(known)))
         assert_describes(found, rotated(known), 1e-12)

@@ -89,8 +89,8 @@ class InContextLearning(ByContent):
         starts = np.unique(np.geomspace(1, nats.shape[1] + 1, self.points + 1).round().astype(int))[:-1]
         ends = np.append(starts[1:], nats.shape[1] + 1)
         curve = np.stack([nats[:, a - 1 : b - 1].mean(1) for a, b in zip(starts, ends, strict=True)], axis=1)
-        attrs = {"width": self.width, "far": f"> {self._near} tokens back"}
-        result = Rows(headline=["icl_score", "far_context"], **attrs)
+        far = f"> {self._near} tokens back"
+        result = Rows(headline=["icl_score", "far_context"], width=self.width, far=far)
         for name, values, long_name, change in (
             ("icl_score", late - early, f"loss at position {self.late} minus loss at {self.early}", 0.05),
             ("icl_score_reference", near - early, "the same without far context", None),

@@ -109,8 +109,8 @@ class IntrinsicDimension(ByContent):
         result = Rows(list(LABELS), "jackknife standard error over groups of sequences", items=len(items))
         units, few = "dimensions", f"fewer than {MIN_STATES} distinct states"
         for name, label in LABELS.items():
-            value, se = columns[name], columns[f"{name}_se"]
-            result.put(name, "layer", value, se, label, units=units, smallest_change=0.5, nan=few)
+            mean, se = columns[name], columns[f"{name}_se"]
+            result.put(name, "layer", mean, se, label, units=units, smallest_change=0.5, nan=few)
         label = "twonn of Gaussian items, same spectrum"
         result.put("twonn_reference", "layer", columns["twonn_reference"], None, label, units=units)
         for name, value in zip(("participation_ratio", "effective_rank"), flat, strict=True):

@@ -19,7 +19,7 @@ from devmon.instruments.patching import ActivationPatching, _Gauge
 from devmon.snapshot import Snapshot
 from devmon.testing import AttentionOnly, InstrumentContract, fixed_offset, induction
 from tests.anatomy.test_anatomy_sites import CONFIGS, MASKED, VISION, VOCAB, family
-from tests.instruments.test_instruments import random_model
+from tests.support.models import random_model
 
 CAUSAL = [name for name in CONFIGS if name not in (*MASKED, *VISION)]
 

@@ -42,8 +42,10 @@ def test_the_induction_circuit_is_found_and_is_all() -> None:
     found = Circuit(pairs, steps=10, top=3, shares=(1 / 29, 2 / 29, 3 / 29, 10 / 29))(snapshot(model))
     assert found.attrs["edges"] == 29
     assert set(Edges(model).names(found["edge_id"].values.tolist())) == {
-        "head 1.0 → logits", "embed → v 0.1", "head 0.1 → k 1.0",
-    }  # fmt: skip
+        "head 1.0 → logits",
+        "embed → v 0.1",
+        "head 0.1 → k 1.0",
+    }
     np.testing.assert_allclose(found["faithfulness"], [0, 0, 1, 1, 1], atol=1e-9)
     np.testing.assert_allclose(found["area"], 1 - 2.5 / 29, atol=1e-9)
     np.testing.assert_allclose(found["distance"], 2.5 / 29, atol=1e-9)

@@ -134,9 +134,9 @@ INSTRUMENTS = [
 ]
 ELSEWHERE = {
     "LLC": "samples for seconds; tests/analysis/test_llc_derive.py, tests/sampling",
-    "Curvature": "of any loss; tests/test_curvature.py",
-    "RestrictedLoss": "of addition modulo p; tests/test_fourier_instruments.py",
-    "FourierSpectrum": "of addition modulo p; tests/test_fourier_instruments.py",
+    "Curvature": "of any loss; tests/instruments/test_curvature.py",
+    "RestrictedLoss": "of addition modulo p; tests/instruments/test_fourier_instruments.py",
+    "FourierSpectrum": "of addition modulo p; tests/instruments/test_fourier_instruments.py",
 }
 
 

@@ -25,6 +25,7 @@ from devmon.instruments import (
     FourierSpectrum,
     HeadAblation,
     RestrictedLoss,
+    Sketch,
 )
 from devmon.snapshot import Snapshot
 from tests.anatomy.test_anatomy_sites import VOCAB
@@ -75,6 +76,7 @@ MORE: dict[str, Any] = {
     "LLC": lambda x: [(LLC(x, draws=5, chains=2, gamma=1.0, batch_size=4), gpt2)],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "FourierSpectrum": lambda x: [(FourierSpectrum(P, ("embed.weight",)), adder)],
+    "Sketch": lambda x: [(Sketch(x, outputs=True), gpt2)],
     "RestrictedLoss": lambda x: [(RestrictedLoss(torch.rand(P, P) < 0.5), adder)],
 }
 

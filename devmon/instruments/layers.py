@@ -27,24 +27,42 @@ JACKKNIFE = 16  # groups of sequences
 class LayerRoles(ByContent):
     """The loss on `tokens` (batch, pos) when one layer writes nothing, and the likeness of the states of all layers.
 
-    drop_attention(layer), drop_mlp(layer), drop_layer(layer): loss with what the part adds to the residual stream
-    replaced by zeros - loss, nats per token, `_se` over sequences, paired (drop_mlp is left out of models without MLPs);
-    drop_random(layer): the matched null, loss - loss where a random vector, as long as what the layer adds there, is
-    added to its output: a layer that does nothing special is missed less than that noise is felt;
-    centre_attention, centre_mlp, centre_layer: Σ_ℓ ℓ s_ℓ / Σ_ℓ s_ℓ of these effects s, in layers from 0, `_se` over
-    sequences: where the part's effect lies; NaN where Σ_ℓ s_ℓ is not above 3 of its standard errors. Layers without
-    which the loss is lower count negative, so the centre can lie outside. centre_uniform is that of equal layers, (L - 1) / 2.
-    cka(depth, depth_other): debiased linear CKA (`devmon.analysis.derive.representation.similarity`) of the states after
-    `depth` layers, 0 the embedding, at up to `places` places: the same places of every sequence, never the first, where
-    states differ in size; cka_se, by the jackknife over groups of sequences; cka_p, the p-value over `permutations`
-    exchanges of sequences: what two layers share by position alone counts as null. In [-1, 1]; 1: the same up to
-    rotation, shift and scale; about 0: unrelated, however many dimensions (the plain CKA goes to 1 there). NaN for states
-    that are all alike.
+    A part is dropped by replacing what it adds to the residual stream with zeros; its effect s is the loss without it
+    minus the loss. The centre of a part is Σ_ℓ ℓ s_ℓ / Σ_ℓ s_ℓ, in layers from 0: layers without which the loss is
+    lower count negative, so the centre can lie outside. Likeness is debiased linear CKA
+    (`devmon.analysis.derive.representation.similarity`) of the states after `depth` layers, 0 the embedding, at up to
+    `places` positions: the same positions of every sequence, never the first, where states differ in size. `_se` are
+    over sequences, paired; of the CKA by the jackknife over groups of sequences.
+
+    - `drop_attention` (layer), nats per token: loss without the layer's attention, minus loss. Null: `drop_random`.
+    - `drop_attention_se` (layer), nats per token: its standard error.
+    - `drop_mlp` (layer), nats per token: loss without the layer's MLP, minus loss; left out of models without MLPs.
+      Null: `drop_random`.
+    - `drop_mlp_se` (layer), nats per token: its standard error.
+    - `drop_layer` (layer), nats per token: loss without both, minus loss. Null: `drop_random`.
+    - `drop_layer_se` (layer), nats per token: its standard error.
+    - `drop_random` (layer), nats per token: loss with a random vector added to the layer's output, as long as what the
+      layer adds there, minus loss: a layer that does nothing special is missed less than that noise is felt.
+    - `drop_random_se` (layer), nats per token: its standard error.
+    - `centre_attention`, layers: the centre of `drop_attention`; NaN where Σ_ℓ s_ℓ is not above 3 of its standard
+      errors. Null: `centre_uniform`.
+    - `centre_attention_se`, layers: its standard error.
+    - `centre_mlp`, layers: the centre of `drop_mlp`, NaN likewise. Null: `centre_uniform`.
+    - `centre_mlp_se`, layers: its standard error.
+    - `centre_layer`, layers: the centre of `drop_layer`, NaN likewise. Null: `centre_uniform`.
+    - `centre_layer_se`, layers: its standard error.
+    - `centre_uniform`, layers: the centre of equal layers, (L - 1) / 2.
+    - `cka` (depth, depth_other), cosine: likeness of the states, in [-1, 1]; 1: the same up to rotation, shift and
+      scale; about 0: unrelated, however many dimensions (the plain CKA goes to 1 there). NaN for states that are all
+      alike.
+    - `cka_se` (depth, depth_other), cosine: its standard error.
+    - `cka_p` (depth, depth_other), probability: p-value over `permutations` exchanges of sequences: what two layers
+      share by position alone counts as null.
 
     Pitfalls: zeros are not what later layers are used to, so a drop holds the shock as well as the part's work; an
     effect that other layers make up for (2307.15771) is not seen; linear CKA is dominated by the largest directions.
-    Raises DataError for fewer than 4 sequences or too few places, InstrumentError for encoders and post-norm models, which have
-    no next token to lose or whose stream no layer can leave alone.
+    Raises DataError for fewer than 4 sequences or too few positions, InstrumentError for encoders and post-norm models,
+    which have no next token to lose or whose stream no layer can leave alone.
     """
 
     tokens: Tensor

@@ -22,17 +22,24 @@ class LinearProbe(ByContent):
 
     `tokens`, `labels`, `types` are (batch, pos) integers; labels of -100 are ignored; `types` (the tokens by default)
     are what the control task labels. Or `tokens` are inputs of another kind, (batch, …) of floats such as images, with
-    labels (batch,): then each input is one item, whose features are the mean of the state over its places, and a type of
-    its own unless `types` (batch,) are given. Half of the sequences, drawn by `seed`, train the probe, the others test it: no
-    sequence is in both. The probe is ridge regression on one-hot labels in float64, in closed form: features
-    standardised on the training part, an intercept, `penalty` times the number of training tokens added to the
-    diagonal. Layer 0 is the input of the first block, layer l the output of block l; `blocks` is the path of the
-    blocks where they are not found.
-    accuracy(layer): share of test tokens right; control_accuracy(layer): the same where every type has one random label
-    for good, drawn from the labels' own frequencies (Hewitt & Liang 2019, 1909.03368);
-    selectivity(layer) = accuracy - control_accuracy; all three with `_se` over test sequences;
-    r2(layer): held-out explained variance of the one-hot labels against their training means, the continuous twin;
-    majority: test accuracy of the most frequent training label.
+    labels (batch,): then each input is one item, whose features are the mean of the state over its positions, and a
+    type of its own unless `types` (batch,) are given. Half of the sequences, drawn by `seed`, train the probe, the
+    others test it: no sequence is in both. The probe is ridge regression on one-hot labels in float64, in closed form:
+    features standardised on the training part, an intercept, `penalty` times the number of training tokens added to the
+    diagonal. In the control task every type has one random label for good, drawn from the labels' own frequencies
+    (Hewitt & Liang 2019, 1909.03368). Layer 0 is the input of the first block, layer l the output of block l; `blocks`
+    is the path of the blocks where they are not found. `_se` are over test sequences.
+
+    - `accuracy` (layer), share: test tokens whose label the probe gets right. Null: `majority`, `control_accuracy`.
+    - `accuracy_se` (layer), share: its standard error.
+    - `control_accuracy` (layer), share: the same in the control task, what the probe learns by heart.
+    - `control_accuracy_se` (layer), share: its standard error.
+    - `selectivity` (layer), share: accuracy - control_accuracy. Null: 0.
+    - `selectivity_se` (layer), share: its standard error, paired by token.
+    - `r2` (layer), share: held-out explained variance of the one-hot labels against their training means, the
+      continuous twin of the accuracy.
+    - `majority`, share: test accuracy of the most frequent training label.
+
     Raises InstrumentError for a model whose blocks are not found, DataError for labels no probe can be trained on.
     """
 

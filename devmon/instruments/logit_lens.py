@@ -21,28 +21,42 @@ from devmon.snapshot import Snapshot
 class LogitLens(ByContent):
     """Final norm and unembedding applied to the residual stream after each layer (nostalgebraist 2020; 2303.08112).
 
-    `tokens` (batch, pos) are read at all places but the last of each sequence, which has no next token. The coordinate
-    `depth` counts the layers that have run: 0 is the embedding, L the whole model. All means are over places, each with
-    `_se` over sequences; p is the model's distribution of the next token, q the lens's.
-    kl(depth): KL(p ‖ q), nats; 0 up to rounding at depth L, where the lens is the model;
-    loss(depth): cross-entropy of q on the next token, nats per token;
-    agreement(depth): share of places where p and q have the same most likely token, the thresholded twin of kl;
-    prediction_depth: the depth from which on q keeps the model's most likely token (2303.08112, after Baldock et al.,
-    2106.09647); 0 where the embedding has it already, at most L.
-    head_effect(layer, head): what the head adds to the logit of the right next token, less what it adds to the mean
-    logit, directly: through its own `W_O`, a norm between attention and stream where there is one, the final norm with
-    the scale it has, and the unembedding, before any cap; in logits (nats). Summed over heads, MLPs, biases and embedding
-    this is the centred logit (Elhage et al. 2021).
+    `tokens` (batch, pos) are read at all positions but the last of each sequence, which has no next token. The
+    coordinate `depth` counts the layers that have run: 0 is the embedding, L the whole model. All means are over
+    positions, `_se` over sequences; p is the model's distribution of the next token, q the lens's. The direct effect of
+    a head on a logit goes through its own `W_O`, a norm between attention and stream where there is one, the final norm
+    with the scale it has, and the unembedding, before any cap; it is taken less its mean over all logits. Summed over
+    heads, MLPs, biases and embedding it is the centred logit (Elhage et al. 2021). The nulls are predictions that do
+    not read the context.
 
-    The nulls, of predictions that do not read the context: kl_uniform is KL(p ‖ uniform); kl_constant, loss_constant and
-    agreement_constant are the best that one fixed distribution can get on these very places (the mean of p; the
-    frequencies of the next tokens; the token that p prefers most often); head_effect_unigram(layer, head) is the head's
-    effect on a random next token of the probe instead of the right one: a head that only raises frequent tokens has
-    both alike.
+    - `kl` (depth), nats: KL(p ‖ q); 0 up to rounding at depth L, where the lens is the model. Null: `kl_constant`.
+    - `kl_se` (depth), nats: its standard error.
+    - `loss` (depth), nats per token: cross-entropy of q on the next token. Null: `loss_constant`.
+    - `loss_se` (depth), nats per token: its standard error.
+    - `agreement` (depth), share: positions where p and q have the same most likely token, the thresholded twin of kl.
+      Null: `agreement_constant`.
+    - `agreement_se` (depth), share: its standard error.
+    - `prediction_depth`, layers: the depth from which on q keeps the model's most likely token (2303.08112, after
+      Baldock et al., 2106.09647); 0 where the embedding has it already, at most L.
+    - `prediction_depth_se`, layers: its standard error.
+    - `kl_uniform`, nats: KL(p ‖ uniform).
+    - `kl_uniform_se`, nats: its standard error.
+    - `kl_constant`, nats: the least KL from p that one fixed distribution can have on these positions: that of the mean
+      of p.
+    - `kl_constant_se`, nats: its standard error.
+    - `loss_constant`, nats per token: loss of the frequencies of the next tokens on these positions.
+    - `loss_constant_se`, nats per token: its standard error.
+    - `agreement_constant`, share: positions where p prefers the token that it prefers most often.
+    - `agreement_constant_se`, share: its standard error.
+    - `head_effect` (layer, head), logits: direct effect on the right next token. Null: `head_effect_unigram`.
+    - `head_effect_se` (layer, head), logits: its standard error.
+    - `head_effect_unigram` (layer, head), logits: direct effect on a random next token of the probe: a head that only
+      raises frequent tokens has both alike.
+    - `head_effect_unigram_se` (layer, head), logits: its standard error.
 
     Pitfalls: a lens that reads little may be a stream in other coordinates, not a stream without the information
-    (TunedLens); early in training the lens means little at all; a direct effect is not a total effect.
-    Raises InstrumentError for a model whose unembedding does not read the stream right after the final norm (encoders,
+    (TunedLens); early in training the lens means little at all; a direct effect is not a total effect. Raises
+    InstrumentError for a model whose unembedding does not read the stream right after the final norm (encoders,
     post-norm), or in which the lens of the last layer is not the model.
     """
 

@@ -33,23 +33,41 @@ class MDLProbe(ByContent):
     them end (2003.12298, footnote 4), whole sequences, as many blocks as there are different cuts. The labels of the
     first block cost log₂ K bits each, K classes; those of each later block -log₂ p under a linear probe trained on all
     blocks before it. The probe is softmax regression with a Gaussian prior, minimising Σ nats + (penalty / 2) ‖W‖² over
-    weights and intercepts, on features standardised over all items (both ends of the code have them). Per layer:
-    mdl: bits per label, the first block included; compression = log₂ K / mdl: 1 for random labels, far above it for
-    labels that few examples explain. Both measure effort, which accuracy does not: a probe that learns by heart what it
-    is told gets the control task right in the end, and pays for it on the way;
-    control_mdl, control_compression: the same with one random label for good for every type, drawn from the labels' own
-    frequencies (Hewitt & Liang 2019, 1909.03368); selectivity = control_mdl - mdl, bits per label;
-    accuracy, auc: of the last block under the last probe; auc is the mean over classes, where both they and others are in
-    the last block, of the chance that an item of the class gets a higher p than one of another; .5 knows nothing.
-    prior_mdl: the same code with no features, which learns the frequencies of the labels and nothing else: labels of
-    unequal frequency compress without any probe. extra_mdl: bits per label after the first block, mdl without its cost.
-    `_se` over sequences (of the auc: jackknife over 10 groups of them), for this order of blocks and the probes trained.
+    weights and intercepts, on features standardised over all items (both ends of the code have them). Code length
+    measures effort, which accuracy does not: a probe that learns labels by heart gets the control task right in the
+    end, and pays for it on the way. In the control task every type has one random label for good, drawn from the
+    labels' own frequencies (Hewitt & Liang 2019, 1909.03368).
 
-    Layer 0 is the input of the first block, layer l the output of block l; `blocks` is the path of the blocks where they
-    are not found. mdl depends on the number of items, the portions and the penalty: compare at the same ones. Cost: one
+    Layer 0 is the input of the first block, layer l the output of block l; `blocks` is the path of the blocks where
+    they are not found. `_se` are over sequences, for this order of blocks and the probes trained.
+
+    - `mdl` (layer), bits per label: description length of the labels, the first block included. Null: `prior_mdl`,
+      `control_mdl`.
+    - `mdl_se` (layer), bits per label: its standard error.
+    - `extra_mdl` (layer), bits per label: the same after the first block, without its cost.
+    - `extra_mdl_se` (layer), bits per label: its standard error.
+    - `compression` (layer), 1: log₂ K / mdl: 1 for random labels, far above it for labels that few examples explain.
+      Null: `control_compression`.
+    - `compression_se` (layer), 1: its standard error, to first order.
+    - `control_mdl` (layer), bits per label: description length in the control task.
+    - `control_mdl_se` (layer), bits per label: its standard error.
+    - `control_compression` (layer), 1: log₂ K / control_mdl.
+    - `control_compression_se` (layer), 1: its standard error, to first order.
+    - `selectivity` (layer), bits per label: control_mdl - mdl. Null: 0.
+    - `selectivity_se` (layer), bits per label: its standard error, paired by item.
+    - `accuracy` (layer), share: labels of the last block that the last probe gets right.
+    - `accuracy_se` (layer), share: its standard error.
+    - `auc` (layer), share: mean over classes, where both they and others are in the last block, of the chance that an
+      item of the class gets a higher p than one of another; 0.5 knows nothing. Null: 0.5.
+    - `auc_se` (layer), share: its standard error, by the jackknife over 10 groups of sequences.
+    - `prior_mdl`, bits per label: the same code with no features, which learns the frequencies of the labels and
+      nothing else: labels of unequal frequency compress without any probe.
+    - `prior_mdl_se`, bits per label: its standard error.
+
+    Pitfalls: mdl depends on the number of items, the portions and the penalty: compare at the same ones. Cost: one
     forward pass of `tokens`; 2 probes a block and layer, each some tens of passes over its items on the CPU: about a
-    minute for 13 layers of 768 dimensions and 2000 items.
-    Raises InstrumentError for a model whose blocks are not found, DataError for labels or portions that make no code.
+    minute for 13 layers of 768 dimensions and 2000 items. Raises InstrumentError for a model whose blocks are not
+    found, DataError for labels or portions that make no code.
     """
 
     tokens: Tensor

@@ -26,22 +26,36 @@ class NgramStages(ByContent):
     `corpus` is int64 (pos,) or (batch, pos); n-grams do not cross its rows. Counts c are taken once, at construction:
     p_n(x | h) = (c(h x) + a p_{n-1}(x | h')) / (c(h) + a), h the n - 1 tokens before, h' without the first, p_0 uniform
     over `vocab_size` (default: the largest token + 1), a = `smoothing` (MacKay & Peto 1995). With a = 0 these are the
-    plain frequencies, and those of h' where h never came up. All numbers are over the same places: those with
-    max(orders) - 1 tokens before them in their sequence, in nats per token, `_se` over sequences. Over `order`:
-    cross_entropy: mean of -Σ_x p_n(x | h) log p(x | all tokens before), p the model's: Hoogland et al. 2024
-    (2402.02364, C.2.1) follow it for n = 2, where its minimum ended their first stage, .3 nats above its floor;
-    entropy: that floor, the mean entropy of p_n, and kl = cross_entropy - entropy, the mean of KL(p_n ‖ model), 0 where
-    the model *is* the n-gram model and growing again once it knows more;
-    loss_ratio: loss of the model / loss of p_n on the same tokens, ngram_loss: the latter; below 1 the model beats it.
-    loss: the model's own. kl_reference = log vocab_size - entropy and loss_ratio_reference = log vocab_size /
-    ngram_loss: what uniform predictions score, near to those of a model at random initialisation.
-    common_ratio, for n > 1: their n-gram score: mean loss of the last token of held-out windows of n tokens / the same
-    of the `common` most frequent n-grams of the corpus, each alone in the context: 1 for a model that has learned no
-    n-grams, several times that later on; 0 leaves it out.
+    plain frequencies, and those of h' where h never came up. All numbers are over the same positions: those with
+    max(orders) - 1 tokens before them in their sequence; `_se` are over sequences.
 
-    The numbers belong to this corpus. High orders see most contexts once: there p_n is a guess, its kl large for every
-    model. A corpus that holds the tokens themselves makes its n-gram models look better than they are.
-    Cost: one forward pass of `tokens`, and short ones of 2 `common` n-grams an order. Raises DataError for tokens and
+    - `cross_entropy` (order), nats per token: mean of -Σ_x p_n(x | h) log p(x | all tokens before), p the model's:
+      Hoogland et al. 2024 (2402.02364, C.2.1) follow it for n = 2, where its minimum ended their first stage, .3 nats
+      above its floor. Null: `entropy`.
+    - `cross_entropy_se` (order), nats per token: its standard error.
+    - `entropy` (order), nats per token: that floor, the mean entropy of p_n.
+    - `entropy_se` (order), nats per token: its standard error.
+    - `kl` (order), nats per token: cross_entropy - entropy, the mean of KL(p_n ‖ model): 0 where the model *is* the
+      n-gram model and growing again once it knows more. Null: `kl_reference`.
+    - `kl_se` (order), nats per token: its standard error.
+    - `kl_reference` (order), nats per token: kl of uniform predictions, log vocab_size - entropy, near to that of a
+      model at random initialisation.
+    - `ngram_loss` (order), nats per token: loss of p_n on the same tokens.
+    - `ngram_loss_se` (order), nats per token: its standard error.
+    - `loss_ratio` (order), 1: loss of the model / ngram_loss; below 1 the model beats the n-gram model. Null:
+      `loss_ratio_reference`.
+    - `loss_ratio_se` (order), 1: its standard error.
+    - `loss_ratio_reference` (order), 1: loss_ratio of uniform predictions, log vocab_size / ngram_loss.
+    - `loss`, nats per token: the model's own.
+    - `loss_se`, nats per token: its standard error.
+    - `common_ratio` (order), 1: the n-gram score of Hoogland et al.: mean loss of the last token of held-out windows of
+      n tokens / the same of the `common` most frequent n-grams of the corpus, each alone in the context: 1 for a model
+      that has learned no n-grams, several times that later on. NaN for n = 1; left out for `common` = 0. Null: 1.
+    - `common_ratio_se` (order), 1: its standard error.
+
+    Pitfalls: the numbers belong to this corpus. High orders see most contexts once: there p_n is a guess, its kl large
+    for every model. A corpus that holds the tokens themselves makes its n-gram models look better than they are. Cost:
+    one forward pass of `tokens`, and short ones of 2 `common` n-grams an order. Raises DataError for tokens and
     settings that do not fit, InstrumentError for a model without logits (batch, pos, vocab) of at least `vocab_size`.
     """
 

@@ -35,34 +35,86 @@ class ActivationPatching(ByContent):
     """How much of a logit difference one site restores, or breaks, when it holds what it holds for another prompt.
 
     `pairs` are clean and corrupt prompts with an answer and a foil (`devmon.data.prompt_pairs`); LD is the logit of the
-    answer minus that of the foil at the last place, signal = mean LD(clean) - mean LD(corrupt), all in nats. Sites are
-    resid(layer, pos): the stream before the layer at one place; z(layer, head): what a head writes, at all places;
-    mlp(layer): what an MLP adds, at all places (not for models without). For each, with `_se` over prompts:
-    _restored = (LD(corrupt, site from clean) - LD(corrupt)) / signal, denoising: 1 if that is all it takes;
-    _broken = (LD(clean) - LD(clean, site from corrupt)) / signal, noising: 1 if nothing else can make up for it (one
-    minus R = (LD_patched - LD_corrupt) / (LD_clean - LD_corrupt) of Heimersheim & Nanda 2404.15255; Zhang & Nanda
-    2309.16042): where parts are redundant little breaks and much restores, where they are in series much breaks;
-    _restored_resample: as _restored, with the clean state of *another* prompt, what a state of no particular content
-    does: the null; _restored_attribution, _broken_attribution: Σ (clean - corrupt) · slope of LD at the corrupt, or the
-    clean prompt, over signal: attribution patching (Nanda 2023; Kramár et al. 2403.00745), the first order of the two
-    above, exact where LD is linear in the site and poor behind saturated attention and norms.
-    They screen: of each kind only the `exact` sites with the largest attribution, of either sort, are patched; others
-    are NaN. Shares are NaN where the signal is not above 3 of its standard errors.
+    answer minus that of the foil at the last position, signal = mean LD(clean) - mean LD(corrupt), all in nats. Sites
+    are resid (layer, pos): the stream before the layer at one position; z (layer, head): what a head writes, at all
+    positions; mlp (layer): what an MLP adds, at all positions (not for models without). Of each site
 
-    paths: (layer, head, "q" | "k" | "v", layer, head) from a head to the queries, keys or values of a later head (with
-    grouped attention keys and values are counted by their own heads): path_restored(path) is _restored where that one
-    input alone is told what the head says for the clean prompt (path patching, Wang et al. 2211.00593, directly: not
-    through MLPs between).
+        restored = (LD(corrupt, site from clean) - LD(corrupt)) / signal                                  denoising
+        broken = (LD(clean) - LD(clean, site from corrupt)) / signal                                      noising
 
-    Realism gauge, for the restoring patches: the stream after the patched layer at the last place is compared with
-    clean prompts: _norm_ratio, mean norm over theirs; _quantile, the mean share of clean prompts that are nearer to the
-    clean mean, in Mahalanobis distance (Ledoit-Wolf correlations from half of the prompts, all compared are of the other
-    half): .5 for states like clean ones, near 1 for states off their distribution; corrupt_quantile(layer): that of
-    corrupt prompts unpatched. It is rough with fewer prompts than dimensions.
-    signal: with `_se`; clean, corrupt: mean LD of each.
+    restored is 1 if the site is all it takes; broken is 1 if nothing else can make up for it (one minus R =
+    (LD_patched - LD_corrupt) / (LD_clean - LD_corrupt) of Heimersheim & Nanda 2404.15255; Zhang & Nanda 2309.16042):
+    where parts are redundant little breaks and much restores, where they are in series much breaks. Their null is
+    restored_resample, the clean state of *another* prompt: what a state of no particular content does. The attributions
+    are Σ (clean - corrupt) · slope of LD at the corrupt, or the clean prompt, over signal: attribution patching (Nanda
+    2023; Kramár et al. 2403.00745), the first order of the two, exact where LD is linear in the site and poor behind
+    saturated attention and norms. They screen: of each kind only the `exact` sites with the largest attribution, of
+    either sort, are patched; others are NaN. Shares are NaN where the signal is not above 3 of its standard errors;
+    `_se` are over prompts.
+
+    `paths` are (layer, head, "q" | "k" | "v", layer, head), from a head to the queries, keys or values of a later head
+    (with grouped attention keys and values are counted by their own heads): path patching (Wang et al. 2211.00593),
+    directly, not through MLPs between.
+
+    Realism gauge, for the restoring patches: the stream after the patched layer at the last position is compared with
+    that of clean prompts, by its norm and by the mean share of clean prompts that are nearer to the clean mean in
+    Mahalanobis distance (Ledoit-Wolf correlations from half of the prompts, all compared are of the other half): .5 for
+    states like clean ones, near 1 for states off their distribution. It is rough with fewer prompts than dimensions.
+
+    - `signal`, nats: mean LD(clean) - mean LD(corrupt). Null: 0.
+    - `signal_se`, nats: its standard error.
+    - `clean`, nats: mean LD of the clean prompts.
+    - `corrupt`, nats: mean LD of the corrupt prompts.
+    - `corrupt_quantile` (layer), share: mean Mahalanobis quantile of unpatched corrupt prompts among clean ones. Null:
+      0.5.
+    - `resid_restored` (layer, pos), share: restored by the stream before the layer at one position. Null:
+      `resid_restored_resample`.
+    - `resid_restored_se` (layer, pos), share: its standard error.
+    - `resid_broken` (layer, pos), share: broken by the stream before the layer at one position. Null: 0.
+    - `resid_broken_se` (layer, pos), share: its standard error.
+    - `resid_restored_resample` (layer, pos), share: restored by the stream before the layer at one position, from
+      another clean prompt.
+    - `resid_restored_resample_se` (layer, pos), share: its standard error.
+    - `resid_restored_attribution` (layer, pos), share: resid_restored to first order, of every site.
+    - `resid_restored_attribution_se` (layer, pos), share: its standard error.
+    - `resid_broken_attribution` (layer, pos), share: resid_broken to first order, of every site.
+    - `resid_broken_attribution_se` (layer, pos), share: its standard error.
+    - `resid_norm_ratio` (layer, pos), 1: mean norm of the stream after the restoring patch, over that of clean prompts.
+      Null: 1.
+    - `resid_quantile` (layer, pos), 1: its mean Mahalanobis quantile among clean prompts. Null: 0.5.
+    - `z_restored` (layer, head), share: restored by what a head writes. Null: `z_restored_resample`.
+    - `z_restored_se` (layer, head), share: its standard error.
+    - `z_broken` (layer, head), share: broken by what a head writes. Null: 0.
+    - `z_broken_se` (layer, head), share: its standard error.
+    - `z_restored_resample` (layer, head), share: restored by what a head writes, from another clean prompt.
+    - `z_restored_resample_se` (layer, head), share: its standard error.
+    - `z_restored_attribution` (layer, head), share: z_restored to first order, of every site.
+    - `z_restored_attribution_se` (layer, head), share: its standard error.
+    - `z_broken_attribution` (layer, head), share: z_broken to first order, of every site.
+    - `z_broken_attribution_se` (layer, head), share: its standard error.
+    - `z_norm_ratio` (layer, head), 1: mean norm of the stream after the restoring patch, over that of clean prompts.
+      Null: 1.
+    - `z_quantile` (layer, head), 1: its mean Mahalanobis quantile among clean prompts. Null: 0.5.
+    - `mlp_restored` (layer), share: restored by what an MLP adds. Null: `mlp_restored_resample`.
+    - `mlp_restored_se` (layer), share: its standard error.
+    - `mlp_broken` (layer), share: broken by what an MLP adds. Null: 0.
+    - `mlp_broken_se` (layer), share: its standard error.
+    - `mlp_restored_resample` (layer), share: restored by what an MLP adds, from another clean prompt.
+    - `mlp_restored_resample_se` (layer), share: its standard error.
+    - `mlp_restored_attribution` (layer), share: mlp_restored to first order, of every site.
+    - `mlp_restored_attribution_se` (layer), share: its standard error.
+    - `mlp_broken_attribution` (layer), share: mlp_broken to first order, of every site.
+    - `mlp_broken_attribution_se` (layer), share: its standard error.
+    - `mlp_norm_ratio` (layer), 1: mean norm of the stream after the restoring patch, over that of clean prompts. Null:
+      1.
+    - `mlp_quantile` (layer), 1: its mean Mahalanobis quantile among clean prompts. Null: 0.5.
+    - `path_restored` (path), share: restored where that one input alone receives what the head says for the clean
+      prompt. Null: 0.
+    - `path_restored_se` (path), share: its standard error.
 
     Cost: at most 3 passes of all prompts for each of `exact` sites of a kind, 1 for each path, 5 more, 2 of them back.
-    Raises InstrumentError for models whose parts are not known or whose vocabulary is too small, DataError for settings.
+    Raises InstrumentError for models whose parts are not known or whose vocabulary is too small, DataError for
+    settings.
     """
 
     pairs: PromptPairs

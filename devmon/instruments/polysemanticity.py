@@ -24,20 +24,30 @@ Array = NDArray[np.float64]
 class Polysemanticity(ByContent):
     """How pure the labels of the items are on which a neuron is largest: one neuron, one meaning, or several.
 
-    `inputs` are tokens (batch, pos) with `labels` (batch, pos), one item a place, those of -100 ignored; or inputs of
-    another kind, (batch, …) of floats, with labels (batch,), one item each, of which a neuron's activation is the mean
-    over its places. Neurons are those of the MLPs of a model whose parts are known; or the last dimension of the output
-    of `module`, the path of any submodule, as the one layer 0. Of each neuron (layer, neuron), from its `top` items (of
-    equals the first): entropy of their labels in nats, from 0 (one label) to log(number of labels); purity, the share of
-    the most frequent one; and over all items the excess kurtosis of its activation, large where it is seldom far from
-    its mean. Headlines, means over neurons with `_se` over neurons: mean_entropy, mean_purity, mean_kurtosis.
-    References: mean_entropy_reference and mean_purity_reference, of `top` items drawn at random.
+    `inputs` are tokens (batch, pos) with `labels` (batch, pos), one item a position, those of -100 ignored; or inputs
+    of another kind, (batch, …) of floats, with labels (batch,), one item each, of which a neuron's activation is the
+    mean over its positions. Neurons are those of the MLPs of a model whose parts are known; or the last dimension of
+    the output of `module`, the path of any submodule, as the one layer 0. The `top` items of a neuron are those on
+    which it is largest (of equals the first).
 
-    Pitfalls: it is not superposition (two measured things): a rotation of the space changes it and leaves `Superposition`
-    alone. It sees the meanings that the labels have, and a label with fewer than `top` items cannot be pure. Neurons that
-    are equal on all items are NaN and left out of the means. Cost: one forward pass of the inputs.
-    Raises DataError for labels of another shape, of one kind, or fewer than `top`; InstrumentError for a model whose
-    neurons, or `module`, are not found.
+    - `entropy` (layer, neuron), nats: of the labels of the top items, from 0 (one label) to log(number of labels). NaN
+      where the neuron is equal on all items.
+    - `purity` (layer, neuron), share: of the most frequent label among the top items, NaN likewise.
+    - `kurtosis` (layer, neuron), 1: excess kurtosis of the activation over all items, large where it is seldom far from
+      its mean, NaN likewise.
+    - `mean_entropy`, nats: mean over the neurons that are not NaN. Null: `mean_entropy_reference`.
+    - `mean_entropy_se`, nats: its standard error over neurons.
+    - `mean_entropy_reference`, nats: of `top` items drawn at random.
+    - `mean_purity`, share: mean over neurons. Null: `mean_purity_reference`.
+    - `mean_purity_se`, share: its standard error over neurons.
+    - `mean_purity_reference`, share: of `top` items drawn at random.
+    - `mean_kurtosis`, 1: mean over neurons. Null: 0, a Gaussian's.
+    - `mean_kurtosis_se`, 1: its standard error over neurons.
+
+    Pitfalls: it is not superposition (two measured things): a rotation of the space changes it and leaves
+    `Superposition` alone. It sees the meanings that the labels have, and a label with fewer than `top` items cannot be
+    pure. Cost: one forward pass of the inputs. Raises DataError for labels of another shape, of one kind, or fewer than
+    `top`; InstrumentError for a model whose neurons, or `module`, are not found.
     """
 
     inputs: Tensor

@@ -22,8 +22,11 @@ class PreviousTokenHeads(ByContent):
     """Mean attention A[i, i - 1] over i >= 2 of every head: the first column, where attention rests idle, is left out.
 
     The probe is either independent uniform tokens of `vocab_size`, or `tokens` (batch, pos) such as text.
-    previous_token(layer, head): attention weight in [0, 1], with `_se` over sequences;
-    uniform: the mean of 1 / (i + 1), the score of attention spread evenly over the past.
+
+    - `previous_token` (layer, head), attention: weight on the position before, in [0, 1]. Null: `uniform`.
+    - `previous_token_se` (layer, head), attention: its standard error over sequences.
+    - `uniform`, attention: the mean of 1 / (i + 1), the score of attention spread evenly over the past.
+
     Raises InstrumentError for a model that shows no attention patterns, DataError unless exactly one probe is given.
     """
 

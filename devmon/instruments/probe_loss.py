@@ -19,13 +19,20 @@ from devmon.snapshot import Snapshot
 class ProbeLoss(ByContent):
     """Next-token loss on fixed `tokens` (batch, pos) int64, in nats per token, and the in-context-learning score.
 
-    The coordinate `pos` is the index of the token predicted, 1 .. length - 1: how many tokens came before it.
-    loss: mean over all predicted tokens, loss_by_position(pos): mean over sequences, both with `_se` over sequences;
-    icl_score: mean loss at the positions of `late` minus mean loss at those of `early`, paired by sequence, with `_se`:
-    negative where the model learns in context (Olsson et al. 2022, 2209.11895: the 500th minus the 50th of 512).
-    `early` and `late` are half-open ranges of `pos`; by default positions 50/512 and 500/512 of the length, and
-    length // 64 more on either side to average over. A sequence should be one document: positions count from its start.
-    Raises InstrumentError for a model without logits at every position, DataError for ranges outside 1 .. length.
+    The coordinate `pos` is the index of the token predicted, 1 .. length - 1: how many tokens came before it. `early`
+    and `late` are half-open ranges of `pos`; by default positions 50/512 and 500/512 of the length, and length // 64
+    more on either side to average over.
+
+    - `loss`, nats per token: mean over all predicted tokens.
+    - `loss_se`, nats per token: its standard error over sequences.
+    - `loss_by_position` (pos), nats per token: mean over sequences.
+    - `loss_by_position_se` (pos), nats per token: its standard error over sequences.
+    - `icl_score`, nats per token: mean loss at the positions of `late` minus mean loss at those of `early`: negative
+      where the model learns in context (Olsson et al. 2022, 2209.11895: the 500th minus the 50th of 512). Null: 0.
+    - `icl_score_se`, nats per token: its standard error over sequences, paired.
+
+    Pitfalls: a sequence should be one document: positions count from its start. Raises InstrumentError for a model
+    without logits at every position, DataError for ranges outside 1 .. length.
     """
 
     tokens: Tensor

@@ -20,11 +20,21 @@ class RepeatGain:
 
     The same tokens are compared in both copies: where a query q of the second copy (`devmon.data.repeats`) has its next
     token q + 1 in the second copy too, that token counts, and its first occurrence q + 1 - p. So the first token of a
-    copy never counts, nor one that follows an accidental collision. Means over these tokens, `_se` over sequences.
-    nll_first, nll_second: nats per token in either copy; gain: nll_first - nll_second, positive where the model copies;
-    at most about the log of the number of tokens drawn from for a calibrated model.
-    accuracy: share of these tokens in the second copy that get the highest logit (the thresholded twin of nll_second);
-    accuracy_reference: the best that one fixed offset back, or one fixed token, gets on them without reading content.
+    copy never counts, nor one that follows an accidental collision. All are means over these tokens.
+
+    - `gain`, nats per token: nll_first - nll_second, positive where the model copies; at most about the log of the
+      number of tokens drawn from for a calibrated model. Null: 0.
+    - `gain_se`, nats per token: its standard error over sequences, paired by token.
+    - `nll_first`, nats per token: loss in the first copy.
+    - `nll_first_se`, nats per token: its standard error over sequences.
+    - `nll_second`, nats per token: loss in the second copy.
+    - `nll_second_se`, nats per token: its standard error over sequences.
+    - `accuracy`, share: tokens of the second copy that get the highest logit (the thresholded twin of nll_second).
+      Null: `accuracy_reference`.
+    - `accuracy_se`, share: its standard error over sequences.
+    - `accuracy_reference`, share: the best that one fixed offset back, or one fixed token, gets on them without reading
+      content.
+
     Raises InstrumentError for a model without logits at every position, DataError for a probe that cannot be drawn.
     """
 

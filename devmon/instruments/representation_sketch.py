@@ -18,28 +18,34 @@ from devmon.snapshot import Snapshot, derive_seed
 
 @dataclass(frozen=True, eq=False)
 class Sketch(ByContent):
-    """States of every layer at fixed places of `tokens` (batch, pos) int64, seen through `dims` random directions.
+    """States of every layer at fixed positions of `tokens` (batch, pos) int64, seen through `dims` random directions.
 
-    sketch(layer, item, feature), float32: h P for the state h (d,) of an item. P (d, dims) is two independent halves of
-    orthonormal columns times √(2 d / dims), drawn by `seed`, the same for all layers and all steps; where dims >= d, P
-    is the identity and nothing is lost (the variable's attribute `halves` says which: 2 or 1). An item is one of
-    `positions` of one sequence, the last of each quarter by default; the coordinates `sequence` and `pos` say which. Of
-    inputs (batch, …) of floats, such as images, it is the mean state over the places of one.
-    Inner products survive on average (Johnson-Lindenstrauss), and so do products of two kernels if one is of the first
-    half and one of the second. Layer 0 is the input of the first block, l the output of block l; `blocks` is their path
-    where it is not found; `layers=False` leaves the stream, and the need to find it, out.
-    With `outputs`: outputs(item, output), float32: the same of the logits, less their mean over the vocabulary, which no
-    probability depends on; it is what essential dynamics follows (`devmon.analysis.derive.essential`).
-    spread(layer), output_spread: mean squared distance of the whole states, not of the sketches, from their mean, per
-    dimension, `_se` over sequences: the scale that CKA does not see.
+    A sketch is h P for the state h (d,) of an item. P (d, dims) is two independent halves of orthonormal columns times
+    √(2 d / dims), drawn by `seed`, the same for all layers and all steps; where dims >= d, P is the identity and
+    nothing is lost (the variable's attribute `halves` says which: 2 or 1). An item is one of `positions` of one
+    sequence, the last of each quarter by default; the coordinates `sequence` and `pos` say which. Of inputs (batch, …)
+    of floats, such as images, it is the mean state over the positions of one. Inner products survive on average
+    (Johnson-Lindenstrauss), and so do products of two kernels if one is of the first half and one of the second. Layer
+    0 is the input of the first block, l the output of block l; `blocks` is their path where it is not found;
+    `layers=False` leaves the stream, and the need to find it, out. `outputs=True` adds the logits.
+
+    - `sketch` (layer, item, feature), activation: float32, the states of the stream in random directions.
+    - `spread` (layer), squared activation: mean squared distance of the whole states, not of the sketches, from their
+      mean, per dimension: the scale that CKA does not see.
+    - `spread_se` (layer), squared activation: its standard error over sequences.
+    - `outputs` (item, output), nats: float32, the same of the logits, less their mean over the vocabulary, which no
+      probability depends on; it is what essential dynamics follows (`devmon.analysis.derive.essential`).
+    - `output_spread`, squared nats: as `spread`, of the logits less their mean.
+    - `output_spread_se`, squared nats: its standard error over sequences.
 
     What follows: `devmon.analysis.derive.representation` (drift, CKA between steps and between layers, with errors and
     permutation p-values, which are the null of this instrument: it stores data, no score). A debiased CKA from 128 dims
     is that of the states on average, with a standard deviation of .01 to .05 over `seed` (d = 768, 256 items), most for
     a CKA near 0 of spectra that are flat; the accident is the same at all steps. One half against itself would be up to
     .06 too low. A row takes 4 · layers · items · dims bytes: 1.7 MB for 13 layers, 256 items, 128 dims.
-    Cost: one forward pass of `tokens`, two with `outputs`.
-    Raises InstrumentError for a model whose blocks or logits are not found, DataError for places that are not there.
+
+    Cost: one forward pass of `tokens`, two with `outputs`. Raises InstrumentError for a model whose blocks or logits
+    are not found, DataError for positions that are not there.
     """
 
     tokens: Tensor

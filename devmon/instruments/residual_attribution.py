@@ -28,8 +28,8 @@ Write = dict[tuple[str, int], Callable[[Tensor], Tensor]]
 class ResidualAttribution(ByContent):
     """The logit difference of answer and foil, split into what each part of the model adds to the residual stream.
 
-    `tokens` (prompt, pos) are the prompts, `answers`, `foils` (prompt,) two tokens each, `positions` (prompt,) where the
-    answer is predicted (the last by default). `ResidualAttribution.repeated(vocab_size)` makes a probe of repeated
+    `tokens` (prompt, pos) are the prompts, `answers`, `foils` (prompt,) two tokens each, `positions` (prompt,) where
+    the answer is predicted (the last by default). `ResidualAttribution.repeated(vocab_size)` makes a probe of repeated
     random tokens: the answer is the token that followed last time, the foil a random other one.
 
     The final norm is a linear map once its scale is frozen at what it is in this forward pass, so with x_c what part c
@@ -37,18 +37,30 @@ class ResidualAttribution(ByContent):
     difference exactly (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; Wang et al. 2022,
     2211.00593). Parts, the coordinate `component`: "embedding" (tokens and learned positions), "head 2.5" (head 5 of
     layer 2), "attention bias 2" (of the output map), "mlp 2", "bias" (of the final norm and the unembedding). What
-    stands between a part and the stream (Gemma 2, OLMo 2) is frozen in the same way. All in logits, before any cap,
-    means over prompts:
-    attribution(component), with `_se`; attribution_null(component): the same for the answer of the next prompt, what a
-    part says whatever the prompt; logit_difference, with `_se`; closure: max over prompts of abs(Σ DLA − difference),
-    below 1e-4 in float32 for logits of ordinary size.
-    Of the means over prompts, with errors by the jackknife: top_share = max_c |DLA_c| / Σ_c |DLA_c|;
-    participation = (Σ_c |DLA_c|)² / Σ_c DLA_c², the number of parts that share the work, from 1; top_share_null: the
-    same of attribution_null. NaN where Σ |DLA| is under 1e-9 logits.
-    For the first `ablation_prompts` prompts (at least 3; 0 leaves this out) effect(component) = difference − difference
-    with the part's output replaced, at every position, by its mean over those prompts at that position: heads and MLPs;
-    NaN for the others. linearity = corr²(DLA, effect) over heads and MLPs, of the means over those prompts, in [0, 1];
-    NaN where either hardly varies, or for fewer than 3 such parts.
+    stands between a part and the stream (Gemma 2, OLMo 2) is frozen in the same way. All logits are before any cap. The
+    first `ablation_prompts` prompts (at least 3; 0 leaves `effect` and `linearity` out) are run again for every head
+    and MLP, with its output replaced, at every position, by its mean over those prompts at that position.
+
+    - `logit_difference`, logit: logit of the answer minus that of the foil, mean over prompts. Null: 0.
+    - `logit_difference_se`, logit: its standard error over prompts.
+    - `attribution` (component), logit: DLA_c, mean over prompts. Null: `attribution_null`.
+    - `attribution_se` (component), logit: its standard error over prompts.
+    - `attribution_null` (component), logit: the same for the answer of the next prompt, what a part says whatever the
+      prompt.
+    - `closure`, logit: max over prompts of abs(Σ_c DLA_c − difference), below 1e-4 in float32 for logits of ordinary
+      size.
+    - `top_share`, share: max_c |DLA_c| / Σ_c |DLA_c| of the means over prompts; NaN where Σ |DLA| is under 1e-9 logits.
+      Null: `top_share_null`.
+    - `top_share_se`, share: its standard error, by the jackknife over prompts.
+    - `top_share_null`, share: top_share of attribution_null.
+    - `participation`, parts: (Σ_c |DLA_c|)² / Σ_c DLA_c² of the means over prompts, the number of parts that share the
+      work, from 1; NaN likewise.
+    - `participation_se`, parts: its standard error, by the jackknife over prompts.
+    - `effect` (component), logit: difference − difference with the part ablated; NaN for what is no head or MLP.
+    - `effect_se` (component), logit: its standard error over the ablated prompts.
+    - `linearity`, 1: corr²(DLA, effect) over heads and MLPs, of the means over the ablated prompts, in [0, 1]; NaN
+      where either hardly varies, or for fewer than 3 such parts.
+    - `linearity_se`, 1: its standard error, by the jackknife over prompts.
 
     Pitfalls: DLA is not the total effect: what later parts make of x_c counts for them, and they repair what is
     missing, hence `linearity`. Large parts that cancel (an MLP against the embedding) look important. Ablation runs the

@@ -26,21 +26,34 @@ class RestrictedLoss(ByContent):
     The logits L(a, b) of all p² pairs, in float64, are projected on cos(2πk(a + b)/p) and sin(2πk(a + b)/p), the terms
     of the trigonometric solution (Nanda et al. 2023, 2301.05217). `train` (p, p) bool says which pairs are trained on,
     p odd. The model takes pairs (batch, 2) of integers, or (batch, 3) with `equals` as the third, and returns logits
-    (batch, ≥ p), or (batch, pos, ≥ p), of which the last place counts.
-    train_loss, test_loss: mean loss of the trained pairs, and of all others, nats; train_accuracy, test_accuracy beside.
-    restricted_loss: loss over *all* pairs of the mean logits plus the projections on the key frequencies.
-    excluded_loss: loss over the *trained* pairs without those projections, all key frequencies taken out at once.
-    Both with `_random`, the same for `draws` random sets of as many other frequencies (as many as there are, where
-    those are fewer), averaged: near log p, and near train_loss, where the key frequencies are special.
-    power(frequency): share of the variance of the logits over pairs along a frequency 1 .. (p - 1)/2, the mean over
-    outputs taken off; power_reference = 2 / (p² - 1), that of white noise; key(frequency), keys: the key frequencies and
-    how many; key_power: their power together.
+    (batch, ≥ p), or (batch, pos, ≥ p), of which the last position counts. Key frequencies are `frequencies`, or,
+    without them, those of the snapshot whose power is at least `threshold`; none at random weights, so restricted_loss
+    starts at log p. Random frequencies are `draws` sets of as many others (as many as there are, where those are
+    fewer). All pairs are measured, so there is no standard error.
 
-    Key frequencies are `frequencies`, or, without them, those of the snapshot whose power is at least `threshold`; none
-    at random weights, so restricted_loss starts at log p. Which they are, only the end of training tells: give those
-    when checkpoints are measured afterwards, as in the paper, and no change of the set makes a step in the curves.
-    All pairs are measured, so there is no standard error. Raises DataError for a mask or frequencies that cannot be
-    used, InstrumentError for a model that does not take pairs or has fewer than p logits. Cost: p² pairs forward.
+    - `train_loss`, nats: mean loss of the trained pairs. Null: log p.
+    - `test_loss`, nats: mean loss of all other pairs. Null: log p.
+    - `train_accuracy`, share: right answers among the trained pairs.
+    - `test_accuracy`, share: right answers among all other pairs.
+    - `restricted_loss`, nats: loss over *all* pairs of the mean logits plus the projections on the key frequencies.
+      Null: `restricted_loss_random`.
+    - `restricted_loss_random`, nats: the same with random frequencies, averaged over the draws: near log p where the
+      key frequencies are special.
+    - `excluded_loss`, nats: loss over the *trained* pairs without the projections, all key frequencies taken out at
+      once. Null: `excluded_loss_random`.
+    - `excluded_loss_random`, nats: the same without random frequencies, averaged over the draws: near train_loss where
+      the key frequencies are special.
+    - `power` (frequency), share: of the variance of the logits over pairs along a frequency 1 .. (p - 1)/2, the mean
+      over outputs taken off; NaN for logits that do not depend on the pair. Null: `power_reference`.
+    - `power_reference`, share: 2 / (p² - 1), that of white noise.
+    - `key` (frequency), 1: 1 for key frequencies, 0 for others.
+    - `keys`, 1: how many key frequencies there are.
+    - `key_power`, share: their power together.
+
+    Pitfalls: which frequencies are key only the end of training tells: give those when checkpoints are measured
+    afterwards, as in the paper, and no change of the set makes a step in the curves. Cost: p² pairs forward. Raises
+    DataError for a mask or frequencies that cannot be used, InstrumentError for a model that does not take pairs or has
+    fewer than p logits.
     """
 
     train: Tensor

@@ -19,28 +19,37 @@ LARGEST = 4096  # features of which each is stored
 class Superposition:
     """How features share the dimensions of a space: Elhage et al. 2022 (2209.10652), with W (feature, dimension).
 
-    `parameter` names the matrix of the features' directions, one a row, or one a column with `columns` (the weight of an
-    embedding `nn.Linear(features, dims)`). Without it W is the unembedding of a model whose parts are known: one row a
-    token, a *proxy*, as the features of a real model are not known. Over `feature`, the rows Wᵢ and their directions ŵᵢ:
-    norm ‖Wᵢ‖; interference Σ_{j≠i} (ŵᵢ·Wⱼ)²; dimensionality Dᵢ = ‖Wᵢ‖² / Σⱼ (ŵᵢ·Wⱼ)², the share of a dimension that a
-    feature has to itself: 1 alone, ½ in an antipodal pair, 0 for a feature of no length.
-    Of the whole: features_per_dimension ‖W‖²_F / dimensions (1 for an orthonormal basis); mean_dimensionality, over the
-    features; mean_interference Σ_{i≠j} (Wᵢ·Wⱼ)² / Σᵢ ‖Wᵢ‖⁴, 0 for orthogonal features; directions, the participation
-    ratio (Σσ²)² / Σσ⁴ of W's singular values. What is by feature is left out for more than LARGEST features.
-    References: the same with (ŵᵢ·Wⱼ)² for i ≠ j at ‖Wⱼ‖² / dimensions, its mean over directions drawn at random.
-    mean_interference below its reference is superposition that is arranged.
+    `parameter` names the matrix of the features' directions, one a row, or one a column with `columns` (the weight of
+    an embedding `nn.Linear(features, dims)`). Without it W is the unembedding of a model whose parts are known: one row
+    a token, a *proxy*, as the features of a real model are not known. Wᵢ are the rows, ŵᵢ their directions. A reference
+    is the same number with (ŵᵢ·Wⱼ)² for i ≠ j at ‖Wⱼ‖² / dimensions, its mean over directions drawn at random. What is
+    by feature is left out for more than LARGEST features. All are exact functions of the weights in float64: there is
+    no standard error. NaN where a weight is not finite or all are 0.
 
-    Exact functions of the weights in float64: there is no standard error. Directions of features depend on the basis
-    only up to rotation, and all numbers but norms are free of scale, save features_per_dimension. NaN where a weight is
-    not finite or all are 0. Cost: no pass; products (dimension, dimension), so a vocabulary of any size will do.
-    Raises InstrumentError where the parameter, or the unembedding, is not found.
+    - `norm` (feature), weight: ‖Wᵢ‖.
+    - `dimensionality` (feature), dimensions: Dᵢ = ‖Wᵢ‖² / Σⱼ (ŵᵢ·Wⱼ)², the share of a dimension that a feature has to
+      itself: 1 alone, ½ in an antipodal pair, 0 for a feature of no length. Null: `dimensionality_reference`.
+    - `dimensionality_reference` (feature), dimensions: among random directions.
+    - `interference` (feature), squared weight: Σ_{j≠i} (ŵᵢ·Wⱼ)². Null: `interference_reference`.
+    - `interference_reference` (feature), squared weight: among random directions.
+    - `features_per_dimension`, features: ‖W‖²_F / dimensions, 1 for an orthonormal basis.
+    - `mean_dimensionality`, dimensions: mean over the features. Null: `mean_dimensionality_reference`.
+    - `mean_dimensionality_reference`, dimensions: among random directions.
+    - `mean_interference`, 1: Σ_{i≠j} (Wᵢ·Wⱼ)² / Σᵢ ‖Wᵢ‖⁴, 0 for orthogonal features; below its reference it is
+      superposition that is arranged. Null: `mean_interference_reference`.
+    - `mean_interference_reference`, 1: among random directions.
+    - `directions`, dimensions: the participation ratio (Σσ²)² / Σσ⁴ of W's singular values.
+
+    Pitfalls: directions of features depend on the basis only up to rotation, and all numbers but norms are free of
+    scale, save features_per_dimension. Cost: no pass; products (dimension, dimension), so a vocabulary of any size will
+    do. Raises InstrumentError where the parameter, or the unembedding, is not found.
 
     >>> import torch
     >>> from devmon.snapshot import Snapshot
     >>> model = torch.nn.Linear(2, 4, bias=False)  # two antipodal pairs in two dimensions
     >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
-    >>> found = Superposition("weight")(Snapshot(0, model))
-    >>> found["dimensionality"].values.tolist(), found["features_per_dimension"].item()
+    >>> measured = Superposition("weight")(Snapshot(0, model))
+    >>> measured["dimensionality"].values.tolist(), measured["features_per_dimension"].item()
     ([0.5, 0.5, 0.5, 0.5], 2.0)
     """
 

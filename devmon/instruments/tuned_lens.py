@@ -21,30 +21,40 @@ from devmon.snapshot import Snapshot, derive_seed
 class TunedLens(ByContent):
     """An affine map per layer, then final norm and unembedding, trained to say what the model says (2303.08112).
 
-    Half of the sequences of `tokens` (batch, pos), drawn by `seed`, train the maps, the others test them; the last place
-    of a sequence, which has no next token, is left out. `depth` counts the layers that have run (0: the embedding). At
-    each depth below the last h ↦ h + s (x W + b), x the state h centred and scaled to unit mean square over the training
-    half, s the root mean square of the last layer's states, minimises
+    Half of the sequences of `tokens` (batch, pos), drawn by `seed`, train the maps, the others test them; the last
+    position of a sequence, which has no next token, is left out. `depth` counts the layers that have run (0: the
+    embedding). At each depth below the last h ↦ h + s (x W + b), x the state h centred and scaled to unit mean square
+    over the training half, s the root mean square of the last layer's states, minimises
 
-        mean over training places of KL(p ‖ q) + `penalty` · ‖W‖²_F                                          (nats)
+        mean over training positions of KL(p ‖ q) + `penalty` · ‖W‖²_F                                       (nats)
 
-    p the model's next-token distribution, q the lens's. The form is that of the authors' code: the penalty pulls towards
-    the identity, the raw lens. `steps` iterations of full-batch L-BFGS (float32, or the model's float64) start from the
-    identity or from the ridge regression of the last layer's states, whichever is lower, and what is not lower than the
-    identity is thrown away: on the training half the tuned lens is never worse than the raw one. Nothing is kept from
-    one step of training to the next, so every checkpoint has the same chance.
-    On the test half, each with `_se` over its sequences: kl(depth), 0 at the last depth, where the lens is the model;
-    kl_raw(depth), of the logit lens; loss(depth), cross-entropy of q on the next token; agreement(depth), the share of
-    places where p and q have the same most likely token; prediction_depth, from where on they do.
-    kl_train(depth), kl_train_raw(depth): on the training half, without error.
-    kl_constant: the null, KL from p of the mean of p over the training half, what a map that reads nothing can learn.
+    p the model's next-token distribution, q the lens's. The form is that of the authors' code: the penalty pulls
+    towards the identity, the raw lens. `steps` iterations of full-batch L-BFGS (float32, or the model's float64) start
+    from the identity or from the ridge regression of the last layer's states, whichever is lower, and what is not lower
+    than the identity is thrown away: on the training half the tuned lens is never worse than the raw one. Nothing is
+    kept from one step of training to the next, so every checkpoint has the same chance. All but `kl_train` and
+    `kl_train_raw` are of the test half, with `_se` over its sequences.
 
-    Pitfalls: the map has d² numbers, so a probe of few places (fewer than some 10 d) is learnt by heart: kl_train far
-    below kl, kl above kl_raw; raise `penalty`, or give more tokens. What it reads the model need not use.
-    Cost: besides one pass of the model about 1.25 · `steps` passes, forward and backward, of the unembedding alone over
-    the training half, for each layer.
-    Raises DataError for fewer than four sequences, InstrumentError for a model whose unembedding does not read the stream
-    right after the final norm (encoders, post-norm).
+    - `kl` (depth), nats: KL(p ‖ q); 0 at the last depth, where the lens is the model. Null: `kl_constant`.
+    - `kl_se` (depth), nats: its standard error.
+    - `kl_raw` (depth), nats: the same of the logit lens.
+    - `kl_raw_se` (depth), nats: its standard error.
+    - `loss` (depth), nats per token: cross-entropy of q on the next token.
+    - `loss_se` (depth), nats per token: its standard error.
+    - `agreement` (depth), share: positions where p and q have the same most likely token.
+    - `agreement_se` (depth), share: its standard error.
+    - `prediction_depth`, layers: the depth from which on they do.
+    - `prediction_depth_se`, layers: its standard error.
+    - `kl_constant`, nats: KL from p of the mean of p over the training half, what a map that reads nothing can learn.
+    - `kl_constant_se`, nats: its standard error.
+    - `kl_train` (depth), nats: KL(p ‖ q) on the training half.
+    - `kl_train_raw` (depth), nats: that of the logit lens.
+
+    Pitfalls: the map has d² numbers, so a probe of few positions (fewer than some 10 d) is learnt by heart: kl_train
+    far below kl, kl above kl_raw; raise `penalty`, or give more tokens. What it reads the model need not use. Cost:
+    besides one pass of the model about 1.25 · `steps` passes, forward and backward, of the unembedding alone over the
+    training half, for each layer. Raises DataError for fewer than four sequences, InstrumentError for a model whose
+    unembedding does not read the stream right after the final norm (encoders, post-norm).
     """
 
     tokens: Tensor

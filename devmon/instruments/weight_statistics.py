@@ -32,30 +32,47 @@ class WeightStatistics:
     """What the weights look like without any data: Hu et al. 2023 (2308.09543), whose hidden Markov models read this.
 
     A matrix is a parameter of two or more dimensions; more than two are flattened to (first, all others), as the
-    kernels of a convolution. A parameter that stands in two places (tied embeddings) counts once, under its first name.
-    Over `parameter`, the names of the matrices: l1 = Σ|w|; l2 = (Σw²)^½; code_sparsity = l1 / l2, from 1 (one weight
-    carries all) to √size (all are equally large), so *small* is sparse; spectral, sv_mean, sv_variance: largest, mean
-    and population variance of the min(rows, columns) singular values; for square matrices trace and
-    computational_sparsity = trace / spectral, NaN for others. Over `kind` (weight: matrices; vector: biases and gains of
-    norms): mean, variance and median of all entries together, NaN where the model has none.
-    Of the whole model: model_l1, model_l2, model_code_sparsity over all parameters as one vector, density =
-    l1 / (l2 √size) in (0, 1], and mean_spectral, mean_sv, mean_sv_variance, plain averages over the matrices.
-    References, the values of Gaussian matrices of the same shape and l2: code_sparsity_reference = √(2 size / π),
-    density_reference = √(2/π) = 0.798, spectral_reference = l2 (√rows + √columns) / √size (the edge of the
-    Marchenko-Pastur law, reached from below).
+    kernels of a convolution. A parameter that is used twice (tied embeddings) counts once, under its first name. The
+    dimension `parameter` are the names of the matrices; `kind` is weight (all matrices) or vector (biases and gains of
+    norms). Singular values are the min(rows, columns) of a matrix. A reference is the value of a Gaussian matrix of the
+    same shape and l2. All are exact functions of the weights, in float64: there is no standard error. All numbers of a
+    matrix with entries that are not finite are NaN.
 
-    Exact functions of the weights: there is no standard error. Computed in float64; singular values below 1e-8 of the
-    largest are rounding. Norms depend on the units of the parametrisation: weight decay, or a scale that a later norm
-    undoes, moves them with no change of function. The authors average over the matrices of a kind and divide the
-    variance by n - 1. All numbers of a matrix with entries that are not finite are NaN. Cost: no forward pass, one
-    product and eigenvalues of size min(rows, columns) a matrix. Raises InstrumentError for a model without matrices.
+    - `l1` (parameter), weight: Σ|w|.
+    - `l2` (parameter), weight: (Σw²)^½.
+    - `code_sparsity` (parameter), 1: l1 / l2, from 1 (one weight carries all) to √size (all are equally large), so
+      *small* is sparse. Null: `code_sparsity_reference`.
+    - `code_sparsity_reference` (parameter), 1: √(2 size / π).
+    - `spectral` (parameter), weight: largest singular value. Null: `spectral_reference`.
+    - `spectral_reference` (parameter), weight: l2 (√rows + √columns) / √size, the edge of the Marchenko-Pastur law,
+      reached from below.
+    - `sv_mean` (parameter), weight: mean singular value.
+    - `sv_variance` (parameter), squared weight: population variance of the singular values.
+    - `trace` (parameter), weight: of square matrices, NaN for others.
+    - `computational_sparsity` (parameter), 1: trace / spectral of square matrices, NaN for others.
+    - `mean` (kind), weight: mean of all entries together, NaN where the model has none of the kind.
+    - `variance` (kind), squared weight: their population variance.
+    - `median` (kind), weight: their median.
+    - `model_l1`, weight: l1 of all parameters as one vector.
+    - `model_l2`, weight: l2 of all parameters as one vector.
+    - `model_code_sparsity`, 1: model_l1 / model_l2.
+    - `density`, 1: model_l1 / (model_l2 √size), in (0, 1]. Null: `density_reference`.
+    - `density_reference`, 1: √(2/π) = 0.798, of Gaussian parameters.
+    - `mean_spectral`, weight: spectral, plain average over the matrices.
+    - `mean_sv`, weight: sv_mean, plain average over the matrices.
+    - `mean_sv_variance`, squared weight: sv_variance, plain average over the matrices.
+
+    Pitfalls: singular values below 1e-8 of the largest are rounding. Norms depend on the units of the parametrisation:
+    weight decay, or a scale that a later norm undoes, moves them with no change of function. The authors average over
+    the matrices of a kind and divide the variance by n - 1. Cost: no forward pass, one product and eigenvalues of size
+    min(rows, columns) a matrix. Raises InstrumentError for a model without matrices.
 
     >>> import torch
     >>> from devmon.snapshot import Snapshot
     >>> model = torch.nn.Linear(2, 2, bias=False)
     >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
-    >>> found = WeightStatistics()(Snapshot(0, model))
-    >>> [found[name].item() for name in ("l1", "l2", "code_sparsity", "spectral", "sv_mean", "sv_variance", "trace")]
+    >>> measured = WeightStatistics()(Snapshot(0, model))
+    >>> [measured[name].item() for name in ("l1", "l2", "code_sparsity", "spectral", "sv_mean", "sv_variance", "trace")]
     [7.0, 5.0, 1.4, 4.0, 3.5, 0.25, -1.0]
     """
 

@@ -15,6 +15,7 @@ from devmon.anatomy import Anatomy, Layout, activations, next_token
 from devmon.anatomy.anatomy import Site, Write
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.data.rows import Rows
 from devmon.data.shares import NO_SIGNAL, share
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
@@ -110,15 +111,15 @@ class LayerRoles(ByContent):
         self, anatomy: Anatomy, writes: dict[Site, Write], noisy: int | None = None, stream: Tensor | None = None
     ) -> np.ndarray:
         """Nats summed over places, (sequence,), with some sites written, or with noise after the layer `noisy`."""
-        found = []
+        nats = []
         for rows in minibatches(len(self.tokens), self.batch_size):
             if noisy is not None:
                 assert stream is not None
                 noise = self._noise(stream[noisy, rows], stream[noisy + 1, rows], rows, noisy)
                 writes = {("resid_post", noisy): partial(torch.add, noise)}
             with anatomy.tapped((), writes):
-                found.append(next_token(anatomy.model, self.tokens[rows], type(self).__name__, check=False)[0].sum(1))
-        return torch.cat(found).numpy()
+                nats.append(next_token(anatomy.model, self.tokens[rows], type(self).__name__, check=False)[0].sum(1))
+        return torch.cat(nats).numpy()
 
     def _noise(self, before: Tensor, after: Tensor, rows: slice, layer: int) -> Tensor:
         """Random directions, as long as what the layer adds at each place; drawn sequence by sequence."""
@@ -136,6 +137,7 @@ class LayerRoles(ByContent):
 
     def _likeness(self, stream: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """CKA, its standard error and p-value, each (depth, depth)."""
+        # the same positions of every sequence, never the first
         seed = derive_seed(self.seed, "LayerRoles", "places")
         sequences, each = self._items()
         chosen = np.sort(1 + np.random.default_rng(seed).permutation(self.tokens.shape[1] - 1)[:each])
@@ -145,11 +147,13 @@ class LayerRoles(ByContent):
             {"sketch": (("step", "layer", "item", "feature"), states[None])},
             coords={"step": [0], "layer": np.arange(len(states)), "sequence": ("item", sequence)},
         )
-        found = similarity(sketch, "layers", permutations=self.permutations, seed=seed).isel(step=0)
+        alike = similarity(sketch, "layers", permutations=self.permutations, seed=seed).isel(step=0)
+
+        # the jackknife leaves out groups of whole sequences, whose positions are not independent
         groups = np.array_split(np.arange(sequences), min(sequences, JACKKNIFE))
         kept = (sketch.isel(item=~np.isin(sequence, group)) for group in groups)
         without = np.stack([similarity(rest, "layers")["cka"].values[0] for rest in kept])
-        return found["cka"].values, np.sqrt((len(without) - 1) * without.var(0)), found["p"].values
+        return alike["cka"].values, np.sqrt((len(without) - 1) * without.var(0)), alike["p"].values
 
 
 LABELS = {
@@ -164,27 +168,23 @@ def _dataset(
     drops: dict[str, np.ndarray], plain: np.ndarray, places: int, cka: np.ndarray, cka_se: np.ndarray, p: np.ndarray
 ) -> xr.Dataset:
     layer, depth, count = np.arange(drops["layer"].shape[1]), np.arange(len(cka)), np.full(len(plain), places)
-    dataset = xr.Dataset(
-        coords={"layer": layer, "depth": depth, "depth_other": depth},
-        attrs={"headline": ["drop_layer", "centre_layer"]},
-    )
-    error = {"long_name": "standard error over sequences"}
+    rows = Rows(headline=["drop_layer", "centre_layer"])
+
+    # what dropping a part costs, and which layer is at the centre of that
     for part, sums in drops.items():
-        name, units = f"drop_{part}", {"units": "nats per token"}
         mean, se = clustered_mean(sums, count)
-        dataset[name] = ("layer", mean, {"long_name": LABELS[name]} | units)
-        dataset[f"{name}_se"] = ("layer", se, error | units)
+        change = 0.05 if part == "layer" else None
+        name = f"drop_{part}"
+        rows.put(name, "layer", mean, se, LABELS[name], units="nats per token", smallest_change=change)
         if part != "random":
             centre, se = share(sums @ layer, sums.sum(1))
-            label = {"long_name": f"layer at the centre of what dropping {part} does", "units": "layers"}
-            dataset[f"centre_{part}"] = ((), float(centre), label | {"nan": NO_SIGNAL})
-            dataset[f"centre_{part}_se"] = ((), float(se), error | {"units": "layers"})
-    dataset["drop_layer"].attrs["smallest_change"] = 0.05
-    dataset["centre_layer"].attrs["smallest_change"] = 0.25
-    uniform = {"long_name": "centre of equal layers", "units": "layers"}
-    dataset["centre_uniform"] = ((), (len(layer) - 1) / 2, uniform)
-    both = ("depth", "depth_other")
-    dataset["cka"] = (both, cka, {"long_name": "debiased linear CKA of the states", "units": "cosine"})
-    dataset["cka_se"] = (both, cka_se, {"long_name": "standard error by the jackknife", "units": "cosine"})
-    dataset["cka_p"] = (both, p, {"long_name": "p-value under exchange of sequences", "units": "probability"})
-    return dataset
+            label, change = f"layer at the centre of what dropping {part} does", 0.25 if part == "layer" else None
+            about = {"units": "layers", "nan": NO_SIGNAL, "smallest_change": change}
+            rows.put(f"centre_{part}", (), float(centre), float(se), label, **about)
+    rows.put("centre_uniform", (), (len(layer) - 1) / 2, None, "centre of equal layers", units="layers")
+
+    # how alike the states of the layers are
+    both, error = ("depth", "depth_other"), "standard error by the jackknife"
+    rows.put("cka", both, cka, cka_se, "debiased linear CKA of the states", units="cosine", error=error)
+    rows.put("cka_p", both, p, None, "p-value under exchange of sequences", units="probability")
+    return rows.dataset(layer=layer, depth=depth, depth_other=depth)

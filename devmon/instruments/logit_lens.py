@@ -13,6 +13,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout, activations
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
 
@@ -68,8 +69,10 @@ class LogitLens(ByContent):
         object.__setattr__(self, "tokens", probe_tokens(self.tokens, "LogitLens"))
 
     def cost(self) -> Cost:
-        """One pass of the model; its unembedding runs once more for each layer, which is not counted: with the 12 layers
-        and 50,257 tokens of GPT-2 small all took the time of 8 passes on a CPU."""
+        """One pass of the model; its unembedding runs once more for each layer, which is not counted.
+
+        With the 12 layers and 50,257 tokens of GPT-2 small all took the time of 8 passes on a CPU.
+        """
         return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
@@ -97,22 +100,23 @@ class LogitLens(ByContent):
 
 
 def _lens(anatomy: Anatomy, stream: Tensor, final: Tensor, target: Tensor) -> dict[str, np.ndarray]:
-    """Sums over places (batch, depth), and (batch,), of one minibatch; `stream` is (depth, batch, pos, d)."""
+    """Sums over positions (batch, depth), and (batch,), of one minibatch; `stream` is (depth, batch, pos, d)."""
     log_p = _log_softmax(final)
-    p, best, found = log_p.exp(), final.argmax(-1), []
+    p, best, read = log_p.exp(), final.argmax(-1), []
     negentropy = torch.linalg.vecdot(p, log_p)
     for depth, state in enumerate(stream):
         scores = anatomy.capped(anatomy.unembedding(anatomy.final_norm(state)))
-        if depth == len(stream) - 1 and float((scores - final).abs().max()) > 0.02 * (1 + float(final.abs().max())):
+        off = float((scores - final).abs().max()) if depth == len(stream) - 1 else 0.0  # the last lens is the model
+        if off > 0.02 * (1 + float(final.abs().max())):
             raise InstrumentError(
                 f"{anatomy.who}: final norm and unembedding of the last layer's output are not the logits of "
-                f"{type(anatomy.model).__name__} (off by {float((scores - final).abs().max()):.3g}): declare its `norm`, "
-                "`unembed` and `cap` in its layout"
+                f"{type(anatomy.model).__name__} (off by {off:.3g}): declare its `norm`, `unembed` and `cap` in its "
+                "layout"
             )
         log_q = _log_softmax(scores)
         kl = negentropy - torch.linalg.vecdot(p, log_q)
-        found.append((kl, -log_q.gather(-1, target[..., None])[..., 0], scores.argmax(-1) == best))
-    kl, loss, same = (torch.stack(each).double().cpu() for each in zip(*found, strict=True))  # (depth, batch, pos)
+        read.append((kl, -log_q.gather(-1, target[..., None])[..., 0], scores.argmax(-1) == best))
+    kl, loss, same = (torch.stack(each).double().cpu() for each in zip(*read, strict=True))  # (depth, batch, pos)
     late = 1 + torch.arange(len(same) - 1)[:, None, None]
     settled = (late * (1 - same[:-1])).amax(0)  # one more than the last depth that disagrees
     sums = {"kl": kl, "loss": loss, "agreement": same, "prediction_depth": settled}
@@ -120,25 +124,24 @@ def _lens(anatomy: Anatomy, stream: Tensor, final: Tensor, target: Tensor) -> di
 
 
 def _direct(anatomy: Anatomy, last: Tensor, z: Tensor, target: Tensor, tokens: Tensor) -> np.ndarray:
-    """Direct effects summed over places, (batch, layer, head, 2): on the right token, and on a random one."""
+    """Direct effects summed over positions, (batch, layer, head, 2): on the right token, and on a random one."""
     unembed, mean = anatomy.W_U.T, anatomy.W_U.mean(1)  # (vocab, d), (d,)
     often = torch.bincount(tokens[:, 1:].flatten(), minlength=len(unembed)).to(unembed)
     right, random = unembed[target] - mean, often / often.sum() @ unembed - mean
-    norm, found = anatomy.final_norm, []
+    norm, effects = anatomy.final_norm, []
     scale = norm.scale(last)[:, :, None]
     for layer, heads in enumerate(z):
         written = torch.einsum("bphe,hed->bphd", heads, anatomy.W_O(layer))
         end = anatomy.end_norm(layer, "attention")
         whole = end.scale(written.sum(2) + anatomy.bias(layer, "out"))[:, :, None]
         normed = norm.linear(end.linear(written, whole), scale)
-        found.append(
-            torch.stack([torch.einsum("bphd,bpd->bh", normed, right), torch.einsum("bphd,d->bh", normed, random)], -1)
-        )
-    return torch.stack(found, 1).double().cpu().numpy()
+        both = torch.einsum("bphd,bpd->bh", normed, right), torch.einsum("bphd,d->bh", normed, random)
+        effects.append(torch.stack(both, -1))
+    return torch.stack(effects, 1).double().cpu().numpy()
 
 
 def _constant(final: Tensor, tokens: Tensor, batch_size: int) -> dict[str, np.ndarray]:
-    """Sums over places, by sequence, of what fixed distributions get; `final` (batch, pos, vocab)."""
+    """Sums over positions, by sequence, of what fixed distributions get; `final` (batch, pos, vocab)."""
     rows_of = list(minibatches(len(final), batch_size))
     by_sequence, negentropy = [], []
     for rows in rows_of:
@@ -181,21 +184,17 @@ LABELS = {
 
 def _dataset(sums: dict[str, np.ndarray], effect: np.ndarray, places: int) -> xr.Dataset:
     count = np.full(len(effect), places)
-    coords = {"depth": np.arange(sums["kl"].shape[1]), "layer": np.arange(effect.shape[1]),
-              "head": np.arange(effect.shape[2])}  # fmt: skip
-    dataset = xr.Dataset(coords=coords, attrs={"headline": ["kl", "prediction_depth", "head_effect"]})
-    error = "standard error over sequences"
-    for name, (long_name, units, change) in LABELS.items():
+    rows = Rows(headline=["kl", "prediction_depth", "head_effect"])
+    for name, (label, units, change) in LABELS.items():
         mean, se = clustered_mean(sums[name], count)
-        dims = ("depth",) if mean.ndim else ()
-        dataset[name] = (dims, mean, {"long_name": long_name, "units": units})
-        dataset[f"{name}_se"] = (dims, se, {"long_name": error, "units": units})
-        if change is not None:
-            dataset[name].attrs["smallest_change"] = change
+        rows.put(name, "depth" if mean.ndim else (), mean, se, label, units=units, smallest_change=change)
     mean, se = clustered_mean(effect, count)
-    labels = ("direct effect on the right next token", "direct effect on a random next token")
-    for i, name in enumerate(("head_effect", "head_effect_unigram")):
-        dataset[name] = (("layer", "head"), mean[..., i], {"long_name": labels[i], "units": "logits"})
-        dataset[f"{name}_se"] = (("layer", "head"), se[..., i], {"long_name": error, "units": "logits"})
-    dataset["head_effect"].attrs["smallest_change"] = 0.1
-    return dataset
+    names = {
+        "head_effect": ("direct effect on the right next token", 0.1),
+        "head_effect_unigram": ("direct effect on a random next token", None),
+    }
+    for i, (name, (label, change)) in enumerate(names.items()):
+        about = {"units": "logits", "smallest_change": change}
+        rows.put(name, ("layer", "head"), mean[..., i], se[..., i], label, **about)
+    depths, (layers, heads) = sums["kl"].shape[1], effect.shape[1:3]
+    return rows.dataset(depth=np.arange(depths), layer=np.arange(layers), head=np.arange(heads))

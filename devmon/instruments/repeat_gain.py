@@ -11,6 +11,7 @@ from torch import Tensor
 from devmon.anatomy import predictions
 from devmon.cost import Cost
 from devmon.data import best_fixed_offset, clustered_mean, repeats
+from devmon.data.rows import Rows
 from devmon.snapshot import Snapshot
 
 
@@ -48,25 +49,24 @@ class RepeatGain:
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         probe = repeats(self.vocab_size, self.sequences, self.length, self.seed, self.bos, self.exclude)
+        # (batch, pos - 1): column q predicts token q + 1
         nats, hits = predictions(snapshot, probe.tokens, type(self).__name__, self.batch_size)
-        # (batch, pos - 1), column q predicts token q + 1
         counted = probe.query[:, :-1] & (probe.copy[:, 1:] == 1)
+        # the loss of the same token one period before
         first = nats.gather(1, (torch.arange(self.length - 1) - probe.period[:, None]).clamp(min=0))
         values = {
-            "gain": (first - nats, "loss of the first copy minus loss of the second", "nats per token"),
-            "nll_first": (first, "loss in the first copy", "nats per token"),
-            "nll_second": (nats, "loss in the second copy", "nats per token"),
-            "accuracy": (hits, "share of the second copy predicted right", "share"),
+            "gain": (first - nats, "loss of the first copy minus loss of the second", "nats per token", 0.1),
+            "nll_first": (first, "loss in the first copy", "nats per token", None),
+            "nll_second": (nats, "loss in the second copy", "nats per token", None),
+            "accuracy": (hits, "share of the second copy predicted right", "share", None),
         }
-        dataset = xr.Dataset(attrs={"headline": ["gain"]})
-        for name, (each, long_name, units) in values.items():
+        rows = Rows(headline=["gain"])
+        for name, (each, label, units, change) in values.items():
             mean, se = clustered_mean((each * counted).sum(1).numpy(), counted.sum(1).numpy())
-            dataset[name] = ((), float(mean), {"long_name": long_name, "units": units})
-            dataset[f"{name}_se"] = ((), float(se), {"long_name": "standard error over sequences", "units": units})
-        dataset["gain"].attrs["smallest_change"] = 0.1
-        reference = {"long_name": "accuracy of the best fixed offset or token", "units": "share"}
-        dataset["accuracy_reference"] = ((), _content_blind(probe.tokens, counted), reference)
-        return dataset
+            rows.put(name, (), float(mean), float(se), label, units=units, smallest_change=change)
+        blind = _content_blind(probe.tokens, counted)
+        rows.put("accuracy_reference", (), blind, None, "accuracy of the best fixed offset or token", units="share")
+        return rows.dataset()
 
     def cost(self) -> Cost:
         return Cost(forwards=self.sequences, positions=self.length)

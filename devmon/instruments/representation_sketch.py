@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from devmon.anatomy import logits, stream
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, places_of, probe_inputs
+from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -70,43 +72,36 @@ class Sketch(ByContent):
         object.__setattr__(self, "positions", tuple(sorted({place % length for place in given})))
         if self.dims < 2 or self.dims % 2 or len(tokens) < 2 or not (self.layers or self.outputs):
             raise DataError(
-                f"Sketch needs an even dims >= 2, two sequences, and layers or outputs; got dims={self.dims}, {len(tokens)} "
-                f"sequences, layers={self.layers}, outputs={self.outputs}"
+                f"Sketch needs an even dims >= 2, two sequences, and layers or outputs; got dims={self.dims}, "
+                f"{len(tokens)} sequences, layers={self.layers}, outputs={self.outputs}"
             )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        places = list(self.positions or ())
-        sequence = np.repeat(np.arange(len(self.tokens)), len(places))
-        dataset = xr.Dataset(
-            coords={
-                "item": np.arange(len(sequence)),
-                "sequence": ("item", sequence),
-                "pos": ("item", np.tile(places, len(self.tokens))),
-            },
-            attrs={
-                "kind": "sketch",
-                "headline": ["spread"] * self.layers + ["output_spread"] * self.outputs,
-            },
-        )
-        about = {"long_name": "mean squared distance from the mean, per dimension", "units": "squared activation"}
-        error = {"long_name": "standard error over sequences", "units": "squared activation"}
+        places, count = list(self.positions or ()), len(self.tokens)
+        rows = Rows(kind="sketch", headline=["spread"] * self.layers + ["output_spread"] * self.outputs)
+        coords: dict[str, Any] = {"item": np.arange(count * len(places))}
+        coords["sequence"] = ("item", np.repeat(np.arange(count), len(places)))
+        coords["pos"] = ("item", np.tile(places, count))
+        halves, label = {}, "mean squared distance from the mean, per dimension"
         if self.layers:
             layers = self._stream(snapshot)
-            width = layers[0].shape[1]
             sketches, spreads = zip(*(self._keep(states, "stream") for states in layers), strict=True)
-            dataset = dataset.assign_coords(layer=np.arange(len(sketches)), feature=np.arange(sketches[0].shape[1]))
-            units = {"long_name": "residual stream in random directions", "units": "activation"}
-            dataset["sketch"] = (("layer", "item", "feature"), np.stack(sketches), units | self._halves(width))
-            for name, values, attrs in zip(("spread", "spread_se"), np.array(spreads).T, (about, error), strict=True):
-                dataset[name] = ("layer", values, attrs)
+            dims, sketch = ("layer", "item", "feature"), np.stack(sketches)
+            rows.put("sketch", dims, sketch, None, "residual stream in random directions", units="activation")
+            rows.put("spread", "layer", *np.array(spreads).T, label, units="squared activation")
+            coords |= {"layer": np.arange(len(sketch)), "feature": np.arange(sketch.shape[2])}
+            halves["sketch"] = self._halves(layers[0].shape[1])
         if self.outputs:
             scores = self._logits(snapshot.model)
             sketch, spread = self._keep(scores, "outputs")
-            dataset = dataset.assign_coords(output=np.arange(sketch.shape[1]))
-            units = {"long_name": "logits less their mean, in random directions", "units": "nats"}
-            dataset["outputs"] = (("item", "output"), sketch, units | self._halves(scores.shape[1]))
-            for name, value, attrs in zip(("output_spread", "output_spread_se"), spread, (about, error), strict=True):
-                dataset[name] = ((), value, attrs | {"units": "squared nats"})
+            text = "logits less their mean, in random directions"
+            rows.put("outputs", ("item", "output"), sketch, None, text, units="nats")
+            rows.put("output_spread", (), *spread, label, units="squared nats")
+            coords["output"] = np.arange(sketch.shape[1])
+            halves["outputs"] = self._halves(scores.shape[1])
+        dataset = rows.dataset(**coords)
+        for name, number in halves.items():
+            dataset[name].attrs["halves"] = number
         return dataset
 
     def cost(self) -> Cost:
@@ -127,8 +122,9 @@ class Sketch(ByContent):
         scores = torch.cat(parts)
         return scores - scores.mean(1, keepdim=True)
 
-    def _halves(self, width: int) -> dict[str, int]:
-        return {"halves": 2 if self.dims < width else 1}
+    def _halves(self, width: int) -> int:
+        """Independent halves of the directions; 1 where the whole state is kept."""
+        return 2 if self.dims < width else 1
 
     def _keep(self, states: Tensor, what: str) -> tuple[np.ndarray, tuple[float, float]]:
         """The sketch (item, feature) of the states (item, d), and their spread with its standard error."""

@@ -9,6 +9,7 @@ import xarray as xr
 
 from devmon.anatomy import Anatomy
 from devmon.cost import Cost
+from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot
 
@@ -63,51 +64,50 @@ class Superposition:
             )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        rows = self._rows(snapshot)  # (feature, dimension)
-        if not np.isfinite(rows).all() or not rows.any():
-            rows = np.full_like(rows, np.nan)
-        features, dims = rows.shape
-        gram = rows.T @ rows  # (dimension, dimension)
-        square = (rows**2).sum(1)
-        alive = np.divide(rows, np.sqrt(square)[:, None], out=np.zeros_like(rows), where=square[:, None] != 0)
+        weight = self._weight(snapshot)  # (feature, dimension)
+        if not np.isfinite(weight).all() or not weight.any():
+            weight = np.full_like(weight, np.nan)
+        features, dims = weight.shape
+
+        # overlaps by way of WᵀW (dimension, dimension): a vocabulary has too many features for W Wᵀ
+        gram = weight.T @ weight
+        square = (weight**2).sum(1)
+        alive = np.divide(weight, np.sqrt(square)[:, None], out=np.zeros_like(weight), where=square[:, None] != 0)
         seen = ((alive @ gram) * alive).sum(1)  # Σⱼ (ŵᵢ·Wⱼ)²
         total, interference = square.sum(), np.maximum(seen - square, 0.0)
+
+        # the null: other features at directions drawn at random
         expected = (total - square) / dims
-        one = np.divide(square, seen, out=np.zeros_like(square), where=seen != 0)
+        own = np.divide(square, seen, out=np.zeros_like(square), where=seen != 0)
         chance = np.divide(square, square + expected, out=np.zeros_like(square), where=square != 0)
         by_feature = {
             "norm": (np.sqrt(square), "length of the feature", "weight"),
-            "dimensionality": (one, "share of a dimension that the feature has to itself", "dimensions"),
+            "dimensionality": (own, "share of a dimension that the feature has to itself", "dimensions"),
             "dimensionality_reference": (chance, "dimensionality among random directions", "dimensions"),
             "interference": (interference, "squared overlap with all other features", "squared weight"),
             "interference_reference": (expected, "interference among random directions", "squared weight"),
         }
         whole = {
             "features_per_dimension": (total / dims, "‖W‖² / dimensions", "features"),
-            "mean_dimensionality": (one.mean(), "dimensionality, mean over features", "dimensions"),
+            "mean_dimensionality": (own.mean(), "dimensionality, mean over features", "dimensions"),
             "mean_dimensionality_reference": (chance.mean(), "among random directions", "dimensions"),
             "mean_interference": (_weighted(interference, square), "interference over squared length", "1"),
             "mean_interference_reference": (_weighted(expected, square), "among random directions", "1"),
             "directions": (total**2 / (gram**2).sum() if total else np.nan, "participation ratio of W", "dimensions"),
         }
-        dataset = xr.Dataset(
-            coords={"feature": np.arange(features)} if features <= LARGEST else {},
-            attrs={
-                "headline": ["features_per_dimension", "mean_dimensionality", "mean_interference", "directions"],
-                "proxy": int(self.parameter is None),
-            },
-        )
-        for name, (array, long_name, units) in by_feature.items() if features <= LARGEST else ():
-            dataset[name] = ("feature", array, {"long_name": long_name, "units": units})
-        for name, (value, long_name, units) in whole.items():
-            dataset[name] = ((), float(value), {"long_name": long_name, "units": units})
-        return dataset
+        headline = ["features_per_dimension", "mean_dimensionality", "mean_interference", "directions"]
+        rows, stored = Rows(headline, proxy=int(self.parameter is None)), features <= LARGEST
+        for name, (array, label, units) in by_feature.items() if stored else ():
+            rows.put(name, "feature", array, None, label, units=units)
+        for name, (value, label, units) in whole.items():
+            rows.put(name, (), float(value), None, label, units=units)
+        return rows.dataset(**({"feature": np.arange(features)} if stored else {}))
 
     def cost(self) -> Cost:
         """No passes: a product of the weights."""
         return Cost()
 
-    def _rows(self, snapshot: Snapshot) -> np.ndarray:
+    def _weight(self, snapshot: Snapshot) -> np.ndarray:
         if self.parameter is None:
             weight = Anatomy(snapshot.model, who=type(self).__name__).W_U.T
         else:
@@ -115,8 +115,8 @@ class Superposition:
             known = [name for name, p in named.items() if p.ndim == 2]
             if self.parameter not in known:
                 raise InstrumentError(
-                    f"Superposition: {type(snapshot.model).__name__} has no matrix {self.parameter!r}: its matrices are "
-                    f"{', '.join(known) or 'none'}"
+                    f"Superposition: {type(snapshot.model).__name__} has no matrix {self.parameter!r}: its matrices "
+                    f"are {', '.join(known) or 'none'}"
                 )
             weight = named[self.parameter].T if self.columns else named[self.parameter]
         return weight.detach().double().cpu().numpy()

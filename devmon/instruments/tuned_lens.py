@@ -13,6 +13,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout, activations
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -89,6 +90,7 @@ class TunedLens(ByContent):
                 f"{output.shape[-1]} logits: give tokens of this model's vocabulary"
             )
         stream = [state[:, :-1] for state in (reads["resid_pre", 0], *reads.stack("resid_post"))]
+        # half of the sequences to train on, half to test
         order = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(derive_seed(self.seed, who)))
         train, test = (part.sort().values for part in order.tensor_split([len(order) // 2]))
         lens = _Lens(anatomy, self.batch_size * (self.tokens.shape[1] - 1))
@@ -97,6 +99,8 @@ class TunedLens(ByContent):
         }
         goal = stream[-1][train].flatten(0, 1)
         target = self.tokens[test, 1:].to(output.device)
+
+        # each depth by itself; the lens of the last one is the model, and needs no map
         read: list[dict[str, np.ndarray]] = []
         for depth, state in enumerate(stream):
             seen, unseen = (_floats(state[rows].flatten(0, 1)) for rows in (train, test))
@@ -111,6 +115,8 @@ class TunedLens(ByContent):
                 _compare(log_p["test"], scores, raw, target)
                 | {"train": np.array(kl_train), "train_raw": np.array(kl_train_raw)}
             )
+
+        # the null: KL from p of its mean over the training half
         mean = log_p["train"].exp().mean(0)
         null = (log_p["test"].exp() * log_p["test"]).sum(-1) - torch.xlogy(log_p["test"].exp(), mean).sum(-1)
         return _dataset(read, null.reshape(target.shape).double().cpu().numpy())
@@ -125,14 +131,14 @@ class _Lens:
 
     def scores(self, state: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self._one(part) for part in state.split(self.chunk)])
+            return torch.cat([self._logits(part) for part in state.split(self.chunk)])
 
     def kl(self, state: Tensor, log_p: Tensor, through: _Affine, slopes: list[Tensor] | None = None) -> float:
         """KL(p ‖ q) summed over places; `slopes` are raised by its gradient in the map's weight and bias."""
         total = 0.0
         for part, log in zip(state.split(self.chunk), log_p.split(self.chunk), strict=True):
             with torch.set_grad_enabled(slopes is not None):
-                log_q = _log_softmax(self._one(through(part)))
+                log_q = _log_softmax(self._logits(through(part)))
                 value = F.kl_div(log_q, log, reduction="sum", log_target=True)
             for slope, more in zip(slopes or [], self._slopes(value, through) if slopes else [], strict=True):
                 slope += more
@@ -143,7 +149,7 @@ class _Lens:
     def _slopes(value: Tensor, through: _Affine) -> tuple[Tensor, ...]:
         return torch.autograd.grad(value, [through.weight, through.bias])  # and none in the model
 
-    def _one(self, state: Tensor) -> Tensor:
+    def _logits(self, state: Tensor) -> Tensor:
         a = self.anatomy
         return a.capped(a.unembedding(a.final_norm(state.to(self.dtype))))
 
@@ -168,6 +174,8 @@ def _train(
     """The trained map of states (place, d), its mean KL on them, and that of the identity."""
     mean = state.mean(0)
     spread, scale = ((x - x.mean(0)).square().mean().sqrt().clamp(min=1e-12) for x in (state, goal))
+
+    # two starts: the identity, and the ridge regression of what the last layer adds on standardised states
     d, n = state.shape[1], len(state)
     identity = _Affine(mean, spread, scale, state.new_zeros(d, d), state.new_zeros(d))
     x, residual = ((state - mean) / spread).double(), ((goal - state) / scale).double()
@@ -176,9 +184,10 @@ def _train(
     solved = torch.linalg.solve(gram, x.T @ (residual - shift)).contiguous()
     ridge = _Affine(mean, spread, scale, solved.to(state), shift.to(state))
 
-    def objective(one: _Affine) -> float:
-        return lens.kl(state, log_p, one) / n + penalty * float(one.weight.square().sum())
+    def objective(tried: _Affine) -> float:
+        return lens.kl(state, log_p, tried) / n + penalty * float(tried.weight.square().sum())
 
+    # from the lower of the two, by full-batch L-BFGS; what is not lower than where it started is thrown away
     raw, other = objective(identity), objective(ridge)
     lowest, best = (other, ridge) if other < raw else (raw, identity)
     weight, bias = (t.clone().requires_grad_() for t in (best.weight, best.bias))
@@ -207,13 +216,13 @@ def _train(
 def _compare(log_p: Tensor, scores: Tensor, raw: Tensor, target: Tensor) -> dict[str, np.ndarray]:
     """By place (sequence, pos)."""
     log_q = _log_softmax(scores)
-    found = {
+    compared = {
         "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
         "kl_raw": (log_p.exp() * (log_p - _log_softmax(raw))).sum(-1),
         "loss": -log_q.gather(-1, target.reshape(-1, 1))[:, 0],
         "agreement": log_q.argmax(-1) == log_p.argmax(-1),
     }
-    return {name: values.reshape(target.shape).double().cpu().numpy() for name, values in found.items()}
+    return {name: values.reshape(target.shape).double().cpu().numpy() for name, values in compared.items()}
 
 
 def _floats(state: Tensor) -> Tensor:
@@ -239,17 +248,13 @@ def _dataset(read: list[dict[str, np.ndarray]], null: np.ndarray) -> xr.Dataset:
     late = np.arange(1, len(read))
     values["prediction_depth"] = (late * (1 - values["agreement"][..., :-1])).max(-1, initial=0.0)
     values["kl_constant"] = null
-    dataset = xr.Dataset(
-        coords={"depth": np.arange(len(read))}, attrs={"headline": ["kl", "agreement", "prediction_depth"]}
-    )
-    for name, (long_name, units, change) in LABELS.items():
+    rows = Rows(headline=["kl", "agreement", "prediction_depth"])
+    for name, (label, units, change) in LABELS.items():
         mean, se = clustered_mean(values[name].sum(1), np.full(len(null), null.shape[1]))
-        dims = ("depth",) if mean.ndim else ()
-        dataset[name] = (dims, mean, {"long_name": long_name, "units": units})
-        dataset[f"{name}_se"] = (dims, se, {"long_name": "standard error over sequences", "units": units})
-        if change is not None:
-            dataset[name].attrs["smallest_change"] = change
+        rows.put(name, "depth" if mean.ndim else (), mean, se, label, units=units, smallest_change=change)
     for name, lens in (("train", "tuned"), ("train_raw", "logit")):
-        label = {"long_name": f"divergence of the {lens} lens on its training half", "units": "nats"}
-        dataset[f"kl_{name}"] = ("depth", np.array([float(each[name]) for each in read]), label)
-    return dataset
+        divergence = np.array([float(each[name]) for each in read])
+        rows.put(
+            f"kl_{name}", "depth", divergence, None, f"divergence of the {lens} lens on its training half", units="nats"
+        )
+    return rows.dataset(depth=np.arange(len(read)))

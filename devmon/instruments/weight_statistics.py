@@ -11,6 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.cost import Cost
+from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
 
@@ -25,6 +26,11 @@ MATRIX = {
     "computational_sparsity": ("trace / largest singular value", "1"),
 }
 SQUARE = ("trace", "computational_sparsity")
+MEANS = {
+    "mean_spectral": ("spectral", "largest singular value", "weight"),
+    "mean_sv": ("sv_mean", "mean singular value", "weight"),
+    "mean_sv_variance": ("sv_variance", "variance of the singular values", "squared weight"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,34 +90,26 @@ class WeightStatistics:
                 f"WeightStatistics needs parameters of two or more dimensions; {type(snapshot.model).__name__} has "
                 "none: leave it out for this model"
             )
-        rows = [_matrix(p) for p in matrices.values()]
-        names = np.array(list(matrices), dtype=object)
-        dataset = xr.Dataset(
-            coords={"parameter": names, "kind": np.array(["weight", "vector"], dtype=object)},
-            attrs={"headline": ["density", "model_l2", "mean_spectral"]},
-        )
-        for name, (long_name, units) in MATRIX.items():
-            values = np.array([row[name] for row in rows])
-            dataset[name] = ("parameter", values, {"long_name": long_name, "units": units})
-            if name in SQUARE:
-                dataset[name].attrs["nan"] = "defined for square matrices only"
+        rows = Rows(headline=["density", "model_l2", "mean_spectral"])
+        of_matrix = [_matrix(p) for p in matrices.values()]
+        values = {name: np.array([row[name] for row in of_matrix]) for name in MATRIX}
+        for name, (label, units) in MATRIX.items():
+            nothing = "defined for square matrices only" if name in SQUARE else None
+            rows.put(name, "parameter", values[name], None, label, units=units, nan=nothing)
+
+        # Gaussian matrices of the same shape and l2
         size = np.array([p.numel() for p in matrices.values()])
         sides = np.array([math.sqrt(p.shape[0]) + math.sqrt(p.numel() / p.shape[0]) for p in matrices.values()])
-        gaussian = {
-            "code_sparsity": np.sqrt(2 * size / np.pi),
-            "spectral": dataset["l2"].values * sides / np.sqrt(size),
-        }
-        for name, values in gaussian.items():
-            attrs = {"long_name": f"{name} of a Gaussian matrix of this shape and l2", "units": MATRIX[name][1]}
-            dataset[f"{name}_reference"] = ("parameter", values, attrs)
-        for name, long_name, units in (
-            ("mean_spectral", "largest singular value, mean over matrices", "weight"),
-            ("mean_sv", "mean singular value, mean over matrices", "weight"),
-            ("mean_sv_variance", "variance of the singular values, mean over matrices", "squared weight"),
-        ):
-            source = {"mean_spectral": "spectral", "mean_sv": "sv_mean", "mean_sv_variance": "sv_variance"}[name]
-            dataset[name] = ((), float(np.mean(dataset[source].values)), {"long_name": long_name, "units": units})
-        return _whole(dataset, [p for _, p in named])
+        gaussian = {"code_sparsity": np.sqrt(2 * size / np.pi), "spectral": values["l2"] * sides / np.sqrt(size)}
+        for name, reference in gaussian.items():
+            label = f"{name} of a Gaussian matrix of this shape and l2"
+            rows.put(f"{name}_reference", "parameter", reference, None, label, units=MATRIX[name][1])
+
+        for name, (source, label, units) in MEANS.items():
+            rows.put(name, (), float(np.mean(values[source])), None, f"{label}, mean over matrices", units=units)
+        _put_whole(rows, [p for _, p in named])
+        kinds = np.array(["weight", "vector"], dtype=object)
+        return rows.dataset(parameter=np.array(list(matrices), dtype=object), kind=kinds)
 
     def cost(self) -> Cost:
         """No passes: a singular value decomposition of each matrix."""
@@ -140,8 +138,8 @@ def _matrix(parameter: Tensor) -> dict[str, float]:
     }
 
 
-def _whole(dataset: xr.Dataset, parameters: list[Tensor]) -> xr.Dataset:
-    """Adds the statistics of all parameters as one vector, and of the entries of matrices and of vectors."""
+def _put_whole(rows: Rows, parameters: list[Tensor]) -> None:
+    """The statistics of all parameters as one vector, and of the entries of matrices and of vectors."""
     size = sum(p.numel() for p in parameters)
     l1 = sum(float(p.double().abs().sum()) for p in parameters)
     l2 = math.sqrt(sum(float(p.double().square().sum()) for p in parameters))
@@ -153,16 +151,14 @@ def _whole(dataset: xr.Dataset, parameters: list[Tensor]) -> xr.Dataset:
         "density": (l1 / l2 / math.sqrt(size) if l2 else math.nan, "l1 / (l2 √size) of all parameters", "1"),
         "density_reference": (math.sqrt(2 / math.pi), "density of Gaussian parameters", "1"),
     }
-    for name, (value, long_name, units) in whole.items():
-        dataset[name] = ((), value if finite else math.nan, {"long_name": long_name, "units": units})
-    dataset["density"].attrs["smallest_change"] = 0.01
+    for name, (value, label, units) in whole.items():
+        change = 0.01 if name == "density" else None
+        rows.put(name, (), value if finite else math.nan, None, label, units=units, smallest_change=change)
     kinds = [[p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]]
-    rows = np.array([_entries(kind) for kind in kinds]).T
-    unit_of = ("weight", "squared weight", "weight")
-    for name, values, unit in zip(("mean", "variance", "median"), rows, unit_of, strict=True):
-        attrs = {"long_name": f"{name} of the entries", "units": unit, "nan": "the model has no parameter of this kind"}
-        dataset[name] = ("kind", values, attrs)
-    return dataset
+    entries, units_of = np.array([_entries(kind) for kind in kinds]).T, ("weight", "squared weight", "weight")
+    nothing = "the model has no parameter of this kind"
+    for name, values, units in zip(("mean", "variance", "median"), entries, units_of, strict=True):
+        rows.put(name, "kind", values, None, f"{name} of the entries", units=units, nan=nothing)
 
 
 def _entries(parameters: list[Tensor]) -> tuple[float, float, float]:

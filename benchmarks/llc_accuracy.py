@@ -2,9 +2,9 @@
 
     python benchmarks/llc_accuracy.py [CASES…] [--seeds 20] [--intervals 200] [--nets 30] [--json PATH]
 
-Cases: regression, intervals, reduced-rank, deep-linear, crossings, peers. Every estimate is calibrated unaided; regression
-and intervals are calibrated once, on another seed's data. Label noise is made orthogonal to the features where w* is
-built by hand, so that w* is a minimum of the empirical loss and λ̂ estimates λ and not λ − λ / log n.
+Cases: regression, intervals, reduced-rank, deep-linear, crossings, peers. Every estimate is calibrated unaided;
+regression and intervals are calibrated once, on another seed's data. Label noise is made orthogonal to the features
+where w* is built by hand, so that w* is a minimum of the empirical loss and λ̂ estimates λ and not λ − λ / log n.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python benchmarks/llc_cost.py [--device cpu|cuda] [--json PATH] [--large]
 
 Times are process CPU seconds of one thread on the CPU, synchronised wall seconds on CUDA: medians over rounds that take
-plain passes and chain steps in turn. The fixed cost of an estimate (one forward pass over the examples at w*)
-is taken out by comparing two lengths. `--large` adds Pythia-sized models on CUDA (bfloat16 model, float32 chains, random weights).
+plain passes and chain steps in turn. The fixed cost of an estimate (one forward pass over the examples at w*) is taken
+out by comparing two lengths. `--large` adds Pythia-sized models on CUDA (bfloat16 model, float32 chains, random
+weights).
 """
 
 from __future__ import annotations

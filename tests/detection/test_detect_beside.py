@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
+from detection_families import POSITIVES, STAGES, at_rest, grid, staged
 
 from devmon.analysis.detection.curve import Curve
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.plateaus import _stretches, prominence
 from devmon.analysis.detection.turns import Turn
 from devmon.analysis.series import Array
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from detection_families import POSITIVES, STAGES, at_rest, grid, staged
 
 STEPS = grid("log", 60)
 

@@ -242,6 +242,7 @@ def main(
     llc: OwnLLC | None = None,
 ) -> dict[str, Any]:
     """Train, measure, find, write; returns what results.json holds beside its checks."""
+    # train, watched; what is there already is not done again
     asked = watches(task(seed), steps, llc or OwnLLC(), estimates or log_spaced(20, steps, first=12))
     run = fit(
         out,
@@ -256,6 +257,7 @@ def main(
         settings={"widths": WIDTHS, "target": TARGET, "scale": SCALE, "learning_rate": LEARNING_RATE, "steps": steps},
         data=f"{8 * WIDTHS[0]} white inputs, targets without noise",
     )
+    # what is known about every rank, stair and jump, as tables
     ranks, changes, jumps = rows_of_ranks(run), changes_of(run), jumps_of(run)
     console.print(table("plateaus", list(ranks[0]), [list(row.values()) for row in ranks]))
     console.print(table("changes at steps", list(changes), zip(*changes.values(), strict=True)))
@@ -265,6 +267,7 @@ def main(
     console.print(table("jumps", ["series", "step", "extent", "size", "stairs inside"], rows))
     page = report(run, out / "report.html", figures=out / "figures")
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    # at rank 0 the law is known at this very nbeta
     nbeta = float(run["llc"].attrs["nbeta"])
     return {"ranks": ranks, "changes": changes, "jumps": jumps, "law": law_at_rank_zero(nbeta, GAMMA)}
 

@@ -274,6 +274,7 @@ def checks(results: Mapping[str, Any], form: str) -> list[Check]:
     best = float(np.mean(results["ridge_by_pair"]))
     above = min(m - r for m, r in zip(results["last_by_pair"], results["ridge_by_pair"], strict=True))
     emptiest = f"mean squared prediction at step {steps[prior]}, where it predicts 0"
+    # exact, or known at any length of training
     listed = [
         Check("error at the start", loss[0], 4.1, 4.7, "4.45"),
         Check(emptiest, results["from_zero"][prior], 0, 0.05, "0"),
@@ -282,6 +283,7 @@ def checks(results: Mapping[str, Any], form: str) -> list[Check]:
         Check("least distance above ridge regression at the end, of the pairs", above, -ABOVE[form]),
         Check("λ̂ at the end above λ̂ at the start, in errors", (last - first) / float(np.hypot(first_se, last_se)), 3),
     ]
+    # what a training of this length reaches
     if form == "fast":
         listed.append(Check("error at the end", loss[-1], best, zero - 0.6))
     elif form == "cpu":

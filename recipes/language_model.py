@@ -172,6 +172,7 @@ def watches(
         generator = torch.Generator().manual_seed(derive_seed(0, "probe", name))
         return mixture(text, count, generator, repeats=repeats, held_out=held_out, context=context)
 
+    # what is cheap often; chains seldom, and only from where there is a basin to sample
     plain = probe("text", 128, repeats=False)
     examples = probe("llc", 2048, repeats=repeats, held_out=False)
     chains = {"chains": 3, "draws": draws, "burn_in": max(1, 2 * draws // 3), "batch_size": 16}
@@ -184,6 +185,7 @@ def watches(
         Watch("probe", LinearProbe(plain, *previous_kinds(plain, text.alphabet)), often),
         Watch("llc", LLC(examples, nbeta=300, gamma=1000, lr=1e-4, **chains), seldom),
     ]
+    # the rest of the preset, without what is watched already
     if full:
         corpus = probe("corpus", 2048, repeats=False, held_out=False)
         more = presets.full(plain, vocab_size=vocab, last=steps, corpus=corpus)
@@ -254,6 +256,7 @@ def run(
 def main(
     out: Path, *, seed: int, steps: int, text: Path | None, repeats: bool, draws: int, full: bool, console: Console
 ) -> Trajectory:
+    # what it is trained on, said before minutes pass
     corpus = read_text(text)
     mixed = (
         f"Half of each batch of {BATCH} is text; the other half is random characters repeated with a random period, "
@@ -264,6 +267,7 @@ def main(
     console.print(
         f"text: {corpus.source}, {size:,} characters. {mixed if repeats else alone}", highlight=False, soft_wrap=True
     )
+    # the settings are kept in the run: another configuration in its folder is refused
     trajectory = fit(
         out,
         lambda: Training(corpus, seed=seed, repeats=repeats),

@@ -117,6 +117,7 @@ def study() -> tuple[torch.nn.Module, list[Watch]]:
 
 
 def main(out: Path, seed: int, console: Console) -> None:
+    # while training
     online = fit(
         out,
         Training,
@@ -140,6 +141,7 @@ def main(out: Path, seed: int, console: Console) -> None:
     hidden = with_weights(study()[0], path)[:2](digits()[0])  # type: ignore[index]
     by_hand = float((hidden.amax(0) <= 0).double().mean())
 
+    # the same rows, bit for bit
     first, second = online["dead_units"], offline.trajectory["dead_units"]
     rows, difference = second.sizes["step"], abs(first - second).to_dataarray()
     start, end = (float(first["dead"][step, 0]) for step in (0, -1))

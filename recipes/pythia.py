@@ -135,12 +135,14 @@ def stand_in(folder: Path, source: Path | None, *, last: int, count: int, seed: 
         raise DevmonError(f"{saved} holds another training ({done.read_text()}): give another --out")
     shutil.rmtree(saved, ignore_errors=True)
     saved.mkdir(parents=True)
+    # at most a million tokens, documents one after another
     encode = tokenizer_of(documents, saved)
     stream: list[int] = []
     for text in documents:
         stream += [*encode(text[:20_000], verbose=False)["input_ids"], encode.eos_token_id]
         if len(stream) > 1_000_000:
             break
+    # a checkpoint is the weights before the batch of its number; the last one comes after all batches
     model = model_of(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
@@ -220,10 +222,12 @@ def run(
     logging.disable_progress_bar()
     try:
         llc: tuple[str, ...] = SETTINGS
+        # the size of the study: `--fast` is a tenth of it
         length, held, last, count = 256, text, LAST, COUNT
         if fast:
             steps, llc_steps, last, count = "log:5", "log:1", LAST // 25, 8
             llc = (*SETTINGS[:4], "chains=2", "draws=10", "burn_in=0", "examples=64")
+        # the checkpoints, and the text that the probe data are made of
         if suite is None:
             length = CONTEXT
             held = stand_in(out, text, last=last, count=count, seed=seed, console=console)
@@ -245,6 +249,7 @@ def run(
             options=tuple(option or ()),
             threads=None if suite else 1,
         )
+        # measure, print what the docstring promises, report
         code = analysis(plan, llc_steps)
         trajectory = Trajectory(plan.into, "r")
         for name, value in shown(trajectory).items():

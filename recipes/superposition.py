@@ -188,6 +188,7 @@ def main(
     points: Sequence[str] = ("5", "5+", "6"),
 ) -> dict[str, Any]:
     """Train, measure, find, write; returns what results.json holds beside its checks."""
+    # one run a seed, all trained at once, each watched by a monitor of its own
     torch.set_num_threads(1)
     runs = {
         f"seed-{seed:02d}": Trajectory(
@@ -213,6 +214,7 @@ def main(
         "transitions": {name: transitions_of(run) for name, run in runs.items()},
         "crossings": predicted_crossings(),
     }
+    # figures, the report of the first seed that moves, tables
     _draw_losses(runs, out / "seeds.png")
     moved = [name for name, path in results["paths"].items() if len(path) > 1]
     for name in moved[:1]:

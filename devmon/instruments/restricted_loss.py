@@ -107,6 +107,7 @@ class RestrictedLoss(ByContent):
         key = self.frequencies or tuple((1 + np.flatnonzero(power >= self.threshold)).tolist())
         random = list(self._random([k for k in range(1, p // 2 + 1) if k not in key], len(key)))
 
+        # losses, and their thresholded twins
         rows = Rows(headline=["train_loss", "test_loss", "restricted_loss", "excluded_loss"])
         sums = (torch.arange(p)[:, None] + torch.arange(p)) % p
         for name, value in self._losses(logits, sums, by_sum, waves, key, random).items():
@@ -116,6 +117,7 @@ class RestrictedLoss(ByContent):
             share = float(right[mask].double().mean())
             rows.put(f"{name}_accuracy", (), share, None, f"share of right answers, {name}", units="share")
 
+        # the spectrum, for a reader who wants another set of key frequencies
         of_keys, nothing = np.isin(np.arange(1, p // 2 + 1), key), "logits that do not depend on the pair"
         label = "share of the logits' variance along a frequency"
         rows.put("power", "frequency", power, None, label, units="share", nan=nothing)
@@ -142,14 +144,17 @@ class RestrictedLoss(ByContent):
         p, trained, answers = len(sums), self.train, sums[self.train]
         mean = torch.from_numpy(by_sum.mean(0))
 
+        # what is left of a function of a + b on some frequencies
         def part(frequencies: Sequence[int]) -> Tensor:  # (sum, output)
             kept = np.zeros_like(waves)
             kept[list(frequencies)] = waves[list(frequencies)]
             return torch.from_numpy(np.fft.irfft(kept, n=p, axis=0))
 
-        def restricted(frequencies: Sequence[int]) -> float:  # every sum has as many pairs
+        # over all pairs by way of the sums: each sum has as many pairs
+        def restricted(frequencies: Sequence[int]) -> float:
             return float(F.cross_entropy(mean + part(frequencies), torch.arange(p)))
 
+        # over the trained pairs: a table of them answers without any frequency
         def excluded(frequencies: Sequence[int]) -> float:
             return float(F.cross_entropy(logits[trained] - part(frequencies)[answers], answers))
 

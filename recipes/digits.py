@@ -165,7 +165,7 @@ class Training(L.LightningModule):
 def watches(form: Form, kind: str) -> list[Watch]:
     train, held_out = digits()
     often = log_spaced(40, form.steps) | every(form.steps // 100)
-    chains = {"chains": 3, "draws": form.draws, "burn_in": form.draws // 2, "batch_size": 64}
+    chains: dict[str, Any] = {"chains": 3, "draws": form.draws, "burn_in": form.draws // 2, "batch_size": 64}
     sampled = LLC(train, expected_loss, nbeta=180.0, gamma=100.0, lr=3e-4, **chains)
     inside = presets.vision(*held_out, last=form.steps, count=30)
     loss = Watch("held_out", HeldOut(*held_out), often)

@@ -175,7 +175,7 @@ def watches(
     # what is cheap often; chains seldom, and only from where there is a basin to sample
     plain = probe("text", 128, repeats=False)
     examples = probe("llc", 2048, repeats=repeats, held_out=False)
-    chains = {"chains": 3, "draws": draws, "burn_in": max(1, 2 * draws // 3), "batch_size": 16}
+    chains: dict[str, Any] = {"chains": 3, "draws": draws, "burn_in": max(1, 2 * draws // 3), "batch_size": 16}
     chosen = [
         Watch("loss", ProbeLoss(plain), often),
         Watch("in_context", ProbeLoss(probe("in context", 128, repeats=True)), often),

@@ -143,7 +143,7 @@ class Polygon:
 def watches(data: Tensor, steps: int, *, estimates: int) -> list[Watch]:
     late = every(max(1, steps // estimates), start=max(1, steps // estimates), stop=steps)
     often = log_spaced(20, max(2, steps // estimates)) | late
-    chains = {"chains": 4, "draws": 120, "burn_in": 40, "batch_size": len(data), "steps_per_draw": 2}
+    chains: dict[str, Any] = {"chains": 4, "draws": 120, "burn_in": 40, "batch_size": len(data), "steps_per_draw": 2}
     llc = LLC(data, squared_error, nbeta=NBETA, gamma=GAMMA, lr=5e-3, sampler="baoab", **chains)
     return [
         Watch("loss", Polygon(), often),

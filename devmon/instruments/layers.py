@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,7 +180,7 @@ def _dataset(
         if part != "random":
             centre, se = share(sums @ layer, sums.sum(1))
             label, change = f"layer at the centre of what dropping {part} does", 0.25 if part == "layer" else None
-            about = {"units": "layers", "nan": NO_SIGNAL, "smallest_change": change}
+            about: dict[str, Any] = {"units": "layers", "nan": NO_SIGNAL, "smallest_change": change}
             rows.put(f"centre_{part}", (), float(centre), float(se), label, **about)
     rows.put("centre_uniform", (), (len(layer) - 1) / 2, None, "centre of equal layers", units="layers")
 

@@ -194,7 +194,7 @@ def _dataset(sums: dict[str, np.ndarray], effect: np.ndarray, places: int) -> xr
         "head_effect_unigram": ("direct effect on a random next token", None),
     }
     for i, (name, (label, change)) in enumerate(names.items()):
-        about = {"units": "logits", "smallest_change": change}
-        rows.put(name, ("layer", "head"), mean[..., i], se[..., i], label, **about)
+        value, error, dims = mean[..., i], se[..., i], ("layer", "head")
+        rows.put(name, dims, value, error, label, units="logits", smallest_change=change)
     depths, (layers, heads) = sums["kl"].shape[1], effect.shape[1:3]
     return rows.dataset(depth=np.arange(depths), layer=np.arange(layers), head=np.arange(heads))

@@ -221,8 +221,9 @@ def _fit(inputs: Array, label: NDArray[np.int64], start: Array, penalty: float) 
         value = -(log_softmax(scores, axis=1) * target).sum() + penalty / 2 * (flat @ flat)
         return float(value), (inputs.T @ (softmax(scores, axis=1) - target) + penalty * weights).ravel()
 
-    options = {"maxiter": 500, "ftol": 1e-12, "gtol": 1e-5}
-    least = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
+    least = minimize(
+        objective, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 500, "ftol": 1e-12, "gtol": 1e-5}
+    )
     return least.x.reshape(start.shape)
 
 

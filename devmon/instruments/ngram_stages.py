@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ class NgramStages(ByContent):
         if has_common:
             ratio, se = np.array([self._common(model, order) for order in orders]).T
             why, label = "there is no context for n = 1", "loss of held-out n-grams / loss of common n-grams"
-            about = {"units": "1", "smallest_change": 0.1, "nan": why, "error": "standard error"}
+            about: dict[str, Any] = {"units": "1", "smallest_change": 0.1, "nan": why, "error": "standard error"}
             rows.put("common_ratio", "order", ratio, se, label, **about)
         return rows.dataset(order=np.array(self.orders))
 

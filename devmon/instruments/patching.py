@@ -33,7 +33,7 @@ class _Kind(NamedTuple):
     dims: tuple[str, ...]
     what: str
 
-    def index(self, at: tuple[int, ...]) -> Index:
+    def entries(self, at: tuple[int, ...]) -> Index:
         """The entries of an activation of a layer, (batch, pos, …), that belong to the site."""
         if "pos" in self.dims:
             return slice(None), at[1]
@@ -236,18 +236,19 @@ class ActivationPatching(ByContent):
         effects = {name: np.full((len(runs.whole), *shape), np.nan) for name in SHARES}
         realism = {name: np.full(shape, np.nan) for name in REALISM}
         for at in chosen:
-            site, index, after = (kind.site, at[0]), kind.index(at), ("resid_post", at[0])
+            site, index, after = (kind.site, at[0]), kind.entries(at), ("resid_post", at[0])
+            every: Index = (slice(None), *at)
             own, other = runs.clean[site], runs.clean[site].roll(1, 0)  # of this prompt, and of the one before
 
             restored, state = self._run(anatomy, pairs.corrupt, site, index, own, after)
-            effects["restored"][(slice(None), *at)] = restored - runs.corrupt_end
+            effects["restored"][every] = restored - runs.corrupt_end
             realism["norm_ratio"][at], realism["quantile"][at] = runs.gauge(at[0], state)
 
             broken, _ = self._run(anatomy, pairs.clean, site, index, runs.corrupt[site], after)
-            effects["broken"][(slice(None), *at)] = runs.clean_end - broken
+            effects["broken"][every] = runs.clean_end - broken
 
             resampled, _ = self._run(anatomy, pairs.corrupt, site, index, other, after)
-            effects["restored_resample"][(slice(None), *at)] = resampled - runs.corrupt_end
+            effects["restored_resample"][every] = resampled - runs.corrupt_end
         return effects | realism
 
     def _shape(self, anatomy: Anatomy, kind: _Kind) -> tuple[int, ...]:

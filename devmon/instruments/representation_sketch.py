@@ -88,15 +88,16 @@ class Sketch(ByContent):
             sketches, spreads = zip(*(self._keep(states, "stream") for states in layers), strict=True)
             dims, sketch = ("layer", "item", "feature"), np.stack(sketches)
             rows.put("sketch", dims, sketch, None, "residual stream in random directions", units="activation")
-            rows.put("spread", "layer", *np.array(spreads).T, label, units="squared activation")
+            spread, error = np.array(spreads).T
+            rows.put("spread", "layer", spread, error, label, units="squared activation")
             coords |= {"layer": np.arange(len(sketch)), "feature": np.arange(sketch.shape[2])}
             halves["sketch"] = self._halves(layers[0].shape[1])
         if self.outputs:
             scores = self._logits(snapshot.model)
-            sketch, spread = self._keep(scores, "outputs")
+            sketch, (spread, error) = self._keep(scores, "outputs")
             text = "logits less their mean, in random directions"
             rows.put("outputs", ("item", "output"), sketch, None, text, units="nats")
-            rows.put("output_spread", (), *spread, label, units="squared nats")
+            rows.put("output_spread", (), spread, error, label, units="squared nats")
             coords["output"] = np.arange(sketch.shape[1])
             halves["outputs"] = self._halves(scores.shape[1])
         dataset = rows.dataset(**coords)

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.fabric import is_wrapped
 
-from devmon.callbacks.monitor import refuse_sharded
+from devmon.callbacks.network import refuse_sharded
 from devmon.monitoring.loop import LoopMonitor
 from devmon.monitoring.ranks import ALONE, Ranks
 from devmon.store.trajectory import Trajectory

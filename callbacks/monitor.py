@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,8 +13,8 @@ import lightning as L
 import torch
 import xarray as xr
 
+from devmon.callbacks.network import Model, network, refuse_sharded
 from devmon.errors import DevmonError, StoreError
-from devmon.instruments import LLC, InductionHeads, LinearProbe
 from devmon.live.background import LivePage
 from devmon.monitoring.budget import Budget
 from devmon.monitoring.densify import Densify
@@ -23,21 +23,7 @@ from devmon.monitoring.loop import resume
 from devmon.monitoring.observe import observe
 from devmon.monitoring.ranks import ALONE, Ranks
 from devmon.store.trajectory import Trajectory
-from devmon.watch import Watch, every, unique_names
-
-Model = str | Callable[[L.LightningModule], torch.nn.Module] | None
-SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy"}
-
-
-OPTIONS = {
-    "model",
-    "strict",
-    "log",
-    "max_overhead",
-    "densify",
-    "live",
-    "clock",
-}  # of Monitor, which its one-line forms hand on
+from devmon.watch import Watch, unique_names
 
 
 class Monitor(L.Callback):
@@ -218,71 +204,3 @@ class Monitor(L.Callback):
                 held = self.trajectory.steps(name) if name in self.trajectory else []
                 skipped[name] = sorted({*skipped.get(name, []), *steps} - set(held))
             self.trajectory.record(skipped=skipped)
-
-
-class LLCMonitor(Monitor):
-    """A `Monitor` with one watch, `llc`: `LLCMonitor("run.zarr", tokens, steps=every(500), nbeta=30, gamma=300, lr=1e-4)`.
-
-    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.LLC`.
-    """
-
-    def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, *args: Any, steps: Container[int] = every(500),
-                 **settings: Any) -> None:  # fmt: skip
-        options = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
-        super().__init__(trajectory, [Watch("llc", LLC(*args, **settings), steps)], **options)
-
-
-class InductionMonitor(Monitor):
-    """A `Monitor` with one watch, `induction`: `InductionMonitor("run.zarr", vocab_size=5000, steps=every(100))`.
-
-    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.InductionHeads`.
-    """
-
-    def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, *args: Any, steps: Container[int] = every(100),
-                 **settings: Any) -> None:  # fmt: skip
-        options = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
-        super().__init__(trajectory, [Watch("induction", InductionHeads(*args, **settings), steps)], **options)
-
-
-class RepresentationMonitor(Monitor):
-    """A `Monitor` with one watch, `probe`: `RepresentationMonitor("run.zarr", tokens, labels, steps=every(500))`.
-
-    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.LinearProbe`.
-    """
-
-    def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, *args: Any, steps: Container[int] = every(500),
-                 **settings: Any) -> None:  # fmt: skip
-        options = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
-        super().__init__(trajectory, [Watch("probe", LinearProbe(*args, **settings), steps)], **options)
-
-
-def refuse_sharded(strategy: object) -> None:
-    """Raise `DevmonError` for a strategy under which no rank holds the whole model."""
-    names = {kind.__name__ for kind in type(strategy).__mro__}
-    if names & SHARDED or ("DeepSpeedStrategy" in names and getattr(strategy, "zero_stage_3", False)):
-        raise DevmonError(
-            f"{type(strategy).__name__} shards the weights over the ranks, and Monitor needs all of them on one: save "
-            "whole checkpoints (CheckpointSeries, with the strategy set to a full state dict) and measure those "
-            "afterwards with devmon.observe, or train with strategy='ddp'"
-        )
-
-
-def network(pl_module: L.LightningModule, model: Model = None) -> torch.nn.Module:
-    """The module that instruments see (the argument `model` of `Monitor`)."""
-    if callable(model):
-        return model(pl_module)
-    if isinstance(model, str):
-        try:
-            return pl_module.get_submodule(model)
-        except AttributeError:
-            names = ", ".join(name for name, _ in pl_module.named_children())
-            raise DevmonError(f"{type(pl_module).__name__} has no submodule {model!r}; it has {names}") from None
-    if type(pl_module).forward is not L.LightningModule.forward:
-        return pl_module
-    children = [child for child in pl_module.children() if next(child.parameters(), None) is not None]
-    if len(children) == 1:
-        return children[0]
-    raise DevmonError(
-        f"{type(pl_module).__name__} defines no forward and has {len(children)} submodules with parameters: tell which "
-        "one to measure, as in Monitor(..., model='net')"
-    )

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from devmon.checkpoints.folder import checkpoints
 from devmon.checkpoints.weights import fitting, load
 from devmon.errors import DataError
 from devmon.instruments import LLC
@@ -80,8 +81,6 @@ def _called(source: str, or_value: bool = False) -> Any:
 def checkpoint_series(folder: str | os.PathLike[str]) -> dict[int, Path]:
     """Step to file, in order, of a folder of checkpoints (see `devmon.callbacks.CheckpointSeries`) or of the run's
     folder in which `checkpoints/` lies."""
-    from devmon.callbacks.checkpoint_series import checkpoints
-
     files = checkpoints(folder) or checkpoints(Path(folder) / "checkpoints")
     if not files:
         raise DataError(
@@ -128,7 +127,7 @@ def _network(model: nn.Module, part: Any = None) -> nn.Module:
     """The part of a LightningModule that a `Monitor` would measure; another module stands for itself."""
     if "lightning" not in sys.modules:  # then it is none, and an import of seconds is spared
         return model
-    from devmon.callbacks.monitor import network
+    from devmon.callbacks.network import network
 
     return network(cast(Any, model), part)
 

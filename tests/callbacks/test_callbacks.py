@@ -156,7 +156,7 @@ def test_the_measured_module_is_found_or_asked_for(tmp_path: Path) -> None:
 
         forward = L.LightningModule.forward
 
-    from devmon.callbacks.monitor import network
+    from devmon.callbacks.network import network
 
     module = Two()
     with pytest.raises(DevmonError, match=r"has 2 submodules.*Monitor\(\.\.\., model='net'\)"):

@@ -1,4 +1,4 @@
-"""Add them to a trainer of Lightning or of transformers, or to a loop of Fabric, and the run is measured while it trains."""
+"""Monitors for the trainers of Lightning and transformers and for loops of Fabric, and checkpoints by step."""
 
 from typing import TYPE_CHECKING, Any
 

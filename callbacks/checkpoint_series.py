@@ -58,14 +58,14 @@ class CheckpointSeries(L.Callback):
         if step == self._seen:
             return
         self._seen = step
+        if step not in self.steps and not _alarmed(trainer, step):
+            return
         path = self.folder / f"step-{step:08d}.ckpt"
-        if (step in self.steps or _alarmed(trainer, step)) and not trainer.strategy.broadcast(
-            path.exists()
-        ):  # rank 0's answer: all save, or none
+        if not trainer.strategy.broadcast(path.exists()):  # rank 0's answer: all save, or none
             trainer.save_checkpoint(path)
 
 
 def _alarmed(trainer: L.Trainer, step: int) -> bool:
     """Whether an alarm of one of the trainer's monitors makes `step` due."""
-    found = (getattr(callback, "densify", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return any(isinstance(one, Densify) and one.wants(step) for one in found)
+    companions = (getattr(callback, "densify", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(companion, Densify) and companion.wants(step) for companion in companions)

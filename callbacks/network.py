@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from devmon.errors import DevmonError
+from devmon.monitoring.loop import part
 
 Model = str | Callable[[L.LightningModule], torch.nn.Module] | None
 SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy"}
@@ -26,14 +27,8 @@ def refuse_sharded(strategy: object) -> None:
 
 def network(pl_module: L.LightningModule, model: Model = None) -> torch.nn.Module:
     """The module that instruments see (the argument `model` of `Monitor`)."""
-    if callable(model):
-        return model(pl_module)
-    if isinstance(model, str):
-        try:
-            return pl_module.get_submodule(model)
-        except AttributeError:
-            names = ", ".join(name for name, _ in pl_module.named_children())
-            raise DevmonError(f"{type(pl_module).__name__} has no submodule {model!r}; it has {names}") from None
+    if model is not None:
+        return part(pl_module, model)
     if type(pl_module).forward is not L.LightningModule.forward:
         return pl_module
     children = [child for child in pl_module.children() if next(child.parameters(), None) is not None]

@@ -20,7 +20,7 @@ from devmon.monitoring.failures import Failures
 from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.mirror import Mirror
 from devmon.monitoring.observe import observe
-from devmon.monitoring.page import PageUpdates
+from devmon.monitoring.page_updates import PageUpdates
 from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.snapshot import weights_digest
 from devmon.store.trajectory import Trajectory

@@ -73,7 +73,9 @@ MORE: dict[str, Any] = {
             gpt2,
         )
     ],
-    "LLC": lambda x: [(LLC(x, draws=5, chains=2, gamma=1.0, batch_size=4), gpt2)],
+    "LLC": lambda x: [
+        (LLC(x, draws=5, chains=2, gamma=1.0, batch_size=3, control_variate=True, examples=2, acceptance=True), gpt2)
+    ],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "FourierSpectrum": lambda x: [(FourierSpectrum(P, ("embed.weight",)), adder)],
     "Sketch": lambda x: [(Sketch(x, outputs=True), gpt2)],

@@ -269,5 +269,5 @@ def test_a_part_of_the_vocabulary_spares_rows_and_changes_nothing(monkeypatch: p
         attention.c_proj.weight[:8] = attention.c_attn.weight[:, 64:72].T
     whole = measure(model)
     assert 0 < float(whole["copy_rate"][0, 0]) < 1
-    monkeypatch.setattr("devmon.instruments.head_spectra.PART", 3)
+    monkeypatch.setattr("devmon.instruments.head_spectra.RIVALS", 3)
     xr.testing.assert_identical(measure(model), whole)

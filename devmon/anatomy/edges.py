@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from devmon.anatomy.anatomy import Anatomy, Site, Write
+from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.forward import forward, logits
 from devmon.anatomy.layout import Layout
+from devmon.anatomy.sites import Site, Write
 from devmon.errors import InstrumentError
 
 Group = tuple[int, str]  # layer and "q", "k", "v", "mlp" or "logits": receivers that are built together

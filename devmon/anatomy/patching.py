@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devmon.anatomy.anatomy import Anatomy, Reads, Site, Write
+from devmon.anatomy.anatomy import Anatomy
+from devmon.anatomy.sites import Reads, Site, Write
 from devmon.errors import InstrumentError
 
 Index = tuple[Any, ...]  # of a site's tensor (batch, pos, …)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devmon.anatomy.anatomy import Anatomy, Reads, Site
+from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.forward import next_token
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.residual import find_blocks, residual_stream
+from devmon.anatomy.sites import Reads, Site
 from devmon.data.probe import minibatches
 from devmon.snapshot import Snapshot
 

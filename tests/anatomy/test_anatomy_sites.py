@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from devmon.anatomy import Anatomy, FrozenNorm, Layout, residual_stream
-from devmon.anatomy.anatomy import SITES
+from devmon.anatomy.sites import SITES
 from devmon.errors import InstrumentError
 from devmon.recipes.language_model import AttentionOnly
 from devmon.testing import induction

@@ -1,4 +1,4 @@
-"""How to read, and write, the inside of a model: sites by name, weights by head, attention patterns, residual stream."""
+"""How to read and write the inside of a model: sites by name, weights by head, attention patterns, residual stream."""
 
 from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.attention import attention_patterns, stack_heads

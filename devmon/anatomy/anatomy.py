@@ -17,6 +17,9 @@ from devmon.anatomy.sites import ENDS, SITES, Reads, Site, Write
 from devmon.anatomy.taps import Taps
 from devmon.errors import InstrumentError
 
+GUESS_TOKENS = 8  # a layout that was guessed is tried on the first tokens of the vocabulary, one sequence of so many
+GUESS_ERROR = 1e-2  # of the largest logit: bfloat16 rounds to 4e-3, another norm or multiplier is off by tenths
+
 
 class Anatomy(Parts):
     """Where things are in one model, and their reading and writing.
@@ -44,9 +47,9 @@ class Anatomy(Parts):
     def __init__(self, model: nn.Module, layout: Layout | None = None, who: str = "Anatomy") -> None:
         super().__init__(model, layout, who)
         if self.guessed and self.layout.embed:
-            self._check()
+            self._refuse_wrong_guess()
 
-    # -- activations --
+    # -- activations -------------------------------------------------------------------------------------------------
 
     @contextmanager
     def tapped(
@@ -59,23 +62,16 @@ class Anatomy(Parts):
         site does not exist, or was not reached by a forward pass that ended well: hooks that do not fire (a compiled
         module, a part the model skips) would otherwise go unseen.
         """
-        writes = {one: value for site, value in (write or {}).items() for one in self.expand(site)}
-        wanted = {one for site in read for one in self.expand(site)}
+        writes = {at: value for site, value in (write or {}).items() for at in self.expand(site)}
+        wanted = {at for site in read for at in self.expand(site)}
         taps = Taps(self, wanted, writes, grad)
         with ExitStack() as stack:
             for handle in taps.attach():
                 stack.callback(handle.remove)
-            if any(site == "pattern" for site, _ in wanted | set(writes)):
+            if any(name == "pattern" for name, _ in wanted | set(writes)):
                 stack.enter_context(Patterns.of(self.model, taps.pattern))
             yield taps.reads
-        missing = sorted((wanted | set(writes)) - taps.fired, key=str)
-        if missing:
-            name, layer = missing[0]
-            raise InstrumentError(
-                f"{self.who}: nothing was seen at {name!r} of layer {layer} of {type(self.model).__name__}: the forward "
-                f"pass does not run {self._path_of(name)!r} as a module of its own, or not eagerly; declare another "
-                "`anatomy = Layout(...)`"
-            )
+        taps.refuse_missing()
 
     def run(
         self,
@@ -89,47 +85,37 @@ class Anatomy(Parts):
         what was read."""
         with self.tapped(read, write, grad=grad) as reads:
             output = forward(self.model, inputs, self.who, grad=grad)
-        if self._has_logits:
+        if self.has_logits:
             return logits(self.model, inputs, self.who, output=output), reads
         return next(iter(output.values())) if isinstance(output, Mapping) else output, reads
 
     def rebuild(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """The logits, or the final stream of a model without direct ones, and the same put together from the parts:
-        embedding, heads times `W_O`, neurons times `W_out`, norms, unembedding. If the layout is right the two are equal
-        up to rounding."""
+        embedding, heads times `W_O`, neurons times `W_out`, norms, unembedding. If the layout is right the two are
+        equal up to rounding."""
+        # The parts are taken from one pass, layer by layer, so that an error in one layer shows as that and not as its
+        # consequences further up.
         sites = ["z", "neurons"] if self.layout.neurons else ["z"]
         last = ("resid_post", self.layers - 1)
         output, reads = self.run(inputs, [("resid_pre", 0), last, *sites])
-        direct = self._has_logits and self.layout.direct
         stream = reads["resid_pre", 0]
         with torch.no_grad():
             for layer in range(self.layers):
                 added = torch.einsum("bphe,hed->bpd", reads["z", layer], self.W_O(layer)) + self.bias(layer, "out")
-                stream = self._end(layer, self.layout.attention_end, stream, added)
+                stream = self._add(layer, "attention_end", stream, added)
                 if self.layout.neurons:
                     added = reads["neurons", layer] @ self.W_out(layer) + self.bias(layer, "neurons")
-                    stream = self._end(layer, self.layout.mlp_end, stream, added)
-            if not direct:
+                    stream = self._add(layer, "mlp_end", stream, added)
+
+            # Where more layers stand between the stream and the logits (BERT), the stream itself is compared.
+            if not (self.has_logits and self.layout.direct):
                 return reads[last], stream
             unembedded = self.final_norm(stream) @ self.W_U
             bias = getattr(self.unembedding, "bias", None)
             return output, self.capped(unembedded if bias is None else unembedded + bias)
 
-    # -- inside --
-
-    def _check(self) -> None:
-        """Names alone do not tell how the parts are put together (multipliers, other norms): a guess is tried."""
-        output, rebuilt = self.rebuild(torch.arange(min(8, len(self.W_E)))[None])
-        error = float((output - rebuilt).abs().max() / output.abs().max().clamp(min=1e-30))
-        if not error < 1e-2:
-            raise InstrumentError(
-                f"{self.who}: the parts of {type(self.model).__name__} have known names, but put together they do not "
-                f"give its logits (off by {error:.0%}): say how they are, anatomy = Layout(...) (devmon.anatomy.Layout), "
-                "if it is a sum of what heads and MLPs write"
-            )
-
     def expand(self, site: Site) -> list[tuple[str, int]]:
-        """The site layer by layer: "z" is [("z", 0), ("z", 1), …]. Raises InstrumentError for one that does not exist."""
+        """The site layer by layer: "z" is [("z", 0), ("z", 1), …]. Raises InstrumentError where it does not exist."""
         name, layers = (site, range(self.layers)) if isinstance(site, str) else (site[0], [site[1]])
         if name in ENDS:
             return [(name, 0)]
@@ -146,8 +132,22 @@ class Anatomy(Parts):
             )
         return [(name, layer % self.layers) for layer in layers]
 
-    def _path_of(self, name: str) -> str:
-        fields = {"q": "query", "k": "key", "v": "value", "z": "out", "attn_out": "out", "mlp_out": "neurons"}
-        if name in ("q", "k", "v") and self.layout.qkv:
-            return self.layout.qkv
-        return getattr(self.layout, fields.get(name, name), "") or self.layout.blocks
+    # -- private -----------------------------------------------------------------------------------------------------
+
+    def _refuse_wrong_guess(self) -> None:
+        """Names alone do not tell how the parts are put together (multipliers, other norms): a guess is tried."""
+        output, rebuilt = self.rebuild(torch.arange(min(GUESS_TOKENS, len(self.W_E)))[None])
+        error = float((output - rebuilt).abs().max() / output.abs().max().clamp(min=1e-30))
+        if not error < GUESS_ERROR:  # NaN is no fit
+            raise InstrumentError(
+                f"{self.who}: the parts of {type(self.model).__name__} have known names, but put together they do not "
+                f"give its logits (off by {error:.0%}): say how they are, anatomy = Layout(...) (devmon.anatomy.Layout)"
+                ", if it is a sum of what heads and MLPs write"
+            )
+
+    def _add(self, layer: int, end: str, stream: Tensor, added: Tensor) -> Tensor:
+        """The stream after an addition, with the norm or scale that stands before or after it."""
+        module = self.optional(layer, end)
+        if module is None:
+            return stream + added
+        return module(stream + added) if self.layout.post_norm else stream + module(added)

@@ -9,7 +9,12 @@ from devmon.errors import InstrumentError
 
 
 def find(model: nn.Module, layout: Layout | None, who: str) -> tuple[Layout, nn.Module, bool]:
-    """The layout that fits, the module that holds the blocks' list, and whether only names speak for it."""
+    """The layout that fits, the module that holds the blocks' list, and whether only names speak for it.
+
+    Raises InstrumentError where a declared layout names what is not there, or no known layout fits.
+    """
+    # 1. A declaration, the caller's or the first that a module makes of itself. Where it does not fit, nothing else is
+    # tried: it was meant, so what it lacks is told.
     if layout is None:
         own = next((m for m in model.modules() if isinstance(getattr(m, "anatomy", None), Layout)), None)
         layout = None if own is None else own.anatomy  # type: ignore[assignment]
@@ -20,13 +25,18 @@ def find(model: nn.Module, layout: Layout | None, who: str) -> tuple[Layout, nn.
         where = next((m for m in model.modules() if not _lacks_blocks(m, layout)), model)
         raise InstrumentError(
             f"{who}: the layout of {type(model).__name__} names {_lacks(where, layout)!r}, which "
-            f"{type(where).__name__} does not have"
+            f"{type(where).__name__} does not have: correct that path"
         )
+
+    # 2. The family of transformers that a module says it belongs to; modules inside may have a config of their own.
     for module in model.modules():
         kind = getattr(getattr(module, "config", None), "model_type", None)
         for known in [LAYOUTS[kind]] if kind in LAYOUTS else []:
             if not _lacks(module, known):
                 return known, module, False
+
+    # 3. Any layout whose paths all exist, that with the most paths first. Names do not say how the parts are put
+    # together, so this is a guess, and `Anatomy` tries it.
     fitting = {known: m for known in LAYOUTS.values() for m in model.modules() if not _lacks(m, known)}
     if fitting:
         best = max(fitting, key=lambda known: len(known.in_block))
@@ -40,6 +50,7 @@ def find(model: nn.Module, layout: Layout | None, who: str) -> tuple[Layout, nn.
 
 
 def _lacks_blocks(module: nn.Module, layout: Layout) -> str:
+    """The path of the list of blocks where the module lacks it, "" else."""
     try:
         blocks = module.get_submodule(layout.blocks)
     except AttributeError:

@@ -38,7 +38,7 @@ class FrozenNorm:
             self.centres = bool(once.abs().max() <= ROUNDING * (1 + bias.abs().max()))
             self.normalises = self.centres or bool((twice - once).abs().max() <= ROUNDING * once.abs().max())
 
-            # The gain of a scale is its answer; of a norm, its answer to a vector that taking off the mean leaves be.
+            # The gain of a scale is its answer to ones; of a norm, its answer to a vector whose mean is zero already.
             gain = once / LARGE
             if self.normalises:
                 alternating = LARGE * (1 - 2 * (torch.arange(size, device=like.device) % 2)) * ones

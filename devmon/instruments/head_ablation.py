@@ -14,7 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, activations, next_token
-from devmon.anatomy.anatomy import Site, Write
+from devmon.anatomy.sites import Site, Write
 from devmon.cost import Cost
 from devmon.data import ByContent, RepeatProbe, clustered_mean, minibatches, probe_tokens
 from devmon.data.repeats import OnRepeats

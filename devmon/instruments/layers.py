@@ -13,7 +13,7 @@ from torch import Tensor
 
 from devmon.analysis.derive.representation import similarity
 from devmon.anatomy import Anatomy, Layout, activations, next_token
-from devmon.anatomy.anatomy import Site, Write
+from devmon.anatomy.sites import Site, Write
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
 from devmon.data.rows import Rows

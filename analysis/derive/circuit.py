@@ -12,8 +12,8 @@ from devmon.errors import DataError
 def circuit_overlap(dataset: xr.Dataset, k: int | None = None, edges: int | None = None) -> xr.Dataset:
     """Jaccard overlap |A ∩ B| / |A ∪ B| of the `k` highest-ranked edges at each two steps.
 
-    `dataset` is what `devmon.instruments.Circuit` stores: `edge_id` (step, edge) in order of rank, -1 where there are no
-    more; `k` is at most the number stored (default: all of them), `edges` the number of edges of the graph (default:
+    `dataset` is what `devmon.instruments.Circuit` stores: `edge_id` (step, edge) in order of rank, -1 where there are
+    no more; `k` is at most the number stored (default: all of them), `edges` the number of edges of the graph (default:
     what the attrs say). Returns over step and other_step
     jaccard: 1 for the same set, whatever the order; to_last(step): with the last step; to_next(step): with the step
     after, NaN at the last; chance: the expected overlap of two random sets of this size, the null (NaN where the number

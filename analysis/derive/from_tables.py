@@ -35,10 +35,10 @@ def series_of_table(table: pd.DataFrame, *, step: str = STEP) -> list[Series]:
         raise DataError(
             f"a table needs a column of steps named {step!r}, got {', '.join(columns) or 'none'}: rename it"
         )
-    found = _long(table, step) if "value" in columns else _wide(table, step)
-    if not found:
+    series = _long(table, step) if "value" in columns else _wide(table, step)
+    if not series:
         raise DataError(f"the table holds no numbers beside {step!r}; its columns are {', '.join(columns)}")
-    return found
+    return series
 
 
 def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -83,7 +83,7 @@ def _long(table: pd.DataFrame, step: str) -> list[Series]:
     groups: list[tuple[Any, pd.DataFrame]] = (
         list(table.groupby(keys, sort=False, dropna=False)) if keys else [(("value",), table)]
     )
-    found = []
+    series = []
     for key, rows in groups:
         se = numbers(rows, "se") if "se" in rows.columns and rows["se"].notna().any() else None
         rejected = None
@@ -92,7 +92,7 @@ def _long(table: pd.DataFrame, step: str) -> list[Series]:
             rejected = (~verdicts.isin(["ok", ""])).to_numpy() if (verdicts != "").any() else None
         units = str(rows["units"].iloc[0]) if "units" in rows.columns and rows["units"].notna().any() else ""
         name = "/".join(map(str, key))
-        found.append(
+        series.append(
             Series(name, numbers(rows, step), numbers(rows, "value"), se, "" if units == "1" else units, rejected)
         )
-    return found
+    return series

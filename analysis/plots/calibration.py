@@ -99,8 +99,8 @@ def _trials(ax: Axes, table: dict[str, np.ndarray], lines: Sequence[np.ndarray],
             ax.plot(
                 table[along][i], at[i], mec=look["color"], mew=1.4, clip_on=False, zorder=5, transform=aside, **hollow
             )
-            told = f"rejected, {verdicts[i]}"
-            handles[told] = Line2D([], [], mec="#555555", label=told, **hollow)
+            label = f"rejected, {verdicts[i]}"
+            handles[label] = Line2D([], [], mec="#555555", label=label, **hollow)
     tried = np.array([table[along][i] for line in lines for i in line] + [attrs[along]] * (along in attrs), dtype=float)
     if along in attrs:
         ax.axvline(attrs[along], color="#333333", lw=1, ls=":", zorder=1)

@@ -112,8 +112,8 @@ def plot_pairs(dataset: xr.Dataset, *, most: int = 20, ax: Axes | None = None) -
     chosen = [int(i) for i in np.argsort(-height, kind="stable")[:most] if np.isfinite(height[i])]
     where = np.unravel_index(chosen, [dataset.sizes[d] for d in dims])
     names = [dataset[d].values[i] if d in dataset.coords else i for d, i in zip(dims, where, strict=True)]
-    told = ["{} L{}H{} from L{}H{}".format(*name) for name in zip(*names, strict=True)]
-    data = xr.Dataset({"excess": flat.isel(pair=chosen).assign_coords(pair=told)})
+    labels = ["{} L{}H{} from L{}H{}".format(*name) for name in zip(*names, strict=True)]
+    data = xr.Dataset({"excess": flat.isel(pair=chosen).assign_coords(pair=labels)})
     data["excess"].attrs |= {"long_name": "composition score above its null", "units": "1"}
     fig, ax = plot_heads(data, "excess", ax=ax)
     ax.set_title(f"Composition above its null, the {len(chosen)} pairs of heads that rise highest")

@@ -15,7 +15,7 @@ from devmon.analysis.plots.style import axes_on, draw_legend, draw_note, step_nu
 
 @styled
 def plot_essential(dynamics: xr.Dataset, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """The smoothed path of `essential_dynamics` in its first two components, coloured by checkpoint, from ring to square.
+    """The smoothed path of `essential_dynamics` in its first two components, by checkpoint, from ring to square.
 
     Dots are the components before smoothing. Stars are cusps, turns that no random walk makes; their absence is told.
     """

@@ -163,7 +163,7 @@ def _rejected(ax: Axes, steps: np.ndarray, values: np.ndarray, mask: np.ndarray,
 
 
 def draw_strips(ax: Axes, events: Sequence[Event]) -> list[Any]:
-    """Each event's interval shaded with a line at its estimate; what lasts (a plateau, a bump) has a bar over its span."""
+    """Each event's interval shaded, with a line at its estimate; what lasts (plateau, bump) has a bar over its span."""
     handles: dict[str, Any] = {}
     for event in events:
         colour = EVENT_COLOURS.get(event.kind, "#555555")

@@ -169,7 +169,7 @@ def choose_order(y: Array, most: int, *, restarts: int = 8, seed: int = 0) -> tu
 
 
 def in_order(chain: hmm.Chain, paths: Path, steps: Array) -> tuple[hmm.Chain, Path]:
-    """A model and its paths with the states numbered by the median, over the runs that visit them, of their first step."""
+    """A model and its paths, states numbered by the median, over the runs that visit them, of their first step."""
     order = np.argsort([_entry(paths, steps, k) for k in range(len(chain.start))], kind="stable")
     return chain.ordered(order), np.argsort(order)[paths]
 
@@ -181,19 +181,19 @@ def _fewest(orders: Sequence[Order]) -> int:
 
 def _cube(runs: Mapping[str, Sequence[Series]], series: Sequence[str]) -> tuple[Array, Array]:
     """Steps (T,) that all series of all runs share, and the values (R, T, D) there, NaN where missing or rejected."""
-    found: list[list[dict[float, float]]] = []
+    measured: list[list[dict[float, float]]] = []
     for run, members in runs.items():
-        by_name = {one.name: one for one in members}
+        by_name = {each.name: each for each in members}
         missing = [name for name in series if name not in by_name]
         if missing:
             raise DataError(f"run {run!r} has no series {', '.join(missing)}; it has {', '.join(by_name) or 'none'}")
-        found.append([_points(by_name[name]) for name in series])
-    shared = sorted(set.intersection(*(set(points) for row in found for points in row)))
+        measured.append([_points(by_name[name]) for name in series])
+    shared = sorted(set.intersection(*(set(points) for row in measured for points in row)))
     if len(shared) < 8:
         raise DataError(
             f"a map needs at least 8 steps that all series of all runs share, got {len(shared)}: measure them alike"
         )
-    values = np.array([[[points[step] for points in row] for step in shared] for row in found])
+    values = np.array([[[points[step] for points in row] for step in shared] for row in measured])
     return np.array(shared), values
 
 
@@ -233,11 +233,11 @@ def _edges(paths: Mapping[str, Path]) -> tuple[Edge, ...]:
         run: Counter((int(a), int(b)) for a, b in zip(path[:-1], path[1:], strict=True) if a != b)
         for run, path in paths.items()
     }
-    found = []
+    edges = []
     for a, b in sorted({edge for counts in taken.values() for edge in counts}):
         runs = tuple(run for run, counts in taken.items() if counts[a, b])
         test = binomtest(len(runs), len(paths))
         ci = test.proportion_ci(0.90, method="exact")
         times = sum(counts[a, b] for counts in taken.values())
-        found.append(Edge(a, b, runs, len(runs) / len(paths), (float(ci.low), float(ci.high)), times))
-    return tuple(found)
+        edges.append(Edge(a, b, runs, len(runs) / len(paths), (float(ci.low), float(ci.high)), times))
+    return tuple(edges)

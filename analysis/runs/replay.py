@@ -93,23 +93,23 @@ def replay(
     detector = Detector() if detector is None else detector
     table = _rows(read(path, allow_pickle=allow_pickle), where or {})
     fits, ends, rows = {}, {}, []
-    for name, one in _by_seed(table, seed):
-        steps, values, se = _columns(one, step, value, error, name)
+    for name, rows_of_seed in _by_seed(table, seed):
+        steps, values, se = _columns(rows_of_seed, step, value, error, name)
         fits[name] = detector.fit(steps, values, se, name=name)
         ends[name] = float(steps[0]), float(steps[-1])
         rows += _compare(name, fits[name].events(), bounds, tolerance)
-    found = pd.DataFrame(
+    compared = pd.DataFrame(
         rows, columns=["seed", "boundary", "found", "kind", "step", "low", "high", "p_value", "off", "inside"]
     )
-    hits, of = int(found["found"].sum()), len(bounds) * len(fits)
-    further = int(found["boundary"].isna().sum())
+    hits, of = int(compared["found"].sum()), len(bounds) * len(fits)
+    further = int(compared["boundary"].isna().sum())
     expected, p = _by_chance(fits, ends, bounds, tolerance)
     columns = {"step": step, "value": value, "seed": seed, "error": error}
     provenance = {
         "file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "columns": columns,
         "where": dict(where or {}), "tolerance": tolerance, "detector": asdict(detector), "devmon": version("devmon"),
     }  # fmt: skip
-    return Replay(fits, found, hits, of, further, expected, p, provenance)
+    return Replay(fits, compared, hits, of, further, expected, p, provenance)
 
 
 def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> pd.DataFrame:
@@ -118,8 +118,8 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> pd.Data
         return read_table(path)
     if not allow_pickle:
         raise DataError(
-            f"{path} is a pickle, and unpickling runs code that the file holds: allow it (allow_pickle=True, --allow-pickle) "
-            "if you trust the file, or save it as CSV"
+            f"{path} is a pickle, and unpickling runs code that the file holds: allow it (allow_pickle=True, "
+            "--allow-pickle) if you trust the file, or save it as CSV"
         )
     if not Path(path).is_file():
         raise DataError(f"no file {path}")
@@ -172,8 +172,8 @@ def _columns(
     if len(twice):
         which = f"seed {name}" if name else "the table"
         raise DataError(
-            f"{which} has more than one row for step {steps[order][twice[0]]:g}: name the column that tells them apart as "
-            "seed, or choose rows with where"
+            f"{which} has more than one row for step {steps[order][twice[0]]:g}: name the column that tells them apart "
+            "as seed, or choose rows with where"
         )
     se = None if error is None else numbers(table, error, "standard errors")[order]
     return steps[order], numbers(table, value, "values")[order], se

@@ -1,4 +1,4 @@
-"""Plateaus and bumps beside jumps and turns: each has a mark, a word and a legend entry; what a page draws and leaves out."""
+"""Plateaus and bumps beside jumps and turns have a mark, a word, a legend entry; what a page draws and leaves out."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from devmon.analysis import plots
+from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.plots.style import EVENT_COLOURS, EVENT_LINES, EVENT_MARKS, brief, outline
 from devmon.analysis.reports.content import Figure, Text
+from devmon.analysis.reports.findings import Findings, examine
 from devmon.analysis.reports.glossary import GLOSSARY
 from devmon.analysis.reports.svg import compact
 from devmon.analysis.reports.tables import transitions_table
+from devmon.analysis.reports.watches import panels_each
 from devmon.analysis.series import Series
 from devmon.analysis.table import Table
 from devmon.analysis.transitions.stages import transitions
-from tests.reports.test_report import jump, told
-from tests.reports.test_report_forms import content, figures
+from tests.support.reports import content, detection, figures, jump, told
 from tests.support.synthetic import STEPS, Run, traces, watch
+
+
+def examine_quiet(run: Run) -> Findings:
+    return examine(run, detection=detection(outcomes={series.name: "NO EVENT" for series in series_of(run)}))
+
 
 KINDS = ("jump", "turn", "plateau", "bump")
 
@@ -157,11 +164,21 @@ def test_a_page_draws_a_bounded_number_of_panels_and_says_what_it_left_out() -> 
     )
     made = content(run, jump("w0/v19", 15), jump("w19/v7", 15))
     drawn = [line for figure in figures(made).values() for panel in figure.panels for line in panel.lines]
-    assert len(drawn) == 6 + 72  # the overview, and the page's room for series
-    assert "w0/v19" in drawn[6:]  # one with an event goes before the others
+    assert len(drawn) == 6 + 20 * 3  # the overview, and for each watch its share of the page's 72
+    assert {"w0/v19", "w19/v7"} < set(drawn[6:])  # those with an event go before the others, in the last watch too
     notes = [b.text for s in made.sections for b in s.blocks if isinstance(b, Text) and b.look == "note"]
-    assert "8 of 20 series of w0 are not drawn here: choose them under Any series." in notes
+    assert {f"17 of 20 series of w{i} are not drawn here: choose them under Any series." for i in range(20)} <= set(
+        notes
+    )
     assert len(made.series) == 400  # their numbers are there
+
+
+def test_a_watch_of_few_series_leaves_its_room_to_the_others() -> None:
+    few = {f"w{i}": watch(np.arange(30), {"x": np.arange(30.0)}, None, "Mine") for i in range(48)}
+    many = watch(np.arange(30), {f"v{k}": np.arange(30.0) for k in range(20)}, None, "Mine")
+    assert panels_each(examine_quiet(Run(few | {"large": many}))) == 12  # 48 + 12 fit
+    assert panels_each(examine_quiet(Run(few | {"a": many, "b": many, "c": many}))) == 8  # 48 + 3 * 8
+    assert panels_each(examine_quiet(Run({f"u{i}": many for i in range(100)}))) == 1
 
 
 # ---- the shape of the library ----

@@ -92,11 +92,12 @@ class Browser:
         from selenium.webdriver import ActionChains
 
         svg = self.find(f"{figure} svg")
-        self.run("scrollBy(0, arguments[0].getScreenCTM().d * arguments[1] + arguments[0].getScreenCTM().f - innerHeight / 2)",
-                 svg, places[0][1])  # fmt: skip
-        where = self.run(
-            "const m = arguments[0].getScreenCTM(); return arguments[1].map(([x, y]) => [m.a * x + m.e, m.d * y + m.f])",
-            svg, places)  # fmt: skip
+        to_the_middle = "const m = arguments[0].getScreenCTM(); scrollBy(0, m.d * arguments[1] + m.f - innerHeight / 2)"
+        self.run(to_the_middle, svg, places[0][1])
+        on_screen = (
+            "const m = arguments[0].getScreenCTM(); return arguments[1].map(([x, y]) => [m.a * x + m.e, m.d * y + m.f])"
+        )
+        where = self.run(on_screen, svg, places)
         chain = ActionChains(self.driver, duration=0)
         for i, (x, y) in enumerate(where):
             chain.w3c_actions.pointer_action.move_to_location(round(x), round(y))

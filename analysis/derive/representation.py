@@ -47,11 +47,16 @@ def drift(dataset: xr.Dataset, *, variable: str = "sketch") -> xr.Dataset:
     """How far the representation of each step is from that of the last step, and from that of the step before.
 
     `dataset` holds `variable` over (step, item, feature) and perhaps layer, as a trajectory's watch of `Sketch` does.
-    drift(step[, layer]) = 1 - debiased CKA(this step, last step), 0 at the last; change(step[, layer]) =
-    1 - debiased CKA(the step before, this step), NaN at the first. `_se`: a jackknife over 10 groups of sequences (of
-    items where there is no coordinate `sequence`). CKA sees no rotation, and no scale: see `spread` for that.
-    A drift that is 1 from the start means nothing is shared with the end, as between two random networks with
-    untied inputs; two networks that embed the same tokens share that, so compare with step 0.
+    The result has
+
+    - `drift` (step[, layer]): 1 - debiased CKA(this step, last step), 0 at the last
+    - `change` (step[, layer]): 1 - debiased CKA(the step before, this step), NaN at the first
+    - `drift_se`, `change_se`: a jackknife over 10 groups of sequences (of items where there is no coordinate
+      `sequence`)
+
+    CKA sees no rotation, and no scale: see `spread` for that. A drift that is 1 from the start means nothing is shared
+    with the end, as between two random networks with untied inputs; two networks that embed the same tokens share that,
+    so compare with step 0.
     Sketches of `dims` < d are compared half against half, which is right on average and noisy: their CKA may leave
     [-1, 1] a little, by the same accident of the random directions at all steps. NaN where such noise is all there is.
     Raises DataError without the variable, with fewer than two steps or too few items.
@@ -86,11 +91,14 @@ def similarity(
     permutations: int = 0,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Debiased CKA of all pairs of steps, cka(layer, step, other_step), or of layers, cka(step, layer, other_layer).
+    """Debiased CKA of all pairs of steps, or of layers. The result has
 
-    With `permutations`, p of the same shape: the share of permutations of the sequences (see `cka_test`), the observed
-    order counted as one, whose CKA is as large: the smallest possible is 1 / (1 + permutations). They are not corrected
-    for the number of pairs. The biased CKA, which many papers show, is larger the fewer the items.
+    - `cka` (layer, step, other_step) between steps, or (step, layer, other_layer) between layers
+    - `p` of the same shape, with `permutations`: the share of permutations of the sequences (see `cka_test`), the
+      observed order counted as one of them, whose CKA is as large. The smallest possible is 1 / (1 + permutations);
+      they are not corrected for the number of pairs.
+
+    The biased CKA, which many papers show, is larger the fewer the items.
     """
     if between not in ("steps", "layers"):
         raise DataError(f"similarity is between 'steps' or 'layers', got {between!r}")

@@ -108,6 +108,7 @@ def plot_layers(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) -
     pick = thin(array.sizes["step"], MAX_POINTS)
     steps = array["step"].values[pick]
     handles: list[Any] = []
+    # a line a layer with its band and its control, each under an id by which the page hides it
     for i, layer in enumerate(array["layer"].values if "layer" in array.coords else range(array.sizes["layer"])):
         look: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markevery": max(1, len(pick) // 25)}
         values = array.values[pick, i].astype(float)
@@ -126,6 +127,7 @@ def plot_layers(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) -
                 lw=1.1,
                 gid=f"layer-{i}-control",
             )
+    # what the layers are compared with has one entry for all
     if f"control_{variable}" in dataset:
         handles.append(Line2D([], [], color="#555555", ls="--", lw=1.1, label="control task (dashed)"))
     if variable == "accuracy" and "majority" in dataset and "step" in dataset["majority"].dims:

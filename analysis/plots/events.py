@@ -45,6 +45,7 @@ def plot_events(
     """
     fig, ax = axes_on(ax, height=1.15 + 0.24 * max(len(events), 2))
     rows = in_order(events)
+    # behind the rows: the spans of transitions as strips, with their numbers above
     for i, change in enumerate(transitions, 1):
         ax.axvspan(*change.span, color="#000000", alpha=0.09, lw=0, zorder=0)
         ax.annotate(
@@ -59,6 +60,7 @@ def plot_events(
             annotation_clip=False,
             gid=f"at-step-{i}",
         )
+    # a row an event: span thin, interval thick, estimate a mark, and its q (or p) at the right
     for y, event in enumerate(rows):
         sure = event.q_value is None or event.q_value <= 0.05
         colour = EVENT_COLOURS.get(event.kind, "#555555")
@@ -74,6 +76,7 @@ def plot_events(
         )
     ax.set_yticks(range(len(rows)), [f"{brief(event.series)} ({event.kind})" for event in rows], fontsize=8.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
+    # marks are explained in words, only those that are there
     marks = ", ".join(f"{MARK_NAMES[kind]}: {kind}" for kind in EVENT_MARKS if any(e.kind == kind for e in rows))
     ax.set_title("Events with 90% intervals", pad=32)
     ax.annotate(  # between the title and the numbers

@@ -127,6 +127,7 @@ def draw_curve(ax: Axes, series: Series, *, verdicts: np.ndarray | None, colour:
         if good.any():
             ax.fill_between(steps[drawn], (values - half)[drawn], (values + half)[drawn], color=colour, alpha=0.2, lw=0)
             handles.append(Patch(color=colour, alpha=0.2, lw=0, label="±1.64 standard errors"))
+    # rejected points do not stretch the axis: it is that of the accepted ones with their errors
     scale = good if good.any() else np.isfinite(values)
     if not scale.any():
         ax.set_ylim(0, 1)

@@ -15,14 +15,14 @@ from devmon.analysis.reports.drawing import Page, curves
 from devmon.analysis.reports.figures import PANELS, key_series
 from devmon.analysis.reports.tables import numbers_table, text_of
 from devmon.analysis.run import RunData
-from devmon.analysis.runs.compare import ENOUGH, Matched, RunsComparison
+from devmon.analysis.runs.compare import NOT_ENOUGH, Matched, RunsComparison
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.table import Row, Table
 from devmon.analysis.wording import interval_text, number, step
 
 OF_ITS_OWN = ("run_id", "created", "skipped", "title", "calibration")  # attributes that differ without meaning
-PAIRS = 4  # series whose order is tested, each with each
-SHOWN = 40  # matched events in the figure
+MAX_ORDERED = 4  # series whose order is tested, each with each
+MAX_SHOWN = 40  # matched events in the figure
 
 
 def runs_content(runs: Mapping[str, RunData], comparison: RunsComparison) -> Content:
@@ -32,7 +32,7 @@ def runs_content(runs: Mapping[str, RunData], comparison: RunsComparison) -> Con
     sections = [Section("story", "What happened", story)]
     blocks: list[Block] = []
     if comparison.matched:
-        drawing, _ = plots.plot_matched(comparison.matched[:SHOWN])
+        drawing, _ = plots.plot_matched(comparison.matched[:MAX_SHOWN])
         caption = "Every event with q ≤ 0.05 of a single run, with those of other runs at the same place; bars: 90%."
         blocks.append(page.add("matched", drawing, caption))
     sections.append(Section("matched", "Events matched across runs", [*blocks, matched_table(comparison)]))
@@ -51,7 +51,7 @@ def runs_content(runs: Mapping[str, RunData], comparison: RunsComparison) -> Con
 def summary(comparison: RunsComparison) -> str:
     """One sentence: how many events were found in how many runs."""
     n = len(comparison.detections)
-    if comparison.outcome == ENOUGH:
+    if comparison.outcome == NOT_ENOUGH:
         return f"{n} run: events are matched across two or more."
     if not comparison.matched:
         return f"NO EVENT in any of {n} runs. This is a result: what changed, changed smoothly."
@@ -88,7 +88,7 @@ def order_table(comparison: RunsComparison) -> Table:
         if match.kind == "jump" and len(match.events) > 1 and run_level(match.series):
             best.setdefault(match.series, match)
     rows = []
-    for a, b in combinations(list(best.values())[:PAIRS], 2):
+    for a, b in combinations(list(best.values())[:MAX_ORDERED], 2):
         test = comparison.lead_lag(a, b)
         if not test.lags:
             continue

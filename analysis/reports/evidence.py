@@ -16,7 +16,7 @@ from devmon.analysis.transitions.stages import Change, Stage, Transition
 from devmon.analysis.wording import number, step
 from devmon.errors import DataError
 
-SURE = 0.9  # probability from which one of two events is said to lead, and a crossing of free energies is told
+CONVINCING = 0.9  # probability from which an event is said to lead, and a crossing of free energies is told
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def type_in_words(kind: PhaseType) -> str:
     name = "Neither Type A nor Type B" if kind.kind == "neither" else f"Type {kind.kind}"
     sentence = f"{name} (probability {_chance(kind.probabilities[kind.kind])}): {changes}."
     n = kind.crossing
-    if kind.kind == "A" and n is not None and n.probability >= SURE:
+    if kind.kind == "A" and n is not None and n.probability >= CONVINCING:
         sentence += (
             f" The later phase has the lower free energy from a sample of about {number(n.n)} on "
             f"[{number(n.interval[0])}, {number(n.interval[1])}]."
@@ -92,7 +92,7 @@ def _led(change: Transition, detection: Detection) -> list[str]:
         return []
     first, second = order[0], order[1]
     lag = lead_lag(detection.posterior(first), detection.posterior(second))
-    if lag.first >= SURE and first.resolved and second.resolved:
+    if lag.first >= CONVINCING and first.resolved and second.resolved:
         how = f"{step(lag.lag)} steps before {second.series} (probability {_chance(lag.first)})"
         return [f"Within it {first.series} led, {how}."]
     return [f"Within it no series certainly led (earliest: {first.series}, then {second.series})."]

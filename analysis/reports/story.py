@@ -136,6 +136,7 @@ def _against(findings: Findings) -> list[str]:
     """What weakens the story: events that do not stand, or stand blurred, values not used, series without events."""
     detection, verdicts = findings.detection, findings.verdicts
     said = []
+    # events that do not stand, are not resolved, or are badly placed
     if weak := [event for event in detection.events if not event.sure]:
         said.append(
             f"{count(len(weak), 'event')} found in a single series {'does' if len(weak) == 1 else 'do'} not stand "
@@ -148,12 +149,14 @@ def _against(findings: Findings) -> list[str]:
     if wide := [event for event in sure if run_level(event.series) and event.wide]:
         words = some(list(map(Event.in_words, wide)))
         said.append(f"{count(len(wide), 'event')} with a wide interval (a factor above 2): {words}.")
+    # values that were not used
     said += [_rejected(name, verdict) for name, verdict in verdicts.items() if len(set(verdict == "ok")) == 2]
     for series in findings.series:
         infinite = series.rejected is not None and series.name.rpartition("/")[0] not in verdicts
         if infinite and np.any(series.rejected):
             share = f"{int(np.sum(series.rejected))} of {len(series.steps)}"
             said.append(f"{series.name}: {share} values are infinite and not used.")
+    # series that show nothing, and what p-values of simulated nulls can say at most
     level = {name: fit for name, fit in detection.fits.items() if run_level(name)}
     silent = [name for name in level if name not in {event.series for event in sure}]
     if silent and sure:

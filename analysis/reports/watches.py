@@ -34,7 +34,14 @@ MAX_LAYERS = 4  # layers whose pairs of steps are drawn, a figure each
 MAX_LINES_OF_LAYERS = 16  # layers drawn as lines; more are rows of a heat map
 MAX_ROWS_OF_HEADS = 4 * MAX_ELEMENTS  # elements that a heat map has rows for; of more, the maximum is drawn
 PAGE_PANELS = 72  # panels of plain series on a page: about 3 MB of SVG; shared evenly among the watches
-PAIRS = {"step", "kind", "layer", "head", "layer_from", "head_from"}  # dimensions of the composition of pairs of heads
+PAIR_DIMS = {
+    "step",
+    "kind",
+    "layer",
+    "head",
+    "layer_from",
+    "head_from",
+}  # dimensions of the composition of pairs of heads
 
 
 def topic_of(data: xr.Dataset) -> str:
@@ -142,7 +149,7 @@ def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
         makers.append(lambda: [essential_figure(page, name, essential_dynamics(_finite(data["outputs"])))])
     if "edge_id" in data and data.sizes["step"] > 1:
         makers.append(lambda: [_overlap(page, name, data)])
-    if "composition" in data and set(data["composition"].dims) == PAIRS:
+    if "composition" in data and set(data["composition"].dims) == PAIR_DIMS:
         makers.append(lambda: [pairs_figure(page, name, data)])
     blocks: list[Block] = []
     for make in makers:

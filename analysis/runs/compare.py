@@ -23,7 +23,7 @@ from devmon.analysis.transitions.agreement import SHIFTS, log_extent, most_cover
 from devmon.errors import DataError
 
 WITHIN = 0.1  # decades by which an extent is widened on either side (a factor of 1.26)
-ENOUGH = "not enough runs"
+NOT_ENOUGH = "not enough runs"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def compare_runs(
         raise DataError(f"within is a number of decades of at least 0, got {within}")
     detections = {run: data if isinstance(data, Detection) else detect(data, detector) for run, data in runs.items()}
     if len(detections) < 2:
-        return RunsComparison(detections, (), ENOUGH, within)
+        return RunsComparison(detections, (), NOT_ENOUGH, within)
     matched = []
     for series in dict.fromkeys(name for detection in detections.values() for name in detection.fits):
         searched = {run: d for run, d in detections.items() if _searched(d, series)}
@@ -147,7 +147,7 @@ def sign_test(lags: Mapping[str, float], *, alpha: float = 0.05) -> SignTest:
     n = a_first + b_first
     p = float(binomtest(a_first, n, 0.5).pvalue) if n else 1.0
     if 2 * 0.5**n > alpha:
-        outcome = ENOUGH
+        outcome = NOT_ENOUGH
     elif p <= alpha:
         outcome = "a first" if a_first > b_first else "b first"
     else:

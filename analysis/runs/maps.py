@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from devmon.analysis.runs import hmm
-from devmon.analysis.runs.compare import ENOUGH, median_interval
+from devmon.analysis.runs.compare import NOT_ENOUGH, median_interval
 from devmon.analysis.series import Array, Series, checked
 from devmon.errors import DataError
 
-FEWEST = 5  # runs
+FEWEST = 5  # runs of which a map is made; with fewer, leaving one out says nothing
 FOLDS = 10  # at most; with more runs, groups of them are left out together
 FORMS = ("levels", "differences")
-SURE = 0.9  # posterior probability of a state that counts as certain
+CERTAIN = 0.9  # posterior probability of a state that counts as certain
 
 Path = NDArray[np.int64]
 
@@ -71,11 +71,13 @@ class Order:
 
 @dataclass(frozen=True)
 class TrainingMap:
-    """`outcome`: "MAP", "ONE STATE" (no map explains runs left out better) or "not enough runs".
+    """The states that runs pass through, in the order of their median entry.
 
-    `paths` hold each run's likeliest state at each of `steps`; `certain` is the share of them whose state has a
-    posterior probability of at least SURE. States are numbered in the order of their median entry. `detours` are states
-    that only some of the runs visit.
+    - `outcome`: "MAP", "ONE STATE" (no map explains runs left out better) or "not enough runs"
+    - `paths`: each run's likeliest state at each of `steps`; `certain`: the share of them whose state has a posterior
+      probability of at least CERTAIN
+    - `edges`: the moves between states; `orders`: how well each number of states explains runs left out
+    - `detours`: the states that only some of the runs visit
     """
 
     outcome: str
@@ -124,7 +126,8 @@ def training_map(
         )
     if len(runs) < FEWEST:
         note = f"{len(runs)} runs, a map needs at least {FEWEST}"
-        return TrainingMap(ENOUGH, np.empty(0), (), (), {}, float("nan"), (), tuple(series), settings, note)
+        return TrainingMap(NOT_ENOUGH, np.empty(0), (), (), {}, float("nan"), (), tuple(series), settings, note)
+    # the runs as one array in standard units; a series that never moves would have none
     steps, values = _cube(runs, series)
     if form == "differences":
         steps, values = steps[1:], np.diff(values, axis=1)
@@ -135,12 +138,14 @@ def training_map(
     if flat:
         raise DataError(f"{', '.join(flat)} never change{'s' if len(flat) == 1 else ''} in any run: leave out")
     y = (values - centre) / scale
+    # the fewest states that explain runs left out about as well as the best, then one fit to all runs
     orders = choose_order(y, most_states, restarts=restarts, seed=seed)
     states = _fewest(orders)
     chains, _ = hmm.fit(y, states, restarts=2 * restarts, seed=seed)
     chain, names = chains[0], list(runs)
     chain, paths = in_order(chain, hmm.viterbi(chain, y), steps)
-    certain = float((hmm.posterior(chain, y).max(-1) >= SURE).mean())
+    certain = float((hmm.posterior(chain, y).max(-1) >= CERTAIN).mean())
+    # states by the median step of their entry, with what they mean in the units of the series
     described = [
         _state(k, chain, dict(zip(names, paths, strict=True)), steps, series, centre, scale) for k in range(states)
     ]

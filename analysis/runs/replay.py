@@ -25,10 +25,10 @@ from devmon.analysis.derive.from_tables import numbers, read_table
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event, Fit
 from devmon.analysis.series import Array
+from devmon.analysis.transitions.agreement import SHIFTS
 from devmon.errors import DataError
 
-TOLERANCE = 0.10  # of the step
-SHIFTS = 999
+TOLERANCE = 0.10  # share of the step by which an event may be off
 PICKLES = (".pkl", ".pickle")
 
 
@@ -36,10 +36,12 @@ PICKLES = (".pkl", ".pickle")
 class Replay:
     """Every seed searched (`fits`), and one row of `table` for each seed and boundary, and for each event beside them.
 
-    Columns: `seed`; `boundary` (None for an event that belongs to none); `found`; of the event given to the boundary
-    (each to one at most) `kind`, `step`, the interval `low` to `high`, `p_value`, `off` = step / boundary - 1; and
-    whether the boundary lies `inside` the interval. `hits` of `of` boundaries are found over all seeds, where turned
-    events find `expected`; `p_value` is the share of turns with as many (None without boundaries or events).
+    - columns of `table`: `seed`; `boundary` (None for an event that belongs to none); `found`; of the event given to
+      the boundary (each to one at most) `kind`, `step`, the interval `low` to `high`, `p_value`, `off` = step /
+      boundary - 1; and whether the boundary lies `inside` the interval
+    - `hits` of `of` boundaries are found over all seeds, `further` events beside them
+    - `expected`: how many turned events find; `p_value`: the share of turns with as many (None without boundaries or
+      events)
     """
 
     fits: Mapping[str, Fit]

@@ -16,7 +16,7 @@ from devmon.analysis.detection.results import Detection
 from devmon.analysis.series import Array, run_level
 from devmon.errors import DataError
 
-SHIFTS = 999
+SHIFTS = 999  # simulated turns of the tracks: the smallest p-value is 1 / (1 + SHIFTS)
 Interval = tuple[float, float]
 
 

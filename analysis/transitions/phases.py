@@ -26,7 +26,7 @@ from devmon.errors import DataError
 
 SETTLED = 0.9  # probability from which a type is named
 EQUAL = 0.01  # share of the loss's range over the run that counts as no change, where the loss names no other
-DRAWS = 20_000
+DRAWS = 20_000  # of both changes, for the crossing's median and interval: two digits
 
 
 @dataclass(frozen=True)

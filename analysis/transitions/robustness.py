@@ -15,7 +15,7 @@ from devmon.errors import DataError
 
 REACH = 0.3  # decades around the extent of an event in which it is sought again
 BANDWIDTHS = (0.05, 0.08, 0.12, 0.2, 0.3, 0.5)  # decades: half-widths of the local regression, of which one is chosen
-PLACES = 400
+PLACES = 400  # at which the local regression is taken within the window
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from devmon.analysis.derive.watch_series import series_of
-from tests.support.browser import NEEDS_BROWSER, Browser
+from tests.support.browser import NEEDS_BROWSER, OVERVIEW, PANELS, Browser, cursors, drawing, inside, marks, panels
 from tests.support.pages import CASES, EVIL, LARGE, write_pages
 from tests.support.reports import TEN
 from tests.support.synthetic import STEPS
@@ -29,46 +28,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     made = Browser(tmp_path_factory.mktemp("profile"))
     yield made
     made.driver.quit()
-
-
-OVERVIEW = 'figure[data-name="overview"]'
-PANELS = """
-const group = (panel) => document.getElementById(panel.group);
-const figures = JSON.parse(document.getElementById('numbers').textContent).figures;
-"""
-
-
-def panels(browser: Browser, figure: str) -> list[dict[str, Any]]:
-    return browser.run(f"{PANELS} return figures[arguments[0]].panels", figure)
-
-
-def marks(browser: Browser, panel: dict[str, Any]) -> list[float]:
-    """The x of the points on the line of a panel, in their order."""
-    script = (
-        "return [...document.getElementById(arguments[0]).querySelectorAll('[clip-path] > use')]"
-        ".map((node) => Number(node.getAttribute('x')))"
-    )
-    return [x for x in browser.run(script, panel["group"]) if x]
-
-
-def cursors(browser: Browser, figure: str) -> list[float | None]:
-    script = f"""{PANELS} return figures[arguments[0]].panels.map((panel) => {{
-        const line = group(panel).querySelector('.cursor');
-        return getComputedStyle(line).visibility === 'visible' ? Number(line.getAttribute('x1')) : null; }})"""
-    return browser.run(script, figure)
-
-
-def inside(panel: dict[str, Any], x: float) -> float:
-    """Where x is in the panel: 0 at its left side, 1 at its right."""
-    return (x - panel["box"][0]) / (panel["box"][2] - panel["box"][0])
-
-
-def drawing(browser: Browser) -> list[str]:
-    return browser.run(
-        "return [...document.querySelectorAll('figure svg')].map((svg) => [...svg.querySelectorAll('[x], path')]"
-        ".filter((node) => !node.closest('#any'))"
-        ".map((node) => (node.getAttribute('x') ?? '') + (node.getAttribute('d') ?? '')).join())"
-    )
 
 
 @pytest.mark.parametrize("name", [*CASES, "live", "compared"])

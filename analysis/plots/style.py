@@ -152,15 +152,14 @@ def _rejected(ax: Axes, steps: np.ndarray, values: np.ndarray, mask: np.ndarray,
     look: dict[str, Any] = {"marker": REJECTED.get(name, "o"), "ls": "", "mfc": "white", "mec": "#555555", "ms": 5.5}
     ax.plot(steps[mask][shown], at[shown], clip_on=False, zorder=5, **look)
     out = values[mask][(values[mask] < low) | (values[mask] > high)]
-    told = (
-        f"\noff scale: {out.min():.4g} to {out.max():.4g}"
-        if len(out) > 1
-        else f"\noff scale: {out[0]:.4g}"
-        if len(out)
-        else ""
-    )
+    # what lies off the scale is drawn at its edge, and the legend says where it is
+    off_scale = ""
+    if len(out):
+        off_scale = (
+            f"\noff scale: {out[0]:.4g}" if len(out) == 1 else f"\noff scale: {out.min():.4g} to {out.max():.4g}"
+        )
     label = name if name == "rejected" else f"rejected, {name}"
-    return Line2D([], [], label=f"{label}: {int(mask.sum())}{told}".replace(" -", " −"), **look)
+    return Line2D([], [], label=f"{label}: {int(mask.sum())}{off_scale}".replace(" -", " −"), **look)
 
 
 def draw_strips(ax: Axes, events: Sequence[Event]) -> list[Any]:

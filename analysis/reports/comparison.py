@@ -10,7 +10,7 @@ import numpy as np
 
 from devmon.analysis import plots
 from devmon.analysis.derive.watch_series import series_of
-from devmon.analysis.reports.content import Block, Content, Figure, Section, Story, Text, curve_numbers
+from devmon.analysis.reports.content import Block, Content, Figure, Paragraph, Prose, Section, curve_numbers
 from devmon.analysis.reports.drawing import Page, curves
 from devmon.analysis.reports.figures import PANELS, key_series
 from devmon.analysis.reports.tables import numbers_table, text_of
@@ -28,7 +28,7 @@ MAX_SHOWN = 40  # matched events in the figure
 def runs_content(runs: Mapping[str, RunData], comparison: RunsComparison) -> Content:
     """The report of `compare_runs(runs)`: one page, in the form that a run's own report has."""
     page = Page(None)
-    story: list[Block] = [Text(comparison.outcome.upper(), "outcome"), Story([summary(comparison)])]
+    story: list[Block] = [Paragraph(comparison.outcome.upper(), "outcome"), Prose([summary(comparison)])]
     sections = [Section("story", "What happened", story)]
     blocks: list[Block] = []
     if comparison.matched:

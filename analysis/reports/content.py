@@ -49,7 +49,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraph:
     """A paragraph; `look` is "", "soft", "note", "lead" or "outcome"."""
 
     block: ClassVar[str] = "text"
@@ -58,7 +58,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Story:
+class Prose:
     block: ClassVar[str] = "story"
     sentences: list[str]
 
@@ -100,7 +100,7 @@ class Fold:
     opened: bool = False
 
 
-Block = Table | Figure | Text | Story | Heading | Items | Terms | Code | Fold
+Block = Table | Figure | Paragraph | Prose | Heading | Items | Terms | Code | Fold
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,5 @@ def _subtitle(findings: Findings) -> str:
     parts = [f"{len(watches)} watch{'es' * (len(watches) != 1)}, {len(steps)} checkpoints"]
     if steps:
         parts[0] += f" from step {min(steps)} to {max(steps)}"
-    told = [key for key in ("model", "data", "parameters") if key in attrs]
-    parts += [f"{key}: {text_of(attrs[key], 120)}" for key in told]
+    parts += [f"{key}: {text_of(attrs[key], 120)}" for key in ("model", "data", "parameters") if key in attrs]
     return "; ".join([*parts, f"devmon {version('devmon')}"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from devmon.analysis.detection.results import events_table
 from devmon.analysis.reports.bibtex import bibtex
-from devmon.analysis.reports.content import Block, Code, Fold, Heading, Items, Section, Story, Terms, Text
+from devmon.analysis.reports.content import Block, Code, Fold, Heading, Items, Paragraph, Prose, Section, Terms
 from devmon.analysis.reports.drawing import Page
 from devmon.analysis.reports.figures import (
     calibration_figure,
@@ -45,8 +45,8 @@ def _story(page: Page, findings: Findings, note: str) -> Section:
     """The outcome, the lead sentence, the transitions at a glance, then the story and what argues against it."""
     story, attrs = tell(findings), findings.run.attrs
     first = 2 if findings.control else 1
-    blocks: list[Block] = [Text(story.outcome, "outcome"), *([Text(note, "note")] if note else [])]
-    blocks.append(Text(" ".join(story.happened[:first]), "lead"))
+    blocks: list[Block] = [Paragraph(story.outcome, "outcome"), *([Paragraph(note, "note")] if note else [])]
+    blocks.append(Paragraph(" ".join(story.happened[:first]), "lead"))
     if findings.transitions:
         blocks.append(transitions_table(findings.transitions, [evidence.kind for evidence in findings.evidence]))
     if (times := timeline(page, findings)) is not None:
@@ -54,7 +54,7 @@ def _story(page: Page, findings: Findings, note: str) -> Section:
     if alarms := attrs.get("alarms"):
         blocks += [Heading("Alarms raised during training"), alarms_table(alarms)]
     if story.happened[first:]:
-        blocks.append(Story(story.happened[first:]))
+        blocks.append(Prose(story.happened[first:]))
     against = [f"Transition {i}: {words}" for i, each in enumerate(findings.evidence, 1) for words in each.against]
     if against + story.against:
         blocks += [Heading("What argues against it, and what is missing"), Items(against + story.against)]
@@ -94,7 +94,7 @@ def _calibration(page: Page, findings: Findings) -> list[Section]:
     if not (stored := _trials(findings)):
         return []
     reasons, figure = calibration_figure(page, stored)
-    return [Section("calibration", "Calibration of the LLC", [Text(reasons), figure])]
+    return [Section("calibration", "Calibration of the LLC", [Paragraph(reasons), figure])]
 
 
 def _trials(findings: Findings) -> dict[str, Any]:

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-KEPT = re.compile(r"axes_\d+|layer-\d+(-band|-control)?|run-\d+-\d+|at-step-\d+")  # ids that a page's script asks for
+KEPT_IDS = re.compile(
+    r"axes_\d+|layer-\d+(-band|-control)?|run-\d+-\d+|at-step-\d+"
+)  # ids that a page's script asks for
 
 
 def compact(svg: str, prefix: str) -> str:
     """One line, without prologue and time of drawing; numbers to a hundredth of a point, ids short and with a prefix.
 
-    Ids that nothing refers to go, except those of `KEPT`; a tick of the axis of steps becomes `class="xtick"`.
+    Ids that nothing refers to go, except those of `KEPT_IDS`; a tick of the axis of steps becomes `class="xtick"`.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -35,7 +37,7 @@ def compact(svg: str, prefix: str) -> str:
             return f' id="{short[name]}"'
         if name.startswith("xtick_"):
             return ' class="xtick"'
-        return f' id="{prefix}-{name}"' if KEPT.fullmatch(name) else ""
+        return f' id="{prefix}-{name}"' if KEPT_IDS.fullmatch(name) else ""
 
     svg = re.sub(r'\sid="([^"]*)"', renamed, svg)
     svg = re.sub(r'href="#([^"]+)"', lambda match: f'href="#{short[match[1]]}"', svg)

@@ -12,7 +12,7 @@ from devmon.analysis.derive.essential import essential_dynamics
 from devmon.analysis.derive.representation import similarity
 from devmon.analysis.derive.watch_series import MAX_ELEMENTS, followed, is_llc
 from devmon.analysis.plots.style import thin
-from devmon.analysis.reports.content import Block, Figure, Heading, Text
+from devmon.analysis.reports.content import Block, Figure, Heading, Paragraph
 from devmon.analysis.reports.drawing import Page
 from devmon.analysis.reports.figures import PANELS, bands, stack
 from devmon.analysis.reports.findings import Findings
@@ -64,17 +64,17 @@ def watch_blocks(page: Page, findings: Findings, name: str, most: int) -> list[B
     data = findings.run[name]
     blocks: list[Block] = [Heading(name)]
     if doc := str(data.attrs.get("doc", "")):
-        blocks.append(Text(doc, "soft"))
+        blocks.append(Paragraph(doc, "soft"))
     if not has_rows(data):
-        return [*blocks, Text("No row was stored.", "note")]
+        return [*blocks, Paragraph("No row was stored.", "note")]
     if is_llc(data):
-        return [*blocks, Text("Its curve and the health of each estimate are shown above.", "note")]
+        return [*blocks, Paragraph("Its curve and the health of each estimate are shown above.", "note")]
     drawn: list[Block] = [
         *_arrays(page, findings, name),
         *_curves(page, findings, name, most),
         *_derived(page, name, data),
     ]
-    return [*blocks, *(drawn or [Text("It has no scalar or small array to follow; its rows are stored.", "note")])]
+    return [*blocks, *(drawn or [Paragraph("It has no scalar or small array to follow; its rows are stored.", "note")])]
 
 
 def _form(data: xr.Dataset, variable: str) -> str:
@@ -128,7 +128,7 @@ def _curves(page: Page, findings: Findings, name: str, most: int) -> list[Block]
         drawn.append(stack(page, f"{name}-series", part, sure, caption))
     if more := len(plain) - len(shown):
         left_out = f"{more} of {len(plain)} series of {name} are not drawn here: choose them under Any series."
-        drawn.append(Text(left_out, "note"))
+        drawn.append(Paragraph(left_out, "note"))
     if "loss_by_position" in data and data["loss_by_position"].ndim == 2:
         drawn.append(positions_figure(page, name, data))
     return drawn
@@ -156,7 +156,7 @@ def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
         try:
             blocks += make()
         except DataError as error:
-            blocks.append(Text(f"Not shown: {error}.", "note"))
+            blocks.append(Paragraph(f"Not shown: {error}.", "note"))
     return blocks
 
 

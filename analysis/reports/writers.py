@@ -22,9 +22,9 @@ from devmon.analysis.reports.content import (
     Fold,
     Heading,
     Items,
-    Story,
+    Paragraph,
+    Prose,
     Terms,
-    Text,
 )
 from devmon.analysis.reports.svg import share_styles
 from devmon.analysis.table import Row, Table
@@ -153,9 +153,9 @@ def _block_json(block: Any) -> Any:
 
 def _block_md(block: Block, figures: str | None) -> list[str]:
     match block:
-        case Text(text, look):
+        case Paragraph(text, look):
             return [f"**{_md(text)}**" if look == "outcome" else _md(text)]
-        case Story(sentences):
+        case Prose(sentences):
             return [_md(sentence) for sentence in sentences]
         case Heading(text):
             return [f"### {_md(text)}"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from devmon.analysis.series import Array
 
-FLOOR = 0.05  # smallest standard deviation of a state, in standard deviations of the series
+MIN_SD = 0.05  # smallest standard deviation of a state, in standard deviations of the series
 PRIOR = 0.1  # added to each count of a start or a transition, so that none has probability 0
 STAY = 0.9  # probability of staying in a state, to begin with
 ROUNDS = 200  # of EM at most
@@ -136,7 +136,7 @@ def _round(y: Array, chain: Chain, weights: Array, prior: float) -> tuple[Chain,
     mean = np.where(held, np.einsum("frtk,rtd->fkd", state, value) / safe, chain.mean)
     apart = np.square(value[None, :, :, None] - mean[:, None, None]) * known[None, :, :, None]
     variance = np.einsum("frtk,frtkd->fkd", state, apart) / safe
-    sd = np.where(held, np.sqrt(np.maximum(variance, FLOOR**2)), chain.sd)
+    sd = np.where(held, np.sqrt(np.maximum(variance, MIN_SD**2)), chain.sd)
     row = moves.sum(-1, keepdims=True)
     transition = np.where(row > 0, moves / np.where(row > 0, row, 1.0), chain.transition)
     return Chain(start / start.sum(-1, keepdims=True), transition, mean, sd), objective

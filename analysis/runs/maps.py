@@ -22,7 +22,7 @@ from devmon.analysis.runs.compare import NOT_ENOUGH, median_interval
 from devmon.analysis.series import Array, Series, checked
 from devmon.errors import DataError
 
-FEWEST = 5  # runs of which a map is made; with fewer, leaving one out says nothing
+MIN_RUNS = 5  # runs of which a map is made; with fewer, leaving one out says nothing
 FOLDS = 10  # at most; with more runs, groups of them are left out together
 FORMS = ("levels", "differences")
 CERTAIN = 0.9  # posterior probability of a state that counts as certain
@@ -31,7 +31,7 @@ Path = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class State:
+class MapState:
     """A latent state: where it lies (`mean` and `sd` of each series in its own units) and when runs enter it.
 
     `entry` maps each run that visits it to the first step of its path there; `step` is their median, `interval` the
@@ -82,7 +82,7 @@ class TrainingMap:
 
     outcome: str
     steps: Array
-    states: tuple[State, ...]
+    states: tuple[MapState, ...]
     edges: tuple[Edge, ...]
     paths: Mapping[str, Path]
     certain: float
@@ -124,8 +124,8 @@ def training_map(
         raise DataError(
             f"a map needs a series, a state and a start at least, got {list(series)}, {most_states}, {restarts}"
         )
-    if len(runs) < FEWEST:
-        note = f"{len(runs)} runs, a map needs at least {FEWEST}"
+    if len(runs) < MIN_RUNS:
+        note = f"{len(runs)} runs, a map needs at least {MIN_RUNS}"
         return TrainingMap(NOT_ENOUGH, np.empty(0), (), (), {}, float("nan"), (), tuple(series), settings, note)
     # the runs as one array in standard units; a series that never moves would have none
     steps, values = _cube(runs, series)
@@ -225,12 +225,12 @@ def _state(
     series: Sequence[str],
     centre: Array,
     scale: Array,
-) -> State:
+) -> MapState:
     entry = {run: float(steps[(path == k).argmax()]) for run, path in paths.items() if (path == k).any()}
     step, interval, coverage = median_interval(np.array(list(entry.values())))
     mean = dict(zip(series, (centre + scale * chain.mean[k]).tolist(), strict=True))
     sd = dict(zip(series, (scale * chain.sd[k]).tolist(), strict=True))
-    return State(k, mean, sd, entry, step, interval, coverage)
+    return MapState(k, mean, sd, entry, step, interval, coverage)
 
 
 def _edges(paths: Mapping[str, Path]) -> tuple[Edge, ...]:

@@ -28,7 +28,7 @@ from devmon.analysis.series import Array
 from devmon.analysis.transitions.agreement import SHIFTS
 from devmon.errors import DataError
 
-TOLERANCE = 0.10  # share of the step by which an event may be off
+STEP_TOLERANCE = 0.10  # share of the step by which an event may be off
 PICKLES = (".pkl", ".pickle")
 
 
@@ -78,7 +78,7 @@ def replay(
     error: str | None = None,
     boundaries: Sequence[float] = (),
     where: Mapping[str, Any] | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float = STEP_TOLERANCE,
     detector: Detector | None = None,
     allow_pickle: bool = False,
 ) -> Replay:

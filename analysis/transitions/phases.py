@@ -26,7 +26,7 @@ from devmon.errors import DataError
 
 SETTLED = 0.9  # probability from which a type is named
 EQUAL = 0.01  # share of the loss's range over the run that counts as no change, where the loss names no other
-DRAWS = 20_000  # of both changes, for the crossing's median and interval: two digits
+CROSSING_DRAWS = 20_000  # of both changes, for the crossing's median and interval: two digits
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ def critical_n(d_loss: Array | float, d_llc: Array | float) -> Array:
 def crossing(
     d_loss: float, loss_se: float, d_llc: float, llc_se: float, *, level: float = 0.90, seed: int = 0
 ) -> Crossing:
-    """`critical_n` with the errors of both changes, by DRAWS independent normal draws of each."""
+    """`critical_n` with the errors of both changes, by CROSSING_DRAWS independent normal draws of each."""
     generator = np.random.default_rng([seed, 0xC2])
-    loss = d_loss + loss_se * generator.standard_normal(DRAWS)
-    n = critical_n(loss, d_llc + llc_se * generator.standard_normal(DRAWS))
+    loss = d_loss + loss_se * generator.standard_normal(CROSSING_DRAWS)
+    n = critical_n(loss, d_llc + llc_se * generator.standard_normal(CROSSING_DRAWS))
     exists = np.isfinite(n)
     preferred = "after" if np.mean(loss[exists] < 0 if exists.any() else loss < 0) >= 0.5 else "before"
     if not exists.any():

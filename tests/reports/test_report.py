@@ -11,7 +11,7 @@ import xarray as xr
 
 from devmon.analysis import report as write_report
 from devmon.analysis.derive.watch_series import series_of
-from devmon.analysis.reports.content import Text
+from devmon.analysis.reports.content import Paragraph
 from devmon.analysis.reports.figures import key_series
 from devmon.analysis.reports.tables import run_table
 from devmon.analysis.series import Series
@@ -201,6 +201,6 @@ def test_sections_are_those_of_what_the_run_holds() -> None:
 def test_too_short_a_path_is_told_and_not_drawn() -> None:
     made = content(Run({"sketch": sketches(LONG[:5])}))
     section = next(one for one in made.sections if one.key == "representation")
-    notes = [block.text for block in section.blocks if isinstance(block, Text) and block.look == "note"]
+    notes = [block.text for block in section.blocks if isinstance(block, Paragraph) and block.look == "note"]
     assert any("needs 8 values" in note for note in notes), notes
     assert any(name.startswith("sketch-similarity") for name in figures(made))

@@ -17,7 +17,7 @@ from PIL import Image
 from devmon.analysis import plots
 from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.plots.style import EVENT_COLOURS, EVENT_LINES, EVENT_MARKS, brief, outline
-from devmon.analysis.reports.content import Figure, Text
+from devmon.analysis.reports.content import Figure, Paragraph
 from devmon.analysis.reports.findings import Findings, examine
 from devmon.analysis.reports.glossary import GLOSSARY
 from devmon.analysis.reports.svg import compact
@@ -113,8 +113,8 @@ def test_the_table_of_transitions_counts_and_orders() -> None:
 def test_the_page_opens_with_outcome_transitions_and_timeline() -> None:
     run = Run({"a": watch(STEPS, {"x": np.log1p(STEPS)}, None, "Mine")})
     story = content(run, jump("a/x", 600)).sections[0].blocks
-    assert [type(block).__name__ for block in story[:4]] == ["Text", "Text", "Table", "Figure"]
-    assert isinstance(story[1], Text)
+    assert [type(block).__name__ for block in story[:4]] == ["Paragraph", "Paragraph", "Table", "Figure"]
+    assert isinstance(story[1], Paragraph)
     assert story[1].text == "Between steps 0 and 2000 the run went through 1 transition."
     quiet = content(run)
     assert not any(isinstance(block, Table | Figure) for block in quiet.sections[0].blocks)
@@ -124,9 +124,9 @@ def test_what_could_not_be_searched_is_not_counted_as_searched() -> None:
     data = {"llc": traces(STEPS[:20], np.full(20, -300.0), np.random.default_rng(0)),
             "a": watch(STEPS[:20], {"x": np.ones(20)}, None, "Mine")}  # fmt: skip
     said = content(Run(data), outcomes={"llc/llc": "SAMPLER REJECTED"})
-    text = " ".join(block.text for block in said.sections[0].blocks if isinstance(block, Text))
+    text = " ".join(block.text for block in said.sections[0].blocks if isinstance(block, Paragraph))
     assert "NO EVENT: in 1 series (1 more could not be searched)" in text
-    (story,) = [block for block in said.sections[0].blocks if type(block).__name__ == "Story"]
+    (story,) = [block for block in said.sections[0].blocks if type(block).__name__ == "Prose"]
     assert "all 20 LLC estimates are rejected (negative 20)" in story.sentences[0]
     assert "measure later checkpoints, or raise gamma (devmon calibrate)" in story.sentences[0]
 
@@ -166,7 +166,7 @@ def test_a_page_draws_a_bounded_number_of_panels_and_says_what_it_left_out() -> 
     drawn = [line for figure in figures(made).values() for panel in figure.panels for line in panel.lines]
     assert len(drawn) == 6 + 20 * 3  # the overview, and for each watch its share of the page's 72
     assert {"w0/v19", "w19/v7"} < set(drawn[6:])  # those with an event go before the others, in the last watch too
-    notes = [b.text for s in made.sections for b in s.blocks if isinstance(b, Text) and b.look == "note"]
+    notes = [b.text for s in made.sections for b in s.blocks if isinstance(b, Paragraph) and b.look == "note"]
     assert {f"17 of 20 series of w{i} are not drawn here: choose them under Any series." for i in range(20)} <= set(
         notes
     )

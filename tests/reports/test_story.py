@@ -45,11 +45,11 @@ def test_no_event_is_stated_as_a_result_and_weak_events_argue_nothing() -> None:
 
 
 def test_rejection_and_lack_of_data_have_their_own_names() -> None:
-    verdicts = {"llc": np.array(["downhill"] * 3 + ["diverged"])}
+    verdicts = {"llc": np.array(["negative"] * 3 + ["diverged"])}
     head, happened, _ = told(outcomes={"llc/llc": "SAMPLER REJECTED"}, verdicts=verdicts)
     assert head == "SAMPLER REJECTED"
-    assert "all 4 LLC estimates are rejected (downhill 3, diverged 1)" in happened
-    partly = {"llc": np.array(["downhill", "ok", "ok", "ok"])}
+    assert "all 4 LLC estimates are rejected (negative 3, diverged 1)" in happened
+    partly = {"llc": np.array(["negative", "ok", "ok", "ok"])}
     assert "1 of 4 LLC estimates are rejected" in told(outcomes={"llc/llc": "NO EVENT"}, verdicts=partly)[2]
     assert told(outcomes={"a/x": "UNRESOLVED"})[0] == "UNRESOLVED"
 

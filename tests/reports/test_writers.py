@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from devmon.analysis import report as write_report
-from devmon.analysis.reports.content import Content, Items, Section, Text
+from devmon.analysis.reports.content import Content, Items, Paragraph, Section
 from devmon.analysis.reports.svg import compact, share_styles
 from devmon.analysis.reports.writers import WRITERS, as_html, as_json, as_markdown
 from devmon.analysis.table import Row, Table
@@ -56,7 +56,7 @@ def test_the_ending_chooses_the_form_and_markdown_brings_its_pictures(tmp_path: 
 
 def test_markdown_escapes_and_keeps_its_tables_square() -> None:
     table = Table(["a|b", EVIL], [Row([EVIL, "1\n2"]), Row(["# x", "2"], weak=True)], "- note")
-    text = as_markdown(Content(EVIL, "", "", [Section("k", EVIL, [table, Text("1. not a list")])], [], []))
+    text = as_markdown(Content(EVIL, "", "", [Section("k", EVIL, [table, Paragraph("1. not a list")])], [], []))
     assert "<b>" not in text.replace("\\<b", "")
     assert "[d](" not in text.replace("\\[d", "")
     for line in [line for line in text.splitlines() if line.startswith("| ")]:

@@ -129,9 +129,9 @@ def llc_figure(page: Page, name: str, estimates: xr.Dataset, events: Sequence[Ev
     columns = ["step", "LLC", "standard error", "ESS", "R̂", "verdict"]
     rows = []
     for i, verdict in enumerate(verdicts):
-        values = (float(estimates[key].values[i]) if key in estimates else None for key in ("llc", "se", "ess", "rhat"))
+        cells = (float(estimates[key].values[i]) if key in estimates else None for key in ("llc", "se", "ess", "rhat"))
         rows.append(
-            Row([str(int(estimates["step"].values[i])), *(number(v, 4) for v in values), verdict], verdict != "ok")
+            Row([str(int(estimates["step"].values[i])), *(number(v, 4) for v in cells), verdict], verdict != "ok")
         )
     steps, values = np.asarray(estimates["step"].values), np.asarray(estimates["llc"].values, dtype=float)
     where = [curves(ax, [Series(f"{name}/llc", steps, values)])]

@@ -152,10 +152,9 @@ def _against(findings: Findings) -> list[str]:
     # values that were not used
     said += [_rejected(name, verdict) for name, verdict in verdicts.items() if len(set(verdict == "ok")) == 2]
     for series in findings.series:
-        infinite = series.rejected is not None and series.name.rpartition("/")[0] not in verdicts
-        if infinite and np.any(series.rejected):
-            share = f"{int(np.sum(series.rejected))} of {len(series.steps)}"
-            said.append(f"{series.name}: {share} values are infinite and not used.")
+        refused = 0 if series.rejected is None else int(np.sum(series.rejected))
+        if refused and series.name.rpartition("/")[0] not in verdicts:
+            said.append(f"{series.name}: {refused} of {len(series.steps)} values are infinite and not used.")
     # series that show nothing, and what p-values of simulated nulls can say at most
     level = {name: fit for name, fit in detection.fits.items() if run_level(name)}
     silent = [name for name in level if name not in {event.series for event in sure}]

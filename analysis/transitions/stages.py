@@ -110,7 +110,7 @@ def stages_between(series: Sequence[Series], changes: Sequence[Transition]) -> l
         start, end = int(grid[a]), int(grid[b])
         if i % 2 == 0 and start == end and changes:
             continue
-        moved = {each.name: change for each in shown if (change := change_over(each, start, end)) is not None}
+        moved = {each.name: moved_by for each in shown if (moved_by := change_over(each, start, end)) is not None}
         kind, transition = ("transition", changes[i // 2]) if i % 2 else ("stage", None)
         parts.append(Stage(kind, start, end, moved, transition))
     return parts

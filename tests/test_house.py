@@ -12,10 +12,12 @@ from tests.support.rooms import (
     arrows,
     back_arrows,
     circles,
+    floors,
     imports,
     lengths,
     modules,
     own_faces,
+    rooms,
     width,
 )
 
@@ -35,6 +37,14 @@ GRAPH = arrows(KNOWN)
 
 def test_no_file_imports_itself_through_others() -> None:
     assert [group for group in circles(GRAPH) if not set(group) <= PENDING["circles"]] == []
+
+
+def test_the_rooms_stand_above_what_they_import_as_the_page_on_architecture_draws_them() -> None:
+    between = rooms(KNOWN)
+    assert circles(between) == []
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = [line.split() for line in page.split("```floors\n")[1].split("```")[0].splitlines()]
+    assert drawn == floors(between)
 
 
 def test_no_module_imports_the_face_of_its_own_package() -> None:

@@ -1,7 +1,8 @@
 """The import picture of the project: `python -m tests.support.rooms` prints rooms, arrows, circles and sizes.
 
-A room is a folder of modules; an arrow goes from a room to one that it imports from. Imports inside functions count,
-those under TYPE_CHECKING do not, and the face of a package (its `__init__`) only hands names on: it has no arrows.
+A room is a folder of modules; an arrow goes from a room to one that it imports from, through its face (its `__init__`)
+or not. Imports inside functions count, those under TYPE_CHECKING do not. Between files a face only hands names on: it
+has no arrows.
 """
 
 from __future__ import annotations
@@ -116,15 +117,31 @@ def _for_a_module(path: Path, package: str, known: Mapping[str, Path]) -> bool:
 def room(module: str) -> str:
     """The room a module stands in; each part of the analysis is one, and each file at a top is one of its own."""
     parts = module.removeprefix("devmon.").split(".")
-    return ".".join(parts[:2]) if parts[0] == "analysis" or len(parts) == 1 else parts[0]
+    return ".".join(parts[:2]) if parts[0] == "analysis" else parts[0]
 
 
-def rooms(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """The arrows between rooms."""
-    between: dict[str, set[str]] = {room(name): set() for name in graph}
-    for name, targets in graph.items():
-        between[room(name)] |= {room(target) for target in targets} - {room(name)}
+def rooms(known: Mapping[str, Path]) -> dict[str, set[str]]:
+    """The arrows between rooms. The face of devmon itself, which all may name, is none of them, and that of the
+    analysis, whose names resolve when they are used, is only an arrow's end."""
+    between: dict[str, set[str]] = {room(name): set() for name in known if name not in ("devmon", "devmon.analysis")}
+    for name, path in known.items():
+        if room(name) in between:
+            targets = {target for target in imports(path) if target in known and target != "devmon"}
+            between[room(name)] |= {room(target) for target in targets} & set(between) - {room(name)}
     return between
+
+
+def floors(between: Mapping[str, set[str]]) -> list[list[str]]:
+    """The rooms from the top down, each above all that it imports from and as low as that allows."""
+    heights: dict[str, int] = {}
+
+    def height(name: str) -> int:
+        if name not in heights:
+            heights[name] = 1 + max((height(target) for target in between[name]), default=-1)
+        return heights[name]
+
+    top = max(map(height, between))
+    return [sorted(name for name in between if heights[name] == level) for level in range(top, -1, -1)]
 
 
 def back_arrows(graph: Mapping[str, set[str]]) -> list[str]:
@@ -174,10 +191,13 @@ def comments() -> dict[str, float]:
 def main() -> None:
     known = modules()
     graph = arrows(known)
-    between = rooms(graph)
+    between = rooms(known)
     for name in sorted(between):
         print(f"{name:24} {', '.join(sorted(between[name])) or '–'}")
-    print(f"{len(between)} rooms, {sum(map(len, between.values()))} arrows")
+    levels = [] if circles(between) else floors(between)
+    for level in levels:
+        print(" ", "   ".join(level))
+    print(f"{len(between)} rooms, {len(levels)} floors, {sum(map(len, between.values()))} arrows")
     for group in circles(between):
         print("circle of rooms:", ", ".join(group))
     for group in circles(graph):

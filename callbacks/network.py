@@ -11,13 +11,13 @@ from devmon.errors import DevmonError
 from devmon.monitoring.loop import part
 
 Model = str | Callable[[L.LightningModule], torch.nn.Module] | None
-SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy"}
+SHARDED_STRATEGIES = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy"}
 
 
 def refuse_sharded(strategy: object) -> None:
     """Raise `DevmonError` for a strategy under which no rank holds the whole model."""
     names = {kind.__name__ for kind in type(strategy).__mro__}
-    if names & SHARDED or ("DeepSpeedStrategy" in names and getattr(strategy, "zero_stage_3", False)):
+    if names & SHARDED_STRATEGIES or ("DeepSpeedStrategy" in names and getattr(strategy, "zero_stage_3", False)):
         raise DevmonError(
             f"{type(strategy).__name__} shards the weights over the ranks, and Monitor needs all of them on one: save "
             "whole checkpoints (CheckpointSeries, with the strategy set to a full state dict) and measure those "

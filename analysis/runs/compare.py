@@ -22,7 +22,7 @@ from devmon.analysis.series import Array
 from devmon.analysis.transitions.agreement import SHIFTS, log_extent, most_covered, shifted
 from devmon.errors import DataError
 
-WITHIN = 0.1  # decades by which an extent is widened on either side (a factor of 1.26)
+WIDENING = 0.1  # decades by which an extent is widened on either side (a factor of 1.26)
 NOT_ENOUGH = "not enough runs"
 
 
@@ -112,7 +112,7 @@ def compare_runs(
     runs: Mapping[str, Any],
     detector: Detector | None = None,
     *,
-    within: float = WITHIN,
+    within: float = WIDENING,
     shifts: int = SHIFTS,
     seed: int = 0,
 ) -> RunsComparison:

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-LARGE = 1e3  # of a number that is tried: ε of a norm, at most 1e-5, is then 1e-11 of its square
-ROUNDING = 1e-3  # of the answer: float32 gives 1e-6, the wrong kind an answer of order one
+LARGE_INPUT = 1e3  # of a number that is tried: ε of a norm, at most 1e-5, is then 1e-11 of its square
+MAX_MISMATCH = 1e-3  # of the answer: float32 gives 1e-6, the wrong kind an answer of order one
 
 
 class FrozenNorm:
@@ -25,7 +25,7 @@ class FrozenNorm:
         if module is None:
             return
 
-        # Half precision rounds as coarsely as ROUNDING, so a copy in float32 is tried.
+        # Half precision rounds as coarsely as MAX_MISMATCH, so a copy in float32 is tried.
         half = like.dtype in (torch.float16, torch.bfloat16)
         probed = copy.deepcopy(module).float() if half else module
         ones = torch.ones(size, device=like.device, dtype=torch.float32 if half else like.dtype)
@@ -34,14 +34,14 @@ class FrozenNorm:
             # off makes zero of them, what divides by a scale makes the same of a vector and of its double, and what
             # does neither doubles. They are large, so that the ε under the root does not count.
             bias = probed(0 * ones)
-            once, twice = (probed(k * LARGE * ones) - bias for k in (1, 2))
-            self.centres = bool(once.abs().max() <= ROUNDING * (1 + bias.abs().max()))
-            self.normalises = self.centres or bool((twice - once).abs().max() <= ROUNDING * once.abs().max())
+            once, twice = (probed(k * LARGE_INPUT * ones) - bias for k in (1, 2))
+            self.centres = bool(once.abs().max() <= MAX_MISMATCH * (1 + bias.abs().max()))
+            self.normalises = self.centres or bool((twice - once).abs().max() <= MAX_MISMATCH * once.abs().max())
 
             # The gain of a scale is its answer to ones; of a norm, its answer to a vector whose mean is zero already.
-            gain = once / LARGE
+            gain = once / LARGE_INPUT
             if self.normalises:
-                alternating = LARGE * (1 - 2 * (torch.arange(size, device=like.device) % 2)) * ones
+                alternating = LARGE_INPUT * (1 - 2 * (torch.arange(size, device=like.device) % 2)) * ones
                 flat = alternating - alternating.mean() if self.centres else alternating
                 gain = (probed(alternating) - bias) * flat.square().mean().sqrt() / flat
         self.gain, self.bias = gain.to(like), bias.to(like)

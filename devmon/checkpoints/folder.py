@@ -6,12 +6,12 @@ import os
 import re
 from pathlib import Path
 
-FILE = re.compile(r"step-(\d+)\.ckpt")
+CHECKPOINT_FILE = re.compile(r"step-(\d+)\.ckpt")
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
     """The series in a folder: step to file, in order of steps."""
-    found = {int(m[1]): p for p in Path(folder).glob("step-*.ckpt") if (m := FILE.fullmatch(p.name))}
+    found = {int(m[1]): p for p in Path(folder).glob("step-*.ckpt") if (m := CHECKPOINT_FILE.fullmatch(p.name))}
     return dict(sorted(found.items()))
 
 

@@ -19,7 +19,7 @@ State = dict[str, torch.Tensor]
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 INSIDE = ("state_dict", "model_state_dict", "model", "module")  # of a training checkpoint: what holds the weights
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # of a folder, its shards named in ….index.json
-SHARDED = ("*.distcp", "*model_states.pt", "*optim_states.pt")  # of FSDP and DeepSpeed, as they were trained
+SHARDED_FILES = ("*.distcp", "*model_states.pt", "*optim_states.pt")  # of FSDP and DeepSpeed, as they were trained
 
 
 def read_state(path: Path, allow_pickle: bool = False) -> State:
@@ -131,7 +131,7 @@ def _parts(folder: Path) -> list[Path]:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise _unreadable(index, error) from None
     held = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    if any(any(folder.rglob(pattern)) for pattern in SHARDED):
+    if any(any(folder.rglob(pattern)) for pattern in SHARDED_FILES):
         raise DataError(
             f"{folder} holds the shards of DeepSpeed or FSDP: write whole weights first (zero_to_fp32.py, or "
             "torch.distributed.checkpoint.format_utils)"

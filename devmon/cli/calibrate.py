@@ -17,9 +17,9 @@ CHECKPOINTS = typer.Argument(
 INTO = typer.Option(
     metavar="RUN", show_default="the one beside the checkpoints", help="The run to write the choice into."
 )
-LATE = typer.Option(show_default="the last", help="Step of the late checkpoint.")
+LATE_OPTION = typer.Option(show_default="the last", help="Step of the late checkpoint.")
 MIDDLE = typer.Option(show_default="in the middle of the series, by count", help="Step of the middle checkpoint.")
-TOLERANCE = typer.Option(min=0.001, max=0.5, help="Error that the settings may cause, as a share of the LLC.")
+TOLERANCE_OPTION = typer.Option(min=0.001, max=0.5, help="Error that the settings may cause, as a share of the LLC.")
 MAX_STEPS = typer.Option(min=1, help="Sampler steps that one chain of an estimate may cost.")
 PREFIX = typer.Option(help="What the checkpoint's keys start with (net.), where several would do.")
 OUT = typer.Option("-o", "--out", help="Also draw the trials into this file (calibration.png).")
@@ -30,9 +30,9 @@ def calibrate(
     source: Annotated[str, SOURCE],
     checkpoints: Annotated[Path, CHECKPOINTS],
     into: Annotated[str | None, INTO] = None,
-    late: Annotated[int | None, LATE] = None,
+    late: Annotated[int | None, LATE_OPTION] = None,
     middle: Annotated[int | None, MIDDLE] = None,
-    tolerance: Annotated[float, TOLERANCE] = 0.02,
+    tolerance: Annotated[float, TOLERANCE_OPTION] = 0.02,
     max_steps: Annotated[int, MAX_STEPS] = 3000,
     prefix: Annotated[str | None, PREFIX] = None,
     out: Annotated[Path | None, OUT] = None,

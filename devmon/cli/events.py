@@ -20,16 +20,16 @@ JSON = typer.Option("--json", help="Print JSON instead of a table.")
 # of compare
 RUNS = typer.Argument(metavar="RUN RUN...", help="Two runs or more of one kind, as seeds are.")
 PAGE = typer.Option("-o", "--out", help="Also write a page: .html, .md or .json.")
-WITHIN = typer.Option(min=0.0, help="Decades by which matched events may be apart.")
+WITHIN_OPTION = typer.Option(min=0.0, help="Decades by which matched events may be apart.")
 # of replay
 CURVES = typer.Argument(metavar="FILE", help="Your copy of the curves: CSV, or a pickled DataFrame.")
-STEP = typer.Option(help="Column of the steps.")
+STEP_OPTION = typer.Option(help="Column of the steps.")
 VALUE = typer.Option(help="Column of the values.")
 SEED = typer.Option(help="Column that tells the runs apart.", show_default="one run")
 ERROR = typer.Option(help="Column of the standard errors.", show_default="none")
 WHERE = typer.Option(metavar="COLUMN=VALUE", help="Only these rows (repeatable).")
 BOUNDARY = typer.Option(metavar="STEP", help="A published boundary (repeatable).")
-TOLERANCE = typer.Option(min=0.001, max=0.99, help="Share of the step that counts as found.")
+REPLAY_TOLERANCE = typer.Option(min=0.001, max=0.99, help="Share of the step that counts as found.")
 PICKLE = typer.Option("--allow-pickle", help="Unpickle FILE, which runs code it holds.")
 # of report
 REPORT = typer.Option("-o", "--out", help="A .html, .md or .json file.")
@@ -72,7 +72,7 @@ def detect(
 def compare(
     runs: Annotated[list[str], RUNS],
     out: Annotated[Path | None, PAGE] = None,
-    within: Annotated[float, WITHIN] = 0.1,
+    within: Annotated[float, WITHIN_OPTION] = 0.1,
     nulls: Annotated[int | None, NULLS] = None,
 ) -> None:
     """Match the events of several runs, test which series comes first (sign test), and say what differs among them."""
@@ -108,13 +108,13 @@ def compare(
 
 def replay(
     curves: Annotated[Path, CURVES],
-    step: Annotated[str, STEP] = "step",
+    step: Annotated[str, STEP_OPTION] = "step",
     value: Annotated[str, VALUE] = "value",
     seed: Annotated[str | None, SEED] = None,
     error: Annotated[str | None, ERROR] = None,
     where: Annotated[list[str] | None, WHERE] = None,
     boundary: Annotated[list[float] | None, BOUNDARY] = None,
-    tolerance: Annotated[float, TOLERANCE] = 0.1,
+    tolerance: Annotated[float, REPLAY_TOLERANCE] = 0.1,
     allow_pickle: Annotated[bool, PICKLE] = False,
 ) -> None:
     """Search published curves, each seed by itself, and print the events beside the published boundaries."""

@@ -9,16 +9,16 @@ import typer
 from devmon.console import cost_table, list_table, variables_table
 from devmon.errors import DevmonError
 
-NAME = typer.Argument(metavar="[NAME]", help="Explain this one.")
+NAME_ARGUMENT = typer.Argument(metavar="[NAME_ARGUMENT]", help="Explain this one.")
 SOURCE = typer.Argument(
     metavar="SOURCE",
     help="path/to/script.py:name or package.module:name, a list of watches, a Monitor, or a function that returns one.",
 )
-LAST = typer.Option(min=0, help="The last step of the run.")
+LAST_OPTION = typer.Option(min=0, help="The last step of the run.")
 TOKENS_PER_STEP = typer.Option(min=1, help="Tokens in a training step, to compare with.")
 
 
-def instruments(name: Annotated[str | None, NAME] = None) -> None:
+def instruments(name: Annotated[str | None, NAME_ARGUMENT] = None) -> None:
     """List the instruments, or explain one: formula, source, fields, and a table of the variables that it returns."""
     import inspect
 
@@ -41,7 +41,7 @@ def instruments(name: Annotated[str | None, NAME] = None) -> None:
 
 def cost(
     source: Annotated[str, SOURCE],
-    last: Annotated[int, LAST],
+    last: Annotated[int, LAST_OPTION],
     tokens_per_step: Annotated[int | None, TOKENS_PER_STEP] = None,
 ) -> None:
     """Say what watches will cost before a run: passes of an observation, how many observations, share of training."""

@@ -16,7 +16,7 @@ EVERY = typer.Option(min=0.1, metavar="SECONDS", help="How often --follow looks.
 PORT = typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")
 NEWS = typer.Option("--every", min=0.5, metavar="SECONDS", help="How often to look for new steps.")
 COPY = typer.Option("-o", "--out", metavar="COPY", help="Write a small copy here instead: a folder, or a URL.")
-FILE = typer.Option("-o", "--out", help="A name that ends in .nc, .parquet, .csv or .zarr.")
+EXPORT_OPTION = typer.Option("-o", "--out", help="A name that ends in .nc, .parquet, .csv or .zarr.")
 WATCH = typer.Option(show_default="all", help="Take this watch alone.")
 
 
@@ -92,7 +92,7 @@ def compact(run: Run, out: Annotated[str | None, COPY] = None) -> None:
         typer.echo(write(trajectory, out))
 
 
-def export(run: Run, out: Annotated[Path, FILE], watch: Annotated[str | None, WATCH] = None) -> None:
+def export(run: Run, out: Annotated[Path, EXPORT_OPTION], watch: Annotated[str | None, WATCH] = None) -> None:
     """Write a run as netCDF, Parquet, CSV or plain Zarr.
 
     CSV and Parquet hold the numbers without a dimension but step, one a line: watch, variable, step, value, se, units,

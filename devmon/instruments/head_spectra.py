@@ -17,7 +17,9 @@ from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
-ROUNDING = 1e-6  # Σ|λ| / Σs under which eigenvalues are those of rounding; larger, and true but weak circuits are NaN
+ROUNDING_SHARE = (
+    1e-6  # Σ|λ| / Σs under which eigenvalues are those of rounding; larger, and true but weak circuits are NaN
+)
 TOKENS_AT_ONCE = 4096  # of a product over the vocabulary in float64: memory, not numbers
 RIVALS = 2048  # tokens that a token's own entry must beat before it is compared with all: time, not numbers
 SCORES = ("copying", "copying_singular", "matching", "matching_singular")
@@ -206,7 +208,7 @@ def _layer(
         by_token, by_place = ((moment * part).sum((-2, -1)).cpu().numpy() for part in (token, position))
         most = _trace(covariances[0]) * _trace(covariances[1] + covariances[2]) * _trace(q.mT @ q) * _trace(k.mT @ k)
         both = by_token + by_place
-        values["positional_share"] = _over(by_place, np.where(both > ROUNDING**2 * most.cpu().numpy(), both, 0.0))
+        values["positional_share"] = _over(by_place, np.where(both > ROUNDING_SHARE**2 * most.cpu().numpy(), both, 0.0))
     return values
 
 
@@ -232,7 +234,7 @@ def _scores(q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: _Grams) -> dict[s
         trace = _trace(cross).cpu().numpy()
         size = torch.linalg.eigvals(cross.cpu()).abs().sum(-1).numpy()
         singular = _singular(left, right, most).sum(1)
-        scores[name] = _over(trace, np.where((singular > 0) & (size >= ROUNDING * singular), size, 0.0))
+        scores[name] = _over(trace, np.where((singular > 0) & (size >= ROUNDING_SHARE * singular), size, 0.0))
         scores[f"{name}_singular"] = _over(trace, singular)
     return scores
 
@@ -243,7 +245,7 @@ def _singular(left: Tensor, right: Tensor, most: Tensor) -> np.ndarray:
     values, vectors = torch.linalg.eigh(left.cpu())
     root = vectors * values.clamp(min=0).sqrt()[:, None]  # left = root rootᵀ
     square = torch.linalg.eigvalsh(root.mT @ right.cpu() @ root)
-    return torch.where(square > ROUNDING**2 * most.cpu()[:, None], square, 0.0).sqrt().numpy()
+    return torch.where(square > ROUNDING_SHARE**2 * most.cpu()[:, None], square, 0.0).sqrt().numpy()
 
 
 def _top(gram: Tensor) -> Tensor:
@@ -286,7 +288,7 @@ def _copies(
         reads, o = reads.double(), o.double()
         above = (reads * (own - o @ centre)).sum(1)
         sd = ((reads @ (o @ spread @ o.T)) * reads).sum(1).clamp(min=0).sqrt()
-        there = sd > ROUNDING * sd.max()
+        there = sd > ROUNDING_SHARE * sd.max()
         z = torch.where(there, above / sd, 0.0).cpu().numpy()
         weight = np.ones(len(z))
         pairs.append([*clustered_mean((hit & there).cpu().numpy(), weight), *clustered_mean(z, weight)])

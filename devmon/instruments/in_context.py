@@ -16,7 +16,7 @@ from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot
 
-EARLY, LATE, LONG = 50, 500, 512  # tokens, of Olsson et al.: the positions compared, in texts of this length
+EARLY, LATE, LONG_TEXT = 50, 500, 512  # tokens, of Olsson et al.: the positions compared, in texts of this length
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class InContextLearning(ByContent):
     def __post_init__(self) -> None:
         tokens = probe_tokens(self.tokens, "InContextLearning", shortest=4)
         length = tokens.shape[1]
-        share = min(length / LONG, 1.0)
+        share = min(length / LONG_TEXT, 1.0)
         early = max(round(EARLY * share), 1) if self.early is None else int(self.early)
         late = min(round(LATE * share), length - 1) if self.late is None else int(self.late)
         width = length // 64 if self.width is None else int(self.width)

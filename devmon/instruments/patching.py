@@ -40,12 +40,12 @@ class _Kind(NamedTuple):
         return (slice(None), slice(None), at[1]) if "head" in self.dims else (...,)
 
 
-KINDS = {
+SITE_KINDS = {
     "resid": _Kind("resid_pre", ("layer", "pos"), "the stream before the layer, at the place"),
     "z": _Kind("z", ("layer", "head"), "the head, at all places"),
     "mlp": _Kind("mlp_out", ("layer",), "the MLP, at all places"),
 }
-SHARES = {
+SHARE_LABELS = {
     "restored": "restored by {}, from the clean prompt",
     "broken": "broken by {}, from the corrupt prompt",
     "restored_resample": "restored by {}, from another clean prompt",
@@ -161,7 +161,7 @@ class ActivationPatching(ByContent):
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         pairs = self.pairs
         anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
-        kinds = {name: kind for name, kind in KINDS.items() if name != "mlp" or anatomy.layout.neurons}
+        kinds = {name: kind for name, kind in SITE_KINDS.items() if name != "mlp" or anatomy.layout.neurons}
         runs = self._unpatched(snapshot, anatomy, kinds.values())
         rows = Rows(headline=["signal", "z_restored"], error="standard error over prompts")
         self._put_unpatched(rows, anatomy, runs)
@@ -233,7 +233,7 @@ class ActivationPatching(ByContent):
         """Shares of the signal times the signal, (prompt, *site), and the realism of what restores, (*site); NaN for
         the sites that are not chosen."""
         pairs, shape = self.pairs, self._shape(anatomy, kind)
-        effects = {name: np.full((len(runs.whole), *shape), np.nan) for name in SHARES}
+        effects = {name: np.full((len(runs.whole), *shape), np.nan) for name in SHARE_LABELS}
         realism = {name: np.full(shape, np.nan) for name in REALISM}
         for at in chosen:
             site, index, after = (kind.site, at[0]), kind.entries(at), ("resid_post", at[0])
@@ -327,7 +327,7 @@ def _put_kind(
     patched: dict[str, np.ndarray],
 ) -> None:
     screened = f"{NO_SIGNAL}; NaN where attribution patching screened the site out"
-    labels = {effect: f"share of the signal {text.format(kind.what)}" for effect, text in SHARES.items()}
+    labels = {effect: f"share of the signal {text.format(kind.what)}" for effect, text in SHARE_LABELS.items()}
     for effect, label in labels.items():
         mean, se = share(patched[effect], whole)
         change = 0.1 if effect == "restored" else None

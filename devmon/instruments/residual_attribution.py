@@ -20,7 +20,7 @@ from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
-ROUNDING = 3e-4  # RMSNorms of transformers round to float32 whatever the model's dtype
+ROUNDING_OF_NORMS = 3e-4  # RMSNorms of transformers round to float32 whatever the model's dtype
 FLOOR = 1e-9  # of logits: under it no part says anything
 
 Write = dict[tuple[str, int], Callable[[Tensor], Tensor]]
@@ -168,7 +168,7 @@ class ResidualAttribution(ByContent):
 
     def _check_closure(self, name: str, gap: np.ndarray, split: np.ndarray, difference: np.ndarray, eps: float) -> None:
         """InstrumentError where the parts do not sum up to the difference, within rounding."""
-        eps = max(math.sqrt(eps), ROUNDING)
+        eps = max(math.sqrt(eps), ROUNDING_OF_NORMS)
         if bool((gap > eps * (1 + np.abs(split).sum(1))).any()):
             raise InstrumentError(
                 f"{type(self).__name__}: the parts of {name} sum up to logit differences that "

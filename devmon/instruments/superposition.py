@@ -13,7 +13,7 @@ from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot
 
-LARGEST = 4096  # features of which each is stored
+MAX_FEATURES = 4096  # features of which each is stored
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Superposition:
     an embedding `nn.Linear(features, dims)`). Without it W is the unembedding of a model whose parts are known: one row
     a token, a *proxy*, as the features of a real model are not known. Wᵢ are the rows, ŵᵢ their directions. A reference
     is the same number with (ŵᵢ·Wⱼ)² for i ≠ j at ‖Wⱼ‖² / dimensions, its mean over directions drawn at random. What is
-    by feature is left out for more than LARGEST features. All are exact functions of the weights in float64: there is
+    by feature is left out for more than MAX_FEATURES features. All are exact functions of the weights in float64: there is
     no standard error. NaN where a weight is not finite or all are 0.
 
     - `norm` (feature), weight: ‖Wᵢ‖.
@@ -96,7 +96,7 @@ class Superposition:
             "directions": (total**2 / (gram**2).sum() if total else np.nan, "participation ratio of W", "dimensions"),
         }
         headline = ["features_per_dimension", "mean_dimensionality", "mean_interference", "directions"]
-        rows, stored = Rows(headline, proxy=int(self.parameter is None)), features <= LARGEST
+        rows, stored = Rows(headline, proxy=int(self.parameter is None)), features <= MAX_FEATURES
         for name, (array, label, units) in by_feature.items() if stored else ():
             rows.put(name, "feature", array, None, label, units=units)
         for name, (value, label, units) in whole.items():

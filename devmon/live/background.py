@@ -16,7 +16,7 @@ from devmon.errors import DevmonError
 
 # Chosen so that training does not feel it. A page that takes 10 s is made every 10 / SHARE = 200 s.
 SHARE = 0.05  # of one core that making pages may take; twice as much, and pages come twice as often
-PAUSE = 5.0  # seconds between two pages at least; the browser loads the page again as often
+PAGE_SECONDS = 5.0  # seconds between two pages at least; the browser loads the page again as often
 LAST_PAGE_TIMEOUT = 60.0  # seconds that the end of training waits for the page being made, and again for the last one
 
 
@@ -43,7 +43,7 @@ class LivePage:
         """Start a new page of the run (a path or URL) unless a page is being made, or was just made."""
         try:
             if self._finished() and self.clock() >= self._next:
-                self._start(run, refresh=PAUSE)
+                self._start(run, refresh=PAGE_SECONDS)
         except Exception as error:
             self._warn(f"{type(error).__name__}: {error}")
 
@@ -88,7 +88,7 @@ class LivePage:
         if self._process.poll() is None:
             return False
         took = self.clock() - self._started
-        self._next = self.clock() + max(PAUSE, took * (1 / SHARE - 1))
+        self._next = self.clock() + max(PAGE_SECONDS, took * (1 / SHARE - 1))
         assert self._errors is not None
         with self._errors as errors:
             errors.seek(0)

@@ -17,7 +17,7 @@ from devmon.watch import Watch
 
 CHAIN = 3  # float32 numbers of a chain for each weight: the weights, their gradient, the noise
 TRIAL = (4, 64)  # tokens of the forward pass that is timed
-LARGEST = 500_000_000  # parameters of a model that is built for that: 2 GB in float32, seconds to build
+MAX_PARAMETERS = 500_000_000  # parameters of a model that is built for that: 2 GB in float32, seconds to build
 
 
 def memory(study: Study) -> str:
@@ -67,7 +67,7 @@ def _rate(study: Study) -> float | None:
     vocab = study.config.get("vocab_size") if study.model is None else own
     if vocab is None:
         return None
-    if study.model is None and sum(p.numel() for p in _untrained(study, "meta").parameters()) > LARGEST:
+    if study.model is None and sum(p.numel() for p in _untrained(study, "meta").parameters()) > MAX_PARAMETERS:
         return None
     model = (study.model if study.model is not None else _untrained(study, str(study.device))).eval()
     tokens = torch.zeros(TRIAL, dtype=torch.int64, device=study.device)

@@ -10,7 +10,7 @@ import xarray as xr
 
 from devmon.snapshot import Divisible, Snapshot
 
-FULL = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory|MemoryError")
+OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory|MemoryError")
 
 
 @dataclass(frozen=True)

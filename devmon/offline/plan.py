@@ -136,7 +136,9 @@ class Plan:
         return dataclasses.replace(self, **whole)
 
 
-KINDS = get_type_hints(Plan)  # name to type of its fields: str, int, bool, tuple[str, ...], and str or int with None
+FIELD_TYPES = get_type_hints(
+    Plan
+)  # name to type of its fields: str, int, bool, tuple[str, ...], and str or int with None
 WORDS = {str: "a string", int: "an integer", bool: "true or false", tuple[str, ...]: "a list of strings"}
 
 
@@ -146,7 +148,7 @@ def kind_of(name: str) -> Any:
     >>> kind_of("seed"), kind_of("watch")
     (<class 'int'>, tuple[str, ...])
     """
-    kind = KINDS[name]
+    kind = FIELD_TYPES[name]
     return (
         next(kept for kept in get_args(kind) if kept is not type(None)) if isinstance(kind, types.UnionType) else kind
     )
@@ -159,10 +161,10 @@ def _from_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{path} cannot be read as TOML ({error})") from None
     for key, value in values.items():
-        if key not in KINDS:
-            near = difflib.get_close_matches(key, KINDS, 1)
+        if key not in FIELD_TYPES:
+            near = difflib.get_close_matches(key, FIELD_TYPES, 1)
             hint = f", perhaps {near[0]!r}" if near else ""
-            raise DataError(f"{path} has an unknown key {key!r}{hint}: the keys are {', '.join(KINDS)}")
+            raise DataError(f"{path} has an unknown key {key!r}{hint}: the keys are {', '.join(FIELD_TYPES)}")
         kind = kind_of(key)
         strings = isinstance(value, list) and all(isinstance(part, str) for part in value)
         if not (strings if kind == tuple[str, ...] else type(value) is kind):  # so that true is no integer

@@ -24,7 +24,7 @@ from devmon.files import write_whole
 
 ARRAYS = (".npy", ".pt", ".safetensors")
 SEQUENCES, LENGTH = 64, 256  # of tokens made of text, where nothing else is asked
-PIECE = 16  # characters of a piece of text, for each token of a sequence: about four sequences
+PIECE_CHARACTERS = 16  # characters of a piece of text, for each token of a sequence: about four sequences
 SPLITS = ("validation", "test", "train")  # of a dataset, the first there is
 Home = tuple[str, str | None]  # of a tokenizer: a folder or a name on the hub, and its revision
 
@@ -88,7 +88,7 @@ def _parts(where: Path, home: Home | None, length: int) -> Iterator[list[int]]:
         texts: Sequence[Any] = range(len(rows))
         read: Callable[[Any], Any] = lambda index: rows[index][column]  # noqa: E731
     else:
-        size = PIECE * length
+        size = PIECE_CHARACTERS * length
         texts = [text[i : i + size] for text in read_documents(where) for i in range(0, len(text), size)]
         read = str
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
@@ -97,7 +97,7 @@ def _parts(where: Path, home: Home | None, length: int) -> Iterator[list[int]]:
         piece = read(texts[index])
         if isinstance(piece, str):
             encode = encode or _encoder(where, home)
-            yield encode(piece[: PIECE * length])
+            yield encode(piece[: PIECE_CHARACTERS * length])
         else:
             yield [int(token) for token in piece]
 

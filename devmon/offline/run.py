@@ -17,7 +17,7 @@ from devmon.offline.plan import Plan
 from devmon.offline.study import Progress, Study
 from devmon.watch import Watch
 
-LONG = 3600.0  # seconds over which the speed of the bar is averaged: rows of an LLC take minutes each
+SPEED_SECONDS = 3600.0  # seconds over which the speed of the bar is averaged: rows of an LLC take minutes each
 
 
 def run(plan: Plan, dry_run: bool) -> int:
@@ -86,5 +86,5 @@ def _bar(console: Console) -> bars.Progress:
         bars.TimeElapsedColumn(),
         bars.TimeRemainingColumn(),
         console=console,
-        speed_estimate_period=LONG,
+        speed_estimate_period=SPEED_SECONDS,
     )

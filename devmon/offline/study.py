@@ -28,7 +28,7 @@ from devmon.instruments import LLC
 from devmon.monitoring.fingerprint import describe, identity
 from devmon.monitoring.isolation import private_copy
 from devmon.monitoring.observe import observe
-from devmon.offline.in_parts import FULL, in_parts
+from devmon.offline.in_parts import OUT_OF_MEMORY, in_parts
 from devmon.offline.plan import Plan, pairs
 from devmon.offline.probe_text import Probe, read_probe
 from devmon.offline.source import load_study
@@ -135,7 +135,7 @@ class Study:
                 reason = failures.get(name, {}).get(step)
                 if reason is None:
                     tell(Progress("measured", step, name))
-                elif parts < 4 and FULL.search(reason) and in_parts(watch.instrument, 2 * parts):
+                elif parts < 4 and OUT_OF_MEMORY.search(reason) and in_parts(watch.instrument, 2 * parts):
                     tell(Progress("retried", step, name, f"out of memory: again in {2 * parts} parts"))
                     continue
                 else:

@@ -51,7 +51,7 @@ LONGEST_TRIAL = 2000
 
 # Configurational temperature (1 in the law asked for): below the first the chains have not filled their flat
 # directions, above the second steps or minibatch noise have widened the law. Wider limits let smaller gammas count.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.8, 1.15
+MIN_TRIAL_TEMPERATURE, MAX_TRIAL_TEMPERATURE = 0.8, 1.15
 
 # E[∇L·δ] / 2 E[ΔL] (1 where the loss is quadratic): below it the chains have left the basin of w*. Lower lets smaller
 # gammas count.

@@ -14,9 +14,9 @@ from devmon.analysis.derive.llc import llc, mean_and_error, scaled_excess
 from devmon.sampling.constants import (
     BIAS_SHARE,
     LONGEST_TRIAL,
-    MAX_TEMPERATURE,
+    MAX_TRIAL_TEMPERATURE,
     MIN_ANHARMONICITY,
-    MIN_TEMPERATURE,
+    MIN_TRIAL_TEMPERATURE,
     SAME_SIGMAS,
     TRIAL_BURN_IN,
     TRIAL_CHAINS,
@@ -118,7 +118,7 @@ def healthy(trials: Sequence[Trial]) -> bool:
 def settled(trials: Sequence[Trial]) -> bool:
     """Whether the chains fill the directions they have, and stay where the loss rises as around w*."""
     return healthy(trials) and all(
-        MIN_TEMPERATURE <= trial.result["temperature"].item() <= MAX_TEMPERATURE
+        MIN_TRIAL_TEMPERATURE <= trial.result["temperature"].item() <= MAX_TRIAL_TEMPERATURE
         and trial.result["anharmonicity"].item() >= MIN_ANHARMONICITY
         for trial in trials
     )

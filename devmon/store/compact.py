@@ -17,7 +17,7 @@ from devmon.store.place import place
 from devmon.store.rows import TEXT, plain
 from devmon.store.trajectory import Trajectory
 
-CHUNK, SHARD = 2**20, 2**27  # bytes before compression: what is read at once, what is one file
+CHUNK_BYTES, SHARD_BYTES = 2**20, 2**27  # bytes before compression: what is read at once, what is one file
 
 
 def compact(trajectory: Trajectory, copy: Path | Any) -> Path | Any:
@@ -46,11 +46,11 @@ def _write(store: Any, group: str, dataset: xr.Dataset) -> None:
     for name, variable in dataset.variables.items():
         if variable.dtype.kind in TEXT or variable.ndim == 0:
             continue
-        chunks = _split(variable.shape, variable.dtype.itemsize, CHUNK)
+        chunks = _split(variable.shape, variable.dtype.itemsize, CHUNK_BYTES)
         encoding[str(name)] = {"chunks": chunks, "compressors": [BloscCodec(cname="zstd", clevel=5), Crc32cCodec()]}
         if chunks != tuple(max(1, size) for size in variable.shape):
             # Zarr takes shards of whole chunks only.
-            shards = zip(_split(variable.shape, variable.dtype.itemsize, SHARD), chunks, strict=True)
+            shards = zip(_split(variable.shape, variable.dtype.itemsize, SHARD_BYTES), chunks, strict=True)
             encoding[str(name)]["shards"] = tuple(-(-shard // chunk) * chunk for shard, chunk in shards)
     clean = dataset.assign_attrs(plain(dataset.attrs), folded=dataset.sizes["step"])  # as in `groups.write`
     for array in clean.variables.values():

@@ -20,7 +20,7 @@ from devmon.store.trajectory import Trajectory
 
 COLUMNS = ["watch", "variable", "step", "value", "se", "units", "verdict"]
 INSTALL = 'pip install "devmon[netcdf]"'
-KINDS = (".nc", ".parquet", ".csv", ".zarr")
+EXTENSIONS = (".nc", ".parquet", ".csv", ".zarr")
 
 
 def export(trajectory: Trajectory, out: Path, *, watch: str | None = None) -> Path:
@@ -29,8 +29,8 @@ def export(trajectory: Trajectory, out: Path, *, watch: str | None = None) -> Pa
     .csv and .parquet hold the scalars as a long table (`table`); .nc one group a watch, or with `watch` its dataset at
     the root; .zarr is `compact`'s copy.
     """
-    if out.suffix not in KINDS:
-        raise StoreError(f"-o takes a name that ends in {', '.join(KINDS)}, got {out.name!r}")
+    if out.suffix not in EXTENSIONS:
+        raise StoreError(f"-o takes a name that ends in {', '.join(EXTENSIONS)}, got {out.name!r}")
     if watch is not None and watch not in trajectory:
         raise StoreError(f"{trajectory.path} holds no watch {watch!r}; it holds {', '.join(trajectory) or 'none'}")
     names = list(trajectory) if watch is None else [watch]

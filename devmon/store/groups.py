@@ -24,7 +24,7 @@ from devmon.store.rows import TEXT, plain
 Change = Callable[[dict[str, Any]], dict[str, Any]]  # of a group's attributes
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what Zarr and xarray raise
 ONE_CHUNK = 2**25  # bytes: a smaller array is one file; a larger one is cut by Zarr, so that a part can be read
-LABELS = ["step", "weights", "seconds"]
+ROW_LABELS = ["step", "weights", "seconds"]
 REMEDY = "restore it from a copy, or move the watch's group out of the run and measure its steps again"
 
 
@@ -53,8 +53,8 @@ def read(
             warnings.simplefilter("ignore", ZarrUserWarning)
             with xr.open_dataset(store, group=group, engine="zarr", consolidated=False, chunks=None) as dataset:
                 rows = dataset.attrs.get("folded")
-                expected = {*dataset.attrs.get("shape", ()), *LABELS} if only is None and rows is not None else only
-                for name in expected or LABELS[:2]:
+                expected = {*dataset.attrs.get("shape", ()), *ROW_LABELS} if only is None and rows is not None else only
+                for name in expected or ROW_LABELS[:2]:
                     if name not in dataset.variables:
                         raise StoreError(f"{where} holds no {name} any more: {REMEDY}")
                 wanted = dataset if only is None else dataset[only]
@@ -117,7 +117,7 @@ def _check(dataset: xr.Dataset, rows: int, where: str, holds: Callable[[str], bo
 def _broken(store: Any, group: str) -> str:
     """The first file that cannot be read, as the end of its path."""
     with contextlib.suppress(*UNREADABLE):
-        for name in [*zarr.open_group(store, path=group, mode="r").attrs.get("shape", ()), *LABELS]:  # type: ignore[misc]
+        for name in [*zarr.open_group(store, path=group, mode="r").attrs.get("shape", ()), *ROW_LABELS]:  # type: ignore[misc]
             key = "zarr.json"
             try:
                 array = zarr.open_array(store, path=f"{group}/{name}".strip("/"), mode="r")

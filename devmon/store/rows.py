@@ -25,7 +25,7 @@ TEXT = "OUST"  # kinds of NumPy dtype that hold text
 MAGIC = b"dmU1"
 # magic, bytes of header, of payload, CRC-32 of header, CRC-32C of payload, CRC-32 of this head
 HEAD = struct.Struct("<4sIQIII")
-LARGE = 2**20  # bytes: what is not copied twice, and what a checksum takes at a time
+LARGE_BYTES = 2**20  # bytes: what is not copied twice, and what a checksum takes at a time
 
 
 class Entry(NamedTuple):
@@ -70,8 +70,8 @@ def record(header: bytes, payload: Sequence[Any]) -> list[Any]:
 def checksum(piece: Any, crc: int = 0) -> int:
     """CRC-32C of bytes, or going on from that of the bytes before: a third of the time of zlib's CRC-32."""
     with memoryview(piece) as view:
-        for start in range(0, len(view), LARGE):  # the extension takes nothing but bytes
-            crc = google_crc32c.extend(crc, bytes(view[start : start + LARGE]))
+        for start in range(0, len(view), LARGE_BYTES):  # the extension takes nothing but bytes
+            crc = google_crc32c.extend(crc, bytes(view[start : start + LARGE_BYTES]))
     return crc
 
 
@@ -141,7 +141,7 @@ def encode(dataset: xr.Dataset) -> tuple[bytes, list[Any]]:
         variables.append(form)
         if text:
             texts.append(as_text(values).ravel().tolist())
-        elif values.nbytes < LARGE:
+        elif values.nbytes < LARGE_BYTES:
             fixed.append(values.tobytes())
         else:
             fixed.append(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
@@ -169,7 +169,7 @@ def decode(layout: bytes, rows: list[tuple[Entry, bytes]]) -> xr.Dataset:
         if kind == "text":
             values = np.array([column[text] for column in texts], dtype=object).reshape(n, *shape)
             text += 1
-        elif n == 1 and size >= LARGE:  # no second copy
+        elif n == 1 and size >= LARGE_BYTES:  # no second copy
             values = packed[0, start : start + size].view(kind).reshape(n, *shape)
         else:
             values = np.ascontiguousarray(packed[:, start : start + size]).view(kind).reshape(n, *shape)

@@ -17,8 +17,8 @@ from devmon.errors import StoreError
 from devmon.files import cannot_write, reason, remove_empty
 from devmon.store.rows import Entry, Records, damaged, decode, record, scan, sound
 
-CHUNK = 2**16  # bytes a write: 100 MB at once took four times as long
-READS = 100  # until units that are folded away again and again while they are read are given up
+WRITE_BYTES = 2**16  # bytes a write: 100 MB at once took four times as long
+MAX_READS = 100  # until units that are folded away again and again while they are read are given up
 FLUSH_EVERY = 1.0  # seconds: a power cut loses the rows since the last flush to the disk, a kill loses none
 
 
@@ -66,7 +66,7 @@ class Units:
 
     def read(self) -> list[xr.Dataset]:
         """All rows, as one dataset with a leading `step` for each layout."""
-        for _ in range(READS):
+        for _ in range(MAX_READS):
             try:
                 return self._read()
             except FileNotFoundError:  # folded since it was listed: the rows are in the group now
@@ -157,8 +157,8 @@ class FileUnits(Units):
                 if file.tell() > before:
                     file.truncate(before)
                 for piece in pieces:
-                    for i in range(0, len(piece), CHUNK):
-                        file.write(piece[i : i + CHUNK])
+                    for i in range(0, len(piece), WRITE_BYTES):
+                        file.write(piece[i : i + WRITE_BYTES])
                 file.flush()
                 if time.monotonic() - self._flushed >= FLUSH_EVERY:
                     os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from devmon import DataError, Trajectory
 from devmon.checkpoints.series import Series
 from devmon.monitoring.fingerprint import describe
 from devmon.offline.plan import Plan
-from devmon.offline.probe_text import PIECE, Probe, read_probe
+from devmon.offline.probe_text import PIECE_CHARACTERS, Probe, read_probe
 from devmon.offline.study import Study
 from tests.anatomy.test_anatomy_sites import VOCAB, family
 from tests.support.offline_toys import measure, text_of
@@ -72,7 +72,9 @@ def test_one_long_text_is_cut_into_pieces(tmp_path: Path, tokenizer: str) -> Non
     (tmp_path / "text.md").write_text(text_of(range(2000)))
     probe = read_probe(tmp_path / "text.md", (tokenizer, None), 10, 8)
     ends = (probe.tokens.flatten() == VOCAB - 1).sum()
-    assert 80 * 3.7 / (PIECE * 8) - 1 <= ends <= 80 * 2.7 / (PIECE * 8) + 1  # w7 is 3 characters with its space, w17 4
+    assert (
+        80 * 3.7 / (PIECE_CHARACTERS * 8) - 1 <= ends <= 80 * 2.7 / (PIECE_CHARACTERS * 8) + 1
+    )  # w7 is 3 characters with its space, w17 4
 
 
 def test_datasets_on_disk_give_their_tokens_or_their_text(
@@ -92,7 +94,9 @@ def test_datasets_on_disk_give_their_tokens_or_their_text(
     assert tokens.flatten().tolist() == [2, 2, 2, VOCAB - 1] * 4
     datasets.Dataset.from_dict({"text": ["w3 " * 500] * 9}).save_to_disk(str(tmp_path / "long"))
     tokens = read_probe(tmp_path / "long", (tokenizer, None), 8, 16).tokens.flatten().tolist()
-    assert tokens.index(VOCAB - 1) in range(PIECE * 4, PIECE * 16 // 3 + 2), "a long row fills the whole batch"
+    assert tokens.index(VOCAB - 1) in range(PIECE_CHARACTERS * 4, PIECE_CHARACTERS * 16 // 3 + 2), (
+        "a long row fills the whole batch"
+    )
     datasets.Dataset.from_dict({"label": [1]}).save_to_disk(str(tmp_path / "none"))
     with pytest.raises(DataError, match="has the columns label"):
         read_probe(tmp_path / "none", None)

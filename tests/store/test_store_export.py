@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from devmon import StoreError, Trajectory
 from devmon.cli.root import app
 from devmon.store.compact import compact
-from devmon.store.export import KINDS, export, table
+from devmon.store.export import EXTENSIONS, export, table
 
 WHO = {"instrument": "a.B", "fields": {"nbeta": "30"}, "fingerprint": "0", "doc": "Measures."}
 
@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_no_half_file(
     with pytest.raises(StoreError, match="No space left on device"):
         export(run, tmp_path / f"x{suffix}")
     assert [p.name for p in tmp_path.iterdir()] == ["run.zarr"]
-    assert suffix in KINDS
+    assert suffix in EXTENSIONS
 
 
 def test_an_empty_run_gives_an_empty_table(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from devmon.offline.engines.processes import Ended, part
 from devmon.offline.plan import Plan, pairs
 from devmon.offline.study import Progress
 
-PIECE = 4  # checkpoints of a task: all but the first are read while the one before is measured
+TASK_CHECKPOINTS = 4  # checkpoints of a task: all but the first are read while the one before is measured
 
 
 def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Progress], None] = lambda news: None) -> list[str]:
@@ -46,7 +46,7 @@ def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Progress], None] =
 
 def _deal(ray: Any, task: Any, plan: Plan, steps: Sequence[int], tell: Callable[[Progress], None]) -> list[str]:
     """Keep `plan.workers` tasks going until all steps are done."""
-    size = max(1, min(PIECE, len(steps) // (4 * plan.workers)))
+    size = max(1, min(TASK_CHECKPOINTS, len(steps) // (4 * plan.workers)))
     todo = [list(steps[i : i + size]) for i in range(0, len(steps), size)]
     going: dict[Any, list[int]] = {}
     lost: list[str] = []

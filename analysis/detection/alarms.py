@@ -20,7 +20,7 @@ import numpy as np
 
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event, meet
-from devmon.analysis.detection.scan import LEAST
+from devmon.analysis.detection.constants import LEAST
 from devmon.analysis.detection.search import detect
 from devmon.analysis.series import Series, run_level
 from devmon.errors import DataError
@@ -104,7 +104,7 @@ def provisional(run: Any, detector: Detector | None = None, looks: Looks | None 
     if not followed:
         return before
     share = alpha / (looks.count * len(followed))
-    least = max(detector._adjusted(LEAST, search) for search in detector.searches)
+    least = LEAST
     if share < least:
         raise DataError(
             f"alpha={alpha} over {looks.count} looks and {len(followed)} series is {share:.2g} a test, and no p-value "

@@ -1,0 +1,37 @@
+"""Every constant of the search: what it means, its unit, and where its value comes from."""
+
+from __future__ import annotations
+
+# What a series must have, and how it is cut into places.
+FEWEST = 8  # finite points; the least on which a slope, its change and a noise can all be estimated
+MOST = 400  # places; more points are averaged in bins of equal width in log step (2^k bins a decade), see axis.py
+
+# The noise (noise.py).
+SPAN = 24  # places of a window in which the noise has one size: long enough to tell correlation from a smooth curve
+PHIS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # correlations from one checkpoint to the next that compete
+SHARES = (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e8)  # variance of the smooth part over that of the noise, within a window
+TAIL = 1e-2  # tail at which a noise estimated from few degrees of freedom is widened, as a t quantile is
+EXACT = 1e-7  # share of the range below which differences are rounding (float32 carries 6e-8)
+JITTER = 1.5  # values that scatter more than this many given errors have a jitter of their own, which is noise too
+SPIKE = 5.0  # noise sd by which one checkpoint must leave all four neighbours: 6e-7 a point for normal noise
+
+# The windows and their null (windows.py).
+GROW = 1.3  # factor from one window size to the next: any size of event is met to within 15%
+LEAST = 1e-8  # smallest p-value that is reported: such a tail means nothing further out
+
+# What counts as an event (chain.py).
+SMALLEST = 0.008  # share of the range: the thickness of a line (0.4 mm) in a figure 5 cm high
+RATIO = 1.5  # slopes that differ by less are one slope to a reader: 34 and 45 degrees
+WIDEST = 1.27  # decades over which a rise has half its top speed: between 1.06 (exp(-t)) and 1.53 (1 / (1 + t))
+FLANK = 0.7  # distance to a turn, in widths, from which a rise is more than its flank: .63 for a Gaussian, .75 a sine
+SHARE = 0.1  # of the range: what the flank of a turn must change to be an event of its own
+NARROW = 0.6  # decades at half height up to which a rise that comes back is a bump: a factor of 4 in steps
+
+# Smoothing, places and sizes (spline.py, measure.py).
+POWERS = tuple(10.0**k for k in range(-2, 11))  # prior variances of the third derivative over a window of length 1
+GRID = 96  # places within a window at which the curve is evaluated
+DRAWS = 200  # posterior draws: the ends of a 90% interval are its 10th draws
+
+# Abruptness (abrupt.py).
+LONGEST = 1.2  # decades from t10 to t90: what takes longer is development, not a jump
+WALKS = 200  # simulated series of each family of drift

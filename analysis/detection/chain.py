@@ -166,14 +166,10 @@ class Chain:
                 low, high = link.reach(way * curve.slope >= 0.5 * way * link.speed)
                 link.size = self.level(k + 1) - self.level(k - 1)
             elif link.role == "plateau":
-                # what is missed, beside a curve that goes on at the lesser of the speeds on the two sides
-                paces = []
-                for side in (-1, 1):
-                    other = self._beside(k, side)
-                    rise = other is not None and other.role == "rise"
-                    paces.append(way * other.speed if rise and other else self._fastest(link, side))
-                low, high = link.reach(way * curve.slope < min(paces))
-                link.size = min(paces) * (curve.x[high] - curve.x[low]) * way - (curve.mean[high] - curve.mean[low])
+                # what is missed there, beside a curve that goes on at its mean speed between the neighbours
+                pace = way * (curve.mean[-1] - curve.mean[0]) / (curve.x[-1] - curve.x[0])
+                low, high = link.reach(way * curve.slope < pace)
+                link.size = pace * (curve.x[high] - curve.x[low]) * way - (curve.mean[high] - curve.mean[low])
             else:
                 continue
             link.span = float(curve.x[low]), float(curve.x[high])

@@ -12,15 +12,15 @@ PHIS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # correlations from one check
 SHARES = (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e8)  # variance of the smooth part over that of the noise, within a window
 TAIL = 1e-2  # tail at which a noise estimated from few degrees of freedom is widened, as a t quantile is
 EXACT = 1e-7  # share of the range below which differences are rounding (float32 carries 6e-8)
-JITTER = 1.5  # values that scatter more than this many given errors have a jitter of their own, which is noise too
-SPIKE = 5.0  # noise sd by which one checkpoint must leave all four neighbours: 6e-7 a point for normal noise
+JITTER = 1.5  # times the given errors: values that scatter more have a jitter of their own, and a note says so
+SPIKE = 7.0  # noise sd by which one checkpoint must leave all four neighbours; the noise is the median of 24 changes
 
 # The windows and their null (windows.py).
 GROW = 1.3  # factor from one window size to the next: any size of event is met to within 15%
 LEAST = 1e-8  # smallest p-value that is reported: such a tail means nothing further out
 
 # What counts as an event (chain.py).
-SMALLEST = 0.008  # share of the range: the thickness of a line (0.4 mm) in a figure 5 cm high
+SMALLEST = 0.01  # share of the range below which a change is not seen in a figure (half a millimetre in 5 cm)
 RATIO = 1.5  # slopes that differ by less are one slope to a reader: 34 and 45 degrees
 WIDEST = 1.27  # decades over which a rise has half its top speed: between 1.06 (exp(-t)) and 1.53 (1 / (1 + t))
 FLANK = 0.7  # distance to a turn, in widths, from which a rise is more than its flank: .63 for a Gaussian, .75 a sine

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from devmon.analysis.detection.axis import averaged, bins, counts, log_axis
 from devmon.analysis.detection.chain import Chain
-from devmon.analysis.detection.constants import EXACT, FEWEST, JITTER, SMALLEST, TAIL
+from devmon.analysis.detection.constants import EXACT, FEWEST, JITTER, SMALLEST, SPAN, TAIL
 from devmon.analysis.detection.events import Event, Fit, Noise, Trend
 from devmon.analysis.detection.measure import Ruler
 from devmon.analysis.detection.noise import correlation, covariance, of_replicates, spikes
@@ -111,18 +111,18 @@ class Search:
         self.null = self.windows.null(self.phi, self.known, detector.n_null, detector.seed)
 
     def _estimated(self, se: Array | None) -> None:
-        """The noise from the curve itself; given errors bound it, unless the values plainly have a jitter of their own."""
+        """The noise from the curve itself, bounded by given errors, which it exceeds only as far as the places bear it out."""
         loglik, sd = self.windows.noise.fit(self.values[:, None])
         k = correlation(loglik[:, 0])
         self.phi, self.sd, self.known, self.source, self.wider = self.windows.phi(k), sd[k, :, 0], "estimated", "estimated", 1.0
         if se is None:
             return
-        excess = float(np.median(self.sd / se))
-        self.source = "se"
-        if excess > JITTER:
-            self.notes.append(f"the values scatter {excess:.1f} times as much as their standard errors: taken as noise")
-        else:
-            self.sd, self.known = np.minimum(self.sd, se), "bounded"
+        # a level above the errors is the training's own jitter, or structure: the errors weigh as much as SPAN places do
+        weight = len(self.x) / (len(self.x) + SPAN)
+        excess = self.sd / se
+        self.sd, self.known, self.source = np.where(excess > 1, se * excess**weight, self.sd), "bounded", "se"
+        if (typical := float(np.median(excess))) > JITTER:
+            self.notes.append(f"the values scatter {typical:.1f} times as much as their standard errors: taken as noise")
 
     def _measured(self, replicates: Array) -> None:
         """The noise from the replicates: their AR(1) model, and for each size of window how far their spread departs from it.

@@ -12,6 +12,9 @@ from devmon.analysis.detection.spline import Spline
 from devmon.analysis.series import Array
 
 
+RESOLVED = 1e-3  # share of the range to which a curve is drawn: splines round a step between two checkpoints
+
+
 def trend(x: Array, values: Array, sd: Array, spline: Callable[[int, int], Spline], level: float) -> tuple[Array, Array, Array]:
     """Low, middle and high at each place: splines of SPAN places that overlap by half, blended linearly; the band holds the
     noise of a point."""
@@ -24,5 +27,5 @@ def trend(x: Array, values: Array, sd: Array, spline: Callable[[int, int], Splin
         middle[inside] += share * np.interp(x[inside], curve.x, curve.mean)
         weight[inside] += share
     middle /= weight
-    half = norm.ppf((1 + level) / 2) * sd
+    half = norm.ppf((1 + level) / 2) * np.hypot(sd, RESOLVED)
     return middle - half, middle, middle + half

@@ -170,6 +170,11 @@ class Chain:
                 pace = way * (curve.mean[-1] - curve.mean[0]) / (curve.x[-1] - curve.x[0])
                 low, high = link.reach(way * curve.slope < pace)
                 link.size = pace * (curve.x[high] - curve.x[low]) * way - (curve.mean[high] - curve.mean[low])
+                # it must rest between two moves: from the place before that is no rise, and to the one after
+                rests = [j for j, other in enumerate(self.links) if other.role != "rise"]
+                before, after = max((j for j in rests if j < k), default=-1), min((j for j in rests if j > k), default=len(self.links))
+                moves = way * (link.value - self.level(before)), way * (self.level(after) - link.value)
+                link.size = link.size if min(moves) >= self.smallest else 0.0
             else:
                 continue
             link.span = float(curve.x[low]), float(curve.x[high])

@@ -61,12 +61,11 @@ class Spline:
         rng = np.random.default_rng(self.seed)
         number = np.diff(np.floor(np.append(0, np.cumsum(self.weights)) * DRAWS + 0.5)).astype(int)
         parts = []
+        noise = np.linalg.cholesky(self.noise)
         for k in np.flatnonzero(number):
-            mean, gain, across = self._posterior(k)
-            prior = POWERS[k] * self.kernel_both + FREE * self.parabola_at @ self.parabola_at.T
-            size, vectors = np.linalg.eigh(prior - gain @ across.T)
-            root = vectors * np.sqrt(np.maximum(size, 0))
-            parts.append(mean[:, None] + root @ rng.standard_normal((GRID, number[k])))
+            mean, gain, _ = self._posterior(k)
+            again = noise @ rng.standard_normal((len(noise), number[k]))
+            parts.append(mean[:, None] + gain @ again)
         return self.middle + self.scale * np.hstack(parts)
 
     @cached_property

@@ -6,7 +6,8 @@ that is fixed beforehand, and each look sees exactly that many points. An event 
     alpha / (number of looks * number of series)
 
 (Bonferroni over looks and series), so a run without events has an alarm with probability alpha at most as far as the
-detector's p-values hold. Points that were measured because of an alarm (`attrs["densified"]`) are left out of the looks:
+detector's p-values hold. The p-value of a jump or a bump is the larger of its two: an alarm is for what is there and abrupt.
+Points that were measured because of an alarm (`attrs["densified"]`) are left out of the looks:
 when a point is looked at never depends on the data.
 """
 
@@ -104,11 +105,10 @@ def provisional(run: Any, detector: Detector | None = None, looks: Looks | None 
     if not followed:
         return before
     share = alpha / (looks.count * len(followed))
-    least = LEAST
-    if share < least:
+    if share < LEAST:
         raise DataError(
             f"alpha={alpha} over {looks.count} looks and {len(followed)} series is {share:.2g} a test, and no p-value "
-            f"is below {least:.2g}: follow at most {int(alpha / looks.count / least)} series (series=...)"
+            f"is below {LEAST:.2g}: follow at most {int(alpha / looks.count / LEAST)} series (series=...)"
         )
     alarms: dict[str, list[Alarm]] = {one.name: [a for a in before.alarms if a.series == one.name] for one in followed}
     seen = dict(before.seen)
@@ -118,11 +118,15 @@ def provisional(run: Any, detector: Detector | None = None, looks: Looks | None 
             continue
         found = detect([one.where(np.arange(len(one.steps)) < size) for one in due], detector).events
         for one in due:
-            events = [event for event in found if event.series == one.name and event.p_value <= share]
+            events = [event for event in found if event.series == one.name and _chance(event) <= share]
             alarms[one.name] = _looked(_settled(alarms[one.name], one.steps[:size]), events, int(one.steps[size - 1]))
             seen[one.name] = size
     told = [alarm for one in followed for alarm in _settled(alarms[one.name], one.steps)]
     return Provisional(tuple(sorted(told, key=lambda alarm: (alarm.raised_at, alarm.series, alarm.step))), seen)
+
+
+def _chance(event: Event) -> float:
+    return max(event.p_value, event.p_abrupt or 0.0)
 
 
 def _followed(run: Any, names: Iterable[str] | None) -> list[Series]:
@@ -156,7 +160,7 @@ def _looked(alarms: Sequence[Alarm], events: Sequence[Event], last: int) -> list
         if alarm.status == "up":
             same = [event for event in left if meet(event.extent, (alarm.low, alarm.high))]
             if same:
-                event = min(same, key=lambda event: event.p_value)
+                event = min(same, key=_chance)
                 low, high = event.extent
                 left = [event for event in left if event not in same]
                 alarm = replace(alarm, kind=event.kind, step=event.step, low=low, high=high)
@@ -167,5 +171,5 @@ def _looked(alarms: Sequence[Alarm], events: Sequence[Event], last: int) -> list
         low, high = event.extent
         known = any(alarm.status == "settled" and meet((low, high), (alarm.low, alarm.high)) for alarm in alarms)
         if last <= LATELY * max(high, 1.0) and not known:
-            found.append(Alarm(event.series, event.kind, event.step, low, high, event.p_value, last))
+            found.append(Alarm(event.series, event.kind, event.step, low, high, _chance(event), last))
     return found

@@ -17,10 +17,12 @@ from typing import Literal
 
 import numpy as np
 
-from devmon.analysis.detection.constants import FLANK, RATIO, SHARE, WIDEST
+from devmon.analysis.detection.constants import FLANK, GRID, RATIO, SHARE, WIDEST
 from devmon.analysis.detection.spline import Spline
 from devmon.analysis.detection.windows import SLOPE, Extremum
 from devmon.analysis.series import Array
+
+BEGIN, END = slice(0, GRID // 10), slice(-(GRID // 10), None)  # of a curve: the tenth of its length that is its level there
 
 Role = Literal["turn", "rise", "plateau"]
 
@@ -98,13 +100,13 @@ class Chain:
 
     def level(self, k: int) -> float:
         """The curve at link k; at -1 and beyond the last link, where the data begin and end."""
-        links = self.links
-        if k < 0:
-            return float(links[0].curve.mean[0] if links[0].window[0] <= 0 else self.values[0])
-        if k >= len(links):
-            whole = links[-1].window[1] >= len(self.x) - 1
-            return float(links[-1].curve.mean[-1] if whole else self.values[-1])
-        return links[k].value
+        if 0 <= k < len(self.links):
+            return self.links[k].value
+        link = self.links[0 if k < 0 else -1]
+        reaches = link.window[0] <= 0 if k < 0 else link.window[1] >= len(self.x) - 1
+        if not reaches:
+            return float(self.values[0 if k < 0 else -1])
+        return float(link.curve.mean[BEGIN if k < 0 else END].mean())
 
     def _beside(self, k: int, side: int) -> Link | None:
         return self.links[k + side] if 0 <= k + side < len(self.links) else None

@@ -17,7 +17,7 @@ SPIKE = 7.0  # noise sd by which one checkpoint must leave all four neighbours; 
 
 # The windows and their null (windows.py).
 GROW = 1.3  # factor from one window size to the next: any size of event is met to within 15%
-LEAST = 1e-8  # smallest p-value that is reported: such a tail means nothing further out
+LEAST = 1e-6  # smallest p-value that is reported: a tail of 300 series says nothing further out
 
 # What counts as an event (chain.py).
 SMALLEST = 0.01  # share of the range below which a change is not seen in a figure (half a millimetre in 5 cm)

@@ -120,7 +120,8 @@ class Search:
         # a level above the errors is the training's own jitter, or structure: the errors weigh as much as SPAN places do
         weight = len(self.x) / (len(self.x) + SPAN)
         excess = self.sd / se
-        self.sd, self.known, self.source = np.where(excess > 1, se * excess**weight, self.sd), "bounded", "se"
+        excess = np.maximum(excess, min(float(np.median(excess)), 1.0))  # no lower than elsewhere: se tells its size over steps
+        self.sd, self.known, self.source = se * np.where(excess > 1, excess**weight, excess), "bounded", "se"
         if (typical := float(np.median(excess))) > JITTER:
             self.notes.append(f"the values scatter {typical:.1f} times as much as their standard errors: taken as noise")
 

@@ -26,8 +26,8 @@ class Event:
     length in decades of step.
 
     Two questions, two answers. Is it there: `p_value`, against the best curve without it and noise, for all places, sizes
-    and kinds of the series at once; `q_value` also for the number of series. Is it abrupt: `p_abrupt`, the change of a jump
-    against drift and random walks (None where it is not asked: turns, plateaus and bumps need only be there), and `abrupt`.
+    and kinds of the series at once; `q_value` also for the number of series. Is it abrupt: `p_abrupt`, the change of a jump or
+    bump against drift and random walks (None for turns and plateaus, which need only be there), and `abrupt`.
     `resolved` is false where fewer than three checkpoints lie within the span (of a turn: the interval). `quantiles` are the
     1st to 99th percentile of the location.
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from devmon.analysis.detection.abrupt import abruptness
-from devmon.analysis.detection.chain import Chain, Link
-from devmon.analysis.detection.constants import DRAWS, LONGEST, NARROW, SHARE
+from devmon.analysis.detection.chain import BEGIN, END, Chain, Link
+from devmon.analysis.detection.constants import DRAWS, LONGEST, NARROW, SHARE, SPIKE
 from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.windows import p_value
 from devmon.analysis.series import Array
@@ -48,12 +48,12 @@ class Ruler:
         inside = int(np.sum((self.steps >= start) & (self.steps <= end)))
         vague = {"jump": "abruptness", "bump": "width", "turn": "location between checkpoints", "plateau": "length"}[kind]
         note = "" if inside >= 3 else f"{vague} unresolved{steps_to_add(self.steps, start, end)}"
-        p_abrupt = self._abrupt(link, ends) if kind == "jump" else None
+        p_abrupt = self._abrupt(ends) if kind in ("jump", "bump") and ends else None
         event = Event(
             kind, step, (low, high), size, (min(small, size), max(large, size)), width, span,
             p_value(link.of.evidence, self.null), None, inside >= 3, note, self.name,
             tuple(float(q) for q in np.quantile(steps, np.arange(1, 100) / 100)), p_abrupt,
-            p_abrupt is not None and p_abrupt <= self.alpha,
+            p_abrupt is not None and p_abrupt <= self.alpha and (kind == "jump" or inside >= 3),
         )  # fmt: skip
         return event, steps
 
@@ -62,6 +62,9 @@ class Ruler:
         source = link.curve.draws if link.role == "turn" else link.curve.slopes
         best = np.argmax(link.sign * source[link.inside], axis=0)
         gap = link.curve.x[1] - link.curve.x[0]
+        if link.role == "turn":  # the summit lies anywhere between the checkpoints beside the highest
+            near = int(np.clip(round(link.index), 1, len(self.chain.x) - 2))
+            gap = max(gap, 0.5 * (self.chain.x[near + 1] - self.chain.x[near - 1]))
         return link.curve.x[link.inside][best] + gap * self.rng.uniform(-0.5, 0.5, DRAWS)
 
     def _levels(self, k: int) -> Array:
@@ -73,7 +76,7 @@ class Ruler:
         link = links[end]
         whole = link.window[0] <= 0 if k < 0 else link.window[1] >= len(self.chain.x) - 1
         if whole:
-            return link.curve.draws[end]
+            return link.curve.draws[BEGIN if k < 0 else END].mean(0)
         return self.chain.values[end] + self.sd[end] * self.rng.standard_normal(DRAWS)
 
     def _sizes(self, k: int, link: Link) -> Array:
@@ -95,11 +98,14 @@ class Ruler:
 
     def _t10_t90(self, link: Link) -> tuple[float, float]:
         """The ends of a rise: beyond those of half its top speed by as much as those of a logistic lie."""
+        x, values = self.chain.x, self.chain.values
+        i = int(np.clip(np.searchsorted(x, link.x) - 1, 0, len(x) - 2))
+        if abs(values[i + 1] - values[i]) >= 0.8 * abs(link.size) > SPIKE * self.sd[i]:  # all of it between two checkpoints
+            return float(x[i] + 0.1 * (x[i + 1] - x[i])), float(x[i + 1] - 0.1 * (x[i + 1] - x[i]))
         more = 0.5 * (HALF_TO_T10 - 1) * (link.span[1] - link.span[0])
         return max(link.span[0] - more, self.chain.x[0]), min(link.span[1] + more, self.chain.x[-1])
 
-    def _abrupt(self, link: Link, ends: tuple[float, float] | None) -> float:
-        assert ends is not None
+    def _abrupt(self, ends: tuple[float, float]) -> float:
         if ends[1] - ends[0] > LONGEST:
             return 1.0
         start, end = np.interp(ends, self.chain.x, np.arange(len(self.chain.x)))

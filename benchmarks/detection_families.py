@@ -199,3 +199,46 @@ def at_rest(x: Array, values: Array, smooth: bool) -> BPoly:
 
 def _steps(x: Array, steps: Array, centre: float) -> list[float]:
     return [float(10**centre - steps[steps > 0][0])]
+
+
+# smooth curves without an event, and shapes of range 1 of which the place of the event is known exactly
+
+
+def replicated(rng: Rng, curve: Array, count: int, rho: float) -> Array:
+    """(count, points) the curve on groups of items: each with a level of its own and AR(1) noise, whose mean has sd 1."""
+    noise = np.stack([ar1(rng, len(curve), rho) for _ in range(count)]) * np.sqrt(count)
+    return curve + noise + 3 * rng.standard_normal((count, 1))
+
+
+def _power(rng: Rng, steps: Array) -> Array:
+    return (1 + steps / (steps[steps > 0][0] * 10)) ** -rng.uniform(0.1, 1.0) * 10 ** rng.uniform(0.5, 2.5)
+
+
+def _decay(rng: Rng, steps: Array) -> Array:
+    x = log_of(steps)
+    return np.exp(-rng.uniform(0.2, 1.0) * (x - x[0])) * 10 ** rng.uniform(0.5, 2.5)
+
+
+SMOOTH: dict[str, Null] = {"power law": _power, "smooth decay": _decay, "constant": lambda rng, steps: 0 * steps}
+
+
+Shape = Callable[[Rng, Array], tuple[Array, float]]
+
+
+def _placed(form: Callable[[Array], Array], margin: float) -> Shape:
+    """A form of x - centre, its centre anywhere but within a share `margin` of the axis from its ends."""
+
+    def shape(rng: Rng, steps: Array) -> tuple[Array, float]:
+        x = log_of(steps)
+        centre = rng.uniform(x[0] + margin * np.ptp(x), x[-1] - margin * np.ptp(x))
+        return form(x - centre), _steps(x, steps, centre)[0]
+
+    return shape
+
+
+SHAPES: dict[str, list[Shape]] = {
+    "jump": [_placed(lambda u, w=w: rise(u, 0.0, w), 0.25) for w in (0.1, 0.3, 0.6)],  # type: ignore[misc]
+    "turn": [_placed(lambda u, w=w: np.exp(-0.5 * (u / w) ** 2), 0.3) for w in (0.4, 0.8)],  # type: ignore[misc]
+    "plateau": [_placed(lambda u, w=w: np.tanh(u / w) ** 3 + 0.3 * u, 0.35) for w in (0.5, 0.8)],  # type: ignore[misc]
+    "bump": [_placed(lambda u, w=w: np.exp(-4 * np.log(2) * (u / w) ** 2), 0.3) for w in (0.2, 0.4)],  # type: ignore[misc]
+}

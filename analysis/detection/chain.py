@@ -38,6 +38,7 @@ class Link:
         self.way = extremum.sign  # of a rise or plateau: the sign of the trend
         self.size = 0.0  # signed, in units of the values
         self.span = (0.0, 0.0)  # on the axis
+        self.rest = (0, 0)  # of a plateau: where on its curve it is about as slow as at its flattest
         self.curve: Spline
         self.at, self.x, self.value, self.speed = 0, 0.0, 0.0, 0.0
 
@@ -145,17 +146,17 @@ class Chain:
         least, which = RATIO, ()
         for k, link in enumerate(self.links):
             for side in (-1, 1) if link.role == "plateau" else ():
-                other = self._beside(k, side)
-                steep = other is not None and other.role == "rise"
-                pace = other.way * other.speed if steep and other else self._fastest(link, side)
-                ratio = pace / max(link.way * link.speed, 1e-12)
+                ratio = self._pace(k, side) / max(link.way * link.speed, 1e-12)
                 if ratio < least:
-                    least, which = ratio, (k, k + side) if steep else (k,)
+                    other = self._beside(k, side)
+                    least, which = ratio, (k, k + side) if other is not None and other.role == "rise" else (k,)
         return bool(which) and self._drop(*which)
 
-    @staticmethod
-    def _fastest(link: Link, side: int) -> float:
-        """The largest slope along the trend on one side of a link, within its window."""
+    def _pace(self, k: int, side: int) -> float:
+        """The largest slope along the trend on one side of link k: that of the rise there, else within its window."""
+        link, other = self.links[k], self._beside(k, side)
+        if other is not None and other.role == "rise":
+            return other.way * other.speed
         part = link.curve.slope[: link.at] if side < 0 else link.curve.slope[link.at + 1 :]
         return float((link.way * part).max(initial=0.0))
 
@@ -171,6 +172,8 @@ class Chain:
                 # what is missed there, beside a curve that goes on at its mean speed between the neighbours
                 pace = way * (curve.mean[-1] - curve.mean[0]) / (curve.x[-1] - curve.x[0])
                 low, high = link.reach(way * curve.slope < pace)
+                lesser = min(self._pace(k, side) for side in (-1, 1))
+                link.rest = link.reach(way * curve.slope < way * link.speed + 0.1 * (lesser - way * link.speed))
                 link.size = pace * (curve.x[high] - curve.x[low]) * way - (curve.mean[high] - curve.mean[low])
                 # it must rest between two moves: from the place before that is no rise, and to the one after
                 rests = [j for j, other in enumerate(self.links) if other.role != "rise"]

@@ -58,13 +58,16 @@ class Ruler:
         return event, steps
 
     def _places(self, link: Link) -> Array:
-        """Draws of the place: where the drawn curve, or its slope, has its extremum within the sure interval."""
+        """Draws of the place: where the drawn curve, or its slope, has its extremum within the sure interval, spread over
+        what cannot be told from it: the gap between checkpoints, or the rest of a plateau."""
         source = link.curve.draws if link.role == "turn" else link.curve.slopes
         best = np.argmax(link.sign * source[link.inside], axis=0)
         gap = link.curve.x[1] - link.curve.x[0]
         if link.role == "turn":  # the summit lies anywhere between the checkpoints beside the highest
             near = int(np.clip(round(link.index), 1, len(self.chain.x) - 2))
             gap = max(gap, 0.5 * (self.chain.x[near + 1] - self.chain.x[near - 1]))
+        elif link.role == "plateau":
+            gap = max(gap, link.curve.x[link.rest[1]] - link.curve.x[link.rest[0]])
         return link.curve.x[link.inside][best] + gap * self.rng.uniform(-0.5, 0.5, DRAWS)
 
     def _levels(self, k: int) -> Array:

@@ -1,7 +1,7 @@
 """The noise of a curve: AR(1) of locally varying size beside a smooth part, by restricted likelihood.
 
 In windows of SPAN places the values are a straight line, plus integrated Brownian motion in log step (the smooth part: the
-prior of a cubic smoothing spline), plus AR(1) noise, plus where it pays one or two steps or single outlying points. Their
+prior of a cubic smoothing spline), plus AR(1) noise, plus where it pays one step or one single outlying point. Their
 likelihood, restricted to what a straight line leaves, is the largest over the smooth part's share, which tells the correlation;
 the size of the noise is averaged over the shares by their likelihood. AR(1) alone would take a
 smooth curve for correlated noise; a smooth curve beside white noise would take correlated noise for wiggles.
@@ -43,7 +43,6 @@ class NoiseModel:
         n = len(x)
         self.length = m = min(n, SPAN)
         self.starts = sorted({*range(0, n - m + 1, max(1, m // 4)), n - m})
-        self._gram: dict[tuple[int, int], Array] = {}
         self.overlap = max(1.0, len(self.starts) * m / n)
         parts = [self._window(x[a : a + m], counts[a : a + m], min(2.0, n / m)) for a in self.starts]
         self.whiten, self.logdet, self.odd, self.wider = (np.array(part) for part in zip(*parts, strict=True))
@@ -88,38 +87,22 @@ class NoiseModel:
         series, d = values.shape[1], self.length - 2
         loglik, sd = np.zeros((len(which), series)), np.empty((len(which), len(self.starts), series))
         tiny = 1e-300 + (EXACT * np.ptp(values, axis=0)) ** 2
-        cost = np.log(self.odd.shape[-1])  # prior odds of each step and point, and its own parameter
+        cost = np.log(self.odd.shape[-1]) + 0.5 * np.log(d)  # prior odds of each step and point, and its own parameter
         for i, a in enumerate(self.starts):
             z = values[a : a + self.length] - values[a : a + self.length].mean(0)
             for o, p in enumerate(which):
                 left = np.matmul(self.whiten[i, p], z)  # (share, d, series)
                 rss = np.sum(left**2, axis=1) + d * tiny
-                one, two = self._odd_ones(i, p, left)
-                fits = [-0.5 * d * np.log(rss / d)]
-                sizes = [rss / d]
-                for number, gain in ((1, one), (2, one + two)):
-                    less = np.maximum(rss - gain, 1e-12 * rss) + d * tiny
-                    fits.append(-0.5 * (d - number) * np.log(less / (d - number)) - number * cost)
-                    sizes.append(less / (d - number))
-                which_fit = np.argmax(fits, axis=0)[None]
-                logs = np.take_along_axis(np.array(fits), which_fit, 0)[0] - 0.5 * self.logdet[i, p][:, None]
-                size = np.sqrt(np.take_along_axis(np.array(sizes), which_fit, 0)[0]) * self.wider[i, p][:, None]
+                gain = np.square(np.matmul(np.swapaxes(self.odd[i, p], -1, -2), left)).max(1)
+                less = np.maximum(rss - gain, 1e-12 * rss) + d * tiny
+                freed = 0.5 * d * np.log(rss / d) - 0.5 * (d - 1) * np.log(less / (d - 1)) - cost
+                logs = np.maximum(freed, 0) - 0.5 * self.logdet[i, p][:, None] - 0.5 * d * np.log(rss / d)
+                size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, p][:, None]
                 best = logs.max(0)
                 weights = np.exp(logs - best)
                 loglik[o] += best
                 sd[o, i] = np.sum(weights * size, axis=0) / weights.sum(0)
         return loglik / self.overlap, np.matmul(self.mix, np.sqrt(sd)) ** 2
-
-    def _odd_ones(self, i: int, p: int, left: Array) -> tuple[Array, Array]:
-        """(share, series) what the best single step or point takes off the sum of squares, and the best second beside it."""
-        if (i, p) not in self._gram:
-            self._gram[i, p] = np.matmul(np.swapaxes(self.odd[i, p], -1, -2), self.odd[i, p]).astype(np.float32)
-        along = np.matmul(np.swapaxes(self.odd[i, p], -1, -2), left)  # (share, column, series)
-        best = np.argmax(np.abs(along), axis=1)[:, None]
-        first = np.take_along_axis(along, best, 1)
-        common = np.swapaxes(np.take_along_axis(self._gram[i, p], np.swapaxes(best, 1, 2), 1), 1, 2)
-        rest = np.where(np.abs(common) < 0.99, np.square(along - common * first) / (1 - np.minimum(common**2, 0.98)), 0.0)
-        return first[:, 0] ** 2, rest.max(1)
 
 
 def correlation(loglik: Array) -> int:

@@ -60,8 +60,8 @@ def test_a_score_that_rises_like_induction_is_one_jump(noise: str) -> None:
     assert event.interval[0] <= 650 <= event.interval[1], event
     assert event.interval[1] - event.interval[0] < 60
     assert event.size_interval[0] <= 0.74 <= event.size_interval[1], event
-    assert event.width == pytest.approx(np.log10(800 / 500), rel=0.15)
-    assert event.span == (pytest.approx(500, rel=0.05), pytest.approx(800, rel=0.05))
+    assert event.width == pytest.approx(np.log10(800 / 500), rel=0.25)
+    assert event.span == (pytest.approx(500, rel=0.1), pytest.approx(800, rel=0.1))
     assert event.resolved
     assert event.note == ""
     assert event.p_value < 1 / 200
@@ -82,7 +82,10 @@ def test_a_staircase_is_three_rises_and_the_rests_between_them() -> None:
     events = DETECTOR.fit(SIXTY, y).events()
     assert [event.kind for event in events] == ["jump", "plateau"] * 2 + ["jump"], steps_of(events)
     for event, centre in zip(events, (1.2, 1.7, 2.2, 2.7, 3.2), strict=True):
-        assert abs(np.log10(event.step + 1) - centre) < 0.1, event
+        if event.kind == "jump":
+            assert abs(np.log10(event.step + 1) - centre) < 0.06, event
+        else:  # it rests for half a decade
+            assert abs(np.log10(event.step + 1) - centre) < 0.3, event
 
 
 def exact_curves() -> dict[str, Array]:

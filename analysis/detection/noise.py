@@ -1,7 +1,7 @@
 """The noise of a curve: AR(1) of locally varying size beside a smooth part, by restricted likelihood.
 
 In windows of SPAN places the values are a straight line, plus integrated Brownian motion in log step (the smooth part: the
-prior of a cubic smoothing spline), plus AR(1) noise, plus where it pays one step or one single outlying point. Their
+prior of a cubic smoothing spline), plus AR(1) noise, plus where it pays one sharp rise (over one to three gaps) or one single outlying point. Their
 likelihood, restricted to what a straight line leaves, is the largest over the smooth part's share, which tells the correlation;
 the size of the noise is averaged over the shares by their likelihood. AR(1) alone would take a
 smooth curve for correlated noise; a smooth curve beside white noise would take correlated noise for wiggles.
@@ -55,7 +55,7 @@ class NoiseModel:
 
     @staticmethod
     def _window(x: Array, counts: Array, windows: float) -> tuple[Array, Array, Array, Array]:
-        """Whitening matrices, log determinants, whitened steps and single points, and factors for few degrees of freedom.
+        """Whitening matrices, log determinants, whitened rises and single points, and factors for few degrees of freedom.
 
         The noise at a place rests on about `windows` windows. Where the smooth part follows the points closely few
         degrees of freedom are left for the noise: it is widened as a t quantile is beside that of all m - 2.
@@ -63,7 +63,9 @@ class NoiseModel:
         m, d = len(x), len(x) - 2
         basis = np.linalg.qr(np.vander((x - x.mean()) / np.ptp(x), 2), mode="complete")[0][:, 2:]
         smooth = basis.T @ integrated_walk(x) @ basis
-        single = np.hstack([np.eye(m), np.tri(m, m - 1, -1)])
+        steps = np.tri(m, m - 1, -1)  # and rises over two and three gaps
+        rises = [np.mean([steps[:, k : m - 1 - width + k] for k in range(width + 1)], axis=0) for width in range(3)]
+        single = np.hstack([np.eye(m), *rises])
         shares, parts = np.array(SHARES), []
         for phi in PHIS:
             rough = basis.T @ covariance(counts, phi) @ basis
@@ -87,7 +89,7 @@ class NoiseModel:
         series, d = values.shape[1], self.length - 2
         loglik, sd = np.zeros((len(which), series)), np.empty((len(which), len(self.starts), series))
         tiny = 1e-300 + (EXACT * np.ptp(values, axis=0)) ** 2
-        cost = np.log(self.odd.shape[-1]) + 0.5 * np.log(d)  # prior odds of each step and point, and its own parameter
+        cost = np.log(self.odd.shape[-1]) + 0.5 * np.log(d)  # prior odds of each rise and point, and its own parameter
         for i, a in enumerate(self.starts):
             z = values[a : a + self.length] - values[a : a + self.length].mean(0)
             for o, p in enumerate(which):

@@ -36,6 +36,16 @@ def pelt(model: str) -> Baseline:
     return search
 
 
+def window(steps: Array, values: Array, strict: float = 1.0) -> list[float]:
+    """Sliding windows of a tenth of the points, mean before against mean after (ruptures), with the same penalty as PELT l2."""
+    y, n = values / noise_of(values), len(values)
+    width = max(4, 2 * (n // 20))
+    if n <= width + 2:
+        return []
+    found = ruptures.Window(width=width, model="l2", jump=1).fit(y[:, None]).predict(pen=2 * np.log(n) * strict)
+    return _between(steps, [b - 1 for b in found[:-1]])
+
+
 def largest_step(steps: Array, values: Array, strict: float = 1.0) -> list[float]:
     """The largest change from one checkpoint to the next, whatever its size (beyond 1.4 (strict - 1) noise sd)."""
     change = np.abs(np.diff(values)) / noise_of(values)
@@ -106,6 +116,7 @@ BASELINES: dict[str, Baseline] = {
     "PELT l2": pelt("l2"),
     "PELT linear": pelt("linear"),
     "PELT rbf": pelt("rbf"),
+    "window l2": window,
     "GP slope extremes": slopes,
     "GP slope minima": slope_minima,
     "hidden Markov": hidden_markov,

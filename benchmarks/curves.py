@@ -3,10 +3,10 @@
     python benchmarks/curves.py                     # benchmarks/curves/*.csv with benchmarks/curves/labels.json
     python benchmarks/curves.py FOLDER --out FILE   # curves of one's own
 
-Each curve is `NAME.csv`, a header and then step,value a row. `labels.json` holds for each NAME two lists, `must` (what anyone
-sees) and `may` (what a reader may or may not name), of [kinds, from, to]: kinds are of turn, jump (a rise or fall), plateau and
-bump, separated by commas, and the event lies between two steps. Each event counts for one label; those left over are too many.
-Baselines name no kinds: theirs count wherever they lie within a label.
+Each curve is `NAME.csv`, a header and then step,value a row. `labels.json` holds for each NAME two lists, `must`
+(what anyone sees) and `may` (what a reader may or may not name), of [kinds, from, to]: kinds are of turn, jump (a
+rise or fall), plateau and bump, separated by commas, and the event lies between two steps. Each event counts for one
+label; those left over are too many. Baselines name no kinds: theirs count wherever they lie within a label.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def read(folder: Path) -> dict[str, tuple[Array, Array, list[Label], list[Label]
     curves = {}
     for name, label in json.loads((folder / "labels.json").read_text(encoding="utf-8")).items():
         steps, values = np.loadtxt(folder / f"{name}.csv", delimiter=",", skiprows=1, unpack=True)
-        must, may = ([(str(kinds), float(low), float(high)) for kinds, low, high in label[key]] for key in ("must", "may"))
+        must, may = (
+            [(str(kinds), float(low), float(high)) for kinds, low, high in label[key]] for key in ("must", "may")
+        )
         curves[name] = steps, values, must, may
     return curves
 
@@ -69,7 +71,10 @@ def score(folder: Path) -> dict[str, Any]:
             hits, extra = matched([("", step) for step in search(steps, values, 1.0)], must, may)
             totals[other] += hits, len(must), extra
     summary = {
-        name: {"recall": round(float(hits / max(asked, 1)), 3), "too many a curve": round(float(extra / len(curves)), 2)}
+        name: {
+            "recall": round(float(hits / max(asked, 1)), 3),
+            "too many a curve": round(float(extra / len(curves)), 2),
+        }
         for name, (hits, asked, extra) in totals.items()
     }
     return {"summary": summary, "curves": each}

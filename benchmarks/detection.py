@@ -1,14 +1,18 @@
 """False alarms, F1, coverage and speed of the detector on series of known truth, beside what others would use.
 
-    python benchmarks/detection.py --out benchmarks/detection.json          # everything, some twenty minutes on one core
-    python benchmarks/detection.py --quick
+    python benchmarks/detection.py --out benchmarks/detection.json          # everything, some twenty minutes on one
+    core python benchmarks/detection.py --quick
     python benchmarks/detection.py --parts there --null-runs 100
 
-- there: the share of series without an event in which one is said to be there: power law, exponential decay in log step and a
-  constant, each with white noise, AR .5 and AR .8, on 20, 60 and 200 checkpoints, with 8 replicates and without. Nominal 5%.
-- abrupt: the share of series of every null family, random walks too, that have an abrupt event, log-spaced and even; the
+- there: the share of series without an event in which one is said to be there: power law, exponential decay in log
+step and a
+  constant, each with white noise, AR .5 and AR .8, on 20, 60 and 200 checkpoints, with 8 replicates and without.
+  Nominal 5%.
+- abrupt: the share of series of every null family, random walks too, that have an abrupt event, log-spaced and even;
+the
   share with any event beside it (a random walk has maxima, so there that is no false alarm).
-- positives: one event a series, with white noise. An event counts as found within 10% of its log-step. F1 is that of all series
+- positives: one event a series, with white noise. An event counts as found within 10% of its log-step. F1 is that of
+all series
   of a family; baselines at their usual settings.
 - coverage: of the 90% intervals, against the place of the noise-free curve, with 8 replicates.
 - published: shapes and noise like two published learning-coefficient curves.
@@ -61,7 +65,9 @@ def there(runs: int, seed: int) -> dict[str, Any]:
                 y = curve(rng, steps)
                 values = replicated(rng, y, replicates, rho) if replicates else y + ar1(rng, len(steps), rho)
                 given = values if replicates else None
-                alarms += bool(Detector().fit(steps, values.mean(0) if replicates else values, replicates=given).events())
+                alarms += bool(
+                    Detector().fit(steps, values.mean(0) if replicates else values, replicates=given).events()
+                )
             row[f"{points} points"] = round(alarms / runs, 3)
         rows[f"{name}, AR {rho:g}, {f'{replicates} replicates' if replicates else 'no replicates'}"] = row
         print(name, rho, replicates, row, flush=True)

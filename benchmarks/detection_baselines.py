@@ -24,7 +24,8 @@ Baseline = Callable[[Array, Array, float], list[float]]
 
 
 def pelt(model: str) -> Baseline:
-    """Optimal segmentation (Killick et al. 2012) with a BIC-like penalty; noise by the median difference of neighbours."""
+    """Optimal segmentation (Killick et al. 2012) with a BIC-like penalty; noise by the median difference of
+    neighbours."""
 
     def search(steps: Array, values: Array, strict: float = 1.0) -> list[float]:
         y, n = values / noise_of(values), len(values)
@@ -37,7 +38,8 @@ def pelt(model: str) -> Baseline:
 
 
 def window(steps: Array, values: Array, strict: float = 1.0) -> list[float]:
-    """Sliding windows of a tenth of the points, mean before against mean after (ruptures), with the same penalty as PELT l2."""
+    """Sliding windows of a tenth of the points, mean before against mean after (ruptures), with the same penalty as
+    PELT l2."""
     y, n = values / noise_of(values), len(values)
     width = max(4, 2 * (n // 20))
     if n <= width + 2:
@@ -88,8 +90,8 @@ def hidden_markov(steps: Array, values: Array, strict: float = 1.0) -> list[floa
 
 
 def bayesian_online(steps: Array, values: Array, strict: float = 1.0) -> list[float]:
-    """Bayesian online change points (Adams & MacKay 2007): normal data of unknown mean and variance, hazard 1/n; a change
-    where the most probable run length falls back."""
+    """Bayesian online change points (Adams & MacKay 2007): normal data of unknown mean and variance, hazard 1/n; a
+    change where the most probable run length falls back."""
     y, n = (values - np.median(values)) / noise_of(values), len(values)
     hazard = 1 / (n * strict)
     mean, kappa, alpha, beta = np.zeros(1), np.full(1, 0.05), np.ones(1), np.ones(1)

@@ -66,7 +66,8 @@ def schedule_kink(rng: Rng, steps: Array) -> Array:
 
 
 def spikes(rng: Rng, steps: Array) -> Array:
-    """Smooth decay with one to three outliers of 5 to 50 noise sd, each one or two checkpoints long, apart from each other."""
+    """Smooth decay with one to three outliers of 5 to 50 noise sd, each one or two checkpoints long, apart from each
+    other."""
     y = power_law(rng, steps)
     for at in 1 + 5 * rng.choice((len(y) - 3) // 5, rng.integers(1, 4), replace=False) + rng.integers(0, 2):
         y[at : at + rng.integers(1, 3)] += 10 ** rng.uniform(0.7, 1.7)
@@ -178,8 +179,8 @@ FORMS = (
 def staged(
     name: str, steps: Array, rng: Rng, form: str = "corner", sd: float = 0.1, rho: float = 0.8
 ) -> tuple[Array, list[float]]:
-    """A curve that comes to rest at each boundary, with AR(1) noise: estimates with one seed and the same batches at all
-    checkpoints differ by about 0.1 from one to the next."""
+    """A curve that comes to rest at each boundary, with AR(1) noise: estimates with one seed and the same batches at
+    all checkpoints differ by about 0.1 from one to the next."""
     boundaries, values = STAGES[name]
     curve = at_rest(np.log10(boundaries), np.asarray(values, dtype=float), form == "smooth")
     x = np.log10(np.clip(steps, boundaries[0], boundaries[-1]))
@@ -205,7 +206,8 @@ def _steps(x: Array, steps: Array, centre: float) -> list[float]:
 
 
 def replicated(rng: Rng, curve: Array, count: int, rho: float) -> Array:
-    """(count, points) the curve on groups of items: each with a level of its own and AR(1) noise, whose mean has sd 1."""
+    """(count, points) the curve on groups of items: each with a level of its own and AR(1) noise, whose mean has sd
+    1."""
     noise = np.stack([ar1(rng, len(curve), rho) for _ in range(count)]) * np.sqrt(count)
     return curve + noise + 3 * rng.standard_normal((count, 1))
 

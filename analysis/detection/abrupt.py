@@ -1,8 +1,9 @@
 """Whether a change is abrupt: more than drift and random walks do anywhere in a curve as long.
 
-A change over L places is compared with those over L places elsewhere in the same curve: t = change / root mean square of the
-others, on as many degrees of freedom as there are changes side by side. The largest -log tail probability over all lengths is
-compared with that of simulated random walks, correlated noise and walks beneath white noise, of whose families the worst counts.
+A change over L places is compared with those over L places elsewhere in the same curve: t = change / root mean square
+of the others, on as many degrees of freedom as there are changes side by side. The largest -log tail probability over
+all lengths is compared with that of simulated random walks, correlated noise and walks beneath white noise, of whose
+families the worst counts.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from devmon.analysis.series import Array
 
 def lags(n: int) -> list[int]:
     """Lengths of a change, in places: 1, 2, 3, 4, 6, 8, ... up to a third of the curve."""
-    found = sorted({int(round(2 ** (k / 2))) for k in range(2 * int(np.log2(max(n, 2))) + 1)})
+    found = sorted({round(2 ** (k / 2)) for k in range(2 * int(np.log2(max(n, 2))) + 1)})
     return [lag for lag in found if lag <= max(n // 3, 1)]
 
 
 def surprise(values: Array, lag: int) -> Array:
-    """(..., n - lag) -log tail probability of each change over `lag` places, against the others that do not touch it."""
+    """(..., n - lag) -log tail probability of each change over `lag` places, against the others that do not touch
+    it."""
     change = np.square(values[..., lag:] - values[..., :-lag])
     count = change.shape[-1]
     total = np.concatenate([np.zeros((*change.shape[:-1], 1)), np.cumsum(change, axis=-1)], axis=-1)

@@ -1,13 +1,14 @@
 """`provisional(run)`: alarms while a run is still measured, with a false-alarm rate for the run as a whole.
 
-Each run-level series is looked at when its count of accepted points first reaches one of the sizes in `Looks`, a schedule
-that is fixed beforehand, and each look sees exactly that many points. An event raises an alarm where its p-value is at most
+Each run-level series is looked at when its count of accepted points first reaches one of the sizes in `Looks`, a
+schedule that is fixed beforehand, and each look sees exactly that many points. An event raises an alarm where its
+p-value is at most
 
     alpha / (number of looks * number of series)
 
 (Bonferroni over looks and series), so a run without events has an alarm with probability alpha at most as far as the
-detector's p-values hold. The p-value of a jump or a bump is the larger of its two: an alarm is for what is there and abrupt.
-Points that were measured because of an alarm (`attrs["densified"]`) are left out of the looks:
+detector's p-values hold. The p-value of a jump or a bump is the larger of its two: an alarm is for what is there and
+abrupt. Points that were measured because of an alarm (`attrs["densified"]`) are left out of the looks:
 when a point is looked at never depends on the data.
 """
 
@@ -19,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from devmon.analysis.detection.constants import LEAST
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event, meet
-from devmon.analysis.detection.constants import LEAST
 from devmon.analysis.detection.search import detect
 from devmon.analysis.series import Series, run_level
 from devmon.errors import DataError
@@ -56,10 +57,12 @@ class Looks:
 
 @dataclass(frozen=True)
 class Alarm:
-    """An event that began lately, as the last look saw it. `low` and `high` bound its extent: interval and t10-t90 span.
+    """An event that began lately, as the last look saw it. `low` and `high` bound its extent: interval and t10-t90
+    span.
 
-    `p_value` is that of the look that raised it, at step `raised_at`. `status` is "up"; "withdrawn" where a later look no
-    longer found it; "settled" once training had passed `high` by a factor LATELY. `ended_at` is the step of the latter two.
+    `p_value` is that of the look that raised it, at step `raised_at`. `status` is "up"; "withdrawn" where a later
+    look no longer found it; "settled" once training had passed `high` by a factor LATELY. `ended_at` is the step of
+    the latter two.
     """
 
     series: str
@@ -78,7 +81,8 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Provisional:
-    """What has been seen of a run: its alarms in the order they were raised, and the count of points looked at, by series."""
+    """What has been seen of a run: its alarms in the order they were raised, and the count of points looked at, by
+    series."""
 
     alarms: tuple[Alarm, ...] = ()
     seen: Mapping[str, int] = field(default_factory=dict)

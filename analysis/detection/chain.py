@@ -1,10 +1,11 @@
 """From extrema of f and of its slope to the turns, plateaus and rises that a reader names.
 
-Along the curve the extrema of f cut it into stretches that go one way; within a stretch the extrema of the slope are in turn
-the steepest place of a rise and the flattest place of a plateau. What is too small is taken out, least first, each with the
-neighbour it leaves without meaning, until all that is left is of a size that matters:
+Along the curve the extrema of f cut it into stretches that go one way; within a stretch the extrema of the slope are
+in turn the steepest place of a rise and the flattest place of a plateau. What is too small is taken out, least first,
+each with the neighbour it leaves without meaning, until all that is left is of a size that matters:
 
-- a turn whose prominence is below the smallest size of interest (with the turn beside it, between which the curve hardly moves);
+- a turn whose prominence is below the smallest size of interest (with the turn beside it, between which the curve
+hardly moves);
 - a steepest and a flattest place beside each other whose slopes differ by less than RATIO;
 - a plateau at which less than the smallest size is missed, a rise that changes less, or that does not slow down again.
 """
@@ -16,13 +17,17 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from devmon.analysis.detection.constants import FLANK, GRID, RATIO, SHARE, WIDEST
 from devmon.analysis.detection.spline import Spline
 from devmon.analysis.detection.windows import SLOPE, Extremum
 from devmon.analysis.series import Array
 
-BEGIN, END = slice(0, GRID // 10), slice(-(GRID // 10), None)  # of a curve: the tenth of its length that is its level there
+BEGIN, END = (
+    slice(0, GRID // 10),
+    slice(-(GRID // 10), None),
+)  # of a curve: the tenth of its length that is its level there
 
 Role = Literal["turn", "rise", "plateau"]
 
@@ -55,7 +60,7 @@ class Link:
         self.x, self.value, self.speed = self.curve.x[self.at], self.curve.mean[self.at], self.curve.slope[self.at]
         self.index = float(np.interp(self.x, x, np.arange(len(x))))
 
-    def reach(self, inside: Array) -> tuple[int, int]:
+    def reach(self, inside: NDArray[np.bool_]) -> tuple[int, int]:
         """First and last place of the run around the extremum in which `inside` is true."""
         outside = np.flatnonzero(~inside)
         before, after = outside[outside < self.at], outside[outside > self.at]
@@ -92,7 +97,8 @@ class Chain:
         return bool(links)
 
     def _trend(self, k: int) -> int:
-        """The way the curve goes at link k: away from the turn before, else towards the one after, else its net change."""
+        """The way the curve goes at link k: away from the turn before, else towards the one after, else its net
+        change."""
         before = [link for link in self.links[:k] if link.of.order == SLOPE]
         after = [link for link in self.links[k + 1 :] if link.of.order == SLOPE]
         if before or after:
@@ -143,7 +149,8 @@ class Chain:
 
     def _alike(self) -> bool:
         """The pair of a steepest and a flattest place whose slopes differ least, if by less than RATIO."""
-        least, which = RATIO, ()
+        least: float = RATIO
+        which: tuple[int, ...] = ()
         for k, link in enumerate(self.links):
             for side in (-1, 1) if link.role == "plateau" else ():
                 ratio = self._pace(k, side) / max(link.way * link.speed, 1e-12)
@@ -162,7 +169,8 @@ class Chain:
 
     def _slight(self) -> bool:
         """The size and span of every rise and plateau; the smallest goes if it is too small."""
-        least, which = self.smallest, ()
+        least = self.smallest
+        which: tuple[int, ...] = ()
         for k, link in enumerate(self.links):
             curve, way = link.curve, link.way
             if link.role == "rise":
@@ -177,7 +185,10 @@ class Chain:
                 link.size = pace * (curve.x[high] - curve.x[low]) * way - (curve.mean[high] - curve.mean[low])
                 # it must rest between two moves: from the place before that is no rise, and to the one after
                 rests = [j for j, other in enumerate(self.links) if other.role != "rise"]
-                before, after = max((j for j in rests if j < k), default=-1), min((j for j in rests if j > k), default=len(self.links))
+                before, after = (
+                    max((j for j in rests if j < k), default=-1),
+                    min((j for j in rests if j > k), default=len(self.links)),
+                )
                 moves = way * (link.value - self.level(before)), way * (self.level(after) - link.value)
                 link.size = link.size if min(moves) >= self.smallest else 0.0
             else:
@@ -199,7 +210,8 @@ class Chain:
         return False
 
     def events(self) -> list[tuple[int, Link]]:
-        """The links that are events, with their places in the chain: not the rises that are slow, nor the flanks of turns."""
+        """The links that are events, with their places in the chain: not the rises that are slow, nor the flanks of
+        turns."""
         return [(k, link) for k, link in enumerate(self.links) if link.role != "rise" or self._stands(k, link)]
 
     def _stands(self, k: int, link: Link) -> bool:

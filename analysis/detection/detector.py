@@ -1,7 +1,9 @@
-"""`Detector`: the search of one series for turns, plateaus, rises and bumps that are there, and whether they are abrupt.
+"""`Detector`: the search of one series for turns, plateaus, rises and bumps that are there, and whether they are
+abrupt.
 
-The steps, each a file: places on the axis of log step (axis), the noise (noise), signs of slope and curvature on windows of all
-sizes (windows), what of them is large enough to name (chain), places, sizes and intervals (measure), abruptness (abrupt).
+The steps, each a file: places on the axis of log step (axis), the noise (noise), signs of slope and curvature on
+windows of all sizes (windows), what of them is large enough to name (chain), places, sizes and intervals (measure),
+abruptness (abrupt).
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ KINDS = ("jump", "bump", "turn", "plateau")
 
 @dataclass(frozen=True)
 class Detector:
-    """Settings of the search. `alpha` is the false-alarm rate of one series, over all places, sizes and kinds, for "is it
-    there" and again for "is it abrupt"; `level` that of the intervals. Of the events only `kinds` are reported. The null is
-    simulated `n_null` times.
+    """Settings of the search. `alpha` is the false-alarm rate of one series, over all places, sizes and kinds, for
+    "is it there" and again for "is it abrupt"; `level` that of the intervals. Of the events only `kinds` are
+    reported. The null is simulated `n_null` times.
     """
 
     alpha: float = 0.05
@@ -54,8 +56,9 @@ class Detector:
 
     def fit(self, steps: Any, values: Any, se: Any = None, replicates: Any = None, *, name: str = "",
             smallest: float = 0.0) -> Fit:  # fmt: skip
-        """Search one series; NaN values are missing points. `replicates` (R, n) is the same quantity on R groups of items or
-        by R chains; nothing smaller than `smallest` is an event. Raises DataError on malformed input (see series.py)."""
+        """Search one series; NaN values are missing points. `replicates` (R, n) is the same quantity on R groups of
+        items or by R chains; nothing smaller than `smallest` is an event. Raises DataError on malformed input (see
+        series.py)."""
         return self._fit(Series(name, steps, values, se, smallest=smallest, replicates=replicates))
 
     def fit_all(self, series: Sequence[Series]) -> list[Fit]:
@@ -89,8 +92,10 @@ class Detector:
 class Search:
     """The search of one checked series, in units of its range."""
 
-    def __init__(self, detector: Detector, series: Series, t: Array, y: Array, se: Array | None, replicates: Array | None,
-                 notes: list[str]) -> None:  # fmt: skip
+    def __init__(
+        self, detector: Detector, series: Series, t: Array, y: Array, se: Array | None, replicates: Array | None,
+        notes: list[str],
+    ) -> None:  # fmt: skip
         self.detector, self.series, self.steps, self.notes = detector, series, t, notes
         starts = bins(t)
         axis, self.first = log_axis(t)
@@ -101,6 +106,9 @@ class Search:
         self.scale, self.offset = float(np.ptp(values)), float(np.mean(values))
         self.values = (values - self.offset) / self.scale
         self.smallest = max(series.smallest / self.scale, SMALLEST)
+        self.wider: float | Array
+        self.sd: Array
+        self.known = self.source = "estimated"
         self.windows: Windows = windows_of(self.x.tobytes(), self.points.tobytes())
         if replicates is not None:
             self._measured(averaged(replicates, starts) / self.scale)
@@ -111,25 +119,29 @@ class Search:
         self.null = self.windows.null(self.phi, self.known, detector.n_null, detector.seed)
 
     def _estimated(self, se: Array | None) -> None:
-        """The noise from the curve itself, bounded by given errors, which it exceeds only as far as the places bear it out."""
+        """The noise from the curve itself, bounded by given errors, which it exceeds only as far as the places bear
+        it out."""
         loglik, sd = self.windows.noise.fit(self.values[:, None])
         k = correlation(loglik[:, 0])
-        self.phi, self.sd, self.known, self.source, self.wider = self.windows.phi(k), sd[k, :, 0], "estimated", "estimated", 1.0
+        self.phi, self.sd, self.wider = self.windows.phi(k), sd[k, :, 0], 1.0
         if se is None:
             return
-        # a level above the errors is the training's own jitter, or structure: the errors weigh as much as SPAN places do
+        # a level above the errors is the training's own jitter, or structure: the errors weigh as much as SPAN places;
+        # none is lower than elsewhere, for se tells how the size of the noise goes over steps
         weight = len(self.x) / (len(self.x) + SPAN)
         excess = self.sd / se
-        excess = np.maximum(excess, min(float(np.median(excess)), 1.0))  # no lower than elsewhere: se tells its size over steps
+        excess = np.maximum(excess, min(float(np.median(excess)), 1.0))
         self.sd, self.known, self.source = se * np.where(excess > 1, excess**weight, excess), "bounded", "se"
         if (typical := float(np.median(excess))) > JITTER:
-            self.notes.append(f"the values scatter {typical:.1f} times as much as their standard errors: taken as noise")
+            times = f"{typical:.1f} times as much as their standard errors"
+            self.notes.append(f"the values scatter {times}: taken as noise")
 
     def _measured(self, replicates: Array) -> None:
-        """The noise from the replicates: their AR(1) model, and for each size of window how far their spread departs from it.
+        """The noise from the replicates: their AR(1) model, and for each size of window how far their spread departs
+        from it.
 
-        The spread of R contrasts has R - 1 degrees of freedom for each window that stands apart; as many again are given to
-        the model. A t quantile beside a normal one widens what few of them leave unsure."""
+        The spread of R contrasts has R - 1 degrees of freedom for each window that stands apart; as many again are
+        given to the model. A t quantile beside a normal one widens what few of them leave unsure."""
         windows, count = self.windows, len(replicates)
         k, self.sd = of_replicates(windows.noise, replicates)
         self.phi, self.known, self.source = windows.phi(k), "measured", "replicates"
@@ -177,8 +189,8 @@ class Search:
         low, mean, high = (self.offset + self.scale * part for part in back)
         steps = np.clip(10.0**self.x - self.first, self.steps[0], self.steps[-1])
         return Fit(
-            "EVENTS" if events else "NO EVENT", events, Trend(steps, mean, low, high), noise, p_values, tuple(self.notes),
-            asdict(detector), self.series.name, found, self.smallest * self.scale,
+            "EVENTS" if events else "NO EVENT", events, Trend(steps, mean, low, high), noise, p_values,
+            tuple(self.notes), asdict(detector), self.series.name, found, self.smallest * self.scale,
         )  # fmt: skip
 
     def _threshold(self) -> float:

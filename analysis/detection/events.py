@@ -25,11 +25,11 @@ class Event:
     from t10 to t90 of a jump, the full width at half maximum of a bump, and where a plateau is slow; `width` is its
     length in decades of step.
 
-    Two questions, two answers. Is it there: `p_value`, against the best curve without it and noise, for all places, sizes
-    and kinds of the series at once; `q_value` also for the number of series. Is it abrupt: `p_abrupt`, the change of a jump or
-    bump against drift and random walks (None for turns and plateaus, which need only be there), and `abrupt`.
-    `resolved` is false where fewer than three checkpoints lie within the span (of a turn: the interval). `quantiles` are the
-    1st to 99th percentile of the location.
+    Two questions, two answers. Is it there: `p_value`, against the best curve without it and noise, for all places,
+    sizes and kinds of the series at once; `q_value` also for the number of series. Is it abrupt: `p_abrupt`, the
+    change of a jump or bump against drift and random walks (None for turns and plateaus, which need only be there),
+    and `abrupt`. `resolved` is false where fewer than three checkpoints lie within the span (of a turn: the
+    interval). `quantiles` are the 1st to 99th percentile of the location.
     """
 
     kind: str
@@ -113,7 +113,8 @@ class Trend:
 
 @dataclass(frozen=True)
 class Noise:
-    """What the trend leaves: its standard deviation (median over steps) and its correlation from one checkpoint to the next.
+    """What the trend leaves: its standard deviation (median over steps) and its correlation from one checkpoint to
+    the next.
 
     `source` says where they come from: "replicates", "se" (estimated, and bounded by the errors given) or "estimated".
     """
@@ -127,8 +128,8 @@ class Noise:
 class Fit:
     """What one series says. `outcome` is EVENTS, NO EVENT, UNRESOLVED or SAMPLER REJECTED.
 
-    `p_values` holds, for extrema of the curve ("turn") and of its slope ("slope"), the p-value of each one found, or of the
-    most likely one where none is: simultaneous over the series. Nothing smaller than `smallest` is reported.
+    `p_values` holds, for extrema of the curve ("turn") and of its slope ("slope"), the p-value of each one found, or
+    of the most likely one where none is: simultaneous over the series. Nothing smaller than `smallest` is reported.
     """
 
     outcome: str

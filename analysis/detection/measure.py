@@ -6,7 +6,7 @@ import numpy as np
 
 from devmon.analysis.detection.abrupt import abruptness
 from devmon.analysis.detection.chain import BEGIN, END, Chain, Link
-from devmon.analysis.detection.constants import DRAWS, LONGEST, NARROW, SHARE, SPIKE
+from devmon.analysis.detection.constants import DRAWN, DRAWS, LONGEST, NARROW, SHARE, SPIKE
 from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.windows import p_value
 from devmon.analysis.series import Array
@@ -24,7 +24,8 @@ class Ruler:
         self.rng = np.random.default_rng(0)
 
     def events(self) -> list[tuple[Event, Array]]:
-        """Every event with sorted draws of its step, in the order of steps. A turn that is a bump stands for its foot too."""
+        """Every event with sorted draws of its step, in the order of steps. A turn that is a bump stands for its foot
+        too."""
         found = self.chain.events()
         bumps = {k: span for k, link in found if link.role == "turn" and (span := self._bump(k, link)) is not None}
         parts = {k for k, link in found for top, span in bumps.items() if k != top and self._part(link, top, span)}
@@ -46,7 +47,9 @@ class Ruler:
         # fewer than three checkpoints within: what lies between them is not known
         start, end = (low, high) if span is None else span
         inside = int(np.sum((self.steps >= start) & (self.steps <= end)))
-        vague = {"jump": "abruptness", "bump": "width", "turn": "location between checkpoints", "plateau": "length"}[kind]
+        vague = {"jump": "abruptness", "bump": "width", "turn": "location between checkpoints", "plateau": "length"}[
+            kind
+        ]
         note = "" if inside >= 3 else f"{vague} unresolved{steps_to_add(self.steps, start, end)}"
         p_abrupt = self._abrupt(ends) if kind in ("jump", "bump") and ends else None
         event = Event(
@@ -58,8 +61,8 @@ class Ruler:
         return event, steps
 
     def _places(self, link: Link) -> Array:
-        """Draws of the place: where the drawn curve, or its slope, has its extremum within the sure interval, spread over
-        what cannot be told from it: the gap between checkpoints, or the rest of a plateau."""
+        """Draws of the place: where the drawn curve, or its slope, has its extremum within the sure interval, spread
+        over what cannot be told from it: the gap between checkpoints, or the rest of a plateau."""
         source = link.curve.draws if link.role == "turn" else link.curve.slopes
         best = np.argmax(link.sign * source[link.inside], axis=0)
         gap = link.curve.x[1] - link.curve.x[0]
@@ -68,7 +71,8 @@ class Ruler:
             gap = max(gap, 0.5 * (self.chain.x[near + 1] - self.chain.x[near - 1]))
         elif link.role == "plateau":
             gap = max(gap, link.curve.x[link.rest[1]] - link.curve.x[link.rest[0]])
-        return link.curve.x[link.inside][best] + gap * self.rng.uniform(-0.5, 0.5, DRAWS)
+        places = link.curve.x[link.inside][best] + gap * self.rng.uniform(-0.5, 0.5, DRAWS)
+        return np.median(places) + DRAWN * (places - np.median(places))
 
     def _levels(self, k: int) -> Array:
         """Draws of the curve at link k, or at an end of the data."""
@@ -97,13 +101,17 @@ class Ruler:
     def _turns_beside(self, k: int) -> tuple[int, int]:
         """The turns before and after link k, as `_levels` takes them: -1 and their number are the ends of the data."""
         turns = [j for j, other in enumerate(self.chain.links) if other.role == "turn"]
-        return max((j for j in turns if j < k), default=-1), min((j for j in turns if j > k), default=len(self.chain.links))
+        return max((j for j in turns if j < k), default=-1), min(
+            (j for j in turns if j > k), default=len(self.chain.links)
+        )
 
     def _t10_t90(self, link: Link) -> tuple[float, float]:
         """The ends of a rise: beyond those of half its top speed by as much as those of a logistic lie."""
         x, values = self.chain.x, self.chain.values
         i = int(np.clip(np.searchsorted(x, link.x) - 1, 0, len(x) - 2))
-        if abs(values[i + 1] - values[i]) >= 0.8 * abs(link.size) > SPIKE * self.sd[i]:  # all of it between two checkpoints
+        if (
+            abs(values[i + 1] - values[i]) >= 0.8 * abs(link.size) > SPIKE * self.sd[i]
+        ):  # all of it between two checkpoints
             return float(x[i] + 0.1 * (x[i + 1] - x[i])), float(x[i + 1] - 0.1 * (x[i + 1] - x[i]))
         more = 0.5 * (HALF_TO_T10 - 1) * (link.span[1] - link.span[0])
         return max(link.span[0] - more, self.chain.x[0]), min(link.span[1] + more, self.chain.x[-1])
@@ -115,12 +123,15 @@ class Ruler:
         return abruptness(self.chain.values, start, end)
 
     def _bump(self, k: int, link: Link) -> tuple[float, float] | None:
-        """The ends, at half its height, of a turn of some size that comes back about as far as it went within NARROW decades."""
+        """The ends, at half its height, of a turn of some size that comes back about as far as it went within NARROW
+        decades."""
         sides = [abs(link.value - self.chain.level(j)) for j in self._turns_beside(k)]
         if min(sides) < max(SHARE, 0.5 * max(sides)):
             return None
         low_enough = np.flatnonzero(link.sign * (link.value - self.chain.values) >= 0.5 * min(sides))
-        before, after = (low_enough[part] for part in (self.chain.x[low_enough] < link.x, self.chain.x[low_enough] > link.x))
+        before, after = (
+            low_enough[part] for part in (self.chain.x[low_enough] < link.x, self.chain.x[low_enough] > link.x)
+        )
         if not (len(before) and len(after)) or self.chain.x[after[0]] - self.chain.x[before[-1]] > NARROW:
             return None
         return float(self.chain.x[before[-1]]), float(self.chain.x[after[0]])

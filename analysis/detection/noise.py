@@ -1,10 +1,11 @@
 """The noise of a curve: AR(1) of locally varying size beside a smooth part, by restricted likelihood.
 
-In windows of SPAN places the values are a straight line, plus integrated Brownian motion in log step (the smooth part: the
-prior of a cubic smoothing spline), plus AR(1) noise, plus where it pays one sharp rise (over one to three gaps) or one single outlying point. Their
-likelihood, restricted to what a straight line leaves, is the largest over the smooth part's share, which tells the correlation;
-the size of the noise is averaged over the shares by their likelihood. AR(1) alone would take a
-smooth curve for correlated noise; a smooth curve beside white noise would take correlated noise for wiggles.
+In windows of SPAN places the values are a straight line, plus integrated Brownian motion in log step (the smooth
+part: the prior of a cubic smoothing spline), plus AR(1) noise, plus where it pays one sharp rise (over one to three
+gaps) or one single outlying point. Their likelihood, restricted to what a straight line leaves, is the largest over
+the smooth part's share, which tells the correlation; the size of the noise is averaged over the shares by their
+likelihood. AR(1) alone would take a smooth curve for correlated noise; a smooth curve beside white noise would take
+correlated noise for wiggles.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class NoiseModel:
         self.overlap = max(1.0, len(self.starts) * m / n)
         parts = [self._window(x[a : a + m], counts[a : a + m], min(2.0, n / m)) for a in self.starts]
         self.whiten, self.logdet, self.odd, self.wider = (np.array(part) for part in zip(*parts, strict=True))
-        # the noise at a place is a mean (of roots, so that one window with a corner counts less) over the windows that hold
-        # it, most of those in whose middle it lies
+        # the noise at a place is a mean over the windows that hold it, most of those in whose middle it lies; a mean of
+        # roots, so that one window with a corner counts less
         self.mix = np.zeros((n, len(self.starts)))
         for i, a in enumerate(self.starts):
             self.mix[a : a + m, i] = np.minimum(np.arange(1, m + 1), np.arange(m, 0, -1))
@@ -55,7 +56,8 @@ class NoiseModel:
 
     @staticmethod
     def _window(x: Array, counts: Array, windows: float) -> tuple[Array, Array, Array, Array]:
-        """Whitening matrices, log determinants, whitened rises and single points, and factors for few degrees of freedom.
+        """Whitening matrices, log determinants, whitened rises and single points, and factors for few degrees of
+        freedom.
 
         The noise at a place rests on about `windows` windows. Where the smooth part follows the points closely few
         degrees of freedom are left for the noise: it is widened as a t quantile is beside that of all m - 2.
@@ -83,8 +85,8 @@ class NoiseModel:
         return whiten, logdet, odd, wider
 
     def fit(self, values: Array, phi: float | None = None) -> tuple[Array, Array]:
-        """Log likelihood (phi, series) and noise sd (phi, places, series) of `values` (places, series); of one `phi` alone
-        if it is given."""
+        """Log likelihood (phi, series) and noise sd (phi, places, series) of `values` (places, series); of one `phi`
+        alone if it is given."""
         which = range(len(PHIS)) if phi is None else [PHIS.index(phi)]
         series, d = values.shape[1], self.length - 2
         loglik, sd = np.zeros((len(which), series)), np.empty((len(which), len(self.starts), series))
@@ -130,7 +132,7 @@ def spikes(values: Array) -> NDArray[np.bool_]:
     around = np.stack([values[k : n - 4 + k] for k in (0, 1, 3, 4)]) if n >= 5 else np.empty((4, 0))
     away = np.maximum(values[2:-2] - around.max(0), around.min(0) - values[2:-2])
     for i in np.flatnonzero(away > 2 * np.abs(around[1] - around[2])) + 2:
-        near = np.delete(values[max(0, i - SPAN // 2) : i + SPAN // 2 + 1], min(i, SPAN // 2))
+        near = np.delete(values[max(0, i - SPAN // 2) : i + SPAN // 2 + 1], min(int(i), SPAN // 2))
         scale = 1.4826 * np.median(np.abs(np.diff(near))) / np.sqrt(2)
         found[i] = away[i - 2] > SPIKE * scale + EXACT * np.ptp(values)
     return found

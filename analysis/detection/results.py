@@ -69,7 +69,9 @@ class Detection:
         """Events, outcomes, settings and provenance as JSON text, null where a number is not known."""
         outcomes = {
             name: {
-                "outcome": fit.outcome, "notes": list(fit.notes), "smallest": fit.smallest,
+                "outcome": fit.outcome,
+                "notes": list(fit.notes),
+                "smallest": fit.smallest,
                 "noise": None if fit.noise is None else fit.noise.source,
             }
             for name, fit in self.fits.items()

@@ -47,8 +47,8 @@ def detect(run: Any, detector: Detector | None = None) -> Detection:
 
 
 def benjamini_hochberg(p: float, family: Iterable[float]) -> float:
-    """The smallest false-discovery rate at which p is among the discoveries of the family: the least t N / #(family <= t)
-    over thresholds t >= p. A p that is none of the family's is that of a further event of a series.
+    """The smallest false-discovery rate at which p is among the discoveries of the family: the least t N / #(family
+    <= t) over thresholds t >= p. A p that is none of the family's is that of a further event of a series.
     """
     ordered = np.sort(np.asarray(list(family)))
     thresholds = np.append(p, ordered[ordered > p])

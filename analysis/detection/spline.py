@@ -1,7 +1,7 @@
 """The curve within a window: a quintic smoothing spline beside noise that is known, with posterior draws.
 
-Its third derivative is white noise (the second a random walk), so slope and curvature are smooth; a parabola is free. The prior
-variance is averaged over POWERS by restricted likelihood.
+Its third derivative is white noise (the second a random walk), so slope and curvature are smooth; a parabola is free.
+The prior variance is averaged over POWERS by restricted likelihood.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Spline:
         number = np.diff(np.floor(np.append(0, np.cumsum(self.weights)) * DRAWS + 0.5)).astype(int)
         parts = []
         noise = np.linalg.cholesky(self.noise)
-        for k in np.flatnonzero(number):
+        for k in np.flatnonzero(number).tolist():
             mean, gain, _ = self._posterior(k)
             again = noise @ rng.standard_normal((len(noise), number[k]))
             parts.append(mean[:, None] + gain @ again)

@@ -11,13 +11,14 @@ from devmon.analysis.detection.constants import SPAN
 from devmon.analysis.detection.spline import Spline
 from devmon.analysis.series import Array
 
-
 RESOLVED = 1e-3  # share of the range to which a curve is drawn: splines round a step between two checkpoints
 
 
-def trend(x: Array, values: Array, sd: Array, spline: Callable[[int, int], Spline], level: float) -> tuple[Array, Array, Array]:
-    """Low, middle and high at each place: splines of SPAN places that overlap by half, blended linearly; the band holds the
-    noise of a point."""
+def trend(
+    x: Array, values: Array, sd: Array, spline: Callable[[int, int], Spline], level: float
+) -> tuple[Array, Array, Array]:
+    """Low, middle and high at each place: splines of SPAN places that overlap by half, blended linearly; the band
+    holds the noise of a point."""
     n, length = len(x), min(len(x), SPAN)
     middle, weight = np.zeros(n), np.zeros(n)
     for start in sorted({*range(0, n - length + 1, max(1, length // 2)), n - length}):

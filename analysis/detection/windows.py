@@ -1,9 +1,10 @@
 """Windows of all sizes: where the slope surely has a sign, and where it surely grows or falls.
 
-For each window the slope of the least-squares line, and for each pair of adjacent windows that share a point the change of
-slope from the first to the second, divided by its standard error. All are compared at once with the simulated largest value
-under the noise alone, less a penalty sqrt(2 log(e n / m)) that makes small windows as rare to exceed as large ones
-(Dümbgen & Spokoiny 2001). Two windows of opposite sign, one after the other, hold an extremum between them.
+For each window the slope of the least-squares line, and for each pair of adjacent windows that share a point the
+change of slope from the first to the second, divided by its standard error. All are compared at once with the
+simulated largest value under the noise alone, less a penalty sqrt(2 log(e n / m)) that makes small windows as rare to
+exceed as large ones (Dümbgen & Spokoiny 2001). Two windows of opposite sign, one after the other, hold an extremum
+between them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Windows:
         self.x, self.counts, self.noise = x, counts, NoiseModel(x, counts)
         n, sizes = len(x), _sizes(len(x))
         slopes = {m: self._slopes(m) for m in {*sizes, *(2 * m - 1 for m in sizes)} if m <= n}
-        blocks: list[tuple[int, Array, int, Array]] = []  # order, first places, split after, weights (windows, m)
+        blocks: list[tuple[int, NDArray[np.int64], int, Array]] = []  # order, first places, split after, weights (windows, m)
         for m in sizes:
             starts = _starts(n, m, m // 6)
             blocks.append((SLOPE, starts, m - 1, slopes[m][starts]))
@@ -80,12 +81,13 @@ class Windows:
         """Root of the correlation over places, and the standard error of every contrast of unit noise."""
         if phi not in self._roots:
             root = np.linalg.cholesky(covariance(self.counts, phi) + 1e-12 * np.eye(len(self.x)))
-            self._roots[phi] = root, np.sqrt(np.sum((self.rows @ root) ** 2, axis=1))
+            self._roots[phi] = np.asarray(root), np.sqrt(np.sum(np.asarray(self.rows @ root) ** 2, axis=1))
         return self._roots[phi]
 
     def statistics(self, values: Array, sd: Array, phi: float) -> Array:
-        """(windows, series) contrasts over their standard errors; the noise within a window has the size of its points."""
-        return (self.rows @ values) / (self.root(phi)[1][:, None] * np.sqrt(self.squares @ sd**2))
+        """(windows, series) contrasts over their standard errors; the noise within a window has the size of its
+        points."""
+        return (self.rows @ values) / (self.root(phi)[1][:, None] * np.sqrt(np.asarray(self.squares @ sd**2)))
 
     @staticmethod
     def phi(index: int) -> float:
@@ -94,7 +96,8 @@ class Windows:
     def null(self, phi: float, known: str, count: int, seed: int = 0) -> Array:
         """Sorted largest penalised statistics of `count` series of noise, of one sign.
 
-        `known` says how its size is known: "estimated" from the series itself, "bounded" by given errors, or "measured".
+        `known` says how its size is known: "estimated" from the series itself, "bounded" by given errors, or
+        "measured".
         """
         key = phi, known, count, seed
         if key not in self._nulls:
@@ -113,7 +116,9 @@ class Windows:
         sign, beyond = np.sign(statistics[pick]).astype(int), np.abs(statistics[pick]) - self.penalty[pick]
         runs: list[int] = []  # the earliest window of each sign in turn
         for k in np.lexsort((-beyond, last)):
-            after = not runs or (sign[k] != sign[runs[-1]] and first[k] >= split[runs[-1]] and split[k] >= last[runs[-1]])
+            after = not runs or (
+                sign[k] != sign[runs[-1]] and first[k] >= split[runs[-1]] and split[k] >= last[runs[-1]]
+            )
             if after:
                 runs.append(int(k))
         best = []
@@ -132,7 +137,9 @@ class Windows:
             k = int(before[np.lexsort((last[before], -first[before]))[0]]) if len(before) else k
             after_it = np.flatnonzero((sign == sign[q]) & (first >= split[k]) & (split >= last[k]))
             end = int(last[after_it].min()) if len(after_it) else int(last[q])
-            found.append(Extremum(order, int(sign[k]), int(first[k]), max(end, int(first[k]) + 1), min(best[i], best[j])))
+            found.append(
+                Extremum(order, int(sign[k]), int(first[k]), max(end, int(first[k]) + 1), min(best[i], best[j]))
+            )
         return found
 
 

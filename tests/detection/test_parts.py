@@ -100,7 +100,7 @@ def test_only_a_single_point_that_leaves_and_comes_back_is_a_spike(values: list[
 
 def test_contrasts_are_slopes_and_changes_of_slope() -> None:
     windows = Windows(X, ONES)
-    bent = np.where(X < X[30], 2 * (X - X[30]), 5 * (X - X[30]))
+    bent = np.where(X[30] > X, 2 * (X - X[30]), 5 * (X - X[30]))
     found = windows.rows @ bent
     left, right = windows.last <= 30, windows.first >= 30
     np.testing.assert_allclose(found[(windows.order == SLOPE) & left], 2, atol=1e-9)

@@ -9,6 +9,7 @@ MOST = 400  # places; more points are averaged in bins of equal width in log ste
 # The noise (noise.py).
 SPAN = 24  # places of a window in which the noise has one size: long enough to tell correlation from a smooth curve
 PHIS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # correlations from one checkpoint to the next that compete
+CAUTION = 0.7  # posterior quantile of the correlation that is used: an estimate errs towards noise, not towards events
 SHARES = (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e8)  # variance of the smooth part over that of the noise, within a window
 TAIL = 1e-2  # tail at which a noise estimated from few degrees of freedom is widened, as a t quantile is
 EXACT = 1e-7  # share of the range below which differences are rounding (float32 carries 6e-8)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from devmon.analysis.detection.constants import EXACT, PHIS, SHARES, SPAN, SPIKE, TAIL
+from devmon.analysis.detection.constants import CAUTION, EXACT, PHIS, SHARES, SPAN, SPIKE, TAIL
 from devmon.analysis.series import Array
 
 
@@ -110,10 +110,10 @@ class NoiseModel:
 
 
 def correlation(loglik: Array) -> int:
-    """Index of the posterior median of the correlation, with a uniform prior between 0 and 1."""
+    """Index of the CAUTION quantile of the posterior of the correlation, its prior uniform between 0 and 1."""
     edges = np.concatenate([[0.0], (np.array(PHIS[1:]) + np.array(PHIS[:-1])) / 2, [1.0]])
     posterior = np.exp(loglik - loglik.max()) * np.diff(edges)
-    return int(np.searchsorted(np.cumsum(posterior / posterior.sum()), 0.5))
+    return int(np.searchsorted(np.cumsum(posterior / posterior.sum()), CAUTION))
 
 
 def of_replicates(model: NoiseModel, replicates: Array) -> tuple[int, Array]:

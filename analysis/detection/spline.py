@@ -1,7 +1,7 @@
-"""The curve within a window: a quintic smoothing spline beside noise that is known, with posterior draws.
+"""The curve within a window: a quintic smoothing spline beside noise that is known.
 
 Its third derivative is white noise (the second a random walk), so slope and curvature are smooth; a parabola is free.
-The prior variance is averaged over POWERS by restricted likelihood.
+The prior variance is the likeliest of POWERS by restricted likelihood.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FREE = 1e4  # prior variance of the parabola, for values of range 1
 
 
 class Spline:
-    """f and its slope on GRID places `x` of the window: posterior mean, and draws (GRID, DRAWS)."""
+    """f and its slope on GRID places `x` of the window: posterior mean, and as new noise would move it (GRID, DRAWS)."""
 
     def __init__(self, x: Array, values: Array, noise: Array, seed: int = 0) -> None:
         self.middle, self.scale, self.seed = float(values.mean()), float(np.ptp(values)) or 1.0, seed
@@ -27,46 +27,33 @@ class Spline:
         self.noise = noise / self.scale**2 + 1e-8 * np.eye(len(x))  # 1e-4 of the window's range: keeps it well posed
         free = min(3, len(x) - 1)
         self.parabola, self.parabola_at = (np.vander(2 * t - 1, free, increasing=True) for t in (u, at))
-        self.kernel, self.kernel_at, self.kernel_both = _kernel(u, u), _kernel(at, u), _kernel(at, at)
-        self.weights = self._weights(free)
-        mean = sum(w * self._posterior(k)[0] for k, w in enumerate(self.weights) if w > 0)
-        self.mean = self.middle + self.scale * np.asarray(mean)
+        self.kernel = _kernel(u, u)
+        # gain: from the values to the curve on the grid, given the likeliest prior variance
+        power = POWERS[self._likeliest(free)]
+        cov = power * self.kernel + FREE * self.parabola @ self.parabola.T + self.noise
+        across = power * _kernel(at, u) + FREE * self.parabola_at @ self.parabola.T
+        self.gain = np.linalg.solve(cov, across.T).T
+        self.mean = self.middle + self.scale * (self.gain @ self.values)
         self.slope = np.gradient(self.mean, self.x)
 
-    def _weights(self, free: int) -> Array:
-        """Posterior weights of POWERS; those below 2% are 0."""
+    def _likeliest(self, free: int) -> int:
+        """Index of the prior variance of the largest restricted likelihood."""
         rest = np.linalg.qr(self.parabola, mode="complete")[0][:, free:]
         if rest.shape[1] == 0:
-            return np.eye(len(POWERS))[0]
+            return 0
         # one eigendecomposition beside the noise serves all powers
         root = np.linalg.inv(np.linalg.cholesky(rest.T @ self.noise @ rest)) @ rest.T
         size, vectors = np.linalg.eigh(root @ self.kernel @ root.T)
         square = (vectors.T @ (root @ self.values)) ** 2
         variance = 1 + np.array(POWERS)[:, None] * np.maximum(size, 0)
-        loglik = -0.5 * np.sum(np.log(variance) + square / variance, axis=1)
-        weights = np.exp(loglik - loglik.max())
-        weights = np.where(weights < 0.02 * weights.sum(), 0, weights)
-        return weights / weights.sum()
-
-    def _posterior(self, k: int) -> tuple[Array, Array, Array]:
-        """Mean on the grid for POWERS[k], and what its covariance needs."""
-        flat = FREE * self.parabola_at @ self.parabola.T
-        cov = POWERS[k] * self.kernel + FREE * self.parabola @ self.parabola.T + self.noise
-        across = POWERS[k] * self.kernel_at + flat
-        gain = np.linalg.solve(cov, across.T).T
-        return gain @ self.values, gain, across
+        return int(np.argmax(-0.5 * np.sum(np.log(variance) + square / variance, axis=1)))
 
     @cached_property
     def draws(self) -> Array:
-        rng = np.random.default_rng(self.seed)
-        number = np.diff(np.floor(np.append(0, np.cumsum(self.weights)) * DRAWS + 0.5)).astype(int)
-        parts = []
+        """The curve as it would come out with new noise upon it."""
         noise = np.linalg.cholesky(self.noise)
-        for k in np.flatnonzero(number).tolist():
-            mean, gain, _ = self._posterior(k)
-            again = noise @ rng.standard_normal((len(noise), number[k]))
-            parts.append(mean[:, None] + gain @ again)
-        return self.middle + self.scale * np.hstack(parts)
+        again = self.gain @ (noise @ np.random.default_rng(self.seed).standard_normal((len(noise), DRAWS)))
+        return self.mean[:, None] + self.scale * again
 
     @cached_property
     def slopes(self) -> Array:

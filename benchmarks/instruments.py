@@ -1,9 +1,11 @@
 """What an observation costs on a GPT-2-small-sized random model, in forward and backward passes of the probe batch.
 
-    python benchmarks/instruments.py [--sequences 16] [--length 64] [--preset standard] [--rounds 3] [--device cpu] [--json PATH]
+    python benchmarks/instruments.py [--sequences 16] [--length 64] [--preset standard] [--rounds 3] [--device cpu]
+        [--json PATH]
 
-Every watch of the preset (the LLC apart) is measured alone, and then all of them in one observation, where what one has read
-serves the others. Ratios to a forward and backward pass of the same `sequences` × `length` tokens; medians over rounds.
+Every watch of the preset (the LLC apart) is measured alone, and then all of them in one observation, where what one has
+read serves the others. Ratios to a forward and backward pass of the same `sequences` × `length` tokens; medians over
+rounds.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python benchmarks/llc_cost.py [--device cpu|cuda] [--json PATH] [--large]
 
 Times are process CPU seconds of one thread on the CPU, synchronised wall seconds on CUDA: medians over rounds that take
-plain passes and chain steps in turn. The fixed cost of an estimate (one forward pass over the examples at w*)
-is taken out by comparing two lengths. `--large` adds Pythia-sized models on CUDA (bfloat16 model, float32 chains, random weights).
+plain passes and chain steps in turn. The fixed cost of an estimate (one forward pass over the examples at w*) is taken
+out by comparing two lengths. `--large` adds Pythia-sized models on CUDA (bfloat16 model, float32 chains, random
+weights).
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ def neox(hidden: int = 128, layers: int = 2, heads: int = 4, vocab: int = 5000) 
 
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * hidden, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=512,
+    )
     return GPTNeoXForCausalLM(config).eval()
 
 

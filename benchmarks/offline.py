@@ -1,18 +1,18 @@
-"""A series of checkpoints measured by one process, by two, by Ray, by an array of jobs, and by processes that are killed.
+"""A series of checkpoints measured by one process, by two, by Ray, by an array of jobs, and by killed processes.
 
     python benchmarks/offline.py SERIES TEXT [--parts scaling engines kills memory] [--steps log:40] [--json PATH]
 
-SERIES and TEXT are what `recipes/pythia.py` makes: OUT/checkpoints and OUT/text/held_out.txt. Every process has one thread.
-The results of the parts that are asked for replace those in PATH.
+SERIES and TEXT are what `recipes/pythia.py` makes: OUT/checkpoints and OUT/text/held_out.txt. Every process has one
+thread. The results of the parts that are asked for replace those in PATH.
 
-- scaling: wall time of `devmon measure` with the preset `standard` by 1 and by 2 workers, in turn, `--repeats` times; the same
-  command with nothing left to do is the start-up. CPU seconds are of all processes of the command (of Ray's and the jobs not
-  all), `others` are those of all other jobs of the machine meanwhile: where they are many, the wall times say little.
-  `profile` is where one process' time goes.
+- scaling: wall time of `devmon measure` with the preset `standard` by 1 and by 2 workers, in turn, `--repeats` times;
+  the same command with nothing left to do is the start-up. CPU seconds are of all processes of the command (of Ray's
+  and the jobs not all), `others` are those of all other jobs of the machine meanwhile: where they are many, the wall
+  times say little. `profile` is where one process' time goes.
 - engines: the same by Ray and by submitit's local executor; are the trajectories the same, bit for bit?
-- kills: two processes (shards) measure the series with the preset `economy`; one of them is killed with SIGKILL at a random
-  instant and begun again, `--kills` times. Rows that were told of and are not in the store are lost; rows told of by two
-  processes were measured twice.
+- kills: two processes (shards) measure the series with the preset `economy`; one of them is killed with SIGKILL at a
+  random instant and begun again, `--kills` times. Rows that were told of and are not in the store are lost; rows told
+  of by two processes were measured twice.
 - memory: `--checkpoints` checkpoints of 100 MB, one after another: resident memory at its highest during each.
 """
 
@@ -44,7 +44,7 @@ from typing import Any
 import torch
 
 from devmon.offline.plan import Plan
-from devmon.offline.study import Event, Study
+from devmon.offline.study import Progress, Study
 from devmon.store.trajectory import Trajectory
 
 MEASURE = [sys.executable, "-m", "devmon.cli", "measure"]
@@ -56,11 +56,18 @@ class Bench:
 
     def plan(self, name: str, **more: Any) -> Plan:
         given = {"preset": "standard", "steps": self.asked.steps} | more
-        return Plan(str(self.asked.series), str(self.folder / name), tokens=str(self.asked.text), sequences=32, length=64,
-                    threads=1, **given)  # fmt: skip
+        return Plan(
+            str(self.asked.series),
+            str(self.folder / name),
+            tokens=str(self.asked.text),
+            sequences=32,
+            length=64,
+            threads=1,
+            **given,
+        )
 
     def measured(self, plan: Plan) -> dict[str, float]:
-        """The command in a process of its own: seconds, CPU seconds of all its processes, and of all others meanwhile."""
+        """The command in its own process: seconds, CPU seconds of all its processes, and of all others meanwhile."""
         keys = ("preset", "tokens", "sequences", "length", "steps", "into", "workers", "threads", "engine")
         words = [f"--{key}={getattr(plan, key)}" for key in keys]
         words += [f"--option={value}" for value in plan.options]
@@ -89,12 +96,16 @@ class Bench:
         ]
         cost = [b["cpu_seconds"] / a["cpu_seconds"] for a, b in zip(found["1"], found["2"], strict=True)]
         return found | {
-            "rows": rows, "identical": len(set(digests)) == 1, "speed_up": rounded(wall), "after_start_up": rounded(steady),
-            "cpu_of_two_over_one": rounded(cost), "profile": self.profile(),
-        }  # fmt: skip
+            "rows": rows,
+            "identical": len(set(digests)) == 1,
+            "speed_up": rounded(wall),
+            "after_start_up": rounded(steady),
+            "cpu_of_two_over_one": rounded(cost),
+            "profile": self.profile(),
+        }
 
     def profile(self) -> dict[str, float]:
-        """Shares of the time of one process, start-up apart: the store, waiting for the next checkpoint, building it."""
+        """Shares of the time of a process, start-up apart: the store, waiting for a checkpoint, building it."""
         watched = cProfile.Profile()
         study = Study(self.plan("profile.zarr"))
         began = time.perf_counter()
@@ -152,8 +163,18 @@ class Bench:
             counts["measured twice"] += sum(n - 1 for n in told.values())
             counts["held twice"] += sum(n - 1 for n in held.values())
             counts["stores that differ"] += digest(plan.into) != reference
-        return {"stores": stores} | {key: counts[key] for key in ("kills", "rows", "lost", "measured twice", "held twice",
-                                                                  "stores that differ", "ended otherwise")}  # fmt: skip
+        return {"stores": stores} | {
+            key: counts[key]
+            for key in (
+                "kills",
+                "rows",
+                "lost",
+                "measured twice",
+                "held twice",
+                "stores that differ",
+                "ended otherwise",
+            )
+        }
 
     def whole(self) -> str:
         plan = self.plan("whole.zarr", preset="economy")
@@ -166,15 +187,32 @@ class Bench:
         series = large_series(self.folder / "large", self.asked.checkpoints)
         tokens = self.folder / "tokens.pt"
         torch.save(torch.randint(1000, (4, 16), generator=torch.Generator().manual_seed(0)), tokens)
-        plan = Plan(str(series), str(self.folder / "memory.zarr"), preset="economy", tokens=str(tokens), threads=1,
-                    watch=("loss", "repeats"))  # fmt: skip
-        told = subprocess.run([sys.executable, __file__, "--peaks", json.dumps(plan.record() | {"into": plan.into})],
-                              check=True, capture_output=True, text=True)  # fmt: skip
+        plan = Plan(
+            str(series),
+            str(self.folder / "memory.zarr"),
+            preset="economy",
+            tokens=str(tokens),
+            threads=1,
+            watch=("loss", "repeats"),
+        )
+        told = subprocess.run(
+            [sys.executable, __file__, "--peaks", json.dumps(plan.record() | {"into": plan.into})],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         before, *peaks = json.loads(told.stdout)
         copy = sum(file.stat().st_size for file in (series / "step0").glob("*.safetensors")) / 2**20
-        return {"checkpoints": len(peaks), "weights_mb": round(copy), "before_mb": before, "first_mb": peaks[0], "most_mb": max(peaks),
-                "last_mb": peaks[-1], "most_over_first": round(max(peaks) / peaks[0], 3),
-                "copies_at_most": round((max(peaks) - before) / copy, 2)}  # fmt: skip
+        return {
+            "checkpoints": len(peaks),
+            "weights_mb": round(copy),
+            "before_mb": before,
+            "first_mb": peaks[0],
+            "most_mb": max(peaks),
+            "last_mb": peaks[-1],
+            "most_over_first": round(max(peaks) / peaks[0], 3),
+            "copies_at_most": round((max(peaks) - before) / copy, 2),
+        }
 
 
 def begin(plan: Plan, log: Path) -> int:
@@ -183,7 +221,7 @@ def begin(plan: Plan, log: Path) -> int:
         return pid
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def tell(event: Event) -> None:
+    def tell(event: Progress) -> None:
         os.write(file, f"{event.step} {event.watch}\n".encode())
 
     try:
@@ -201,10 +239,17 @@ def large_series(folder: Path, count: int) -> Path:
     for step in range(count):
         if step < 3:
             torch.manual_seed(step)
-            GPTNeoXForCausalLM(GPTNeoXConfig(
-                vocab_size=10_000, hidden_size=512, num_hidden_layers=5, num_attention_heads=8, intermediate_size=2048,
-                max_position_embeddings=64, use_cache=False,
-            )).save_pretrained(folder / f"step{step}")  # fmt: skip
+            GPTNeoXForCausalLM(
+                GPTNeoXConfig(
+                    vocab_size=10_000,
+                    hidden_size=512,
+                    num_hidden_layers=5,
+                    num_attention_heads=8,
+                    intermediate_size=2048,
+                    max_position_embeddings=64,
+                    use_cache=False,
+                )
+            ).save_pretrained(folder / f"step{step}")
         else:
             shutil.copytree(folder / f"step{step % 3}", folder / f"step{step}", copy_function=os.link)
     return folder
@@ -222,7 +267,7 @@ def peaks(plan: Plan) -> list[float]:
         while not done.wait(0.005):
             high = max(high, now())
 
-    def tell(event: Event) -> None:
+    def tell(event: Progress) -> None:
         nonlocal high
         if event.watch == study.watches[-1].name:
             seen[event.step], high = high, 0.0
@@ -282,8 +327,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             began, load = time.perf_counter(), os.getloadavg()[0]
             found = getattr(Bench(asked, Path(folder)), part)()
-        result[part] = found | {"steps": asked.steps, "took_seconds": round(time.perf_counter() - began, 1), "load_before": round(load, 1),
-                                "cores": os.cpu_count(), "platform": platform.platform()}  # fmt: skip
+        result[part] = found | {
+            "steps": asked.steps,
+            "took_seconds": round(time.perf_counter() - began, 1),
+            "load_before": round(load, 1),
+            "cores": os.cpu_count(),
+            "platform": platform.platform(),
+        }
         print(json.dumps({part: result[part]}, indent=1))
         if asked.json is not None:
             asked.json.write_text(json.dumps(result, indent=1) + "\n")

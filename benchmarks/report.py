@@ -1,11 +1,12 @@
-"""What a reader waits for: the commands, the making of a report without the search for events, and the page in a browser.
+"""What a reader waits for: the commands, the making of a report without its search, and the page in a browser.
 
     python benchmarks/report.py [--json benchmarks/report.json] [--run RUN…]
 
-Commands are started ROUNDS times beside a bare `python -c "import numpy"`: the smallest CPU seconds (user and system) and
-wall seconds of each, and their ratio to the bare one. Reports are of made-up runs, in CPU and wall seconds of this
-process, one thread. The page is opened in headless Chromium (Debian: chromium, chromium-driver): milliseconds until it is loaded,
-and until the frame after a hover and after all panels have turned to linear steps. `--run` adds the report of a real run.
+Commands are started ROUNDS times beside a bare `python -c "import numpy"`: the smallest CPU seconds (user and system)
+and wall seconds of each, and their ratio to the bare one. Reports are of made-up runs, in CPU and wall seconds of this
+process, one thread. The page is opened in headless Chromium (Debian: chromium, chromium-driver): milliseconds until it
+is loaded, and until the frame after a hover and after all panels have turned to linear steps. `--run` adds the report
+of a real run.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from tests.support.browser import Browser, programs
 from tests.support.synthetic import STEPS, Run, induction_run, watch
 
 ROUNDS = 5
-FRAME = "const done = arguments[0]; const t = performance.now(); {act}; requestAnimationFrame(() => setTimeout(() => done(performance.now() - t)));"
+FRAME = """const done = arguments[0]; const t = performance.now(); {act};
+requestAnimationFrame(() => setTimeout(() => done(performance.now() - t)));"""
 HOVER = """const svg = document.querySelector('figure[data-name=overview] svg'), at = svg.getBoundingClientRect();
 svg.dispatchEvent(new PointerEvent('pointermove', { clientX: at.left + at.width / 2, clientY: at.top + 80 }))"""
 TURN = "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'l' }))"
@@ -118,9 +120,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, nargs="*", default=[])
     given = parser.parse_args()
     results: dict[str, Any] = {
-        "machine": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count(),
-        "load": [round(x, 1) for x in os.getloadavg()], "rounds": ROUNDS,
-    }  # fmt: skip
+        "machine": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "load": [round(x, 1) for x in os.getloadavg()],
+        "rounds": ROUNDS,
+    }
 
     def tell(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         results[name] = measure()

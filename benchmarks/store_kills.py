@@ -2,10 +2,10 @@
 
     python benchmarks/store_kills.py [--kills 300] [--writers 4] [--seed 0] [--json PATH]
 
-A third of the kills each fall on processes that append rows, that fold after every few rows (killed after a fold has begun),
-and that measure one series of checkpoints together with `observe`. Each prints a step once the row is stored, is killed at a
-random instant, and another takes its place. At the end of each store every printed step must be there once, with its
-numbers, and the store must go on.
+A third of the kills each fall on processes that append rows, that fold after every few rows (killed after a fold has
+begun), and that measure one series of checkpoints together with `observe`. Each prints a step once the row is stored,
+is killed at a random instant, and another takes its place. At the end of each store every printed step must be there
+once, with its numbers, and the store must go on.
 """
 
 from __future__ import annotations
@@ -197,9 +197,14 @@ def main() -> None:
     shares = {"write": asked.kills - 2 * (asked.kills // 3), "fold": asked.kills // 3, "sweep": asked.kills // 3}
     phases = {kind: Phase(kind, kills, asked.writers, asked.seed).run() for kind, kills in shares.items()}
     total = {key: sum(phase[key] for phase in phases.values()) for key in phases["write"]}
-    result = total | {"phases": phases, "writers": asked.writers, "seed": asked.seed,
-                      "seconds": round(time.perf_counter() - began, 1), "platform": platform.platform(),
-                      "load": round(os.getloadavg()[0], 2)}  # fmt: skip
+    result = total | {
+        "phases": phases,
+        "writers": asked.writers,
+        "seed": asked.seed,
+        "seconds": round(time.perf_counter() - began, 1),
+        "platform": platform.platform(),
+        "load": round(os.getloadavg()[0], 2),
+    }
     print(json.dumps(result, indent=1))
     if asked.json is not None:
         asked.json.write_text(json.dumps(result, indent=1) + "\n")

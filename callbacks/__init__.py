@@ -1,13 +1,15 @@
-"""Add them to a trainer of Lightning or of transformers, or to a loop of Fabric, and the run is measured while it trains."""
+"""Monitors for the trainers of Lightning and transformers and for loops of Fabric, and checkpoints by step."""
 
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "callbacks":
     raise ImportError("this folder installs as devmon.callbacks: write `from devmon.callbacks import Monitor`")
 
-from devmon.callbacks.checkpoint_series import CheckpointSeries, checkpoints, latest
+from devmon.callbacks.checkpoint_series import CheckpointSeries
 from devmon.callbacks.fabric import FabricMonitor
-from devmon.callbacks.monitor import InductionMonitor, LLCMonitor, Monitor, RepresentationMonitor
+from devmon.callbacks.monitor import Monitor
+from devmon.callbacks.one_watch import InductionMonitor, LLCMonitor, RepresentationMonitor
+from devmon.checkpoints.folder import checkpoints, latest
 
 if TYPE_CHECKING:
     from devmon.callbacks.trainer import TrainerMonitor as TrainerMonitor

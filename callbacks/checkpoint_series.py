@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from devmon.checkpoints.folder import checkpoints
 from devmon.errors import StoreError
 from devmon.monitoring.densify import Densify
-
-FILE = re.compile(r"step-(\d+)\.ckpt")
 
 
 class CheckpointSeries(L.Callback):
@@ -60,25 +58,14 @@ class CheckpointSeries(L.Callback):
         if step == self._seen:
             return
         self._seen = step
+        if step not in self.steps and not _alarmed(trainer, step):
+            return
         path = self.folder / f"step-{step:08d}.ckpt"
-        if (step in self.steps or _alarmed(trainer, step)) and not trainer.strategy.broadcast(
-            path.exists()
-        ):  # rank 0's answer: all save, or none
+        if not trainer.strategy.broadcast(path.exists()):  # rank 0's answer: all save, or none
             trainer.save_checkpoint(path)
 
 
 def _alarmed(trainer: L.Trainer, step: int) -> bool:
     """Whether an alarm of one of the trainer's monitors makes `step` due."""
-    found = (getattr(callback, "densify", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return any(isinstance(one, Densify) and one.wants(step) for one in found)
-
-
-def checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
-    """The series in a folder: step to file, in order of steps."""
-    found = {int(m[1]): p for p in Path(folder).glob("step-*.ckpt") if (m := FILE.fullmatch(p.name))}
-    return dict(sorted(found.items()))
-
-
-def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint of the last step, or None."""
-    return next(reversed(checkpoints(folder).values()), None)
+    companions = (getattr(callback, "densify", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(companion, Densify) and companion.wants(step) for companion in companions)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, Unpack, cast
 
 import lightning as L
 import torch
 from lightning.fabric import is_wrapped
 
-from devmon.callbacks.monitor import refuse_sharded
-from devmon.monitoring.loop import LoopMonitor
-from devmon.monitoring.ranks import ALONE, Ranks
+from devmon.callbacks.network import refuse_sharded
+from devmon.monitoring.loop import LoopMonitor, MonitorOptions, Part
+from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch
 
@@ -26,22 +26,35 @@ class FabricMonitor(LoopMonitor):
                 ...  # fabric.backward(loss), and one update of the optimizer
                 monitor.step(step, model)
 
-    `model` is what `fabric.setup` returned, or the module in it. Under data parallelism every process makes one, with the
-    same watches, after `fabric.launch()`, and calls `step`: rank 0 holds the trajectory and measures, the chains of an LLC
-    are dealt to all, and what ends training ends it on every rank. Strategies that shard the weights are refused.
+    The model of a step is what `fabric.setup` returned, or the module in it. `log=True` sends to Fabric's loggers; the
+    other options are those of `LoopMonitor`.
+
+    Under data parallelism every process makes one, with the same watches, after `fabric.launch()`, and calls `step`:
+    rank 0 holds the trajectory and measures, the chains of an LLC are dealt to all, and what ends training ends it on
+    every rank. Strategies that shard the weights are refused.
     """
 
-    def __init__(self, fabric: L.Fabric, trajectory: str | os.PathLike[str] | Trajectory, watches: Iterable[Watch], *,
-                 strict: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        fabric: L.Fabric,
+        trajectory: str | os.PathLike[str] | Trajectory,
+        watches: Iterable[Watch],
+        *,
+        model: Part = None,
+        log: Any = None,
+        **options: Unpack[MonitorOptions],
+    ) -> None:
         refuse_sharded(fabric.strategy)
-        ranks = Ranks.of_training() if fabric.world_size > 1 else ALONE
-        super().__init__(trajectory, watches, strict=strict, ranks=ranks)
+        log = fabric.log_dict if log is True else log
+        ranks = Ranks.of_training() if fabric.world_size > 1 else SINGLE
+        super().__init__(trajectory, watches, model=model, log=log, ranks=ranks, **options)
 
-    def step(self, step: int, model: torch.nn.Module) -> None:
-        """Measure what is due at `step`. Raises DevmonError for a step before the last one."""
-        super().step(step, cast(torch.nn.Module, model.module) if is_wrapped(model) else model)
+    def network(self, model: torch.nn.Module) -> torch.nn.Module:
+        return super().network(cast(torch.nn.Module, model.module) if is_wrapped(model) else model)
 
-    def close(self) -> None:
-        super().close()
-        self._ranks.close()
-        self._ranks = ALONE
+    def close(self, *, raising: bool = True) -> None:
+        try:
+            super().close(raising=raising)
+        finally:
+            self.ranks.close()
+            self.ranks = SINGLE

@@ -1,43 +1,20 @@
-"""`Monitor`: a Lightning callback whose whole work is a call of `devmon.observe` when the step changes."""
+"""`Monitor`: the monitor for the trainer of Lightning."""
 
 from __future__ import annotations
 
 import os
-import time
-import warnings
-from collections.abc import Callable, Container, Iterable
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Unpack
 
 import lightning as L
-import torch
-import xarray as xr
 
-from devmon.errors import DevmonError, StoreError
-from devmon.instruments import LLC, InductionHeads, LinearProbe
-from devmon.live.background import LivePage
-from devmon.monitoring.budget import Budget
+from devmon.callbacks.network import Model, network, refuse_sharded
 from devmon.monitoring.densify import Densify
-from devmon.monitoring.isolation import isolated
-from devmon.monitoring.loop import resume
-from devmon.monitoring.observe import observe
-from devmon.monitoring.ranks import ALONE, Ranks
+from devmon.monitoring.loop import LoopMonitor, MonitorOptions
+from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.store.trajectory import Trajectory
-from devmon.watch import Watch, every, unique_names
-
-Model = str | Callable[[L.LightningModule], torch.nn.Module] | None
-SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy"}
-
-
-OPTIONS = {
-    "model",
-    "strict",
-    "log",
-    "max_overhead",
-    "densify",
-    "live",
-    "clock",
-}  # of Monitor, which its one-line forms hand on
+from devmon.watch import Watch
 
 
 class Monitor(L.Callback):
@@ -47,242 +24,95 @@ class Monitor(L.Callback):
     - `watches`: what is measured, and at which optimizer steps; step 0 is the model before the first update.
     - `model`: what the instruments see. By default the LightningModule if it defines `forward`, else its only child;
       otherwise the name of an attribute (`"net"`), or a function of the LightningModule.
-    - `strict`: let any failure end training. By default an instrument that fails, or a row that cannot be written
-      (a full disk, a lost mount), is warned of once a watch, recorded with its reason in `Trajectory.failures` (as soon
-      as that can be written again), and training goes on without that row. Refused either way: a store that cannot be
-      opened before the first step, an instrument that does not fit the model, a store that holds another run.
-    - `log`: send the headline numbers of each observation to the trainer's loggers too, as `devmon/<watch>/<variable>`
-      at the optimizer step; of an LLC its `llc`, `se` and `accepted` (1 or 0). Arrays are in the trajectory only.
-    - `max_overhead`: the share of the wall time, such as 0.1, that the monitor may take. Due observations that would
-      exceed it are left out and listed in the trajectory's `attrs["skipped"]` (when training ends, also by an
-      exception). Step 0 and the first observation of each watch are always made; `Budget` has the rule. `clock` tells
-      the seconds.
-    - `densify`: look for events while training goes on, and measure every watch more often while an alarm is up (see
-      `Densify`); a `CheckpointSeries` of the same trainer saves at those steps too. A look takes about as long as
-      `devmon.analysis.detection.results.search` of the run's scalars and maxima; each of those is looked at 24 times at most.
-    - `live`: an .html file that is made again while training goes on, by a process of its own (`LivePage`); open it in a
-      browser and it loads itself again. Its events and alarms are provisional. When training ends, the last one is made.
+    - `log`: True sends the headline numbers of each observation to the trainer's loggers too, as
+      `devmon/<watch>/<variable>` at the optimizer step; of an LLC its `llc`, `se` and `accepted` (1 or 0). Arrays are
+      in the trajectory only. Another logger, or a function of (values, step), may stand in their place.
+    - `densify`: measure every watch more often while an alarm is up; a `CheckpointSeries` of the same trainer saves at
+      those steps too.
+    - `strict`, `max_overhead`, `live`, `clock`, `companions`: as of `devmon.LoopMonitor`, which does the work.
 
     Training is not touched: instruments work on a copy (not compiled, where the model is), and random states and
     switches are put back. Steps are counted once under gradient accumulation. When training resumes from step k, rows
     past k are set aside as an earlier attempt, once configuration and weights at k are found to be those stored.
 
-    Under data parallelism every rank has this callback, with the same watches. Rank 0 holds the trajectory and measures;
-    the work of instruments that can be divided (`devmon.snapshot.Divisible`: the chains of an `LLC`) is dealt to all
-    ranks, with the same numbers up to rounding. What ends training ends it on every rank. The ranks talk over gloo,
-    and only at steps at which something is due. Strategies that shard the weights are refused before training.
+    Under data parallelism every rank has this callback, with the same watches. Rank 0 holds the trajectory and
+    measures; the work of instruments that can be divided (`devmon.snapshot.Divisible`: the chains of an `LLC`) is dealt
+    to all ranks, with the same numbers up to rounding. What ends training ends it on every rank. The ranks talk over
+    gloo, and only at steps at which something is due. Strategies that shard the weights are refused before training.
     """
 
-    def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, watches: Iterable[Watch], *,
-                 model: Model = None, strict: bool = False, log: bool = False, max_overhead: float | None = None,
-                 live: str | os.PathLike[str] | None = None, densify: bool = False,
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        if max_overhead is not None and not 0 < max_overhead <= 1:
-            raise DevmonError(f"max_overhead is a share of the wall time above 0 and up to 1, got {max_overhead}")
-        self.trajectory = trajectory if isinstance(trajectory, Trajectory) else None
-        self.path = trajectory.path if isinstance(trajectory, Trajectory) else trajectory
-        self.watches = unique_names(watches)
+    def __init__(
+        self,
+        trajectory: str | os.PathLike[str] | Trajectory,
+        watches: Iterable[Watch],
+        *,
+        model: Model = None,
+        log: Any = False,
+        **options: Unpack[MonitorOptions],
+    ) -> None:
         self.model = model
-        self.strict = strict
-        self.log_numbers = log  # Lightning overwrites `log` of a callback
-        self.max_overhead = max_overhead
-        self.live = None if live is None else LivePage(live)
-        self.clock = clock
-        self.densify = Densify(self.watches, strict) if densify else None
-        self._budget: Budget | None = None
-        self._failures: dict[str, dict[int, str]] = {}
-        self._unlogged: set[str] = set()
-        self._seen = -1
-        self._ranks = ALONE
+        self.loop = LoopMonitor(
+            trajectory,
+            watches,
+            model=partial(network, model=model),
+            log=self._to_loggers if log is True else log,
+            ranks=None,
+            **options,
+        )
+        self._trainer: L.Trainer | None = None
+        self._ranks = SINGLE
+        self._takes_part = False
+
+    @property
+    def watches(self) -> tuple[Watch, ...]:
+        return self.loop.watches
+
+    @property
+    def path(self) -> str | os.PathLike[str]:
+        return self.loop.path
+
+    @property
+    def trajectory(self) -> Trajectory | None:
+        """Open on rank 0, from the start of training on."""
+        return self.loop.trajectory
+
+    @property
+    def densify(self) -> Densify | None:
+        return self.loop.densify
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            refuse_sharded(trainer.strategy)
-            self._ranks = Ranks.of_training() if trainer.world_size > 1 else ALONE
-            self._ranks.agree(self._open, pl_module, trainer.is_global_zero)
-
-    def _open(self, pl_module: L.LightningModule, first: bool) -> None:
-        network(pl_module, self.model)  # a misfit is told before anything is trained
-        if not first:
-            self.trajectory = None
-        elif self.trajectory is None:
-            self.trajectory = Trajectory(self.path)
+        if stage != "fit":
+            return
+        refuse_sharded(trainer.strategy)
+        self._trainer = trainer
+        self._ranks = Ranks.of_training() if trainer.world_size > 1 else SINGLE
+        # Ranks without torch.distributed (TPUs) cannot talk to each other: rank 0 measures, the others go without.
+        self._takes_part = self._ranks.size > 1 or trainer.is_global_zero
+        if self._takes_part:
+            self._ranks.agree(network, pl_module, self.model)  # a misfit is refused before a store is made
+            self.loop.open(self._ranks)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ranks.agree(self._begin, trainer.global_step, network(pl_module, self.model))
-        self._failures = {}
-        self._budget = None
-        if self.max_overhead is not None:
-            self._budget = Budget(self.max_overhead, [watch.name for watch in self.watches], self.clock)
-        self._seen = -1
-        if self.densify is not None:
-            self.densify.adopt(*self._ranks.first(self.densify.begin, self.trajectory, trainer.global_step))
-        self._observe(trainer, pl_module)
+        if self._takes_part:
+            self.loop.step(trainer.global_step, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._observe(trainer, pl_module)
+        if self._takes_part:
+            self.loop.step(trainer.global_step, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ranks.agree(self._end)
+        if self._takes_part:
+            self._ranks.agree(self.loop.close)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._takes_part:
+            self.loop.close(raising=False)  # what ended training is what should be raised
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._ranks.close()
-        self._ranks = ALONE
+        self._trainer, self._ranks, self._takes_part = None, SINGLE, False
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._end(raising=False)  # what ended training is what should be raised
-
-    def _begin(self, step: int, model: torch.nn.Module) -> None:
-        """Refuse another configuration or another run first, then set aside what a resumption supersedes."""
-        if self.trajectory is None:
-            return
-        resume(self.trajectory, self.watches, step, model)
-        skipped = self.trajectory.attrs.get("skipped", {})
-        kept = {name: [s for s in steps if s <= step] for name, steps in skipped.items()}
-        if kept != skipped:
-            self.trajectory.record(skipped=kept)
-
-    def _observe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step = trainer.global_step
-        if step == self._seen or (self.trajectory is None and self._ranks.size == 1):
-            return  # the latter: ranks without torch.distributed (TPUs), of which rank 0 measures
-        self._seen = step
-        due = [watch for watch in self.watches if step in watch.steps]
-        if self.densify is not None:
-            due = self.densify.due(step)
-        if not due:
-            return
-
-        def each(name: str, dataset: xr.Dataset | None) -> None:
-            if self._budget is not None:
-                self._budget.measured(name)
-            if self.log_numbers and dataset is not None:
-                self._log(trainer, name, step, dataset)
-
-        with self._budget.at_work() if self._budget is not None else nullcontext():
-            if self._budget is not None:
-                chosen = self._ranks.first(self._budget.choose, [watch.name for watch in due], step)
-                due = [watch for watch in due if watch.name in chosen]
-            if self.densify is not None:
-                named = self._ranks.first(self.densify.admit, self.trajectory, step, [watch.name for watch in due])
-                due = [watch for watch in due if watch.name in named]
-            observe(step, network(pl_module, self.model), due, self.trajectory, strict=self.strict,
-                    ranks=self._ranks, each=each, failures=self._failures)  # fmt: skip
-            if self.densify is not None:
-                self.densify.up = self._ranks.first(self.densify.after, self.trajectory, step)
-        if self.live is not None and self.trajectory is not None:
-            self.live.update(self.trajectory.path)
-
-    def _log(self, trainer: L.Trainer, name: str, step: int, dataset: xr.Dataset) -> None:
-        from devmon.analysis.derive.watch_series import numbers_of  # loads scipy: only where it is asked for
-
-        try:
-            with isolated():  # loggers may draw random names
-                values = {f"devmon/{name}/{variable}": value for variable, value in numbers_of(dataset).items()}
-                for logger in trainer.loggers if values else ():
-                    logger.log_metrics(values, step=step)
-        except Exception as error:
-            if self.strict:
-                raise
-            if name not in self._unlogged:
-                warnings.warn(f"{name} was measured at step {step} but not logged ({type(error).__name__}: {error}); "
-                              "training goes on", stacklevel=2)  # fmt: skip
-            self._unlogged.add(name)
-
-    def _end(self, raising: bool = True) -> None:
-        """Write what is still to be written, and fold. Units that cannot be folded stay, and are read all the same."""
-        if self.trajectory is None:
-            return
-        try:
-            self._record()
-            self.trajectory.fold()
-        except Exception as error:
-            if raising and (self.strict or not isinstance(error, StoreError | OSError)):
-                raise
-            warnings.warn(f"{self.path} was not tidied up at the end ({error}); no row in it is lost", stacklevel=2)
-        finally:
-            if self.live is not None:
-                self.live.close(self.trajectory.path)
-
-    def _record(self) -> None:
-        """The failures that could not be written when they happened, and what was left out to save time."""
-        assert self.trajectory is not None
-        for name in [watch.name for watch in self.watches if watch.name in self.trajectory]:
-            written = {*self.trajectory.failures(name), *self.trajectory.steps(name)}
-            for step, reason in self._failures.get(name, {}).items():
-                if step not in written:
-                    self.trajectory.fail(name, step, reason)
-        if self._budget is not None and self._budget.skipped:
-            skipped = dict(self.trajectory.attrs.get("skipped", {}))
-            for name, steps in self._budget.skipped.items():
-                held = self.trajectory.steps(name) if name in self.trajectory else []
-                skipped[name] = sorted({*skipped.get(name, []), *steps} - set(held))
-            self.trajectory.record(skipped=skipped)
-
-
-class LLCMonitor(Monitor):
-    """A `Monitor` with one watch, `llc`: `LLCMonitor("run.zarr", tokens, steps=every(500), nbeta=30, gamma=300, lr=1e-4)`.
-
-    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.LLC`.
-    """
-
-    def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, *args: Any, steps: Container[int] = every(500),
-                 **settings: Any) -> None:  # fmt: skip
-        options = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
-        super().__init__(trajectory, [Watch("llc", LLC(*args, **settings), steps)], **options)
-
-
-class InductionMonitor(Monitor):
-    """A `Monitor` with one watch, `induction`: `InductionMonitor("run.zarr", vocab_size=5000, steps=every(100))`.
-
-    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.InductionHeads`.
-    """
-
-    def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, *args: Any, steps: Container[int] = every(100),
-                 **settings: Any) -> None:  # fmt: skip
-        options = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
-        super().__init__(trajectory, [Watch("induction", InductionHeads(*args, **settings), steps)], **options)
-
-
-class RepresentationMonitor(Monitor):
-    """A `Monitor` with one watch, `probe`: `RepresentationMonitor("run.zarr", tokens, labels, steps=every(500))`.
-
-    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.LinearProbe`.
-    """
-
-    def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, *args: Any, steps: Container[int] = every(500),
-                 **settings: Any) -> None:  # fmt: skip
-        options = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
-        super().__init__(trajectory, [Watch("probe", LinearProbe(*args, **settings), steps)], **options)
-
-
-def refuse_sharded(strategy: object) -> None:
-    """Raise `DevmonError` for a strategy under which no rank holds the whole model."""
-    names = {kind.__name__ for kind in type(strategy).__mro__}
-    if names & SHARDED or ("DeepSpeedStrategy" in names and getattr(strategy, "zero_stage_3", False)):
-        raise DevmonError(
-            f"{type(strategy).__name__} shards the weights over the ranks, and Monitor needs all of them on one: save "
-            "whole checkpoints (CheckpointSeries, with the strategy set to a full state dict) and measure those "
-            "afterwards with devmon.observe, or train with strategy='ddp'"
-        )
-
-
-def network(pl_module: L.LightningModule, model: Model = None) -> torch.nn.Module:
-    """The module that instruments see (the argument `model` of `Monitor`)."""
-    if callable(model):
-        return model(pl_module)
-    if isinstance(model, str):
-        try:
-            return pl_module.get_submodule(model)
-        except AttributeError:
-            names = ", ".join(name for name, _ in pl_module.named_children())
-            raise DevmonError(f"{type(pl_module).__name__} has no submodule {model!r}; it has {names}") from None
-    if type(pl_module).forward is not L.LightningModule.forward:
-        return pl_module
-    children = [child for child in pl_module.children() if next(child.parameters(), None) is not None]
-    if len(children) == 1:
-        return children[0]
-    raise DevmonError(
-        f"{type(pl_module).__name__} defines no forward and has {len(children)} submodules with parameters: tell which "
-        "one to measure, as in Monitor(..., model='net')"
-    )
+    def _to_loggers(self, values: dict[str, float], step: int) -> None:
+        assert self._trainer is not None
+        for logger in self._trainer.loggers:
+            logger.log_metrics(values, step=step)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def run_view(trajectory: Any, run: str) -> Any:
     """What `devmon show` prints: provenance, a table of the watches, a table of the latest values."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    from devmon.analysis.derive.watch_series import series_of
     from devmon.analysis.reports.run_words import alarms, skipped
     from devmon.analysis.run import ReadOnce
 
@@ -22,77 +20,128 @@ def run_view(trajectory: Any, run: str) -> Any:
     if left_out := skipped(attrs):
         parts.append(Text(f"left out to keep max_overhead: {left_out}"))
     parts += [Text(line) for line in alarms(attrs)]
+    return Group(*parts, watches_table(held, trajectory), latest_table(held))
+
+
+def watches_table(held: Any, trajectory: Any) -> Any:
+    """Each watch of a run (`devmon.analysis.run.ReadOnce`): its instrument, steps, failures and seconds."""
+    from rich.table import Table
+
     table = Table("watch", "instrument", "steps", "from", "to", "failed", "seconds", box=None, header_style="bold")
     for name in held.names():
         dataset = held[name]
         steps = dataset["step"].values
         seconds = f"{float(dataset['seconds'].sum()):.1f}" if steps.size else ""
         first, last = (str(steps[0]), str(steps[-1])) if steps.size else ("", "")
-        table.add_row(safe(name), safe(dataset.attrs["instrument"].rsplit(".", 1)[-1]), str(steps.size), first, last,
-                      str(len(trajectory.failures(name)) or ""), seconds)  # fmt: skip
-    values = Table("series", "first", "latest", "", box=None, header_style="bold")
+        instrument, failed = dataset.attrs["instrument"].rsplit(".", 1)[-1], len(trajectory.failures(name)) or ""
+        table.add_row(safe(name), safe(instrument), str(steps.size), first, last, str(failed), seconds)
+    return table
+
+
+def latest_table(held: Any) -> Any:
+    """The first and the latest value of each series of the whole run, with its error."""
+    from rich.table import Table
+
+    from devmon.analysis.derive.watch_series import series_of
+
+    table = Table("series", "first", "latest", "", box=None, header_style="bold")
     for series in series_of(held.ends(), each=False):
         if len(series.values):
             error = f"± {series.se[-1]:.2g}" if series.se is not None else ""
             if series.rejected is not None and series.rejected[-1]:
                 error += " rejected by the sampler's checks"
-            values.add_row(safe(series.name), f"{series.values[0]:.4g}", f"{series.values[-1]:.4g}",
-                           f"{error} {safe(series.units)}")  # fmt: skip
-    return Group(*parts, table, values)
+            ends = (f"{series.values[0]:.4g}", f"{series.values[-1]:.4g}")
+            table.add_row(safe(series.name), *ends, f"{error} {safe(series.units)}")
+    return table
+
+
+def list_table(lines: Mapping[str, str]) -> Any:
+    """Names, each with a line about it."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    for name, text in lines.items():
+        table.add_row(safe(name), safe(text))
+    return table
+
+
+def variables_table(variables: Sequence[Any]) -> Any:
+    """What an instrument returns (`devmon.cli.describe.Variable`), with a column of nulls where there are any."""
+    from rich.table import Table
+
+    table = Table("returns", "dims", "unit", "meaning", box=None, header_style="bold")
+    table.columns[0].no_wrap = True
+    nulls = any(variable.null for variable in variables)
+    if nulls:
+        table.add_column("null")
+    for variable in variables:
+        cells = (variable.name, variable.dims, variable.unit, variable.meaning, variable.null)
+        table.add_row(*map(safe, cells if nulls else cells[:-1]))
+    return table
 
 
 def plain_table(table: Any) -> Any:
     """A table of a report as a rich one."""
     from rich.table import Table
 
-    made = Table(box=None, header_style="bold", caption=safe(table.note) or None, caption_justify="left")
+    shown = Table(box=None, header_style="bold", caption=safe(table.note) or None, caption_justify="left")
     for i, column in enumerate(table.columns):
-        made.add_column(safe(column), overflow="fold", no_wrap=bool(i))
+        shown.add_column(safe(column), overflow="fold", no_wrap=bool(i))
     for row in table.rows:
-        made.add_row(*map(safe, row.cells), style="dim" if row.weak else "")
-    return made
+        shown.add_row(*map(safe, row.cells), style="dim" if row.weak else "")
+    return shown
 
 
 def events_table(detection: Any) -> Any:
     """A rich table of every series: its events, or the outcome NO EVENT, UNRESOLVED or SAMPLER REJECTED."""
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold", caption_justify="left", caption=(
-        f"{len(detection.fits)} series, {detection.family} tests in the q-values. * the step between checkpoints, or the "
-        "abruptness, is not resolved: the report names the steps to add"))  # fmt: skip
+    caption = (
+        f"{len(detection.fits)} series, {detection.family} tests in the q-values. * the step between checkpoints, or "
+        "the abruptness, is not resolved: the report names the steps to add"
+    )
+    table = Table(box=None, header_style="bold", caption_justify="left", caption=caption)
     for column in ("series", "outcome", "step", "90% interval", "size", "decades", "p", "q"):
         table.add_column(column, overflow="fold" if column == "series" else "ellipsis", no_wrap=column != "series")
     for name, fit in detection.fits.items():
         events = [event for event in detection.events if event.series == name]
         for e in events:
-            table.add_row(safe(name), e.kind + ("" if e.resolved else "*"), f"{e.step:.0f}",
-                          f"{e.interval[0]:.0f} to {e.interval[1]:.0f}", f"{e.size:+.3g}",
-                          "" if e.width is None else f"{e.width:.2f}", f"{e.p_value:.3f}", f"{e.q_value:.3f}")  # fmt: skip
+            kind, width = e.kind + ("" if e.resolved else "*"), "" if e.width is None else f"{e.width:.2f}"
+            where = (f"{e.step:.0f}", f"{e.interval[0]:.0f} to {e.interval[1]:.0f}")
+            table.add_row(safe(name), kind, *where, f"{e.size:+.3g}", width, f"{e.p_value:.3f}", f"{e.q_value:.3f}")
         if not events:
             table.add_row(safe(name), fit.outcome)
     return table
 
 
-def cost_table(found: Any, training: int | None) -> Any:
-    """A rich table of `devmon.cli.describe.Estimate`s; `training` is the work of the training itself, in tokens."""
+def cost_table(estimates: Sequence[Any], training: int | None) -> Any:
+    """A rich table of `devmon.cost.Estimate`s; `training` is the work of the training itself, in tokens."""
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold", caption_justify="left", caption=(
+    caption = (
         "work: tokens passed forward, a backward pass counted as two; what watches of a step share is counted for each"
-        + ("" if training is None else "; share: of a training step's forward and backward passes")))  # fmt: skip
+    )
+    if training is not None:
+        caption += "; share: of a training step's forward and backward passes"
+    table = Table(box=None, header_style="bold", caption_justify="left", caption=caption)
     for column in ("watch", "instrument", "forwards", "backwards", "positions", "observations", "work"):
         table.add_column(column, justify="left" if column in ("watch", "instrument") else "right")
     if training is not None:
         table.add_column("share", justify="right")
-    rows = [(e.name, e.instrument, e.cost, e.observations, e.work) for e in found]
-    known = [work for *_, work in rows if work is not None]
-    for name, kind, one, observations, work in [*rows, ("all", "", None, None, sum(known))]:
-        passes = [f"{n:,}" for n in (one.forwards, one.backwards, one.positions)] if one else [""] * 3
-        cells = [safe(name), safe(kind), *passes, "" if observations is None else f"{observations:,}"]
-        cells.append("not told" if work is None else f"{work:.3g}")
+
+    def add(name: str, kind: str, passes: Sequence[str], observations: str, work: int | None, style: str = "") -> None:
+        cells = [safe(name), safe(kind), *passes, observations, "unknown" if work is None else f"{work:.3g}"]
         if training is not None:
             cells.append("" if work is None or not training else f"{work / training:.1%}")
-        table.add_row(*cells, style="bold" if name == "all" and one is None and observations is None else "")
+        table.add_row(*cells, style=style)
+
+    for e in estimates:
+        passes = [""] * 3
+        if e.cost is not None:
+            passes = [f"{number:,}" for number in (e.cost.forwards, e.cost.backwards, e.cost.positions)]
+        add(e.name, e.instrument, passes, f"{e.observations:,}", e.work)
+    add("all", "", [""] * 3, "", sum(e.work for e in estimates if e.work is not None), "bold")
     return table
 
 
@@ -100,22 +149,14 @@ def trials_table(trials: Any, steps: Mapping[str, int]) -> Any:
     """A rich table of a calibration's trials, those at the chosen lr and gamma in bold."""
     from rich.table import Table
 
-    numbers = {
-        "lr": "lr",
-        "gamma": "gamma",
-        "llc": "LLC",
-        "se": "se",
-        "ess": "ESS",
-        "rhat": "R̂",
-        "temperature": "temp.",
-    }
-    numbers = {name: words for name, words in numbers.items() if name in trials}
+    words = {"lr": "lr", "gamma": "gamma", "llc": "LLC", "se": "se", "ess": "ESS", "rhat": "R̂", "temperature": "temp."}
+    numbers = {name: column for name, column in words.items() if name in trials}
     table = Table(box=None, header_style="bold")
-    for words in ("checkpoint", *numbers.values(), "verdict"):
-        table.add_column(words, no_wrap=True)
+    for column in ("checkpoint", *numbers.values(), "verdict"):
+        table.add_column(column, no_wrap=True)
     names = [f"{name} {step}" for name, step in steps.items()]
     for i in range(trials.sizes["trial"]):
-        row = {str(name): column.values[i] for name, column in trials.items()}
+        row = {str(name): values.values[i] for name, values in trials.items()}
         chosen = all(row[name] == trials.attrs[name] for name in ("lr", "gamma"))
         cells = [f"{row[name]:.3g}" for name in numbers]
         table.add_row(names[int(row["model"])], *cells, safe(row["verdict"]), style="bold" if chosen else "")

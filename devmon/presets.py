@@ -8,7 +8,7 @@ A preset is a plain list of `Watch`: add to it, leave out of it, and see what it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -43,6 +43,19 @@ from devmon.instruments import (
 )
 from devmon.watch import Watch, log_spaced
 
+COUNT = 60  # observations of a run, in the tiers above `economy`
+
+
+class Shared(TypedDict, total=False):
+    """The keywords of `economy`, which every tier takes; `count` is 60 for the tiers above it."""
+
+    vocab_size: Required[int]
+    last: Required[int]
+    count: int
+    bos: int | None
+    exclude: Sequence[int]
+    llc: LLC | None
+
 
 def economy(
     tokens: Tensor,
@@ -63,90 +76,81 @@ def economy(
     half as many steps; without it there is none, because no setting suits every model.
     Watches: loss, repeats, induction, previous_token, weights, llc.
     """
-    length = min(64, tokens.shape[1])
-    common: dict[str, Any] = {"vocab_size": vocab_size, "length": length, "bos": bos, "exclude": tuple(exclude)}
+    probe = _probe(tokens, vocab_size, bos, exclude)
     steps = log_spaced(count, last)
     watches = [
         Watch("loss", ProbeLoss(tokens), steps),
-        Watch("repeats", RepeatGain(**common), steps),
-        Watch("induction", InductionHeads(**common), steps),
+        Watch("repeats", RepeatGain(**probe), steps),
+        Watch("induction", InductionHeads(**probe), steps),
         Watch("previous_token", PreviousTokenHeads(tokens=tokens), steps),
         Watch("weights", WeightStatistics(), steps),
     ]
     return watches if llc is None else [*watches, Watch("llc", llc, log_spaced(max(2, count // 2), last))]
 
 
-def standard(
-    tokens: Tensor,
-    *,
-    vocab_size: int,
-    last: int,
-    count: int = 60,
-    bos: int | None = None,
-    exclude: Sequence[int] = (),
-    llc: LLC | None = None,
-    corpus: Tensor | None = None,
-) -> list[Watch]:
+def standard(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Shared]) -> list[Watch]:
     """`economy`, and what the heads and layers are: composition, spectra, copying, attribution, lens, sketches.
 
     At most about 12 forward and backward passes of the probe batch an observation, the LLC apart. `corpus` (batch, pos)
     int64 is text, not of the probe batch, whose n-gram statistics the model is compared with (left out without it).
     More watches: composition, spectra, copying, attribution, lens, sketch, dimension, ngrams.
     """
-    given: dict[str, Any] = {"vocab_size": vocab_size, "bos": bos, "exclude": tuple(exclude)}
-    steps, length = log_spaced(count, last), min(64, tokens.shape[1])
-    watches = economy(tokens, vocab_size=vocab_size, last=last, count=count, bos=bos, exclude=exclude, llc=llc)
+    shared.setdefault("count", COUNT)
+    watches = economy(tokens, **shared)
+    probe = _probe(tokens, shared["vocab_size"], shared.get("bos"), shared.get("exclude", ()))
+    steps = log_spaced(shared["count"], shared["last"])
     watches += [
         Watch("composition", Composition(), steps),
         Watch("spectra", HeadSpectra(), steps),
-        Watch("copying", CopyingHeads(**given, length=length), steps),
-        Watch("attribution", ResidualAttribution.repeated(**given, length=length, ablation_prompts=0), steps),
+        Watch("copying", CopyingHeads(**probe), steps),
+        Watch("attribution", ResidualAttribution.repeated(**probe, ablation_prompts=0), steps),
         Watch("lens", LogitLens(tokens), steps),
         Watch("sketch", Sketch(tokens, outputs=True), steps),
         Watch("dimension", IntrinsicDimension(tokens), steps),
     ]
-    return watches if corpus is None else [*watches, Watch("ngrams", NgramStages(corpus, tokens, vocab_size), steps)]
+    ngrams = [] if corpus is None else [Watch("ngrams", NgramStages(corpus, tokens, shared["vocab_size"]), steps)]
+    return watches + ngrams
 
 
-def full(
-    tokens: Tensor,
-    *,
-    vocab_size: int,
-    last: int,
-    count: int = 60,
-    bos: int | None = None,
-    exclude: Sequence[int] = (),
-    llc: LLC | None = None,
-    corpus: Tensor | None = None,
-) -> list[Watch]:
+def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Shared]) -> list[Watch]:
     """`standard`, and what causes what: ablation, patching, circuits, function vectors, layer roles, tuned lens.
 
     These take hundreds of passes, so they are made at a third of the steps. More watches: ablation, patching, circuit,
     function_vectors, few_shot, layers, tuned_lens, fuzzy_induction, curvature.
     """
-    given: dict[str, Any] = {"vocab_size": vocab_size, "bos": bos, "exclude": tuple(exclude)}
-    length, seldom = min(64, tokens.shape[1]), log_spaced(max(2, count // 3), last)
-    usual: dict[str, Any] = {"count": count, "llc": llc, "corpus": corpus, "bos": bos, "exclude": exclude}
-    period = min(8, (length - 2) // 2)
-    pairs = broken_repeats(vocab_size, period=period, bos=bos, exclude=exclude)
-    tasks = symbol_tasks(vocab_size, shots=3, symbols=5, query="shown", bos=bos, exclude=tuple(exclude))
-    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
+    shared.setdefault("count", COUNT)
+    watches = standard(tokens, corpus=corpus, **shared)
+    probe = _probe(tokens, shared["vocab_size"], shared.get("bos"), shared.get("exclude", ()))
+    drawn = {name: probe[name] for name in ("vocab_size", "bos", "exclude")}
+    seldom = log_spaced(max(2, shared["count"] // 3), shared["last"])
+
+    # probes that have to fit the model: a period that goes twice into the length, a map of every token to another
+    pairs = broken_repeats(**drawn, period=min(8, (probe["length"] - 2) // 2))
+    tasks = symbol_tasks(**drawn, shots=3, symbols=5, query="shown")
+    order = torch.randperm(shared["vocab_size"], generator=torch.Generator().manual_seed(0))
+    mapped = {name: probe[name] for name in ("length", "bos", "exclude")}
     return [
-        *standard(tokens, vocab_size=vocab_size, last=last, **usual),
-        Watch("ablation", HeadAblation(**given, length=length), seldom),
+        *watches,
+        Watch("ablation", HeadAblation(**probe), seldom),
         Watch("patching", ActivationPatching(pairs), seldom),
         Watch("circuit", Circuit(pairs), seldom),
         Watch("function_vectors", FunctionVectorHeads(tasks), seldom),
-        Watch("few_shot", FewShot(**given), seldom),
+        Watch("few_shot", FewShot(**drawn), seldom),
         Watch("layers", LayerRoles(tokens), seldom),
         Watch("tuned_lens", TunedLens(tokens), seldom),
-        Watch("fuzzy_induction", FuzzyInduction(order, length=length, bos=bos, exclude=tuple(exclude)), seldom),
+        Watch("fuzzy_induction", FuzzyInduction(order, **mapped), seldom),
         Watch("curvature", Curvature(tokens, top=3, probes=8, limit=16), seldom),
     ]
 
 
+def _probe(tokens: Tensor, vocab_size: int, bos: int | None, exclude: Sequence[int]) -> dict[str, Any]:
+    """The fields of instruments that draw their own tokens: sequences as long as the text, 64 at most."""
+    length = min(64, tokens.shape[1])
+    return {"vocab_size": vocab_size, "length": length, "bos": bos, "exclude": tuple(exclude)}
+
+
 def vision(
-    images: Tensor, labels: Tensor, *, last: int, count: int = 60, blocks: str | None = None, llc: LLC | None = None
+    images: Tensor, labels: Tensor, *, last: int, count: int = COUNT, blocks: str | None = None, llc: LLC | None = None
 ) -> list[Watch]:
     """A vision model by its weights and its layers: `images` (batch, …) of floats, `labels` (batch,) of integers.
 
@@ -154,7 +158,9 @@ def vision(
     Watches: weights, probe, llc, and for layers of one width sketch and dimension.
     """
     if not torch.as_tensor(images).is_floating_point() or len(images) != len(labels):
-        raise DataError(f"vision needs images of floats and as many labels, got {images.dtype}, {len(images)} and {len(labels)}")  # fmt: skip
+        raise DataError(
+            f"vision needs images of floats and as many labels, got {images.dtype}, {len(images)} and {len(labels)}"
+        )
     steps = log_spaced(count, last)
     watches = [
         Watch("weights", WeightStatistics(), steps),

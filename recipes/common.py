@@ -1,4 +1,4 @@
-"""What the recipes share: a run that resumes, numbers checked against intervals, errors told in one line."""
+"""What the recipes share: a run that resumes, numbers checked against intervals, errors in one line."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rich.table import Table
 
 from devmon import DevmonError, Trajectory, Watch, observe
 from devmon.analysis import Detection
-from devmon.analysis.reports.drawing import write_whole
 from devmon.analysis.reports.report import content_of
 from devmon.analysis.reports.writers import WRITERS
 from devmon.callbacks import CheckpointSeries, Monitor, checkpoints, latest
+from devmon.files import write_whole
 from devmon.offline.source import with_weights
-from devmon.recipes.language_model import Bar, quiet
+from devmon.recipes.progress import Bar, quiet
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Check:
     @property
     def holds(self) -> bool:
         return self.low <= self.value <= self.high
+
+    @property
+    def interval(self) -> str:
+        return f"{_text(self.low)} … {_text(self.high)}"
 
 
 def fit(
@@ -81,14 +85,20 @@ def train(
 ) -> None:
     """`fit` for monitors of one's own."""
     quiet()
-    L.Trainer(
-        max_steps=steps, accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         callbacks=[*monitors, CheckpointSeries(out / "checkpoints", saved), Bar(console, steps, units)],
-    ).fit(training, ckpt_path=latest(out / "checkpoints"), weights_only=True)  # fmt: skip
+    )
+    trainer.fit(training, ckpt_path=latest(out / "checkpoints"), weights_only=True)
 
 
-class BatchOfStep(torch.utils.data.IterableDataset[Any]):
+class Batches(torch.utils.data.IterableDataset[Any]):
     """Batch number `step` is `draw(step)`, so that a resumed run sees what it would have seen."""
 
     def __init__(self, training: L.LightningModule, draw: Callable[[int], Any]) -> None:
@@ -100,7 +110,7 @@ class BatchOfStep(torch.utils.data.IterableDataset[Any]):
 
 def batches(training: L.LightningModule, draw: Callable[[int], Any]) -> torch.utils.data.DataLoader[Any]:
     """A data loader of `draw(step)` for the optimizer's steps from where the training stands."""
-    return torch.utils.data.DataLoader(BatchOfStep(training, draw), batch_size=None)
+    return torch.utils.data.DataLoader(Batches(training, draw), batch_size=None)
 
 
 def measure_checkpoints(
@@ -112,10 +122,9 @@ def measure_checkpoints(
 ) -> None:
     """Add watches to a run from the checkpoints that it saved: what is already held is passed over."""
     watches = list(watches)
+    held = {watch.name: trajectory.steps(watch.name) if watch.name in trajectory else [] for watch in watches}
     for step, path in checkpoints(out / "checkpoints").items():
-        due = [
-            w for w in watches if step in steps and (w.name not in trajectory or step not in trajectory.steps(w.name))
-        ]
+        due = [watch for watch in watches if step in steps and step not in held[watch.name]]
         if due:
             observe(step, with_weights(model, path), due, trajectory)
     trajectory.fold()
@@ -130,17 +139,17 @@ def write_report(run: Trajectory, out: Path, detection: Detection) -> None:
 def conclude(out: Path, checks: Iterable[Check], console: Console, facts: Mapping[str, Any] | None = None) -> None:
     """Print the checks, keep them with the `facts` in OUT/results.json; raises DevmonError where one does not hold."""
     checks = list(checks)
-    table = Table("", "found", "expected", "published", box=None, pad_edge=False)
-    for one in checks:
-        table.add_row(one.what, _text(one.value), f"{_text(one.low)} … {_text(one.high)}", one.published,
-                      style=None if one.holds else "red")  # fmt: skip
+    table = Table("", "measured", "expected", "published", box=None, pad_edge=False)
+    for check in checks:
+        style = None if check.holds else "red"
+        table.add_row(check.what, _text(check.value), check.interval, check.published, style=style)
     console.print(table)
     out.mkdir(parents=True, exist_ok=True)
-    told = _finite({"checks": [asdict(one) for one in checks], **(facts or {})})
-    (out / "results.json").write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
-    failed = [one for one in checks if not one.holds]
+    results = _finite({"checks": [asdict(check) for check in checks], **(facts or {})})
+    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    failed = [f"{check.what}: {_text(check.value)} is outside {check.interval}" for check in checks if not check.holds]
     if failed:
-        raise DevmonError("; ".join(f"{c.what}: {_text(c.value)} is outside {_text(c.low)} … {_text(c.high)}" for c in failed))  # fmt: skip
+        raise DevmonError("; ".join(failed))
 
 
 def crossing(steps: Any, values: Any, level: float, *, last: bool = False) -> float:
@@ -159,7 +168,7 @@ def crossing(steps: Any, values: Any, level: float, *, last: bool = False) -> fl
 
 
 @contextmanager
-def told_in_one_line(console: Console) -> Iterator[None]:
+def one_line_errors(console: Console) -> Iterator[None]:
     """Ends the process with one line where something is wrong, or where it is interrupted."""
     try:
         yield
@@ -180,11 +189,11 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no words for."""
+    """The same with None for numbers that JSON cannot write."""
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

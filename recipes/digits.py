@@ -1,30 +1,29 @@
-"""Vision: a small residual network learns scikit-learn's digits, and a drop of the learning rate is no phase transition.
+"""Vision: a small residual network learns digits, and a drop of the learning rate is no phase transition.
 
-What it shows: in the run `plateau` small initial weights put the network on a plateau, which it leaves by itself: the detector
-finds the fall, and `schedule_check` does not lay it to the schedule. In the run `drop` the learning rate falls to a twentieth
-half-way; its `control` is the same run, the same weights and batches, with the rate kept. The two are equal to the last bit up
-to the drop, so what is different after it is the schedule's work: its size comes with a standard error, and every event of
-the run that meets the drop is named as the schedule's. Linear probes by layer, the drift of every layer (debiased CKA) and the
-local learning coefficient of what is trained are followed beside.
+What it shows: in the run `plateau` small initial weights put the network on a plateau, which it leaves by itself: the
+detector finds the fall, and `schedule_check` does not lay it to the schedule. In the run `drop` the learning rate falls
+to a twentieth half-way; its `control` is the same run, the same weights and batches, with the rate kept. The two are
+equal to the last bit up to the drop, so what is different after it is the schedule's work: its size comes with a
+standard error, and every event of the run that meets the drop is named as the schedule's. Linear probes by layer, the
+drift of every layer (debiased CKA) and the local learning coefficient of what is trained are followed beside.
 
-Labels of every batch are redrawn at random with probability 0.1; loss is the average over that, so that its least value is
-known: 0.50 nats, the entropy of a redrawn label.
+Labels of every batch are redrawn at random with probability 0.1; loss is the average over that, so that its least value
+is known: 0.50 nats, the entropy of a redrawn label.
 
 Cost: `--fast` 20 s on one core; by default, with twice the steps, about a minute. Not worth a GPU.
 
-Expect: held-out accuracy at the end of `plateau` above .85 (a linear model has .93 to .95, a support vector machine .99); no event of
-`plateau` laid to a drop that it does not have; drop and control equal before the drop, and after it a lower loss by more than three standard
-errors. The detector alone does not see a change this small against the noise before it: the control is needed. Figure to
-expect: OUT/plateau/report.html, Overview: one fall of the held-out loss.
+Expect: held-out accuracy at the end of `plateau` above .85 (a linear model has .93 to .95, a support vector machine
+.99); no event of `plateau` laid to a drop that it does not have; drop and control equal before the drop, and after it a
+lower loss by more than three standard errors. The detector alone does not see a change this small against the noise
+before it: the control is needed. Figure to expect: OUT/plateau/report.html, Overview: one fall of the held-out loss.
 
-Data: scikit-learn's copy of the UCI set Optical Recognition of Handwritten Digits (Alpaydin & Kaynak 1998), no download.
+Data: scikit-learn's copy of the UCI set Optical Recognition of Handwritten Digits (Alpaydin & Kaynak 1998), no
+download.
 Writes OUT/plateau/, OUT/drop/, OUT/control/ (trajectory.zarr, checkpoints/, report.html, figures/), OUT/results.json.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,8 +41,9 @@ from devmon import Snapshot, Trajectory, Watch, every, log_spaced, presets
 from devmon.analysis import Detection, detect, drift, llc, schedule_check, series_of
 from devmon.analysis.detection.events import meet
 from devmon.analysis.series import run_level
+from devmon.data.rows import Rows
 from devmon.instruments import LLC
-from devmon.recipes.common import Check, conclude, crossing, fit, told_in_one_line, write_report
+from devmon.recipes.common import Check, batches, conclude, crossing, fit, one_line_errors, write_report
 from devmon.sampling import classification_loss
 from devmon.snapshot import derive_seed
 
@@ -102,7 +102,13 @@ def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, tor
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Loss (`expected_loss`) in nats and accuracy on images and labels that are not trained on, with standard errors over images."""
+    """Loss and accuracy on images and labels that are not trained on.
+
+    - `loss`, nats: mean of `expected_loss`.
+    - `loss_se`, nats: its standard error over images.
+    - `accuracy`, share: images whose label gets the highest logit.
+    - `accuracy_se`, share: its standard error over images.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -112,17 +118,17 @@ class HeldOut:
             batch = self.images.to(snapshot.device), self.labels.to(snapshot.device)
             nats = expected_loss(snapshot.model, batch).double().cpu().numpy()
             right = (snapshot.model(batch[0]).argmax(1) == batch[1]).double().cpu().numpy()
-        found = xr.Dataset(attrs={"headline": ["loss", "accuracy"]})
-        for name, values, units in (("loss", nats, "nats"), ("accuracy", right, "share")):
-            found[name] = ((), values.mean(), {"long_name": f"held-out {name}", "units": units})
-            found[f"{name}_se"] = ((), values.std(ddof=1) / np.sqrt(len(values)), {"units": units})
-        found["accuracy"].attrs["continuous_twin"] = "loss"
-        found["loss"].attrs["smallest_change"] = 0.02
-        return found
+        rows = Rows(headline=["loss", "accuracy"], error="standard error over images")
+        for name, values, units, change in (("loss", nats, "nats", 0.02), ("accuracy", right, "share", None)):
+            se = values.std(ddof=1) / np.sqrt(len(values))
+            rows.put(name, (), values.mean(), se, f"held-out {name}", units=units, smallest_change=change)
+        dataset = rows.dataset()
+        dataset["accuracy"].attrs["continuous_twin"] = "loss"
+        return dataset
 
 
 def expected_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """What training minimises, (batch,): the loss of a label that is redrawn with probability NOISE, averaged over that."""
+    """What training minimises, (batch,): the loss, averaged over labels that are redrawn with probability NOISE."""
     images, labels = batch
     nats = -model(images).log_softmax(1)
     return (1 - NOISE) * nats.gather(1, labels[:, None])[:, 0] + NOISE * nats.mean(1)
@@ -146,30 +152,21 @@ class Training(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def train_dataloader(self) -> Any:
-        return Batches(self)
+        return batches(self, self._draw)
 
-
-class Batches:
-    """Batch number `step` is a function of seed and step, so that a resumed run sees what it would have seen."""
-
-    def __init__(self, training: Training) -> None:
-        self.training = training
-
-    def __iter__(self) -> Iterator[Any]:
-        t = self.training
-        for step in itertools.count(t.trainer.global_step):
-            generator = torch.Generator().manual_seed(derive_seed(t.seed, "batch", step))
-            rows = torch.randint(len(t.labels), (BATCH,), generator=generator)
-            noisy = torch.rand(BATCH, generator=generator) < NOISE
-            drawn = torch.randint(10, (BATCH,), generator=generator)
-            yield t.images[rows].to(t.device), torch.where(noisy, drawn, t.labels[rows]).to(t.device)
+    def _draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "batch", step))
+        rows = torch.randint(len(self.labels), (BATCH,), generator=generator)
+        noisy = torch.rand(BATCH, generator=generator) < NOISE
+        drawn = torch.randint(10, (BATCH,), generator=generator)
+        return self.images[rows], torch.where(noisy, drawn, self.labels[rows])
 
 
 def watches(form: Form, kind: str) -> list[Watch]:
     train, held_out = digits()
     often = log_spaced(40, form.steps) | every(form.steps // 100)
-    sampled = LLC(train, expected_loss, nbeta=180.0, gamma=100.0, lr=3e-4, chains=3, draws=form.draws,
-                  burn_in=form.draws // 2, batch_size=64)  # fmt: skip
+    chains: dict[str, Any] = {"chains": 3, "draws": form.draws, "burn_in": form.draws // 2, "batch_size": 64}
+    sampled = LLC(train, expected_loss, nbeta=180.0, gamma=100.0, lr=3e-4, **chains)
     inside = presets.vision(*held_out, last=form.steps, count=30)
     loss = Watch("held_out", HeldOut(*held_out), often)
     if kind != "plateau":
@@ -181,60 +178,69 @@ def watches(form: Form, kind: str) -> list[Watch]:
 def one_run(out: Path, form: Form, seed: int, kind: str, console: Console) -> tuple[Trajectory, Detection]:
     console.print(f"run {kind}")
     run = fit(
-        out / kind, lambda: Training(form, seed, kind), watches(form, kind), steps=form.steps, saved=every(form.steps // 10),
-        seed=seed, console=console, title=f"Digits: {kind}", data="scikit-learn's digits",
+        out / kind,
+        lambda: Training(form, seed, kind),
+        watches(form, kind),
+        steps=form.steps,
+        saved=every(form.steps // 10),
+        seed=seed,
+        console=console,
+        title=f"Digits: {kind}",
+        data="scikit-learn's digits",
         settings={"kind": kind, "label_noise": NOISE, "kinks": [form.drop] if kind == "drop" else [], **vars(form)},
-    )  # fmt: skip
-    found = detect([one for one in series_of(run) if run_level(one.name)])
-    write_report(run, out / kind, found)
-    return run, found
+    )
+    detection = detect([curve for curve in series_of(run) if run_level(curve.name)])
+    write_report(run, out / kind, detection)
+    return run, detection
 
 
 def main(out: Path, form: Form, seed: int, console: Console) -> None:
     runs = {kind: one_run(out, form, seed, kind, console) for kind in ("plateau", "drop", "control")}
+    plateau, drop, control = (runs[kind][0] for kind in ("plateau", "drop", "control"))
+
+    # the same question of each run: does a fall of the loss meet the step of the drop?
     falls = {}
-    for kind, (
-        _,
-        found,
-    ) in runs.items():  # the same question of each: does a fall of the loss meet the step of the drop?
-        own = [
-            event
-            for event in found.events
-            if event.series == "held_out/loss" and event.kind == "jump" and event.size < 0
-        ]
-        falls[kind] = schedule_check(own, [form.drop], 1, form.steps).rows
-    plateau, drop = runs["plateau"][0], runs["drop"][0]
-    loss, after = plateau["held_out"]["loss"], slice(form.drop + form.steps // 20, None)
+    for kind, (_, detection) in runs.items():
+        jumps = [e for e in detection.events if e.series == "held_out/loss" and e.kind == "jump" and e.size < 0]
+        falls[kind] = schedule_check(jumps, [form.drop], 1, form.steps).rows
+    blamed = {kind: sum(bool(row.kinks) for row in rows) for kind, rows in falls.items()}
+
+    # the plateau is left by itself: a fall where the loss is half-way, not laid to the schedule
+    loss = plateau["held_out"]["loss"]
     left = crossing(loss["step"], loss, float(loss[0] + loss[-1]) / 2)
-    gained = runs["control"][0]["held_out"]["loss"] - drop["held_out"]["loss"]  # nats that the drop takes off
-    later = gained.sel(step=after).values
-    blocks = np.array(
-        [part.mean() for part in np.array_split(later, 5)]
-    )  # neighbours are alike: an error of five means
-    error = blocks.std(ddof=1) / np.sqrt(len(blocks))
     by_itself = [row for row in falls["plateau"] if not row.kinks and meet(row.event.extent, (left, left))]
+
+    # nats that the drop takes off; neighbouring steps are alike, so the error is that of five means
+    gained = control["held_out"]["loss"] - drop["held_out"]["loss"]
+    before = float(abs(gained.sel(step=slice(0, form.drop))).max())
+    later = gained.sel(step=slice(form.drop + form.steps // 20, None)).values
+    blocks = np.array([part.mean() for part in np.array_split(later, 5)])
+    gain, error = float(later.mean()), blocks.std(ddof=1) / np.sqrt(len(blocks))
+
     estimates = llc(plateau["llc"])
     probes, moved = plateau["probe"]["accuracy"], drift(plateau["sketch"])["drift"]
+    accuracy, grown = float(plateau["held_out"]["accuracy"][-1]), float(probes[-1, -1] - probes[-1, 0])
+    listed = {kind: [{**row.event.to_dict(), "schedule": row.note} for row in rows] for kind, rows in falls.items()}
     facts = {
         "left_the_plateau": left,
-        "falls": {kind: [{**row.event.to_dict(), "schedule": row.note} for row in rows] for kind, rows in falls.items()},
+        "falls": listed,
         "probe_accuracy": {"first": probes[0].values.tolist(), "last": probes[-1].values.tolist()},
         "drift_from_the_start": moved[0].values.tolist(),
-        "gained": [float(later.mean()), float(error)],
-        "llc": {name: estimates[name].values.tolist() for name in ("llc", "se", "verdict")} | {"step": estimates["step"].values.tolist()},
-    }  # fmt: skip
+        "gained": [gain, float(error)],
+        "llc": {name: estimates[name].values.tolist() for name in ("llc", "se", "verdict", "step")},
+    }
     checks = [
-        Check("plateau: held-out accuracy at the end", float(plateau["held_out"]["accuracy"][-1]), 0.85, 1, "linear .93–.95, SVM .99"),
+        Check("plateau: held-out accuracy at the end", accuracy, 0.85, 1, "linear .93–.95, SVM .99"),
         Check("plateau: half-way step of its fall", left, 20, form.drop / 1.2),
         Check("plateau: falls there, not laid to the schedule", len(by_itself), 1),
-        Check("plateau: falls laid to the drop that it does not have", sum(bool(row.kinks) for row in falls["plateau"]), 0, 0, "none"),
-        Check("drop and control before the drop: largest difference", float(abs(gained.sel(step=slice(0, form.drop))).max()), 0, 0, "0 (exact)"),
-        Check("what the drop takes off the loss, nats", float(later.mean()), 0.01),
+        Check("plateau: falls laid to the drop that it does not have", blamed["plateau"], 0, 0, "none"),
+        Check("drop and control before the drop: largest difference", before, 0, 0, "0 (exact)"),
+        Check("what the drop takes off the loss, nats", gain, 0.01),
         Check("the same in its standard errors", float(later.mean() / error), 3),
-        Check("control: falls laid to the drop that it does not have", sum(bool(row.kinks) for row in falls["control"]), 0, 0, "none"),
-        Check("plateau: probe accuracy at the end, last layer minus input", float(probes[-1, -1] - probes[-1, 0]), 0.05),
+        Check("control: falls laid to the drop that it does not have", blamed["control"], 0, 0, "none"),
+        Check("plateau: probe accuracy at the end, last layer minus input", grown, 0.05),
         Check("plateau: drift of the last layer from the start (1 − CKA)", float(moved[0, -1]), 0.2),
-    ]  # fmt: skip
+    ]
     conclude(out, checks, console, facts)
 
 
@@ -242,7 +248,7 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command(
-    help="Train a small residual network on scikit-learn's digits; tell a drop of the learning rate from a phase transition."
+    help="Train a small network on scikit-learn's digits; tell a drop of the learning rate from a phase transition."
 )
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the two runs.")] = Path("runs/digits"),
@@ -250,7 +256,7 @@ def run(
     fast: Annotated[bool, typer.Option("--fast", help="A third of the steps.")] = False,
 ) -> None:
     console = Console(stderr=True)
-    with told_in_one_line(console):
+    with one_line_errors(console):
         main(out, FAST if fast else FULL, seed, console)
         console.print(f"written to {out}", highlight=False, soft_wrap=True)
 

@@ -6,10 +6,10 @@ frequencies of the logits alone, falls while the test loss is still above that o
 them, rises; the Gini coefficient of the embedding's Fourier spectrum rises last. The local learning coefficient rises
 while pairs are memorised and falls as the circuit replaces the table.
 
-Three forms. By default p = 53, a network of one hidden layer: about three minutes on one core. `--fast`: the same with a
-learning rate two and a half times as large, twelve seconds. `--full`: the published settings, p = 113, a one-layer transformer
-(d 128, 4 heads, 512 neurons, no LayerNorm), full batch, AdamW 1e-3 with weight decay 1, 50 000 steps: for a GPU. With
-`--seeds 10` any of them is trained ten times and tells a grok rate with its interval.
+Three forms. By default p = 53, a network of one hidden layer: about three minutes on one core. `--fast`: the same with
+a learning rate two and a half times as large, twelve seconds. `--full`: the published settings, p = 113, a one-layer
+transformer (d 128, 4 heads, 512 neurons, no LayerNorm), full batch, AdamW 1e-3 with weight decay 1, 50 000 steps: for a
+GPU. With `--seeds 10` any of them is trained ten times and tells a grok rate with its interval.
 
 Expect: train loss, restricted loss and test loss halve in this order, with disjoint intervals; four to eight key
 frequencies at the end (published: five, 14, 35, 41, 42 and 52 of p = 113), restricted loss far below test loss at the
@@ -40,7 +40,8 @@ from devmon import Trajectory, Watch, every, log_spaced
 from devmon.analysis import Detection, Event, compare_runs, detect, llc
 from devmon.analysis.detection.events import meet
 from devmon.instruments import LLC, FourierSpectrum, RestrictedLoss
-from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, told_in_one_line, write_report
+from devmon.recipes.addition_networks import OneHiddenLayer, OneLayerTransformer
+from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, one_line_errors, write_report
 from devmon.sampling import classification_loss
 from devmon.snapshot import derive_seed
 
@@ -67,44 +68,6 @@ FAST = Form(steps=2400, learning_rate=5e-3, estimates=9)
 FULL = Form(
     p=113, share=0.3, width=128, hidden=512, transformer=True, steps=50_000, learning_rate=1e-3, nbeta=464.0, lr=5e-4
 )  # lr and gamma of the LLC are not calibrated for it: run `devmon calibrate` on its checkpoints first
-
-
-# -- the models ------------------------------------------------------------------------------------------------------
-
-
-class OneHiddenLayer(torch.nn.Module):
-    """Pairs (batch, 2) to logits (batch, p): one embedding for both numbers, a layer of GELU."""
-
-    def __init__(self, form: Form) -> None:
-        super().__init__()
-        self.embed = torch.nn.Embedding(form.p, form.width)
-        self.left, self.right = (torch.nn.Linear(form.width, form.hidden) for _ in range(2))
-        self.unembed = torch.nn.Linear(form.hidden, form.p, bias=False)
-
-    def forward(self, pairs: torch.Tensor) -> torch.Tensor:
-        one, two = self.embed(pairs).unbind(1)
-        return self.unembed(F.gelu(self.left(one) + self.right(two)))
-
-
-class OneLayerTransformer(torch.nn.Module):
-    """Tokens a, b, = (batch, 3) to logits (batch, 3, p), as published: no LayerNorm, weights N(0, 1 / d)."""
-
-    def __init__(self, form: Form, heads: int = 4) -> None:
-        super().__init__()
-        d, self.heads = form.width, heads
-        self.embed, self.pos = torch.nn.Embedding(form.p + 1, d), torch.nn.Embedding(3, d)
-        self.qkv, self.out = torch.nn.Linear(d, 3 * d, bias=False), torch.nn.Linear(d, d, bias=False)
-        self.up, self.down = torch.nn.Linear(d, form.hidden), torch.nn.Linear(form.hidden, d)
-        self.unembed = torch.nn.Linear(d, form.p, bias=False)
-        for name, weight in self.named_parameters():
-            torch.nn.init.zeros_(weight) if "bias" in name else torch.nn.init.normal_(weight, std=d**-0.5)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens) + self.pos.weight
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (batch, head, pos, size)
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(z.transpose(1, 2).flatten(2))
-        return self.unembed(x + self.down(self.up(x).relu()))
 
 
 # -- the data and the training ---------------------------------------------------------------------------------------
@@ -138,7 +101,8 @@ class Training(L.LightningModule):
     def __init__(self, form: Form, seed: int) -> None:
         super().__init__()
         self.form, self.data = form, examples(form, trained_pairs(form, seed))
-        self.net = (OneLayerTransformer if form.transformer else OneHiddenLayer)(form)
+        network = OneLayerTransformer if form.transformer else OneHiddenLayer
+        self.net = network(form.p, form.width, form.hidden)
 
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
         return answer_loss(self.net, batch).mean()
@@ -155,10 +119,22 @@ def watches(form: Form, seed: int) -> list[Watch]:
     return [
         Watch("progress", progress(form, mask), often(form)),
         Watch("spectrum", FourierSpectrum(form.p, ("embed.weight", "unembed.weight")), often(form)),
-        Watch("llc", LLC(examples(form, mask), answer_loss, nbeta=form.nbeta, gamma=form.gamma, lr=form.lr, chains=3,
-                         draws=100, burn_in=50, batch_size=128),
-              log_spaced(form.estimates, form.steps, first=max(1, form.steps // 500))),
-    ]  # fmt: skip
+        Watch(
+            "llc",
+            LLC(
+                examples(form, mask),
+                answer_loss,
+                nbeta=form.nbeta,
+                gamma=form.gamma,
+                lr=form.lr,
+                chains=3,
+                draws=100,
+                burn_in=50,
+                batch_size=128,
+            ),
+            log_spaced(form.estimates, form.steps, first=max(1, form.steps // 500)),
+        ),
+    ]
 
 
 def progress(form: Form, mask: torch.Tensor, frequencies: tuple[int, ...] | None = None) -> RestrictedLoss:
@@ -175,10 +151,18 @@ def often(form: Form) -> Any:
 def study(out: Path, form: Form, seed: int, accelerator: str, console: Console) -> tuple[Detection, dict[str, Any]]:
     """One seed: train, find the key frequencies, measure the checkpoints by them; returns the events and the facts."""
     trajectory = fit(
-        out, lambda: Training(form, seed), watches(form, seed), steps=form.steps, saved=often(form), seed=seed,
-        console=console, accelerator=accelerator, title=f"Grokking: addition modulo {form.p}",
-        data=f"{form.share:.0%} of the {form.p**2} pairs", settings=vars(form),
-    )  # fmt: skip
+        out,
+        lambda: Training(form, seed),
+        watches(form, seed),
+        steps=form.steps,
+        saved=often(form),
+        seed=seed,
+        console=console,
+        accelerator=accelerator,
+        title=f"Grokking: addition modulo {form.p}",
+        data=f"{form.share:.0%} of the {form.p**2} pairs",
+        settings=vars(form),
+    )
     last = trajectory["progress"].isel(step=-1)
     keys = tuple(last["frequency"].values[last["key"].values == 1].tolist())
     if keys:  # as published: the frequencies of the end, looked for all along
@@ -190,21 +174,32 @@ def study(out: Path, form: Form, seed: int, accelerator: str, console: Console) 
 def facts(trajectory: Trajectory, form: Form, keys: tuple[int, ...]) -> dict[str, Any]:
     """Where train, restricted and test loss halve log p, the nats of a guess; λ̂ at its height and at the end."""
     data = trajectory["final_keys" if keys else "progress"]
-    half = {name: crossing(data["step"], data[f"{name}_loss"], math.log(form.p) / 2, last=name != "train")
-            for name in ("train", "restricted", "test")}  # fmt: skip
-    found = llc(trajectory["llc"])
-    found = found.isel(step=found["verdict"].values.astype(str) == "ok")
-    top = found.isel(step=int(found["llc"].values.argmax())) if found.sizes["step"] else None
-    end = {name: float(data[name][-1]) for name in ("train_loss", "test_loss", "restricted_loss", "excluded_loss",
-                                                    "excluded_loss_random", "test_accuracy", "key_power")}  # fmt: skip
+    half = {
+        name: crossing(data["step"], data[f"{name}_loss"], math.log(form.p) / 2, last=name != "train")
+        for name in ("train", "restricted", "test")
+    }
+    at_end = ["train_loss", "test_loss", "restricted_loss", "excluded_loss", "excluded_loss_random", "test_accuracy"]
+    end = {name: float(data[name][-1]) for name in (*at_end, "key_power")}
     gini = trajectory["spectrum"]["gini"].sel(parameter="embed.weight")
+    ends = [float(gini[0]), float(gini[-1])]
+    return {"keys": list(keys), "half": half, "end": end, "gini": ends, "llc": height_and_end(trajectory)}
+
+
+def height_and_end(trajectory: Trajectory) -> dict[str, float]:
+    """The largest and the last accepted λ̂; NaN where none is accepted."""
+    estimates = llc(trajectory["llc"])
+    estimates = estimates.isel(step=estimates["verdict"].values.astype(str) == "ok")
+    if not estimates.sizes["step"]:
+        return dict.fromkeys(("height", "height_se", "height_step", "end", "end_se"), math.nan)
+    top, last = estimates.isel(step=int(estimates["llc"].values.argmax())), estimates.isel(step=-1)
     return {
-        "keys": list(keys), "half": half, "end": end, "gini": [float(gini[0]), float(gini[-1])],
-        "llc": dict.fromkeys(("height", "height_se", "height_step", "end", "end_se"), math.nan) if top is None else {
-            "height": float(top["llc"]), "height_se": float(top["se"]), "height_step": int(top["step"]),
-            "end": float(found["llc"][-1]), "end_se": float(found["se"][-1]), "accepted": found.sizes["step"],
-        },
-    }  # fmt: skip
+        "height": float(top["llc"]),
+        "height_se": float(top["se"]),
+        "height_step": int(top["step"]),
+        "end": float(last["llc"]),
+        "end_se": float(last["se"]),
+        "accepted": estimates.sizes["step"],
+    }
 
 
 def phases(half: dict[str, float], detection: Detection) -> dict[str, Event]:
@@ -215,44 +210,46 @@ def phases(half: dict[str, float], detection: Detection) -> dict[str, Event]:
         "build: restricted_loss": (half["train"] * 2, half["test"]),
         "clean up: test_loss": (half["restricted"], half["test"]),
     }
-    found = {}
+    events = {}
     for name, window in windows.items():
-        own = [e for e in detection.events if e.series.endswith(name.partition(": ")[2])]
-        near = [
-            e for e in own if meet(e.extent, window) and (e.size < 0 or e.kind == "turn")
-        ]  # falls, and where they begin
+        own = [event for event in detection.events if event.series.endswith(name.partition(": ")[2])]
+        falls = [event for event in own if event.size < 0 or event.kind == "turn"]  # and where they begin
+        near = [event for event in falls if meet(event.extent, window)]
         if near:
-            found[name] = min(near, key=lambda e: e.p_value)
-    return found
+            events[name] = min(near, key=lambda event: event.p_value)
+    return events
 
 
-def checks(found: dict[str, Any], detection: Detection, form: Form) -> list[Check]:
-    half, end, height = found["half"], found["end"], found["llc"]
+def checks(results: dict[str, Any], detection: Detection, form: Form) -> list[Check]:
+    half, end, height = results["half"], results["end"], results["llc"]
     seen = phases(half, detection)
     onsets = [event.extent[0] for event in seen.values()]
+    to_circuit, to_test = half["restricted"] / half["train"], half["test"] / half["restricted"]
+    fall = (height["height"] - height["end"]) / math.hypot(height["height_se"], height["end_se"])
+    to_height, latest = height["height_step"] / half["restricted"], form.steps / 10
     return [
-        Check("memorised (train loss below half of a guess), step", half["train"], 1, form.steps / 10, "p 113: by 1400"),
-        Check("circuit (restricted loss) after that, ratio of steps", half["restricted"] / half["train"], 1.5, published="p 113: 1400 to 9400"),
-        Check("generalised (test loss) after that, ratio of steps", half["test"] / half["restricted"], 1.05, published="p 113: 9400 to 14000"),
+        Check("memorised (train loss below half of a guess), step", half["train"], 1, latest, "p 113: by 1400"),
+        Check("circuit (restricted loss) after that, ratio of steps", to_circuit, 1.5, published="p 113: 1400 to 9400"),
+        Check("generalised (test loss) after that, ratio of steps", to_test, 1.05, published="p 113: 9400 to 14000"),
         Check("phases that the detector finds (of three)", len(seen), 2, 3),
         Check("their onsets in the known order", onsets == sorted(onsets), 1, published="memorise, build, clean up"),
-        Check("key frequencies at the end", len(found["keys"]), 3, 10, "p 113: 5"),
+        Check("key frequencies at the end", len(results["keys"]), 3, 10, "p 113: 5"),
         Check("their share of the logits' variance", end["key_power"], 0.75, 1),
         Check("test loss at the end, nats", end["test_loss"], 0, 0.1),
         Check("restricted / test loss at the end", end["restricted_loss"] / end["test_loss"], 0, 0.5, "below 1"),
         Check("excluded loss at the end, nats", end["excluded_loss"], 0.2, published="rises in circuit formation"),
         Check("the same for random frequencies", end["excluded_loss_random"], 0, 0.05),
-        Check("Gini of the embedding's spectrum, first", found["gini"][0], 0, 0.12),
-        Check("Gini of the embedding's spectrum, last", found["gini"][1], 0.3, 1, "rises in clean-up"),
+        Check("Gini of the embedding's spectrum, first", results["gini"][0], 0, 0.12),
+        Check("Gini of the embedding's spectrum, last", results["gini"][1], 0.3, 1, "rises in clean-up"),
         Check("λ̂ at its height over λ̂ at the end", height["height"] / height["end"], 5, published="rises, then falls"),
-        Check("the difference in its standard errors", (height["height"] - height["end"]) / math.hypot(height["height_se"], height["end_se"]), 5),
-        Check("λ̂ highest before the circuit, step over that of the circuit", height["height_step"] / half["restricted"], 0, 1),
-    ]  # fmt: skip
+        Check("the difference in its standard errors", fall, 5),
+        Check("λ̂ highest before the circuit, step over that of the circuit", to_height, 0, 1),
+    ]
 
 
 def grok_rate(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """How many seeds answer 99% of the pairs they were not trained on, with the exact 90% interval (Clopper-Pearson)."""
-    n, k = len(runs), sum(one["end"]["test_accuracy"] > 0.99 for one in runs.values())
+    """How many seeds answer 99% of the pairs that they were not trained on, with the 90% Clopper-Pearson interval."""
+    n, k = len(runs), sum(facts["end"]["test_accuracy"] > 0.99 for facts in runs.values())
     low = float(beta.ppf(0.05, k, n - k + 1)) if k else 0.0
     high = float(beta.ppf(0.95, k + 1, n - k)) if k < n else 1.0
     return {"grokked": k, "of": n, "rate": k / n, "interval": [low, high]}
@@ -264,34 +261,43 @@ app = typer.Typer(add_completion=False)
 @app.command(help="Train a small network on addition modulo p and watch it memorise, build a circuit and clean up.")
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the run, or of the runs of all seeds.")] = Path("runs/grokking"),
-    seed: Annotated[int, typer.Option(help="Seed of the pairs, the weights and the measurements; the first of --seeds.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the pairs, the weights and the measurements; the first of --seeds.")
+    ] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: more than one tells a grok rate.")] = 1,
     fast: Annotated[bool, typer.Option("--fast", help="Twelve seconds.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="The published settings: p = 113, a transformer, 50 000 steps.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="The published settings: p = 113, a transformer, 50 000 steps.")
+    ] = False,
     accelerator: Annotated[str, typer.Option(help="cpu, gpu or auto.")] = "cpu",
-) -> None:  # fmt: skip
+) -> None:
     console = Console(stderr=True)
     form = FAST if fast else FULL if full else SMALL
-    with told_in_one_line(console):
+    with one_line_errors(console):
         if seeds == 1:
-            detection, found = study(out, form, seed, accelerator, console)
+            detection, results = study(out, form, seed, accelerator, console)
             trajectory = Trajectory(out / "trajectory.zarr", "r")
             write_report(trajectory, out, detection)
-            conclude(out, checks(found, detection, form), console, found)
+            conclude(out, checks(results, detection, form), console, results)
         else:
-            pairs = {
-                f"seed-{s}": study(out / f"seed-{s}", form, s, accelerator, console) for s in range(seed, seed + seeds)
-            }
-            runs = {name: found for name, (_, found) in pairs.items()}
-            rate = grok_rate(runs)
-            compared = compare_runs({name: detection for name, (detection, _) in pairs.items()})
-            rate["matched"] = compared.to_frame().to_csv(index=False)
-            order = sum(r["half"]["train"] < r["half"]["restricted"] < r["half"]["test"] for r in runs.values())
-            conclude(out, [
-                Check("grok rate", rate["rate"], 0.5, 1, "to be reported over at least 10 seeds"),
-                Check("seeds that memorise, build, generalise in this order", order, rate["grokked"], seeds, "all"),
-            ], console, rate | {"runs": runs})  # fmt: skip
+            several(out, form, range(seed, seed + seeds), accelerator, console)
         console.print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+def several(out: Path, form: Form, seeds: range, accelerator: str, console: Console) -> None:
+    """Every seed alone, then how many grok, and whether their events match."""
+    runs = {f"seed-{seed}": study(out / f"seed-{seed}", form, seed, accelerator, console) for seed in seeds}
+    facts_of = {name: own for name, (_, own) in runs.items()}
+    rate = grok_rate(facts_of)
+    rate["matched"] = compare_runs({name: run[0] for name, run in runs.items()}).to_frame().to_csv(index=False)
+    halves = [own["half"] for own in facts_of.values()]
+    in_order = sum(half["train"] < half["restricted"] < half["test"] for half in halves)
+    order = "seeds that memorise, build, generalise in this order"
+    checked = [
+        Check("grok rate", rate["rate"], 0.5, 1, "to be reported over at least 10 seeds"),
+        Check(order, in_order, rate["grokked"], len(seeds), "all"),
+    ]
+    conclude(out, checked, console, rate | {"runs": facts_of})
 
 
 if __name__ == "__main__":

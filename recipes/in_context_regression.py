@@ -3,132 +3,54 @@
 What it shows: sequences x₁, y₁, …, x₈, y₈ with y = w·x + noise and a new w ~ N(0, 1)⁴ in each; a two-layer transformer
 predicts every y from what came before it (Garg et al. 2022, arXiv:2208.01066; Hoogland et al. 2024, arXiv:2402.02364,
 whose stages LR1 to LR5 these are). First it learns the prior of the task, that is nothing: it predicts 0 and its mean
-squared error is E y² = 4.125 (LR1). Then it learns to use the context (LR2) and comes near ridge regression, the best that
-any predictor can do, whose error is computed here exactly up to its quadrature (1.658). The λ̂ rises with it.
+squared error is E y² = 4.125 (LR1). Then it learns to use the context (LR2) and comes near ridge regression, the best
+that any predictor can do, whose error is computed here exactly up to its quadrature (1.658). The λ̂ rises with it.
 
-Numbers to expect: published, with the schedule of 500 000 steps: error 4.45, 4.13 (step 1k), 1.90 (40k), 1.75 (500k), λ̂
--0.7, 20.7, 169 (169 to 171 over five seeds at 40k), 116 (116 to 141). Default here, 8000 steps of the same shape of
-schedule: error 4.41, 4.15 where it has learnt the prior (step 142, λ̂ 18 to 21), 1.90 (step 6900, λ̂ 162 ± 1.5), 1.87; with
-seed 2 4.29, 4.13, 1.90 (λ̂ 162.6), 1.83. The detector finds LR1, in which it has the prior and nothing more, as a plateau of
-the error at step 113 [88, 136], and LR2 as its jump at step 321 [311, 329]. Where notes on the study say
-K = 16, eight pairs make up the 16 tokens: 16 pairs would let ridge regression reach .93, eight let it reach 1.658.
+Numbers to expect: published, with the schedule of 500 000 steps: error 4.45, 4.13 (step 1k), 1.90 (40k), 1.75 (500k),
+λ̂ -0.7, 20.7, 169 (169 to 171 over five seeds at 40k), 116 (116 to 141). Default here, 8000 steps of the same shape of
+schedule: error 4.41, 4.15 where it has learnt the prior (step 142, λ̂ 18 to 21), 1.90 (step 6900, λ̂ 162 ± 1.5), 1.87;
+with seed 2 4.29, 4.13, 1.90 (λ̂ 162.6), 1.83. The detector finds LR1, in which it has the prior and nothing more, as a
+plateau of the error at step 113 [88, 136], and LR2 as its jump at step 321 [311, 329]. Where notes on the study say K =
+16, eight pairs make up the 16 tokens: 16 pairs would let ridge regression reach .93, eight let it reach 1.658.
 
-Cost: 8 to 14 minutes on one core (stages LR1 and LR2), λ̂ by a kernel with momentum. `--full`: 500 000 steps and the published λ̂
-(10 chains of 6000 draws of batch 1024, at about 50 steps), for a GPU; not run yet. `--fast`: 20 seconds, checked.
-Writes OUT/trajectory.zarr, OUT/report.html, OUT/figures/, OUT/results.json. The same command goes on with an interrupted run.
+Cost: 8 to 14 minutes on one core (stages LR1 and LR2), λ̂ by a kernel with momentum. `--full`: 500 000 steps and the
+published λ̂ (10 chains of 6000 draws of batch 1024, at about 50 steps), for a GPU; not run yet. `--fast`: 20 seconds,
+checked.
+Writes OUT/trajectory.zarr, OUT/report.html, OUT/figures/, OUT/results.json. The same command goes on with an
+interrupted run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
 import xarray as xr
 from rich.console import Console
 from torch import Tensor, nn
 
-from devmon import Snapshot, Watch, every, log_spaced
+from devmon import Snapshot, Trajectory, Watch, every, log_spaced
 from devmon.analysis import detect, phase_types, report, series_of
-from devmon.anatomy import Layout
 from devmon.data import ByContent
+from devmon.data.rows import Rows
 from devmon.instruments import LLC, WeightStatistics
-from devmon.recipes.common import Check, batches, conclude, fit, table, told_in_one_line
+from devmon.recipes.common import Check, batches, conclude, fit, one_line_errors, table
+from devmon.recipes.linear_regression import DIMS, NOISE, PAIRS, ZERO, Regressor, ridge, ridge_errors, sequences
 from devmon.sampling import BAOAB
 from devmon.snapshot import derive_seed
 
-DIMS, PAIRS, NOISE = 4, 8, 0.125  # of x, examples in a sequence, variance of the noise of y
-WIDTH, HEADS, LAYERS, HIDDEN = 64, 4, 2, 64
 BATCH, HIGHEST_RATE = 256, 3e-3
 NBETA, GAMMA, RATE = 66.7, 13.3, 3e-4  # published, for the mean squared error
-ZERO = DIMS + NOISE  # the error of predicting 0
 
 
-# -- the task, and the best that can be done -------------------------------------------------------------------------
-
-
-def sequences(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens (count, 2 PAIRS, 1 + DIMS), x in the last DIMS places of every first and y in the first of every second
-    token; and the y (count, PAIRS)."""
-    weight = torch.randn(count, DIMS, 1, generator=generator)
-    x = torch.randn(count, PAIRS, DIMS, generator=generator)
-    y = (x @ weight)[..., 0] + NOISE**0.5 * torch.randn(count, PAIRS, generator=generator)
-    tokens = torch.zeros(count, 2 * PAIRS, 1 + DIMS)
-    tokens[:, ::2, 1:], tokens[:, 1::2, 0] = x, y
-    return tokens, y
-
-
-def ridge(tokens: Tensor) -> Tensor:
-    """Predictions (batch, PAIRS) of the posterior mean of w given the pairs before: no predictor has a lower error."""
-    x, y = tokens[:, ::2, 1:].double(), tokens[:, 1::2, 0].double()
-    found = torch.zeros_like(y)
-    for k in range(1, PAIRS):
-        gram = x[:, :k].mT @ x[:, :k] + NOISE * torch.eye(DIMS, dtype=x.dtype)
-        weight = torch.linalg.solve(gram, x[:, :k].mT @ y[:, :k, None])
-        found[:, k] = (x[:, k, None] @ weight)[:, 0, 0]
-    return found
-
-
-@cache
-def ridge_errors(count: int = 100_000) -> tuple[float, ...]:
-    """Expected squared error of `ridge` at each of the PAIRS: NOISE + E[tr (1 + XᵀX / NOISE)⁻¹], the mean over `count` X."""
-    x = torch.randn(count, PAIRS, DIMS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    errors = []
-    for k in range(PAIRS):
-        precision = torch.eye(DIMS, dtype=x.dtype) + x[:, :k].mT @ x[:, :k] / NOISE
-        errors.append(NOISE + float(torch.linalg.inv(precision).diagonal(dim1=-2, dim2=-1).sum(-1).mean()))
-    return tuple(errors)
-
-
-# -- the model -------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """Attention and an MLP, each behind a norm."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (batch, pos, width)
-        batch, pos, width = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(batch, pos, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(z.transpose(1, 2).reshape(batch, pos, width))
-        return x + self.down(torch.relu(self.up(self.norm_2(x))))
-
-
-class Regressor(nn.Module):
-    """Tokens (batch, 2 PAIRS, 1 + DIMS) to predictions of y (batch, PAIRS), each made at its x. 51 712 parameters."""
-
-    anatomy = Layout(
-        blocks="blocks", qkv="qkv", out="out", heads="heads", attention_norm="norm_1", mlp_norm="norm_2",
-        neurons="down", norm="norm",
-    )  # fmt: skip
-
-    def __init__(self, width: int = WIDTH, heads: int = HEADS, layers: int = LAYERS, hidden: int = HIDDEN) -> None:
-        super().__init__()
-        self.embed = nn.Linear(1 + DIMS, width, bias=False)
-        self.position = nn.Parameter(0.02 * torch.randn(2 * PAIRS, width))
-        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.unembed = nn.Linear(width, 1 + DIMS, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.position
-        for block in self.blocks:
-            x = block(x)
-        return self.unembed(self.norm(x))[:, ::2, 0]
+# -- the training ----------------------------------------------------------------------------------------------------
 
 
 def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -169,9 +91,12 @@ def _generator(seed: int, *what: object) -> torch.Generator:
 class InContextError(ByContent):
     """Squared error on fixed sequences, by how many examples came before, beside the best and the emptiest predictor.
 
-    loss; above_ridge: the mean squared distance from ridge regression's predictions on the same sequences, which is the
-    error that could be avoided; from_zero: mean squared prediction, 0 for what has learnt only the prior; icl_score:
-    error at the last pair minus at the first; error_by_pair (pair). `_se` over sequences.
+    - `loss`, squared error: mean over pairs; `loss_se` over sequences, as all that follow.
+    - `above_ridge`, squared error: the mean squared distance from ridge regression's predictions on the same sequences,
+      which is the error that could be avoided.
+    - `from_zero`, squared error: mean squared prediction, 0 for what has learnt only the prior.
+    - `icl_score`, squared error: error at the last pair minus at the first.
+    - `error_by_pair` (pair), squared error: by how many pairs came before, without standard errors.
     """
 
     tokens: Tensor
@@ -180,23 +105,21 @@ class InContextError(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         with torch.no_grad():
-            found = snapshot.model(self.tokens.to(snapshot.device)).double().cpu()
-        errors = (found - self.y).square()
-        each = {
+            predicted = snapshot.model(self.tokens.to(snapshot.device)).double().cpu()
+        errors = (predicted - self.y).square()
+        by_sequence = {
             "loss": (errors.mean(1), "mean squared error"),
-            "above_ridge": ((found - self.best).square().mean(1), "squared distance from ridge regression"),
-            "from_zero": (found.square().mean(1), "mean squared prediction"),
+            "above_ridge": ((predicted - self.best).square().mean(1), "squared distance from ridge regression"),
+            "from_zero": (predicted.square().mean(1), "mean squared prediction"),
             "icl_score": (errors[:, -1] - errors[:, 0], "error at the last pair minus at the first"),
         }
-        dataset = xr.Dataset(coords={"pair": np.arange(errors.shape[1])}, attrs={"headline": list(each)})
-        for name, (values, long_name) in each.items():
-            units = {"units": "squared error"}
-            dataset[name] = ((), float(values.mean()), {"long_name": long_name} | units)
+        rows, units = Rows(headline=list(by_sequence)), "squared error"
+        for name, (values, long_name) in by_sequence.items():
             se = float(values.std()) / len(values) ** 0.5
-            dataset[f"{name}_se"] = ((), se, {"long_name": "standard error over sequences"} | units)
-        attrs = {"long_name": "squared error by pairs seen before", "units": "squared error"}
-        dataset["error_by_pair"] = ("pair", errors.mean(0).numpy(), attrs)
-        return dataset
+            rows.put(name, (), float(values.mean()), se, long_name, units=units)
+        by_pair = errors.mean(0).numpy()
+        rows.put("error_by_pair", "pair", by_pair, None, "squared error by pairs seen before", units=units)
+        return rows.dataset(pair=np.arange(len(by_pair)))
 
 
 def watches(steps: int, llc: LLC, estimates: Container[int], *, probe: int) -> list[Watch]:
@@ -215,13 +138,13 @@ def published_llc() -> LLC:
 
 
 def short_llc(*, chains: int, draws: int, burn_in: int, batch_size: int) -> LLC:
-    """The same law in far fewer steps: momentum crosses the flat directions, for which SGD takes 2 / (lr gamma) = 500."""
+    """The same law in far fewer steps: momentum crosses flat directions, for which SGD takes 2 / (lr gamma) = 500."""
     kernel = BAOAB(RATE, NBETA, GAMMA, momentum=0.8)
     return _llc(8192, chains=chains, draws=draws, burn_in=burn_in, batch_size=batch_size, sampler=kernel)
 
 
 def _llc(examples: int, **settings: Any) -> LLC:
-    return LLC(sequences(examples, _generator(0, "llc")), squared_error, NBETA, GAMMA, RATE, **settings)
+    return LLC(sequences(examples, _generator(0, "llc")), squared_error, nbeta=NBETA, gamma=GAMMA, lr=RATE, **settings)
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------
@@ -242,114 +165,143 @@ class Form:
 FORMS = {
     "fast": Form("fast", 160, 1024, partial(short_llc, chains=2, draws=60, burn_in=60, batch_size=64), (0, 160)),
     "cpu": Form(
-        "cpu", 8000, 4096, partial(short_llc, chains=3, draws=100, burn_in=80, batch_size=256),
+        "cpu",
+        8000,
+        4096,
+        partial(short_llc, chains=3, draws=100, burn_in=80, batch_size=256),
         log_spaced(16, 8000, first=40) | every(1000, stop=8000),
     ),
     "full": Form(
-        "full", 500_000, 16_384, published_llc, log_spaced(30, 500_000, first=100) | every(20_000, stop=500_000), "auto",
+        "full",
+        500_000,
+        16_384,
+        published_llc,
+        log_spaced(30, 500_000, first=100) | every(20_000, stop=500_000),
+        "auto",
     ),
-}  # fmt: skip
+}
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command(help="Train a transformer to do linear regression in its context and watch its stages.")
 def run(
-    out: Annotated[Path, typer.Option(help="Folder for the run, the report and results.json.")] = Path("runs/in_context_regression"),
+    out: Annotated[Path, typer.Option(help="Folder for the run, the report and results.json.")] = Path(
+        "runs/in_context_regression"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the measurements.")] = 1,
     full: Annotated[bool, typer.Option("--full", help="The published length and λ̂, for a GPU.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="A few hundred steps, and a check of the numbers.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     console, form = Console(stderr=True), FORMS["fast" if fast else "full" if full else "cpu"]
-    with told_in_one_line(console):
-        found = main(out, seed, form, console)
-        conclude(out, checks(found, form.name), console, found)
+    with one_line_errors(console):
+        results = main(out, seed, form, console)
+        conclude(out, checks(results, form.name), console, results)
 
 
 def main(out: Path, seed: int, form: Form, console: Console) -> dict[str, Any]:
     """Train, measure, find, write; returns what results.json holds beside its checks."""
     asked = watches(form.steps, form.llc(), form.estimates, probe=form.probe)
     trajectory = fit(
-        out, lambda: Training(seed, form.steps), asked, steps=form.steps, saved=every(form.steps // 20), seed=seed,
-        console=console, accelerator=form.accelerator, units="squared error", title="In-context linear regression",
-        settings={"steps": form.steps, "batch": BATCH, "highest_rate": HIGHEST_RATE, "pairs": PAIRS, "dims": DIMS, "noise": NOISE},
+        out,
+        lambda: Training(seed, form.steps),
+        asked,
+        steps=form.steps,
+        saved=every(form.steps // 20),
+        seed=seed,
+        console=console,
+        accelerator=form.accelerator,
+        units="squared error",
+        title="In-context linear regression",
+        settings={
+            "steps": form.steps,
+            "batch": BATCH,
+            "highest_rate": HIGHEST_RATE,
+            "pairs": PAIRS,
+            "dims": DIMS,
+            "noise": NOISE,
+        },
         data="sequences of x, w·x + noise, new in every batch",
-    )  # fmt: skip
-    rows = trajectory["regression"]
-    (curve,) = (one for one in series_of(trajectory) if one.name == "llc/llc")
-    chosen = [one for one in series_of(trajectory) if one.name in ("regression/loss", "llc/llc")]
-    detection = detect(chosen)
-    found: dict[str, Any] = {
-        "steps": rows["step"].values.tolist(), "loss": rows["loss"].values.tolist(),
-        "above_ridge": rows["above_ridge"].values.tolist(), "from_zero": rows["from_zero"].values.tolist(),
-        "zero": float(asked[0].instrument.y.square().mean()),  # type: ignore[attr-defined]
-        "last_by_pair": rows["error_by_pair"][-1].values.tolist(), "ridge_by_pair": list(ridge_errors()),
-        "llc": {int(s): (float(v), float(e), bool(r)) for s, v, e, r in zip(
-            curve.steps, curve.values, np.asarray(curve.se), np.asarray(curve.rejected), strict=True)},
-        "events": [event.to_dict() for event in detection.events],
-        "types": [(one.start, one.end, one.kind, one.note) for one in phase_types(chosen, detection)],
-    }  # fmt: skip
-    _tell(found, console)
+    )
+    results = _results(trajectory)
+    results["zero"] = float(asked[0].instrument.y.square().mean())  # type: ignore[attr-defined]
+    _print(results, console)
     page = report(trajectory, out / "report.html", figures=out / "figures")
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
-    return found
+    return results
 
 
-def _tell(found: Mapping[str, Any], console: Console) -> None:
-    pairs = zip(range(PAIRS), found["last_by_pair"], found["ridge_by_pair"], strict=True)
+def _results(trajectory: Trajectory) -> dict[str, Any]:
+    """Curves, estimates by step as (λ̂, standard error, rejected), events, and the types of transitions."""
+    rows = trajectory["regression"]
+    curves = [curve for curve in series_of(trajectory) if curve.name in ("regression/loss", "llc/llc")]
+    (llc,) = (curve for curve in curves if curve.name == "llc/llc")
+    estimates = zip(llc.steps, llc.values, np.asarray(llc.se), np.asarray(llc.rejected), strict=True)
+    detection = detect(curves)
+    return {
+        "steps": rows["step"].values.tolist(),
+        **{name: rows[name].values.tolist() for name in ("loss", "above_ridge", "from_zero")},
+        "last_by_pair": rows["error_by_pair"][-1].values.tolist(),
+        "ridge_by_pair": list(ridge_errors()),
+        "llc": {int(step): (float(value), float(se), bool(rejected)) for step, value, se, rejected in estimates},
+        "events": [event.to_dict() for event in detection.events],
+        "types": [(phase.start, phase.end, phase.kind, phase.note) for phase in phase_types(curves, detection)],
+    }
+
+
+def _print(results: Mapping[str, Any], console: Console) -> None:
+    pairs = zip(range(PAIRS), results["last_by_pair"], results["ridge_by_pair"], strict=True)
     console.print(table("error at the end", ["pairs before", "model", "ridge"], list(pairs)))
-    console.print(
-        f"mean: {found['loss'][-1]:.3f}; ridge {np.mean(found['ridge_by_pair']):.3f}; predicting 0: {ZERO:.3f}"
-    )
-    rows = [
-        (step, float(np.interp(step, found["steps"], found["loss"])), *values) for step, values in found["llc"].items()
-    ]
+    last, ridge_error = results["loss"][-1], np.mean(results["ridge_by_pair"])
+    console.print(f"mean: {last:.3f}; ridge {ridge_error:.3f}; predicting 0: {ZERO:.3f}")
+    losses = np.interp(list(results["llc"]), results["steps"], results["loss"]).tolist()
+    rows = [(step, loss, *row) for loss, (step, row) in zip(losses, results["llc"].items(), strict=True)]
     console.print(table("λ̂ at nbeta 66.7, gamma 13.3", ["step", "loss", "λ̂", "se", "rejected"], rows))
     events = [
         (e["series"], e["kind"], f"{e['step']:.0f}", "{:.0f}-{:.0f}".format(*e["interval"]), e["size"])
-        for e in found["events"]
+        for e in results["events"]
     ]
     console.print(table("events", ["series", "kind", "step", "interval", "size"], events))
-    console.print(table("transitions", ["start", "end", "type", "note"], found["types"]))
+    console.print(table("transitions", ["start", "end", "type", "note"], results["types"]))
 
 
-def checks(found: Mapping[str, Any], form: str) -> list[Check]:
+def checks(results: Mapping[str, Any], form: str) -> list[Check]:
     """What is exact in every form; that of a form's length; published numbers for the full one."""
-    loss, steps, zero = found["loss"], found["steps"], found["zero"]
-    prior = int(np.argmin(found["from_zero"]))
-    accepted = [(value, se) for value, se, rejected in found["llc"].values() if not rejected]
+    loss, steps, zero = results["loss"], results["steps"], results["zero"]
+    prior = int(np.argmin(results["from_zero"]))
+    accepted = [(value, se) for value, se, rejected in results["llc"].values() if not rejected]
     (first, first_se), (last, last_se) = accepted[0], accepted[-1]
-    best = float(np.mean(found["ridge_by_pair"]))
-    above = min(m - r for m, r in zip(found["last_by_pair"], found["ridge_by_pair"], strict=True))
+    best = float(np.mean(results["ridge_by_pair"]))
+    above = min(m - r for m, r in zip(results["last_by_pair"], results["ridge_by_pair"], strict=True))
+    emptiest = f"mean squared prediction at step {steps[prior]}, where it predicts 0"
+    # exact, or known at any length of training
     listed = [
         Check("error at the start", loss[0], 4.1, 4.7, "4.45"),
-        Check(f"mean squared prediction at step {steps[prior]}, where it predicts 0", found["from_zero"][prior], 0, 0.05, "0"),
+        Check(emptiest, results["from_zero"][prior], 0, 0.05, "0"),
         Check("error there, above that of 0 on the same sequences", loss[prior] - zero, -0.05, 0.05, "4.13 - 4.125"),
         Check("error of ridge regression", best, 1.652, 1.664, "exact: 1.658"),
         Check("least distance above ridge regression at the end, of the pairs", above, -ABOVE[form]),
         Check("λ̂ at the end above λ̂ at the start, in errors", (last - first) / float(np.hypot(first_se, last_se)), 3),
-    ]  # fmt: skip
+    ]
+    # what a training of this length reaches
     if form == "fast":
         listed.append(Check("error at the end", loss[-1], best, zero - 0.6))
     elif form == "cpu":
-        falls = [
-            e for e in found["events"] if e["series"] == "regression/loss" and e["kind"] == "jump" and e["size"] < 0
-        ]
+        jumps = [e for e in results["events"] if (e["series"], e["kind"]) == ("regression/loss", "jump")]
+        fall = next((event["step"] for event in jumps if event["size"] < 0), -1)
         listed += [
             Check("error at the end", loss[-1], best, 2.1, "1.90 at step 40 000 of 500 000"),
-            Check("first fall of the error found, where it learns to use the context", falls[0]["step"] if falls else -1, 200, 800),
-            Check("λ̂ where the error is 1.90", _where(found, 1.90), 150, 185, "169 to 171, at that error"),
-        ]  # fmt: skip
+            Check("first fall of the error, where it learns to use the context", fall, 200, 800),
+            Check("λ̂ where the error is 1.90", _where(results, 1.90), 150, 185, "169 to 171, at that error"),
+        ]
     else:
-        at = {
-            step: (loss[int(np.abs(np.array(steps) - step).argmin())], _near(found["llc"], step))
-            for step in (40_000, 500_000)
-        }
+        early, late = (loss[int(np.abs(np.array(steps) - step).argmin())] for step in (40_000, 500_000))
         listed += [
-            Check("error at 40 000", at[40_000][0], 1.8, 2.0, "1.90"), Check("error at the end", at[500_000][0], 1.66, 1.8, "1.75"),
-            Check("λ̂ at 40 000", at[40_000][1], 160, 180, "169 to 171 over five seeds"),
-            Check("λ̂ at the end", at[500_000][1], 105, 150, "116 to 141 over five seeds"),
-        ]  # fmt: skip
+            Check("error at 40 000", early, 1.8, 2.0, "1.90"),
+            Check("error at the end", late, 1.66, 1.8, "1.75"),
+            Check("λ̂ at 40 000", _near(results["llc"], 40_000), 160, 180, "169 to 171 over five seeds"),
+            Check("λ̂ at the end", _near(results["llc"], 500_000), 105, 150, "116 to 141 over five seeds"),
+        ]
     return listed
 
 
@@ -360,12 +312,12 @@ def _near(estimates: Mapping[int, tuple[float, float, bool]], step: int) -> floa
     return estimates[min(estimates, key=lambda other: abs(other - step))][0]
 
 
-def _where(found: Mapping[str, Any], error: float) -> float:
-    """λ̂ between the two estimates around the last step at which the error was as large; NaN where it never fell to it."""
-    kept = [(step, value) for step, (value, _, rejected) in found["llc"].items() if not rejected]
-    above = [step for step, loss in zip(found["steps"], found["loss"], strict=True) if loss >= error]
+def _where(results: Mapping[str, Any], error: float) -> float:
+    """λ̂ between the two estimates around the last step at which the error was as large; NaN where it never fell so."""
+    kept = [(step, value) for step, (value, _, rejected) in results["llc"].items() if not rejected]
+    above = [step for step, loss in zip(results["steps"], results["loss"], strict=True) if loss >= error]
     steps, values = np.array(kept, dtype=float).T
-    return float(np.interp(above[-1], steps, values)) if found["loss"][-1] < error else float("nan")
+    return float(np.interp(above[-1], steps, values)) if results["loss"][-1] < error else float("nan")
 
 
 if __name__ == "__main__":

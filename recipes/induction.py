@@ -1,6 +1,7 @@
 """Induction in a small language model, in full: seeds, a control, causes, what leads, and each head's own complexity.
 
-What it shows, with the model and text of `recipes/language_model.py` (2 layers of attention, 4 heads each, 96 characters):
+What it shows, with the model and text of `recipes/language_model.py` (2 layers of attention, 4 heads each, 96
+characters):
 - over seeds, the same order of events (Olsson et al. 2022, arXiv:2209.11895), each seed searched alone and its events
   matched with the others'; an exact sign test for what comes first;
 - a control trained without repeats, in which nothing of this happens;
@@ -31,21 +32,22 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+import xarray as xr
 from rich.console import Console
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from devmon import Trajectory, Watch, every, log_spaced
-from devmon.analysis import Series, compare_runs, llc, plots, series_of
+from devmon.analysis import Event, Series, compare_runs, llc, plots, series_of
 from devmon.analysis.reports.comparison import runs_content
-from devmon.analysis.reports.drawing import write_whole
 from devmon.analysis.reports.writers import WRITERS
 from devmon.analysis.runs.compare import RunsComparison, sign_test
 from devmon.analysis.series import run_level
 from devmon.callbacks import checkpoints
 from devmon.data.text import Text, read_text
+from devmon.files import write_whole
 from devmon.instruments import LLC, Composition, HeadAblation
 from devmon.recipes import language_model as lm
-from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, told_in_one_line, write_report
+from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, one_line_errors, write_report
 
 ROLE = 0.3  # attention from which a head is called an induction or a previous-token head
 ORDER = ("K-composition", "previous token", "prefix matching", "repeat gain")
@@ -76,11 +78,18 @@ def one_run(out: Path, text: Text, form: Form, seed: int, console: Console, repe
         Watch("ablation", HeadAblation(len(text.alphabet), length=form.context), seldom),
     ]
     return fit(
-        out, lambda: lm.Training(text, seed=seed, repeats=repeats, context=form.context), watches, steps=form.steps,
-        saved=log_spaced(30, form.steps) | every(form.steps // 20), seed=seed, console=console,
-        title=f"Induction, {f'seed {seed}' if repeats else 'control without repeats'}", control=not repeats,
-        settings={"text": text.sha256, "repeats": repeats, "warm_up": lm.WARM_UP, **vars(form)}, data=text.source,
-    )  # fmt: skip
+        out,
+        lambda: lm.Training(text, seed=seed, repeats=repeats, context=form.context),
+        watches,
+        steps=form.steps,
+        saved=log_spaced(30, form.steps) | every(form.steps // 20),
+        seed=seed,
+        console=console,
+        title=f"Induction, {f'seed {seed}' if repeats else 'control without repeats'}",
+        control=not repeats,
+        settings={"text": text.sha256, "repeats": repeats, "warm_up": lm.WARM_UP, **vars(form)},
+        data=text.source,
+    )
 
 
 # -- what leads ------------------------------------------------------------------------------------------------------
@@ -93,7 +102,9 @@ def halves(run: Trajectory) -> dict[str, float]:
     head of layer 0.
     """
     prefix, previous = run["induction"]["prefix_matching"], run["previous_token"]["previous_token"]
-    later, earlier = (int(one.isel(step=-1).sel(layer=at).argmax("head")) for one, at in ((prefix, 1), (previous, 0)))
+    later, earlier = (
+        int(score.isel(step=-1).sel(layer=at).argmax("head")) for score, at in ((prefix, 1), (previous, 0))
+    )
     pair = run["composition"]["composition"].sel(kind="K", layer=1, head=later, layer_from=0, head_from=earlier)
     curves = (pair, previous.max(("layer", "head")), prefix.max(("layer", "head")), run["repeats"]["gain"])
     return {
@@ -104,19 +115,20 @@ def halves(run: Trajectory) -> dict[str, float]:
 
 def order(seeds: dict[str, dict[str, float]]) -> dict[str, Any]:
     """A sign test over seeds for every pair of ORDER."""
-    found = {}
+    tests = {}
     for a, b in combinations(ORDER, 2):
         lags = {seed: half[b] - half[a] for seed, half in seeds.items() if np.isfinite(half[a] + half[b])}
         test = sign_test(lags)
-        found[f"{a} before {b}"] = {"outcome": test.outcome, "before": test.a_first, "after": test.b_first, "p": test.p_value, "lag": test.lag}  # fmt: skip
-    return found
+        counts = {"outcome": test.outcome, "before": test.a_first, "after": test.b_first}
+        tests[f"{a} before {b}"] = counts | {"p": test.p_value, "lag": test.lag}
+    return tests
 
 
 # -- the heads -------------------------------------------------------------------------------------------------------
 
 
 def head_mask(net: torch.nn.Module, layer: int, head: int) -> dict[str, torch.Tensor]:
-    """The entries of the query, key, value and output weights that belong to one head, as `LLC(mask=...)` takes them."""
+    """The entries of the query, key, value and output weights that belong to a head, as `LLC(mask=...)` takes them."""
     weights = dict(net.named_parameters())
     qkv, out = (f"blocks.{layer}.attention.{name}.weight" for name in ("qkv", "out"))
     mask = {name: torch.zeros_like(weights[name], dtype=torch.bool) for name in (qkv, out)}
@@ -128,40 +140,39 @@ def head_mask(net: torch.nn.Module, layer: int, head: int) -> dict[str, torch.Te
 def restricted(out: Path, run: Trajectory, text: Text, form: Form) -> dict[str, Series]:
     """The restricted LLC of every head over training, from the checkpoints of a run."""
     net = lm.AttentionOnly(len(text.alphabet), context=form.context)
-    (whole,) = (
-        w.instrument for w in lm.watches(text, form.steps, draws=form.draws, context=form.context) if w.name == "llc"
-    )
+    demo = lm.watches(text, form.steps, draws=form.draws, context=form.context)
+    (whole,) = (watch.instrument for watch in demo if watch.name == "llc")
     assert isinstance(whole, LLC)
     saved = [step for step in checkpoints(out / "checkpoints") if step >= form.steps // 20]
     chosen = {saved[round(i)] for i in np.linspace(0, len(saved) - 1, form.estimates)}
-    heads = [(layer, head) for layer in range(lm.LAYERS) for head in range(lm.HEADS)]
-    watches = [
-        Watch(f"llc-{layer}.{head}", replace(whole, mask=head_mask(net, layer, head)), chosen) for layer, head in heads
-    ]
-    measure_checkpoints(out, net, watches, run)
-    curves = {}
-    for watch in watches:
-        found = llc(run[watch.name])
-        refused = found["verdict"].values.astype(str) != "ok"
-        curves[watch.name.removeprefix("llc-")] = Series("restricted LLC", found["step"].values, found["llc"].values, found["se"].values, rejected=refused)  # fmt: skip
-    return curves
+    masks = {f"{layer}.{head}": head_mask(net, layer, head) for layer in range(lm.LAYERS) for head in range(lm.HEADS)}
+    watches = {head: Watch(f"llc-{head}", replace(whole, mask=mask), chosen) for head, mask in masks.items()}
+    measure_checkpoints(out, net, watches.values(), run)
+    return {head: _accepted(llc(run[watch.name])) for head, watch in watches.items()}
+
+
+def _accepted(estimates: xr.Dataset) -> Series:
+    steps, values, se, verdict = (estimates[name].values for name in ("step", "llc", "se", "verdict"))
+    return Series("restricted LLC", steps, values, se, rejected=verdict.astype(str) != "ok")
 
 
 def roles(run: Trajectory) -> dict[str, str]:
     """What each head does at the end: it matches prefixes, looks one token back, or neither."""
-    prefix, previous = (run[watch][name].isel(step=-1) for watch, name in (("induction", "prefix_matching"), ("previous_token", "previous_token")))  # fmt: skip
-    found = {}
+    prefix = run["induction"]["prefix_matching"].isel(step=-1)
+    previous = run["previous_token"]["previous_token"].isel(step=-1)
+    named = {}
     for layer in range(lm.LAYERS):
         for head in range(lm.HEADS):
             scores = {"induction": float(prefix[layer, head]), "previous token": float(previous[layer, head])}
             best = max(scores, key=lambda role: scores[role])
-            found[f"{layer}.{head}"] = best if scores[best] >= ROLE else "other"
-    return found
+            named[f"{layer}.{head}"] = best if scores[best] >= ROLE else "other"
+    return named
 
 
 def clusters(curves: dict[str, Series], count: int) -> dict[str, int]:
-    """Heads by their curves alone: average linkage of the Euclidean distance between them, cut into `count` clusters."""
-    return dict(zip(curves, map(int, fcluster(linkage([c.values for c in curves.values()], "average"), count, "maxclust")), strict=True))  # fmt: skip
+    """Heads by their curves alone: average linkage of the Euclidean distances, cut into `count` clusters."""
+    tree = linkage([curve.values for curve in curves.values()], "average")
+    return dict(zip(curves, map(int, fcluster(tree, count, "maxclust")), strict=True))
 
 
 def agreement(a: Sequence[Any], b: Sequence[Any], draws: int = 4000) -> tuple[float, float]:
@@ -171,11 +182,11 @@ def agreement(a: Sequence[Any], b: Sequence[Any], draws: int = 4000) -> tuple[fl
     def together(labels: Any) -> np.ndarray:
         return (labels[:, None] == labels)[np.triu_indices(len(labels), 1)]
 
-    one, two = np.unique(a, return_inverse=True)[1], np.unique(b, return_inverse=True)[1]
-    found = float((together(one) == together(two)).mean())
+    first, second = (np.unique(labels, return_inverse=True)[1] for labels in (a, b))
+    share = float((together(first) == together(second)).mean())
     generator = np.random.default_rng(0)
-    null = [(together(one) == together(generator.permutation(two))).mean() for _ in range(draws)]
-    return found, float(1 + np.sum(np.array(null) >= found - 1e-12)) / (1 + draws)
+    null = [(together(first) == together(generator.permutation(second))).mean() for _ in range(draws)]
+    return share, float(1 + np.sum(np.array(null) >= share - 1e-12)) / (1 + draws)
 
 
 # -- the study -------------------------------------------------------------------------------------------------------
@@ -189,61 +200,61 @@ def main(out: Path, form: Form, console: Console) -> None:
     control = one_run(out / "control", text, form, 0, console, repeats=False) if form.control else None
     everything = runs | ({"control": control} if control is not None else {})
     console.print("searching for events")
-    searched = {name: [one for one in series_of(run) if run_level(one.name)] for name, run in everything.items()}
+    searched = {name: [curve for curve in series_of(run) if run_level(curve.name)] for name, run in everything.items()}
     compared = compare_runs(searched)
     if len(everything) > 1:
         write_whole(out / "compare.html", WRITERS[".html"](runs_content(everything, compared)).encode())
     console.print("the heads, one by one")
     first = runs["seed-0"]
     curves, doing = restricted(out / "seed-0", first, text, form), roles(first)
-    plots.plot_runs({f"{head}, {doing[head]}": [curve] for head, curve in curves.items()})[0].savefig(
-        out / "heads.png", dpi=150
-    )
+    figure, _ = plots.plot_runs({f"{head}, {doing[head]}": [curve] for head, curve in curves.items()})
+    figure.savefig(out / "heads.png", dpi=150)
     write_report(first, out / "seed-0", compared.detections["seed-0"])
     half = {name: halves(run) for name, run in runs.items()}
-    found = clusters(curves, max(2, len(set(doing.values()))))
-    rand = agreement([found[head] for head in doing], list(doing.values()))
+    cluster = clusters(curves, max(2, len(set(doing.values()))))
+    rand, rand_p = agreement([cluster[head] for head in doing], list(doing.values()))
     heads = {
-        head: {"role": role, "cluster": found[head], "llc": curves[head].values.round(2).tolist()}
+        head: {"role": role, "cluster": cluster[head], "llc": curves[head].values.round(2).tolist()}
         for head, role in doing.items()
     }
-    facts = {"half": half, "order": order(half), "heads": heads, "rand": rand[0], "rand_p": rand[1]}
+    facts = {"half": half, "order": order(half), "heads": heads, "rand": rand, "rand_p": rand_p}
     conclude(out, checks(runs, control, compared, facts), console, facts)
 
 
 def checks(
     runs: dict[str, Trajectory], control: Trajectory | None, compared: RunsComparison, facts: dict[str, Any]
 ) -> list[Check]:
-    best = {name: run["induction"]["prefix_matching"].max(("layer", "head")) for name, run in runs.items()}
+    best = [run["induction"]["prefix_matching"].max(("layer", "head")) for run in runs.values()]
+    early, late = max(float(b.sel(step=100, method="nearest")) for b in best), min(float(b[-1]) for b in best)
     last = [run["ablation"].isel(step=-1) for run in runs.values()]
-    jumps = [name for name in runs if any(e.series == "induction/prefix_matching max" and e.size > 0.2 and e.resolved
-                                          for e in compared.detections[name].events)]  # fmt: skip
-    lacks = [one.values.size for one in best.values() if not np.isfinite(one.values).all()]
-    found = [
-        Check("best prefix matching at step 100, largest of the seeds", max(float(b.sel(step=100, method="nearest")) for b in best.values()), 0, 0.15),
-        Check("best prefix matching at the end, least of the seeds", min(float(b[-1]) for b in best.values()), 0.5, 1, "above .6 (demo)"),
-        Check("seeds whose rise the detector finds", len(jumps), len(runs), len(runs), "all"),
-        Check("share of the repeat gain that the found heads carry, least", min(float(a["gain_share"]) for a in last), 0.5, published="most of it"),
-        Check("the same of matched random heads, largest", max(float(a["gain_share_random"]) for a in last), high=0.33, published="little"),
-        Check("seeds with missing values", len(lacks), 0, 0),
-    ]  # fmt: skip
+    carried = min(float(row["gain_share"]) for row in last)
+    at_random = max(float(row["gain_share_random"]) for row in last)
+    rising = sum(any(event.resolved for event in _rises(compared, name, above=0.2)) for name in runs)
+    lacking = sum(not np.isfinite(b.values).all() for b in best)
     steps = [half["prefix matching"] for half in facts["half"].values()]
-    found += [
+    listed = [
+        Check("best prefix matching at step 100, largest of the seeds", early, 0, 0.15),
+        Check("best prefix matching at the end, least of the seeds", late, 0.5, 1, "above .6 (demo)"),
+        Check("seeds whose rise the detector finds", rising, len(runs), len(runs), "all"),
+        Check("share of the repeat gain that the found heads carry, least", carried, 0.5, published="most of it"),
+        Check("the same of matched random heads, largest", at_random, high=0.33, published="little"),
+        Check("seeds with missing values", lacking, 0, 0),
         Check("half-way step of prefix matching, earliest seed", min(steps), 100),
         Check("latest seed", max(steps), 100),
     ]
     if control is not None:
         prefix = control["induction"]["prefix_matching"].max(("layer", "head"))
-        rises = [
-            e
-            for e in compared.detections["control"].events
-            if e.series == "induction/prefix_matching max" and e.size > 0.1
-        ]
-        found += [
+        listed += [
             Check("control: best prefix matching at the end", float(prefix[-1]), 0, 0.2, "no induction"),
-            Check("control: its events", len(rises), 0, 0, "none"),
+            Check("control: its events", len(_rises(compared, "control", above=0.1)), 0, 0, "none"),
         ]
-    return found
+    return listed
+
+
+def _rises(compared: RunsComparison, name: str, above: float) -> list[Event]:
+    """The events in which the best prefix matching of a run rises by more than `above`."""
+    events = compared.detections[name].events
+    return [event for event in events if event.series == "induction/prefix_matching max" and event.size > above]
 
 
 app = typer.Typer(add_completion=False)
@@ -259,7 +270,7 @@ def run(
 ) -> None:
     console = Console(stderr=True)
     form = FAST if fast else FULL
-    with told_in_one_line(console):
+    with one_line_errors(console):
         main(out, form if seeds is None else replace(form, seeds=seeds), console)
         console.print(f"written to {out}", highlight=False, soft_wrap=True)
 

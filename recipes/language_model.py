@@ -17,10 +17,6 @@ An interrupted run goes on where its last checkpoint was saved when the same com
 
 from __future__ import annotations
 
-import itertools
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,14 +25,13 @@ import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from devmon import DevmonError, Trajectory, Watch, every, log_spaced, presets
+from devmon import Trajectory, Watch, every, log_spaced, presets
 from devmon.analysis import report
 from devmon.anatomy import Layout
-from devmon.callbacks import CheckpointSeries, Monitor, latest
 from devmon.data.text import Text, read_text
 from devmon.instruments import LLC, InductionHeads, LinearProbe, PreviousTokenHeads, ProbeLoss, RepeatGain
+from devmon.recipes.common import batches, fit, one_line_errors
 from devmon.snapshot import derive_seed
 
 CONTEXT, BATCH, WIDTH, HEADS, LAYERS = 64, 32, 64, 4, 2
@@ -61,9 +56,8 @@ class Attention(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (batch, pos, width)
         batch, pos, width = x.shape
-        q, k, v = (
-            self.qkv(x).view(batch, pos, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # each (batch, head, pos, size)
+        # each (batch, head, pos, size)
+        q, k, v = self.qkv(x).view(batch, pos, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         z = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
         return self.out(z.transpose(1, 2).reshape(batch, pos, width))
 
@@ -87,9 +81,15 @@ class AttentionOnly(torch.nn.Module):
     """Characters (batch, pos) to logits (batch, pos, vocab)."""
 
     anatomy = Layout(
-        blocks="blocks", qkv="attention.qkv", out="attention.out", heads="attention.heads", attention_norm="norm",
-        embed="embed", norm="norm", unembed="unembed",
-    )  # fmt: skip
+        blocks="blocks",
+        qkv="attention.qkv",
+        out="attention.out",
+        heads="attention.heads",
+        attention_norm="norm",
+        embed="embed",
+        norm="norm",
+        unembed="unembed",
+    )
 
     def __init__(
         self, vocab: int, width: int = WIDTH, heads: int = HEADS, layers: int = LAYERS, context: int = CONTEXT
@@ -134,19 +134,6 @@ def mixture(
     return tokens
 
 
-class Batches(torch.utils.data.IterableDataset[torch.Tensor]):
-    """Batch number `step` is a function of seed and step, so that a resumed run sees what it would have seen."""
-
-    def __init__(self, training: Training) -> None:
-        self.training = training
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        t = self.training
-        for step in itertools.count(t.trainer.global_step):
-            generator = torch.Generator().manual_seed(derive_seed(t.seed, "batch", step))
-            yield mixture(t.text, BATCH, generator, repeats=t.repeats, context=t.context)
-
-
 class Training(L.LightningModule):
     def __init__(self, text: Text, *, seed: int, repeats: bool, context: int = CONTEXT) -> None:
         super().__init__()
@@ -162,7 +149,11 @@ class Training(L.LightningModule):
         return [optimizer], [{"scheduler": warm_up, "interval": "step"}]
 
     def train_dataloader(self) -> torch.utils.data.DataLoader[torch.Tensor]:
-        return torch.utils.data.DataLoader(Batches(self), batch_size=None)
+        return batches(self, self._draw)
+
+    def _draw(self, step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "batch", step))
+        return mixture(self.text, BATCH, generator, repeats=self.repeats, context=self.context)
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
@@ -174,16 +165,17 @@ def watches(
     """The monitor's watches: cheap ones at about 80 steps, the LLC at about 20 (from where there is a basin to sample);
     with `full` those of `devmon.presets.full` too."""
     vocab = len(text.alphabet)
-    often, seldom = (
-        log_spaced(36, steps) | every(max(1, steps // 50), stop=steps),
-        log_spaced(20, steps, first=max(1, steps // 100)),
-    )
+    often = log_spaced(36, steps) | every(max(1, steps // 50), stop=steps)
+    seldom = log_spaced(20, steps, first=max(1, steps // 100))
 
     def probe(name: str, count: int, *, repeats: bool, held_out: bool = True) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(0, "probe", name))
         return mixture(text, count, generator, repeats=repeats, held_out=held_out, context=context)
 
+    # what is cheap often; chains seldom, and only from where there is a basin to sample
     plain = probe("text", 128, repeats=False)
+    examples = probe("llc", 2048, repeats=repeats, held_out=False)
+    chains: dict[str, Any] = {"chains": 3, "draws": draws, "burn_in": max(1, 2 * draws // 3), "batch_size": 16}
     chosen = [
         Watch("loss", ProbeLoss(plain), often),
         Watch("in_context", ProbeLoss(probe("in context", 128, repeats=True)), often),
@@ -191,9 +183,9 @@ def watches(
         Watch("previous_token", PreviousTokenHeads(vocab, length=context), often),
         Watch("repeats", RepeatGain(vocab, length=context), often),
         Watch("probe", LinearProbe(plain, *previous_kinds(plain, text.alphabet)), often),
-        Watch("llc", LLC(probe("llc", 2048, repeats=repeats, held_out=False), nbeta=300, gamma=1000, lr=1e-4,
-                         chains=3, draws=draws, burn_in=max(1, 2 * draws // 3), batch_size=16), seldom),
-    ]  # fmt: skip
+        Watch("llc", LLC(examples, nbeta=300, gamma=1000, lr=1e-4, **chains), seldom),
+    ]
+    # the rest of the preset, without what is watched already
     if full:
         corpus = probe("corpus", 2048, repeats=False, held_out=False)
         more = presets.full(plain, vocab_size=vocab, last=steps, corpus=corpus)
@@ -221,33 +213,6 @@ def previous_kinds(tokens: torch.Tensor, alphabet: tuple[str, ...]) -> tuple[tor
     return labels, previous
 
 
-class Bar(L.Callback):
-    """Progress in one line: step, the training loss, time left; as lines of text where the output is no terminal."""
-
-    def __init__(self, console: Console, total: int, units: str = "nats") -> None:
-        columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeElapsedColumn()
-        self.progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
-        self.task = self.progress.add_task("training", total=total, loss="")
-        self.console, self.total, self.units = console, total, units
-
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if self.console.is_terminal:
-            self.progress.start()
-        self.progress.update(self.task, completed=trainer.global_step)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        step, loss = trainer.global_step, f"loss {float(outputs['loss']):.2f} {self.units}"
-        self.progress.update(self.task, completed=step, loss=loss)
-        if not self.console.is_terminal and step % max(1, self.total // 20) == 0:
-            self.console.print(f"step {step}/{self.total}, {loss}", highlight=False)
-
-    def on_train_end(self, *_: Any) -> None:
-        self.progress.stop()
-
-    def on_exception(self, *_: Any) -> None:
-        self.progress.stop()
-
-
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -255,64 +220,82 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 @app.command(help="Train a small language model on real text and watch its induction phase transition.")
 def run(
-    out: Annotated[Path, typer.Option(help="Folder for trajectory.zarr, checkpoints/, report.html and figures/.")] = Path("runs/demo"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for trajectory.zarr, checkpoints/, report.html and figures/.")
+    ] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the measurements.")] = 0,
     steps: Annotated[int, typer.Option(min=20, help="Optimizer steps.")] = 2000,
-    text: Annotated[Path | None, typer.Option(show_default="the sources of Python's standard library", help="A text file, or a folder of them, to train on.")] = None,
-    repeats: Annotated[bool, typer.Option(help="Make half of every batch of repeated random characters. Without them no induction event is expected: the control.")] = True,
-    draws: Annotated[int, typer.Option(min=4, help="SGLD draws of each LLC chain: fewer are quicker, and rejected more often.")] = 50,
-    full: Annotated[bool, typer.Option("--full", help="Watch with every instrument of devmon.presets.full: about three times as long.")] = False,
-) -> None:  # fmt: skip
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="the sources of Python's standard library",
+            help="A text file, or a folder of them, to train on.",
+        ),
+    ] = None,
+    repeats: Annotated[
+        bool,
+        typer.Option(
+            help="Make half of every batch of repeated random characters. "
+            "Without them no induction event is expected: the control."
+        ),
+    ] = True,
+    draws: Annotated[
+        int, typer.Option(min=4, help="SGLD draws of each LLC chain: fewer are quicker, and rejected more often.")
+    ] = 50,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Watch with every instrument of devmon.presets.full: about three times as long."),
+    ] = False,
+) -> None:
     """Run it; ends the process with an error in one line where something is wrong with the input."""
     console = Console(stderr=True)
-    try:
+    with one_line_errors(console):
         main(out, seed=seed, steps=steps, text=text, repeats=repeats, draws=draws, full=full, console=console)
-    except DevmonError as error:
-        console.print(f"[red]error:[/red] {error}", markup=True, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("interrupted: what is measured is kept; give the same command to go on", soft_wrap=True)
-        raise typer.Exit(130) from None
 
 
 def main(
     out: Path, *, seed: int, steps: int, text: Path | None, repeats: bool, draws: int, full: bool, console: Console
 ) -> Trajectory:
-    torch.set_num_threads(1)  # as fast as two for a model this small, and the same numbers on any machine
+    # what it is trained on, said before minutes pass
     corpus = read_text(text)
+    mixed = (
+        f"Half of each batch of {BATCH} is text; the other half is random characters repeated with a random period, "
+        "which is what makes induction pay within minutes."
+    )
+    alone = "Control: text alone, no repeated random characters."
+    size = len(corpus.train) + len(corpus.held_out)
     console.print(
-        f"text: {corpus.source}, {len(corpus.train) + len(corpus.held_out):,} characters. "
-        + (f"Half of each batch of {BATCH} is text; the other half is random characters repeated with a random period, "
-           "which is what makes induction pay within minutes." if repeats
-           else "Control: text alone, no repeated random characters."), highlight=False, soft_wrap=True)  # fmt: skip
-    trajectory = Trajectory(
-        out / "trajectory.zarr", seed=seed, title="Demo: induction in a small language model",
-        settings={"text": corpus.sha256, "steps": steps, "repeats": repeats, "context": CONTEXT, "batch": BATCH,
-                  "width": WIDTH, "heads": HEADS, "layers": LAYERS, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP},
-        data=corpus.source + (", half of each batch repeated random characters" if repeats else ", text alone (control)"),
-        threads=torch.get_num_threads(),
-    )  # fmt: skip
-    quiet()
-    torch.manual_seed(seed)
-    training = Training(corpus, seed=seed, repeats=repeats)
-    saved = CheckpointSeries(out / "checkpoints", log_spaced(40, steps) | every(max(1, steps // 20)))
-    trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Monitor(trajectory, watches(corpus, steps, repeats=repeats, draws=draws, full=full), strict=True), saved, Bar(console, steps)],
-    )  # fmt: skip
-    trainer.fit(training, ckpt_path=latest(out / "checkpoints"), weights_only=True)
+        f"text: {corpus.source}, {size:,} characters. {mixed if repeats else alone}", highlight=False, soft_wrap=True
+    )
+    # the settings are kept in the run: another configuration in its folder is refused
+    trajectory = fit(
+        out,
+        lambda: Training(corpus, seed=seed, repeats=repeats),
+        watches(corpus, steps, repeats=repeats, draws=draws, full=full),
+        steps=steps,
+        saved=log_spaced(40, steps) | every(max(1, steps // 20)),
+        seed=seed,
+        console=console,
+        title="Demo: induction in a small language model",
+        settings={
+            "text": corpus.sha256,
+            "steps": steps,
+            "repeats": repeats,
+            "context": CONTEXT,
+            "batch": BATCH,
+            "width": WIDTH,
+            "heads": HEADS,
+            "layers": LAYERS,
+            "learning_rate": LEARNING_RATE,
+            "warm_up": WARM_UP,
+        },
+        data=corpus.source
+        + (", half of each batch repeated random characters" if repeats else ", text alone (control)"),
+    )
     console.print("writing the report")
     page = report(trajectory, out / "report.html", figures=out / "figures")
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return trajectory
-
-
-def quiet() -> None:
-    """Lightning's notes on hardware, data loaders and litlogger say nothing about this run."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""An instrument of one's own, in twenty lines: measured while training, and again from the checkpoints.
+"""An instrument of your own, in twenty lines: measured while training, and again from the checkpoints.
 
 What it shows: `DeadUnits` below is all that an instrument is, a frozen dataclass that is called with a `Snapshot` and
 returns an `xarray.Dataset`. There is nothing to register. A network of two hidden layers learns scikit-learn's digits
-with a learning rate so high that units die (negative on every image, so that no gradient reaches them again). A `Monitor`
-counts them online. Then the command line measures the saved checkpoints, with the function `study` below:
+with a learning rate so high that units die (negative on every image, so that no gradient reaches them again). A
+`Monitor` counts them online. Then a `Study` measures the saved checkpoints, with the function `study` below, as does
 
     devmon measure OUT/checkpoints --into OUT/offline.zarr --source recipes/own_instrument.py:study --seed 0
 
-and both trajectories hold the same numbers, bit for bit. Copy this file to start your own.
+on the command line, and both trajectories hold the same numbers, bit for bit. Copy this file to start your own.
 
 Cost: ten seconds on one core, `--fast` or not; GPU of no use.
 
@@ -33,19 +33,24 @@ import xarray as xr
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from devmon import Snapshot, Trajectory, Watch, every, log_spaced
+from devmon import Snapshot, Watch, every, log_spaced
 from devmon.analysis import detect
 from devmon.callbacks import latest
-from devmon.cli.root import app as devmon
+from devmon.offline.plan import Plan
 from devmon.offline.source import with_weights
-from devmon.recipes.common import Check, conclude, fit, told_in_one_line, write_report
+from devmon.offline.study import Study
+from devmon.recipes.common import Check, conclude, fit, one_line_errors, write_report
 
 STEPS, RATE = 400, 0.2
 
 
 @dataclass(frozen=True)
 class DeadUnits:
-    """Share of the units of every ReLU layer that are 0 on all inputs (batch, …), `_se` over inputs of the living."""
+    """Share of the units of every ReLU layer that are 0 on all inputs (batch, …).
+
+    - `dead` (layer), share: units that are never positive.
+    - `active` (layer), share: pairs of a unit and an input on which the unit is positive.
+    """
 
     inputs: torch.Tensor
 
@@ -57,16 +62,19 @@ class DeadUnits:
             snapshot.model(self.inputs.to(snapshot.device))
         for hook in hooks:
             hook.remove()
-        dead = [float((~one.any(0)).double().mean()) for one in positive]
-        active = [float(one.double().mean()) for one in positive]
+        dead = np.array([float((~units.any(0)).double().mean()) for units in positive])
+        active = np.array([float(units.double().mean()) for units in positive])
         return xr.Dataset(
-            {"dead": ("layer", np.array(dead), {"long_name": "units that are never positive", "units": "share"}),
-             "active": ("layer", np.array(active), {"long_name": "units that are positive on an image", "units": "share"})},
-            coords={"layer": np.arange(len(dead))}, attrs={"headline": ["dead"]},
-        )  # fmt: skip
+            {
+                "dead": ("layer", dead, {"long_name": "units that are never positive", "units": "share"}),
+                "active": ("layer", active, {"long_name": "units that are positive on an image", "units": "share"}),
+            },
+            coords={"layer": np.arange(len(dead))},
+            attrs={"headline": ["dead"]},
+        )
 
 
-# -- what it is tried on ---------------------------------------------------------------------------------------------
+# -- a training to watch ---------------------------------------------------------------------------------------------
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,33 +117,49 @@ def study() -> tuple[torch.nn.Module, list[Watch]]:
 
 
 def main(out: Path, seed: int, console: Console) -> None:
+    # while training
     online = fit(
-        out, Training, watches(), steps=STEPS, saved=log_spaced(20, STEPS) | every(STEPS // 20), seed=seed, console=console,
-        title="Dead units of a network for digits", data="scikit-learn's digits", settings={"rate": RATE, "steps": STEPS},
-    )  # fmt: skip
-    offline = ["--into", str(out / "offline.zarr"), "--source", f"{__file__}:study", "--seed", str(seed)]
-    devmon(["measure", str(out / "checkpoints"), *offline], standalone_mode=False)
-    one, two = (run["dead_units"] for run in (online, Trajectory(out / "offline.zarr", "r")))
+        out,
+        Training,
+        watches(),
+        steps=STEPS,
+        saved=log_spaced(20, STEPS) | every(STEPS // 20),
+        seed=seed,
+        console=console,
+        title="Dead units of a network for digits",
+        data="scikit-learn's digits",
+        settings={"rate": RATE, "steps": STEPS},
+    )
     write_report(online, out, detect(online))
+
+    # the same watches once more, from the saved checkpoints alone, and the last row by hand
+    plan = Plan(str(out / "checkpoints"), str(out / "offline.zarr"), source=f"{__file__}:study", seed=seed)
+    offline = Study(plan)
+    offline.measure()
     path = latest(out / "checkpoints")
     assert path is not None
     hidden = with_weights(study()[0], path)[:2](digits()[0])  # type: ignore[index]
     by_hand = float((hidden.amax(0) <= 0).double().mean())
-    dead = one["dead"].values
-    conclude(out, [
-        Check("rows measured online and offline", float(one.sizes["step"]), two.sizes["step"], two.sizes["step"]),
-        Check("largest difference between them", max(float(abs(one[name] - two[name]).max()) for name in ("dead", "active")), 0, 0, "0 (exact)"),
-        Check("dead units of the first layer at step 0", float(dead[0, 0]), 0, 0.05),
-        Check("at the end", float(dead[-1, 0]), 0.05, 0.95, "units die at high rates"),
-        Check("the same, counted from the last checkpoint", by_hand, float(dead[-1, 0]), float(dead[-1, 0])),
-    ], console)  # fmt: skip
+
+    # the same rows, bit for bit
+    first, second = online["dead_units"], offline.trajectory["dead_units"]
+    rows, difference = second.sizes["step"], abs(first - second).to_dataarray()
+    start, end = (float(first["dead"][step, 0]) for step in (0, -1))
+    checks = [
+        Check("rows measured online and offline", first.sizes["step"], rows, rows),
+        Check("largest difference between them", float(difference.max()), 0, 0, "0 (exact)"),
+        Check("dead units of the first layer at step 0", start, 0, 0.05),
+        Check("at the end", end, 0.05, 0.95, "units die at high rates"),
+        Check("the same, counted from the last checkpoint", by_hand, end, end),
+    ]
+    conclude(out, checks, console)
 
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command(
-    help="An instrument of one's own, online by a Monitor and offline from the checkpoints, with the same numbers."
+    help="An instrument of your own, online by a Monitor and offline from the checkpoints, with the same numbers."
 )
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/own"),
@@ -143,7 +167,7 @@ def run(
     fast: Annotated[bool, typer.Option("--fast", help="The same: it is short.")] = False,
 ) -> None:
     console = Console(stderr=True)
-    with told_in_one_line(console):
+    with one_line_errors(console):
         main(out, seed, console)
         console.print(f"written to {out}", highlight=False, soft_wrap=True)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 os.environ |= {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from tests.support.browser import settle
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other by their bare names
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,7 @@ def test_instruments_stand_alone() -> None:
 def test_only_the_demo_command_reaches_recipes() -> None:
     others = {o for o in offenders("devmon", {"devmon.recipes"}) if not o.startswith("devmon.recipes.")}
     assert others == {
-        "devmon.cli.root imports devmon.recipes.language_model", "devmon.cli.root imports devmon.recipes.language_model.app"}  # fmt: skip
+        "devmon.cli.instruments imports devmon.recipes.language_model", "devmon.cli.instruments imports devmon.recipes.language_model.app"}  # fmt: skip
     assert not any("recipes" in target for target in imports(ALL["devmon.cli"], top_level=True))
 
 

@@ -17,7 +17,6 @@ from devmon.errors import DataError
 
 LEVEL = 0.90
 Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
-VERDICTS = ("ok", "not mixed", "downhill", "diverged", "non-finite")
 MAX_RHAT = 1.1
 MIN_ESS = 10.0
 MAX_TEMPERATURE = 2.0
@@ -43,22 +42,28 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
     - `llc`, `se`, `low`, `high`, `dof`: the estimate and its 90% interval, a Student interval over batch means. `se` is
       the interval's half-width / 1.645, so that llc ± 1.645 se is that interval also where few chains make it wide.
     - `llc_chain(chain)`; `ess` and `rhat` of the loss differences (rank-normalised split R̂, Vehtari et al. 2021)
-    - `downhill`: share of draws scored below w*. `drift`: second half minus first half, over λ̂
-    - `temperature`, `temperature_se`: (nbeta E[∇L·(w−w*)] + gamma E‖w−w*‖²) / parameters. It is 1 in the law that should be sampled
-      (integrate by parts), above 1 where step size or gradient noise heat the chain, below 1 while directions spread.
-    - `valley`: E[∇L·(w−w*)] / (2 E[L(w) − L(w*)]): 1 where the loss is quadratic around w*, 2 where it is quartic, below
-      1 where the chain has climbed out of the valley it should describe
+    - `negative_share`: share of draws scored below w*. `drift`: second half minus first half, over λ̂
+    - `temperature`, `temperature_se`: the configurational temperature E[∇U·(w−w*)] / d of SGMCMC (Wenzel et al. 2020,
+      2002.02405) with U = nbeta L + (gamma/2)‖w−w*‖², so (nbeta E[∇L·(w−w*)] + gamma E‖w−w*‖²) / parameters. It is 1
+      in the law that should be sampled (integrate by parts), above 1 where step size or minibatch noise widen the law,
+      below 1 while flat directions still fill.
+    - `anharmonicity`: E[∇L·(w−w*)] / (2 E[L(w) − L(w*)]): 1 where the loss is quadratic around w*, 2 where it is
+      quartic, below 1 where the chain has left the basin of w*
     - `acceptance`: mean Metropolis acceptance of a step of SGLD, where the traces hold it (0.57 is the optimum of MALA)
-    - `fluctuation`, `fluctuation_se`: the singular fluctuation ν = ½ nbeta E_examples[Var_w(loss of the example)], where
-      the traces hold `example_loss` (Watanabe 2010, 1004.2316; d/2 in a regular realisable model at nbeta = n, λ and ν
-      of which give the gap between training and test loss). Its error is that between chains.
+    - `fluctuation`, `fluctuation_se`: the singular fluctuation ν = ½ nbeta E_examples[Var_w(loss of the example)],
+      where the traces hold `example_loss` (Watanabe 2010, 1004.2316; d/2 in a regular realisable model at nbeta = n, λ
+      and ν of which give the gap between training and test loss). Its error is that between chains.
     - `wbic`: n E[L(w)], an estimate of the free energy where nbeta = n / log n (Watanabe 2013)
     - `verdict`: "non-finite" (a chain met NaN or infinity; λ̂ is NaN), "diverged" (distances still grow, temperature
-      above 2, or λ̂ above the number of parameters), "downhill" (λ̂ or E[∇L·(w−w*)] below 0 by more than its error: w* is
+      above 2, or λ̂ above the number of parameters), "negative" (λ̂ or E[∇L·(w−w*)] below 0 by more than its error: w* is
       no minimum), "not mixed" (R̂ above 1.1 or ESS below 10), else "ok"
 
-    With steps there are `change` and `change_se` too: λ̂ minus that of the step before, and its error from the paired
-    traces. Noise and batches are common to all steps, so it is mostly far below that of two independent estimates.
+    With steps there are also, from traces that are paired because noise and batches are common to all steps,
+
+    - `change`, `change_se`: λ̂ minus that of the step before, and its error, mostly far below that of two independent
+      estimates
+    - `llc_replicates` (replicate, step): λ̂ by batch of draws, the same batches at every step, whose mean is `llc`; how
+      their contrasts over steps differ is the error of that contrast. See `paired_batches`.
 
     Raises DataError for traces without draws after burn-in or without the variables named.
     """
@@ -73,6 +78,10 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
     changes += [mean_and_error(excess[i] - excess[i - 1], shared)[:2] for i in range(1, len(excess))]
     for name, values in zip(("change", "change_se"), np.array(changes).T, strict=True):
         derived[name] = ("step", values, {"long_name": f"{name} of the LLC since the step before", "units": "1"})
+    batches = paired_batches(excess, shared)
+    centred = batches - batches.mean(0) + derived["llc"].values
+    about = {"long_name": "LLC by batch of draws, paired over steps", "units": "1"}
+    derived["llc_replicates"] = (("replicate", "step"), centred, about)
     return derived
 
 
@@ -98,9 +107,12 @@ def mean_and_error(values: np.ndarray, shared: bool = False) -> tuple[float, flo
         independent = mean_and_error(values)
         together = mean_and_error(values.mean(0, keepdims=True))
         return max(independent, together, key=lambda estimate: estimate[1])
+    # One batch a chain is always valid, and wide: its degrees of freedom are the chains less one.
     chains, draws = values.shape
     between = values.mean(1).var(ddof=1) / chains if chains > 1 else 0.0
     variance, dof = (between, chains - 1) if chains > 1 else (np.nan, 0)
+    # More batches know the error better, for as long as they are longer than the chain's memory: neighbours are not
+    # correlated, and chains differ by no more than their batches explain.
     for count in (16, 8, 4, 2):
         if draws < 2 * count:
             continue
@@ -118,11 +130,44 @@ def mean_and_error(values: np.ndarray, shared: bool = False) -> tuple[float, flo
     return float(values.mean()), float(np.sqrt(variance) * widen), float(dof)
 
 
+def paired_batches(values: np.ndarray, shared: bool = False) -> np.ndarray:
+    """Means of batches of draws, (batch, step), of traces (step, chain, draw) that are paired over steps.
+
+    Each chain is cut into 16, 8, 4, 2 or 1 batches, the most whose changes from step to step look independent: over all
+    steps together their lag-1 correlation is at most 0.1, and chains differ by at most one and a half times what their
+    batches explain. Chains that share minibatches (`shared`) are averaged first. NaN at a step with an infinite loss.
+    """
+    if shared:
+        values = values.mean(1, keepdims=True)
+    steps, chains, draws = values.shape
+    changes = np.diff(values, axis=0) if steps > 1 else values
+    changes = changes[np.isfinite(changes).all((1, 2))]
+    for count in (16, 8, 4, 2):
+        if draws < 2 * count:
+            continue
+        means = changes[:, :, draws % count :].reshape(len(changes), chains, count, -1).mean(3)
+        # Each change counts alike, however large its noise: what is judged is the memory of the chains.
+        away = means - means.mean((1, 2), keepdims=True)
+        total = np.maximum((away**2).sum((1, 2)), np.finfo(float).tiny)
+        paired = (away[:, :, 1:] * away[:, :, :-1]).sum((1, 2)) * count / (count - 1)
+        within = total / (chains * count - 1) / count
+        between = means.mean(2).var(1, ddof=1) if chains > 1 else 0 * within
+        if (
+            len(changes) and np.mean(paired / total) <= 0.1 and np.mean(between / within) <= 1.5
+        ) or chains * count == 2:
+            break
+    else:
+        count = 1
+    batches = values[:, :, draws % count :].reshape(steps, chains * count, -1).mean(2).T
+    return np.where(np.isfinite(values).all((1, 2)), batches, np.nan)
+
+
 def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
     attrs = dataset.attrs
     shared = bool(attrs.get("shared_batches"))
     excess = scaled_excess(dataset).transpose("chain", "draw").values
     kept = excess[:, skip:]
+    # A chain that met infinity in its burn-in has no law either: λ̂ is NaN, while the healthy chains keep their means.
     finite = bool(np.isfinite(excess).all())
     value, se, dof = mean_and_error(kept, shared)
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
@@ -138,23 +183,26 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
             "drift": drift,
             "temperature": np.nan,
             "temperature_se": np.nan,
-            "valley": np.nan,
+            "anharmonicity": np.nan,
         }
-        row["downhill"] = float((kept < 0).mean())
+        row["negative_share"] = float((kept < 0).mean())
         row["wbic"] = float(attrs.get("n", np.nan)) * float(dataset["loss"].values[..., skip:].mean())
     row["acceptance"] = float(dataset["acceptance"].values[..., skip:].mean()) if "acceptance" in dataset else np.nan
     row["fluctuation"], row["fluctuation_se"] = _fluctuation(dataset, skip)
     slope = (np.nan, np.nan)
+    # Mixing is undefined for a handful of draws and for constants.
     if finite and kept.shape[1] >= 4 and kept.std() > 0:
         row["ess"] = ess_mean(kept)
         row["rhat"] = rhat(kept)
+    # Integration by parts: E[∇U·(w − w*)] is the number of parameters in the law, whatever the loss. Its two terms say
+    # how far flat directions (gamma) and curved ones (nbeta) are filled.
     if finite and "slope" in dataset and "parameters" in attrs:
         pull = float(attrs["nbeta"]) * dataset["slope"].transpose("chain", "draw").values[:, skip:]
         spread = float(attrs["gamma"]) * dataset["distance"].transpose("chain", "draw").values[:, skip:] ** 2
-        heat, heat_se, _ = mean_and_error(pull + spread, shared)
-        row["temperature"], row["temperature_se"] = (x / int(attrs["parameters"]) for x in (heat, heat_se))
+        virial, virial_se, _ = mean_and_error(pull + spread, shared)
+        row["temperature"], row["temperature_se"] = (x / int(attrs["parameters"]) for x in (virial, virial_se))
         slope = mean_and_error(pull, shared)[:2]
-        row["valley"] = slope[0] / (2 * value) if value else np.nan
+        row["anharmonicity"] = slope[0] / (2 * value) if value else np.nan
     row["verdict"] = _verdict(row, slope, dataset, finite)
     return row
 
@@ -178,7 +226,7 @@ def _verdict(row: dict[str, Any], slope: tuple[float, float], dataset: xr.Datase
     if row["low"] > parameters or row["temperature"] > MAX_TEMPERATURE or _grows(dataset):
         return "diverged"
     if row["high"] < 0 or slope[0] + 2 * Z * slope[1] < 0:
-        return "downhill"
+        return "negative"
     mixed = row["rhat"] <= MAX_RHAT and row["ess"] >= MIN_ESS
     return "ok" if mixed else "not mixed"
 
@@ -203,10 +251,10 @@ _WORDS = {
     "ess": "effective sample size",
     "rhat": "rank-normalised split R̂",
     "drift": "second half minus first half, relative",
-    "temperature": "effective temperature",
-    "temperature_se": "standard error of the effective temperature",
-    "valley": "growth of the loss, 1 in a quadratic valley",
-    "downhill": "share of draws below the loss at w*",
+    "temperature": "configurational temperature",
+    "temperature_se": "standard error of the configurational temperature",
+    "anharmonicity": "growth of the loss over that of a quadratic one",
+    "negative_share": "share of draws below the loss at w*",
     "acceptance": "Metropolis acceptance of a step",
     "fluctuation": "singular fluctuation",
     "fluctuation_se": "standard error of the singular fluctuation",

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 
 
 def rhat(values: np.ndarray) -> float:
-    """The larger of the split R̂ of location and of spread of draws (chain, draw); NaN for one chain or under 4 draws."""
+    """The larger of the split R̂ of location and spread of draws (chain, draw); NaN for one chain or under 4 draws."""
     if values.shape[0] < 2 or values.shape[1] < 4:
         return float("nan")
     halves = _split(values)

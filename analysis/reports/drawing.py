@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from devmon.analysis.reports.content import Figure, Panel
 from devmon.analysis.reports.svg import compact
 from devmon.analysis.series import Series
 from devmon.analysis.table import Table
+from devmon.files import write_whole
 
 
 class Where(NamedTuple):
@@ -119,14 +118,3 @@ def _panel(drawing: Drawing, one: Where, prefix: str) -> Panel:
         values=one.values,
         unit=one.unit,
     )
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write aside, then rename: the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        aside.write_bytes(data)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

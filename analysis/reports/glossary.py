@@ -33,7 +33,7 @@ GLOSSARY = (
     ("UNRESOLVED", "Too few checkpoints to tell a transition from noise."),
     ("SAMPLER REJECTED", "No estimate of the series passed its own health check."),
     ("verdict", "The health of one LLC estimate. ok: accepted. not mixed: the chains disagree or hold too few "
-     "independent draws. downhill: the point is no minimum, so λ̂ is no learning coefficient (usual early in training). "
+     "independent draws. negative: the point is no minimum, so λ̂ is no learning coefficient (usual early in training). "
      "diverged: chains ran away. non-finite: NaN or infinity was met."),
 )  # fmt: skip
 

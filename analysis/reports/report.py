@@ -23,7 +23,7 @@ from devmon.analysis.detection.results import Detection, events_table
 from devmon.analysis.detection.search import detect
 from devmon.analysis.reports.bibtex import bibtex
 from devmon.analysis.reports.content import Block, Code, Content, Fold, Heading, Items, Section, Story, Terms, Text
-from devmon.analysis.reports.drawing import Page, rounded, write_whole
+from devmon.analysis.reports.drawing import Page, rounded
 from devmon.analysis.reports.evidence import evidence
 from devmon.analysis.reports.figures import (
     calibration_figure,
@@ -55,6 +55,7 @@ from devmon.analysis.run import ReadOnce, RunData
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.transitions.stages import transitions
 from devmon.errors import DataError
+from devmon.files import write_whole
 
 __all__ = ["content_of", "key_series", "report"]
 

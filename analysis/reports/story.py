@@ -16,7 +16,7 @@ from devmon.analysis.transitions.stages import Transition, transitions
 from devmon.analysis.wording import NAMED, count, listed, number, probability, some, step
 
 REMEDIES = {  # where every estimate is rejected, by the commonest reason
-    "downhill": "At these weights the loss still falls: measure later checkpoints, or raise gamma (devmon calibrate).",
+    "negative": "At these weights the loss still falls: measure later checkpoints, or raise gamma (devmon calibrate).",
     "diverged": "The chains run away: lower lr or raise gamma (devmon calibrate finds both).",
     "non-finite": "The chains meet NaN or infinity: lower lr (devmon calibrate finds it).",
     "not mixed": "The chains disagree: take more draws and chains, or another lr (devmon calibrate finds it).",

@@ -34,6 +34,7 @@ def attention_patterns(model: nn.Module, tokens: Tensor, who: str = "attention_p
     patterns: list[Tensor] = []
 
     def keep(pattern: Tensor) -> None:
+        # Some modules attend with (batch · head) in one dimension.
         if pattern.shape[-2:] == (length, length) and pattern.shape[:-2].numel() % batch == 0:
             pattern = pattern.detach().reshape(batch, -1, length, length)
             half = pattern.dtype in (torch.float16, torch.bfloat16)
@@ -52,6 +53,7 @@ def attention_patterns(model: nn.Module, tokens: Tensor, who: str = "attention_p
 
 def stack_heads(layers: Sequence[np.ndarray]) -> np.ndarray:
     """Stacks per-layer arrays (..., head) to (..., layer, head), NaN where a layer has fewer heads than another."""
+    # NaN, not zero: a head that does not exist has no score, and means leave it out.
     heads = max(values.shape[-1] for values in layers)
     pads = [[(0, 0)] * (v.ndim - 1) + [(0, heads - v.shape[-1])] for v in layers]
     return np.stack([np.pad(v, p, constant_values=np.nan) for v, p in zip(layers, pads, strict=True)], axis=-2)
@@ -78,6 +80,8 @@ class Patterns(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # A fused kernel never holds its pattern: it is worked out from the arguments, and the kernel's own answer
+        # stays, bit for bit, unless the pattern is written.
         if func is F.scaled_dot_product_attention:
             pattern = _pattern(*args, **kwargs)
             new = self.meet(pattern)
@@ -86,6 +90,8 @@ class Patterns(TorchFunctionMode):
             value = args[2] if len(args) > 2 else kwargs["value"]
             value = value.repeat_interleave(pattern.shape[-3] // value.shape[-3], dim=-3)
             return (new.to(value.dtype) @ value).reshape(*pattern.shape[:-1], value.shape[-1])
+
+        # `nn.MultiheadAttention` gives its pattern when asked, by a second call; inside it nothing can be put in place.
         output = func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             shown = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})[1]
@@ -94,6 +100,8 @@ class Patterns(TorchFunctionMode):
                     "the pattern of nn.MultiheadAttention can be read, not written: use "
                     "F.scaled_dot_product_attention in the model"
                 )
+
+        # Attention that is written out: four dimensions tell it from a softmax over the vocabulary.
         elif func in SOFTMAX and output.ndim == 4:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if dim in (-1, 3) and (new := self.meet(output)) is not None:
@@ -122,6 +130,7 @@ def _pattern(
         scores = scores.masked_fill(~allowed, -math.inf)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    # A row in which nothing may be attended to is NaN after softmax; kernels give zeros.
     return scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from devmon.anatomy.anatomy import Anatomy, Site, Write
+from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.forward import forward, logits
 from devmon.anatomy.layout import Layout
+from devmon.anatomy.sites import Site, Write
 from devmon.errors import InstrumentError
 
 Group = tuple[int, str]  # layer and "q", "k", "v", "mlp" or "logits": receivers that are built together
@@ -47,8 +48,8 @@ class Edges:
 
     Senders are the embedding (the stream before layer 0, positions included), each head and each MLP; receivers the
     queries of each head, the keys and values of each key-value head (with grouped attention these are fewer), each MLP
-    and the logits. An edge goes from each sender to each receiver that comes after it; `exists` (sender, receiver) tells
-    which. Names are "embed", "head 0.1", "mlp 0" and "q 1.0", "k 1.0", "v 1.0", "mlp 1", "logits".
+    and the logits. An edge goes from each sender to each receiver that comes after it; `exists` (sender, receiver)
+    tells which. Names are "embed", "head 0.1", "mlp 0" and "q 1.0", "k 1.0", "v 1.0", "mlp 1", "logits".
 
     Norms inside a receiver are computed on its own input, none is frozen. Where a norm stands between a layer's heads
     and the stream (Gemma 2, OLMo 2) a receiver gets the norm of the heads as *it* sees them. Raises InstrumentError for
@@ -63,6 +64,8 @@ class Edges:
                 f"{who} needs a residual stream that is the sum of what the parts write; that of "
                 f"{type(a.model).__name__} is normalised after each addition, or read by further layers"
             )
+
+        # Senders in the order in which a forward pass runs them, each with its layer and kind.
         self.has_mlp = bool(a.layout.neurons)
         self.senders, sent_by = ["embed"], [(-1, "embed")]
         for layer in range(a.layers):
@@ -71,6 +74,9 @@ class Edges:
             if self.has_mlp:
                 self.senders.append(f"mlp {layer}")
                 sent_by.append((layer, "mlp"))
+
+        # Receivers by group, and which senders come before each: those of earlier layers, and for an MLP that does not
+        # run beside the attention also the heads of its own layer.
         self.groups: dict[Group, slice] = {}
         self.receivers: list[str] = []
         before: list[list[bool]] = []
@@ -96,18 +102,21 @@ class Edges:
     def identity(self) -> str:
         """What the numbers of edges belong to."""
         a = self.anatomy
-        return f"{a.layers} layers, {a.heads} heads, {a.kv_heads} key-value heads, mlp {self.has_mlp}, parallel {a.parallel}"
+        return (
+            f"{a.layers} layers, {a.heads} heads, {a.kv_heads} key-value heads, mlp {self.has_mlp}, "
+            f"parallel {a.parallel}"
+        )
 
     def place(self, sender: str, receiver: str) -> tuple[int, int]:
         """Of an edge by its names. Raises InstrumentError where there is no such edge."""
         if sender in self.senders and receiver in self.receivers:
-            found = self.senders.index(sender), self.receivers.index(receiver)
-            if self.exists[found]:
-                return found
+            edge = self.senders.index(sender), self.receivers.index(receiver)
+            if self.exists[edge]:
+                return edge
         raise InstrumentError(
-            f"{self.who}: there is no edge {sender!r} → {receiver!r} in {type(self.anatomy.model).__name__}; senders are "
-            f"{', '.join(self.senders[:3])} …, receivers {', '.join(self.receivers[:2])} … {self.receivers[-1]}, and a "
-            "sender comes before its receiver"
+            f"{self.who}: there is no edge {sender!r} → {receiver!r} in {type(self.anatomy.model).__name__}; senders "
+            f"are {', '.join(self.senders[:3])} …, receivers {', '.join(self.receivers[:2])} … {self.receivers[-1]}, "
+            "and a sender comes before its receiver"
         )
 
     def sent(self, inputs: Tensor) -> tuple[Tensor, Sent]:
@@ -124,36 +133,37 @@ class Edges:
             return self._run(inputs, cut.to(self._weight), other, None, False)[0]
 
     def slopes(self, inputs: Tensor, embed: Tensor, metric: Callable[[Tensor], Tensor]) -> dict[Group, Tensor]:
-        """∂ metric(logits) / ∂ the input of each receiver, (batch, pos, receiver, d) by group, at the stream that starts
-        from `embed` (batch, pos, d) in place of the embedding."""
+        """∂ metric(logits) / ∂ the input of each receiver, (batch, pos, receiver, d) by group, at the stream that
+        starts from `embed` (batch, pos, d) in place of the embedding."""
         with torch.enable_grad():
             output, ran = self._run(inputs, None, None, embed.detach().requires_grad_(), True)
-            inside = list(ran.received.values())
-            found = torch.autograd.grad(metric(output), inside, allow_unused=True)
+            inputs_of = list(ran.received.values())
+            gradients = torch.autograd.grad(metric(output), inputs_of, allow_unused=True)
         return {
-            group: torch.zeros_like(at) if slope is None else slope
-            for group, at, slope in zip(ran.received, inside, found, strict=True)
+            group: torch.zeros_like(received) if slope is None else slope  # None: nothing of it reaches the metric
+            for group, received, slope in zip(ran.received, inputs_of, gradients, strict=True)
         }
 
     @torch.no_grad()
-    def differences(self, one: Sent, other: Sent) -> Tensor:
-        """What each edge alone carries of `one` and not of `other`, (batch, pos, sender, d), as it reaches a receiver.
+    def differences(self, first: Sent, second: Sent) -> Tensor:
+        """What an edge alone carries of `first` and not of `second`, (batch, pos, sender, d), as it reaches a receiver.
 
         Behind a norm after attention (Gemma 2, OLMo 2): by how much its output changes when this head alone does.
         """
-        parts = [(one.embed - other.embed)[:, :, None]]
+        parts = [(first.embed - second.embed)[:, :, None]]
         for layer in range(self.anatomy.layers):
-            heads = self._heads(layer, one.z[layer] - other.z[layer])
+            heads = self._heads(layer, first.z[layer] - second.z[layer])
             end = self._end(layer)
             if end is not None:
-                whole = self._attention(layer, one.z[layer])[:, :, None]
+                # A norm is not linear: what a head contributes is what is missing of the output without it.
+                whole = self._attention(layer, first.z[layer])[:, :, None]
                 heads = end(whole) - end(whole - heads)
             parts.append(heads)
             if self.has_mlp:
-                parts.append((one.mlp[layer] - other.mlp[layer])[:, :, None])
+                parts.append((first.mlp[layer] - second.mlp[layer])[:, :, None])
         return torch.cat(parts, 2)
 
-    # -- inside --
+    # -- private -----------------------------------------------------------------------------------------------------
 
     def _add(self, group: Group, names: Sequence[str]) -> None:
         self.groups[group] = slice(len(self.receivers), len(self.receivers) + len(names))
@@ -166,6 +176,8 @@ class Edges:
     def _run(
         self, inputs: Tensor, cut: Tensor | None, other: Sent | None, embed: Tensor | None, keep: bool
     ) -> tuple[Tensor, _Pass]:
+        # What a receiver reads is made of what was sent before it in the same pass, so one pass does: sites write down
+        # what is sent, and give q, k and v what their own streams make of them.
         a, ran = self.anatomy, _Pass()
         write: dict[Site, Write] = {}
         for layer in range(a.layers):
@@ -175,6 +187,8 @@ class Edges:
                 write["mlp_out", layer] = _note(ran.mlp, layer)
             for part in "qkv":
                 write[part, layer] = self._project(ran, (layer, part), cut, other, keep)
+
+        # An MLP and the logits have one stream each, which takes the place of the input of a module.
         with ExitStack() as stack:
             for group in self.groups:
                 if group[1] in ("mlp", "logits"):
@@ -182,6 +196,7 @@ class Edges:
                     stack.callback(module.register_forward_pre_hook(hook).remove)
             stack.enter_context(a.tapped([], write, grad=keep))
             output = logits(a.model, inputs, self.who, output=forward(a.model, inputs, self.who, grad=keep))
+
         missing = [group for group in self.groups if group not in ran.fired]
         if missing:
             layer, part = missing[0]
@@ -218,11 +233,12 @@ class Edges:
             inputs = self._inputs(ran, group, ran.stream[layer], cut, other, keep)
             if inputs is None:
                 return value
+            # Each head has a stream of its own, so the model's own map, which takes one for all heads, is not used.
             weight = {"q": a.W_Q, "k": a.W_K, "v": a.W_V}[part](layer)
             weight = weight[:: len(weight) // value.shape[2]]  # one for each key-value head
-            made = torch.einsum("bprd,rde->bpre", a.norm_in(layer, "attention")(inputs), weight)
-            bias = self._bias(layer, part)
-            return (made if bias is None else made + bias).to(value.dtype)
+            new = torch.einsum("bprd,rde->bpre", a.norm_in(layer, "attention")(inputs), weight)
+            bias = a.bias_in(layer, "qkv".index(part))
+            return (new if bias is None else new + bias).to(value.dtype)
 
         return write
 
@@ -230,17 +246,18 @@ class Edges:
         self, ran: _Pass, group: Group, cut: Tensor | None, other: Sent | None, keep: bool
     ) -> tuple[nn.Module, Callable[..., Any]]:
         """The module in which an MLP or the logits begin, and the hook that gives it a stream of its own."""
+        # The norm before it; without one the module around the MLP, or the unembedding.
         (layer, part), a = group, self.anatomy
         path = a.layout.norm if part == "logits" else a.layout.mlp_norm
         within = "" if path or part == "logits" else a.layout.neurons.rpartition(".")[0]
         if part == "logits":
-            module = a._named("norm") if path else a.unembedding
+            module = a.module(None, "norm") if path else a.unembedding
         elif path or within:
             module = a.blocks[layer].get_submodule(path or within)
         else:
             raise InstrumentError(
-                f"{self.who} must set the input of the MLP apart: {type(a.model).__name__} shows no norm before it and no "
-                "module around it; declare `mlp_norm` in its layout"
+                f"{self.who} must set the input of the MLP apart: {type(a.model).__name__} shows no norm before it and "
+                "no module around it; declare `mlp_norm` in its layout"
             )
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -259,35 +276,43 @@ class Edges:
     def _inputs(
         self, ran: _Pass, group: Group, stream: Tensor, cut: Tensor | None, other: Sent | None, keep: bool
     ) -> Tensor | None:
-        """The streams (batch, pos, receiver, d) of a group: what is there, plus what `other` has more along cut edges."""
-        rows = self.groups[group]
-        own = None if cut is None else cut[:, rows]
+        """The streams (batch, pos, receiver, d) of a group: what is there, plus what `other` has more along the cut."""
+        receivers = self.groups[group]
+        own = None if cut is None else cut[:, receivers]
         if not keep and (own is None or not bool(own.any())):
             return None
-        made = stream[:, :, None].expand(-1, -1, rows.stop - rows.start, -1)
+        streams = stream[:, :, None].expand(-1, -1, receivers.stop - receivers.start, -1)
         if own is not None:
             assert other is not None
-            assert ran.embed is not None
-            made = made + (other.embed - ran.embed)[:, :, None] * own[0, :, None]
-            at = 1
-            for layer in range(self.anatomy.layers):
-                heads = own[at : at + self.anatomy.heads]
-                if bool(heads.any()):
-                    more = torch.einsum("bphd,hr->bprd", self._heads(layer, other.z[layer] - ran.z[layer]), heads)
-                    end = self._end(layer)
-                    if end is not None:
-                        whole = self._attention(layer, ran.z[layer])[:, :, None]
-                        more = end(whole + more) - end(whole)
-                    made = made + more
-                at += self.anatomy.heads
-                if self.has_mlp:
-                    if bool(own[at].any()):
-                        made = made + (other.mlp[layer] - ran.mlp[layer])[:, :, None] * own[at, :, None]
-                    at += 1
+            streams = self._replaced(ran, streams, own, other)
         if keep:
-            made = made.clone() if made.requires_grad else made.detach().clone().requires_grad_()
-            ran.received[group] = made
-        return made
+            # A leaf of the graph, or a node of it that is kept: the slope is asked for here.
+            streams = streams.clone() if streams.requires_grad else streams.detach().clone().requires_grad_()
+            ran.received[group] = streams
+        return streams
+
+    def _replaced(self, ran: _Pass, streams: Tensor, cut: Tensor, other: Sent) -> Tensor:
+        """Streams (batch, pos, receiver, d), and along the edges of `cut` (sender, receiver) what `other` has more."""
+        # Only differences are added: along edges that are not cut nothing is computed again, and nothing rounded. Later
+        # senders, whose edges do not exist, have no cut.
+        assert ran.embed is not None
+        streams = streams + (other.embed - ran.embed)[:, :, None] * cut[0, :, None]
+        at = 1
+        for layer in range(self.anatomy.layers):
+            heads = cut[at : at + self.anatomy.heads]
+            if bool(heads.any()):
+                more = torch.einsum("bphd,hr->bprd", self._heads(layer, other.z[layer] - ran.z[layer]), heads)
+                end = self._end(layer)
+                if end is not None:
+                    whole = self._attention(layer, ran.z[layer])[:, :, None]
+                    more = end(whole + more) - end(whole)
+                streams = streams + more
+            at += self.anatomy.heads
+            if self.has_mlp:
+                if bool(cut[at].any()):
+                    streams = streams + (other.mlp[layer] - ran.mlp[layer])[:, :, None] * cut[at, :, None]
+                at += 1
+        return streams
 
     def _heads(self, layer: int, z: Tensor) -> Tensor:
         """(batch, pos, head, d)."""
@@ -298,17 +323,7 @@ class Edges:
         return torch.einsum("bphe,hed->bpd", z, self.anatomy.W_O(layer)) + self.anatomy.bias(layer, "out")
 
     def _end(self, layer: int) -> nn.Module | None:
-        path = self.anatomy.layout.attention_end
-        return self.anatomy.blocks[layer].get_submodule(path) if path else None
-
-    def _bias(self, layer: int, part: str) -> Tensor | None:
-        """(head, d_head)."""
-        a, which = self.anatomy, "qkv".index(part)
-        module = a._module(layer, "qkv" if a.layout.qkv else ("query", "key", "value")[which])
-        bias = getattr(module, "bias", None)
-        if bias is None:
-            return None
-        return a.split(layer, bias)[which] if a.layout.qkv else bias.unflatten(0, (-1, a.d_head))
+        return self.anatomy.optional(layer, "attention_end")
 
 
 def _note(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:

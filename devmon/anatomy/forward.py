@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from devmon.errors import InstrumentError
 
+SEES_AHEAD = 1e-2  # of the spread of the logits: what a later token may change by rounding
+
 
 def original(model: nn.Module) -> nn.Module:
     """The module that `torch.compile(model)` wraps, or the model itself."""
@@ -36,6 +38,7 @@ def forward(model: nn.Module, inputs: Any, who: str, *, grad: bool = False) -> A
     `inputs` is what the model takes first, such as tokens (batch, pos) int64 or images, or a mapping of its keyword
     arguments, on any device. Raises InstrumentError where a token or a position is outside the model's tables.
     """
+    # The first tensor's device is the model's: a model that is spread over several takes its inputs on the first.
     first = next((t for t in (*model.parameters(), *model.buffers())), None)
     device = None if first is None else first.device
     name = type(original(model)).__name__
@@ -60,20 +63,21 @@ def logits(model: nn.Module, tokens: Tensor, who: str = "logits", *, output: Any
     InstrumentError where the output is none of these or lacks positions.
     """
     output = forward(model, tokens, who) if output is None else output
-    found = output[0] if isinstance(output, (tuple, list)) and output else output
-    found = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", found)
+    # A tuple of logits first, an output that has them by name, or both.
+    scores = output[0] if isinstance(output, (tuple, list)) and output else output
+    scores = scores.get("logits") if isinstance(scores, Mapping) else getattr(scores, "logits", scores)
     name = type(original(model)).__name__
-    if not isinstance(found, Tensor):
+    if not isinstance(scores, Tensor):
         raise InstrumentError(
             f"{who} needs logits: a tensor, an output or mapping with `logits`, or a tuple led by them; "
             f"{name} returned {type(output).__name__}: wrap the model so that it returns (batch, pos, vocab)"
         )
-    if found.ndim != 3 or found.shape[:2] != tokens.shape:
+    if scores.ndim != 3 or scores.shape[:2] != tokens.shape:
         raise InstrumentError(
             f"{who} needs logits (batch, pos, vocab) at all {tuple(tokens.shape)} places; {name} returned "
-            f"{tuple(found.shape)}: wrap the model so that it returns the logits of every position"
+            f"{tuple(scores.shape)}: wrap the model so that it returns the logits of every position"
         )
-    return found
+    return scores
 
 
 def next_token(
@@ -87,6 +91,7 @@ def next_token(
     """
     if check:
         _check_causal(model, tokens, who)
+    # Log-sum-exp over a vocabulary in half precision is off by more than a step of training changes the loss.
     scores = logits(model, tokens, who)[:, :-1]
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     target = tokens[:, 1:].to(scores.device)
@@ -101,16 +106,21 @@ def next_token(
 
 def _check_causal(model: nn.Module, tokens: Tensor, who: str) -> None:
     """A sequence, and the same with another last token: what a language model says before it must not change."""
-    first = tokens[:1]  # whole: some models take one length alone
-    other = first.clone()
-    others = tokens[tokens != first[0, -1]]
+    # The last token is exchanged for another of the batch: the model knows it, and the length stays, since some models
+    # take one length alone.
+    sequence = tokens[:1]
+    changed = sequence.clone()
+    others = tokens[tokens != sequence[0, -1]]
     if not len(others):
         return
-    other[0, -1] = others[0]
-    one, two = (logits(model, given, who)[:, :-1].float() for given in (first, other))
-    finite = one[one.isfinite()]  # none, where the training has diverged
+    changed[0, -1] = others[0]
+    before, after = (logits(model, given, who)[:, :-1].float() for given in (sequence, changed))
+
+    # A hundredth of the spread of the logits: kernels of half precision round differently for other inputs, and a
+    # model that sees ahead differs by about the spread itself.
+    finite = before[before.isfinite()]  # none, where the training has diverged
     spread = float(finite.std()) if len(finite) > 1 else 0.0
-    if not torch.allclose(one, two, rtol=1e-2, atol=1e-2 * spread + 1e-6, equal_nan=True):
+    if not torch.allclose(before, after, rtol=SEES_AHEAD, atol=SEES_AHEAD * spread + 1e-6, equal_nan=True):
         raise InstrumentError(
             f"{who} needs a model that predicts each token from those before it; what {type(original(model)).__name__} "
             "says of a place depends on later tokens (an encoder, or a missing causal mask)"

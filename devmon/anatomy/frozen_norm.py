@@ -7,6 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+LARGE = 1e3  # of a number that is tried: ε of a norm, at most 1e-5, is then 1e-11 of its square
+ROUNDING = 1e-3  # of the answer: float32 gives 1e-6, the wrong kind an answer of order one
+
 
 class FrozenNorm:
     """LayerNorm, RMSNorm or a plain scale, told apart by what they do: x ↦ gain · (x − mean?) / scale(x) + bias.
@@ -21,17 +24,24 @@ class FrozenNorm:
         self.centres = self.normalises = False
         if module is None:
             return
+
+        # Half precision rounds as coarsely as ROUNDING, so a copy in float32 is tried.
         half = like.dtype in (torch.float16, torch.bfloat16)
         probed = copy.deepcopy(module).float() if half else module
         ones = torch.ones(size, device=like.device, dtype=torch.float32 if half else like.dtype)
         with torch.no_grad():
+            # Of the zero vector the bias is left. Vectors of equal numbers tell the kinds apart: what takes the mean
+            # off makes zero of them, what divides by a scale makes the same of a vector and of its double, and what
+            # does neither doubles. They are large, so that the ε under the root does not count.
             bias = probed(0 * ones)
-            once, twice = (probed(k * ones) - bias for k in (1e3, 2e3))
-            self.centres = bool(once.abs().max() <= 1e-3 * (1 + bias.abs().max()))
-            self.normalises = self.centres or bool((twice - once).abs().max() <= 1e-3 * once.abs().max())
-            gain = once / 1e3
+            once, twice = (probed(k * LARGE * ones) - bias for k in (1, 2))
+            self.centres = bool(once.abs().max() <= ROUNDING * (1 + bias.abs().max()))
+            self.normalises = self.centres or bool((twice - once).abs().max() <= ROUNDING * once.abs().max())
+
+            # The gain of a scale is its answer to ones; of a norm, its answer to a vector whose mean is zero already.
+            gain = once / LARGE
             if self.normalises:
-                alternating = 1e3 * (1 - 2 * (torch.arange(size, device=like.device) % 2)) * ones
+                alternating = LARGE * (1 - 2 * (torch.arange(size, device=like.device) % 2)) * ones
                 flat = alternating - alternating.mean() if self.centres else alternating
                 gain = (probed(alternating) - bias) * flat.square().mean().sqrt() / flat
         self.gain, self.bias = gain.to(like), bias.to(like)
@@ -43,6 +53,7 @@ class FrozenNorm:
         """What (…, d) is divided by, (…, 1)."""
         if not self.normalises:
             return torch.ones_like(x[..., :1])
+        # The answer without its bias is gain · x' / s: s by least squares over d, as some coordinates may have gain 0.
         weighted = self._centred(x) * self.gain
         answer = self(x) - self.bias
         return (weighted * weighted).sum(-1, keepdim=True) / (weighted * answer).sum(-1, keepdim=True)

@@ -14,7 +14,7 @@ class Layout:
     that holds the blocks' list by that path; all others are relative to a block:
 
     - `query`, `key`, `value`: the linear maps of all heads side by side; or `qkv`, one map for all three, whose output
-      is ordered as `fused` says: "parts" (all queries, all keys, all values) or "heads" (query, key, value head by head)
+      is ordered as `fused` says: "parts" (all queries, all keys, all values) or "heads" (query, key, value by head)
     - `out`: the linear map that takes the heads' outputs side by side and writes what attention adds
     - `neurons`: the linear map that takes the MLP's activations and writes what the MLP adds
     - `attention_norm`, `mlp_norm`: what the residual stream passes on its way in

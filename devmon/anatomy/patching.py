@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devmon.anatomy.anatomy import Anatomy, Reads, Site, Write
+from devmon.anatomy.anatomy import Anatomy
+from devmon.anatomy.sites import Reads, Site, Write
 from devmon.errors import InstrumentError
 
 Index = tuple[Any, ...]  # of a site's tensor (batch, pos, …)
@@ -50,13 +51,14 @@ def slopes(
 
     Sites that are read lie in each other's paths: the slope is the total one, through everything after the site.
     """
+    # The batch is summed: no sequence reads another, so each slope is that of its own difference.
     with torch.enable_grad():
         output, reads = anatomy.run(tokens, sites, grad=True)
         total = logit_difference(output, answer, foil, anatomy.who).sum()
-        found = torch.autograd.grad(total, list(reads.values()), allow_unused=True)
+        gradients = torch.autograd.grad(total, list(reads.values()), allow_unused=True)
     return {
         site: torch.zeros_like(value) if slope is None else slope.detach()
-        for (site, value), slope in zip(reads.items(), found, strict=True)
+        for (site, value), slope in zip(reads.items(), gradients, strict=True)
     }
 
 

@@ -17,30 +17,33 @@ def residual_stream(
 ) -> list[Tensor]:
     """The input of the first block, then the output of each block: block count + 1 tensors (batch, pos, d).
 
-    `tokens` is (batch, pos) int64, or other inputs (batch, …) such as images, where pos is whatever number of places the
-    blocks have; feature maps (batch, d, height, width) are seen as places (batch, height · width, d), and blocks whose
-    path is given may then differ in width. `blocks` is the path of the container of blocks, such as "transformer.h"; without
-    it `find_blocks` looks for it. The tensors are copies, so a block that writes in place cannot change them; the
-    hooks are removed in every case. Raises InstrumentError where a block does not run once or returns another shape.
+    `tokens` is (batch, pos) int64, or other inputs (batch, …) such as images, where pos is whatever number of places
+    the blocks have; feature maps (batch, d, height, width) are seen as places (batch, height · width, d), and blocks
+    whose path is given may then differ in width. `blocks` is the path of the container of blocks, such as
+    "transformer.h"; without it `find_blocks` looks for it. The tensors are copies, so a block that writes in place
+    cannot change them; the hooks are removed in every case. Raises InstrumentError where a block does not run once or
+    returns another shape.
     """
     model = original(model)
     path = find_blocks(model, tokens[:1], who) if blocks is None else blocks
     children = _children(model, path, who)
     shape = _expected(tokens)
+
+    # The input of the first block and every block's output, copied at once: a later block may write into them.
     stream: list[Tensor] = []
     calls = [0] * len(children)
 
     def enter(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls[index] += 1
-            if index == 0 and (found := _state((*args, *kwargs.values()), shape)) is not None:
-                stream.append(found.detach().clone())
+            if index == 0 and (state := _state((*args, *kwargs.values()), shape)) is not None:
+                stream.append(state.detach().clone())
 
         return hook
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if (found := _state(output, shape)) is not None:
-            stream.append(found.detach().clone())
+        if (state := _state(output, shape)) is not None:
+            stream.append(state.detach().clone())
 
     handles = [child.register_forward_pre_hook(enter(i), with_kwargs=True) for i, child in enumerate(children)]
     handles += [child.register_forward_hook(leave) for child in children]
@@ -49,10 +52,12 @@ def residual_stream(
     finally:
         for handle in handles:
             handle.remove()
-    widths = {found.shape[-1] for found in stream}
+
+    # One state a block, each as wide as the others: else the "blocks" are no chain, or a block ran twice or not at all.
+    widths = {state.shape[-1] for state in stream}
     free = blocks is not None and shape[1] is None
     if len(stream) != len(children) + 1 or not (free or len(widths) == 1):
-        shapes = [tuple(found.shape) for found in stream]
+        shapes = [tuple(state.shape) for state in stream]
         raise InstrumentError(
             f"{who} needs blocks that each run once and take and return (batch, pos, d); the {len(children)} modules "
             f'in {path!r} of {type(model).__name__} ran {calls} times and gave {shapes}: set blocks="path.to.blocks"'
@@ -67,11 +72,13 @@ def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> s
     """
     model = original(model)
     shape = _expected(tokens)
+
+    # One pass tells which modules return states, and how wide.
     widths: dict[nn.Module, set[int | None]] = {}
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        found = _state(output, shape)
-        widths.setdefault(module, set()).add(None if found is None else found.shape[-1])
+        state = _state(output, shape)
+        widths.setdefault(module, set()).add(None if state is None else state.shape[-1])
 
     lists = {
         path: module
@@ -84,6 +91,8 @@ def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> s
     finally:
         for handle in handles:
             handle.remove()
+
+    # Of the lists whose modules all return states of one width, the largest: an MLP of two layers is such a list too.
     sizes: dict[str, int] = {}
     for path, module in lists.items():
         seen = set[int | None]().union(*(widths.get(child, {None}) for child in module.children()))

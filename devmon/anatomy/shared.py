@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devmon.anatomy.anatomy import Anatomy, Reads, Site
+from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.forward import next_token
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.residual import find_blocks, residual_stream
+from devmon.anatomy.sites import Reads, Site
 from devmon.data.probe import minibatches
 from devmon.snapshot import Snapshot
 
-MOST_KEPT = 4 * 2**30  # bytes
+MOST_KEPT = 4 * 2**30  # bytes of one step, on the device: what exceeds it is computed again by who asks next
+OUTPUT = ("output", 0)  # beside the sites
 
 
 def activations(
@@ -36,15 +38,16 @@ def activations(
     Raises InstrumentError for a model or a site that `Anatomy` does not know.
     """
     anatomy = Anatomy(snapshot.model, layout, who)
-    asked = [("output", 0), *(one for site in sites for one in anatomy.expand(site))]
+    asked = [OUTPUT, *(at for site in sites for at in anatomy.expand(site))]
 
     def make(missing: list[Any]) -> list[Tensor]:
-        rest = [one for one in missing if one[0] != "output"]
+        # What is missing is read in one pass a minibatch, whichever instruments ask for it.
+        rest = [key for key in missing if key != OUTPUT]
         parts = [anatomy.run(part, rest) for part in _parts(inputs, batch_size)]
-        return [torch.cat([o if one[0] == "output" else r[one] for o, r in parts]) for one in missing]
+        return [torch.cat([output if key == OUTPUT else reads[key] for output, reads in parts]) for key in missing]
 
-    found = _shared(snapshot, ("activations", layout), inputs, asked, make)
-    return found[0], Reads(dict(zip(asked[1:], found[1:], strict=True)))
+    output, *values = _shared(snapshot, ("activations", layout), inputs, asked, make)
+    return output, Reads(dict(zip(asked[1:], values, strict=True)))
 
 
 def stream(
@@ -56,6 +59,7 @@ def stream(
     """
 
     def make(missing: list[Any]) -> list[Tensor]:
+        # Layers are moved to the CPU one minibatch at a time: the stream of all inputs may not fit the device.
         path = blocks or find_blocks(snapshot.model, inputs[:1], who)
         parts = [residual_stream(snapshot.model, part, path, who) for part in _parts(inputs, batch_size)]
         if inputs.is_floating_point():
@@ -64,6 +68,7 @@ def stream(
         snapshot.memo[depth] = len(layers)
         return layers
 
+    # Which layers there are is known once the model has run: before that all of them are asked for.
     depth = ("depth of the stream", blocks)
     wanted: list[Any] = list(range(snapshot.memo[depth])) if depth in snapshot.memo else ["all"]
     return tuple(_shared(snapshot, ("stream", blocks), inputs, wanted, make))
@@ -96,16 +101,18 @@ def _shared(
 ) -> list[Tensor]:
     """The tensors of `asked` from the memo; those that are not there from `make`, one each in the order given (or more,
     numbered from 0, where `asked` is ["all"])."""
+    # The same data are the same key whoever holds them: two watches have equal probes, not one tensor.
     data = inputs.detach().cpu().contiguous()
     digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
     kept = snapshot.memo.setdefault(("shared", *what, digest, str(data.dtype), data.shape), {})
-    missing = [one for one in asked if one not in kept]
+    missing = [key for key in asked if key not in kept]
     if not missing:
-        return [kept[one] for one in asked]
-    made = make(missing)
-    names = list(range(len(made))) if missing == ["all"] else missing
-    found = kept | dict(zip(names, made, strict=True))
+        return [kept[key] for key in asked]
+
+    tensors = make(missing)
+    names = list(range(len(tensors))) if missing == ["all"] else missing
+    known = kept | dict(zip(names, tensors, strict=True))
     held = sum(t.nbytes for key, memo in snapshot.memo.items() if key[0] == "shared" for t in memo.values())
-    if held + sum(t.nbytes for t in made) <= MOST_KEPT:
-        kept.update(found)
-    return [found[one] for one in (names if missing == ["all"] else asked)]
+    if held + sum(t.nbytes for t in tensors) <= MOST_KEPT:
+        kept.update(known)
+    return [known[key] for key in (names if missing == ["all"] else asked)]

@@ -27,21 +27,21 @@ def causal_lm(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: torch.
         kind, config, own = _architecture(checkpoint)
         if keys := [key for key in {**expected, **own} if key not in VOLATILE and own.get(key) != expected.get(key)]:
             keys.sort(key=lambda key: (key != "model_type", key))
-            told = "; ".join(f"{key}: there {expected.get(key)}, here {own.get(key)}" for key in keys[:4])
-            raise DataError(f"{checkpoint.name} is of another model than the series' first checkpoint ({told})")
+            differ = "; ".join(f"{key}: there {expected.get(key)}, here {own.get(key)}" for key in keys[:4])
+            raise DataError(f"{checkpoint.name} is of another model than the series' first checkpoint ({differ})")
         try:
-            model, found = kind.from_pretrained(
+            model, loading = kind.from_pretrained(
                 None, config=config, state_dict=checkpoint.state, dtype=dtype, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )  # fmt: skip
         except Exception as error:
-            told = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise DataError(
-                f"{checkpoint.name} does not hold the weights that its config.json asks for ({told})"
+                f"{checkpoint.name} does not hold the weights that its config.json asks for ({reason})"
             ) from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading["missing_keys"]):
         raise DataError(f"{checkpoint.name} lacks weights that its config.json asks for: {_few(missing)}")
-    if other := [f"{key} {(*here,)} for {(*there,)}" for key, here, there in sorted(found["mismatched_keys"])]:
+    if other := [f"{key} {(*here,)} for {(*there,)}" for key, here, there in sorted(loading["mismatched_keys"])]:
         raise DataError(f"{checkpoint.name} holds weights of other shapes than its config.json asks for: {_few(other)}")
     return model.eval()
 
@@ -59,8 +59,10 @@ def _architecture(checkpoint: Checkpoint) -> tuple[Any, Any, dict[str, Any]]:
             return type(AutoModelForCausalLM.from_config(config, trust_remote_code=False)), config, own
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(f"{checkpoint.name} brings no architecture that transformers knows ({reason}): restore its "
-                        "config.json, or name a function that makes the model, --source script.py:name") from error  # fmt: skip
+        raise DataError(
+            f"{checkpoint.name} brings no architecture that transformers knows ({reason}): restore its config.json, or "
+            "name a function that makes the model, --source script.py:name"
+        ) from error
 
 
 @contextmanager

@@ -14,9 +14,9 @@ EXPECTED = "expected all, log:40, every:100, single steps, ranges such as 100-50
 def select(steps: Sequence[int], text: str = "all") -> list[int]:
     """The steps that `text` chooses from `steps` (ascending), in order.
 
-    `log:n` is the first step, the last, and those nearest to n steps spaced evenly in log(step); `every:n` the multiples
-    of n; of a range both ends are included. Raises DataError for a text of another form, a single step that is not
-    there, and a part that chooses none.
+    `log:n` is the first step, the last, and those nearest to n steps spaced evenly in log(step); `every:n` the
+    multiples of n; of a range both ends are included. Raises DataError for a text of another form, a single step that
+    is not there, and a part that chooses none.
 
     >>> held = [0, 1, 2, 4, 8, 16, 100, 200, 300]
     >>> select(held, "log:3"), select(held, "every:100"), select(held, "1,4-16,300")
@@ -24,10 +24,10 @@ def select(steps: Sequence[int], text: str = "all") -> list[int]:
     """
     chosen: set[int] = set()
     for part in text.split(","):
-        found = _part(steps, part.strip())
-        if not found:
-            raise DataError(f"the steps {part.strip()!r} choose none of {_told(steps)}")
-        chosen |= found
+        of_part = _part(steps, part.strip())
+        if not of_part:
+            raise DataError(f"the steps {part.strip()!r} choose none of {_shown(steps)}")
+        chosen |= of_part
     return sorted(chosen)
 
 
@@ -41,7 +41,7 @@ def _part(steps: Sequence[int], part: str) -> set[int]:
     if not part.isdecimal():
         raise DataError(f"the steps {part!r} cannot be read: {EXPECTED}")
     if int(part) not in steps:
-        raise DataError(f"there is no checkpoint of step {part}: the series has {_told(steps)}")
+        raise DataError(f"there is no checkpoint of step {part}: the series has {_shown(steps)}")
     return {int(part)}
 
 
@@ -56,6 +56,6 @@ def _log(steps: Sequence[int], count: int) -> set[int]:
     return chosen
 
 
-def _told(steps: Sequence[int]) -> str:
+def _shown(steps: Sequence[int]) -> str:
     shown = ", ".join(map(str, steps[:8]))
     return shown if len(steps) <= 8 else f"{shown}, … {steps[-1]} ({len(steps)} steps)"

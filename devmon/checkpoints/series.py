@@ -1,8 +1,7 @@
-"""`Series`: the checkpoints of a training by their steps, listed without loading, read one by one with the next ahead."""
+"""`Series`: the checkpoints of a training by their steps, listed without loading, each read while the last is used."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,60 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from devmon.checkpoints.hub import REPOSITORY, Revision, revisions
 from devmon.checkpoints.weights import SUFFIXES, State, read_state
 from devmon.errors import DataError
 
 STEP = r"(?i)(?:^|[^a-z])(?:global_?step|step|checkpoint|iter(?:ation)?)[-_=]?(\d+)"
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class Revision:
-    """One revision of a model on the Hugging Face hub. `folder` downloads what is not in the hub's cache."""
-
-    repository: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.repository}@{self.name}"
-
-    def folder(self, cache: str | None = None) -> Path:
-        """Where the model lies: safetensors where the revision has them, else what `torch.save` wrote.
-
-        `cache` is a folder to download into, in place of the hub's cache. Files that the hub names by their SHA-256 are
-        checked: safetensors have no checksum of their own.
-        """
-        import huggingface_hub
-
-        try:
-            for kind in ("safetensors", "bin"):
-                folder = Path(huggingface_hub.snapshot_download(
-                    self.repository, revision=self.name, allow_patterns=["*.json", f"*.{kind}"], cache_dir=cache
-                ))  # fmt: skip
-                if held := sorted(folder.glob(f"*.{kind}")):
-                    break
-            else:
-                raise DataError(f"{self} holds no weights: neither *.safetensors nor *.bin")
-        except DataError:
-            raise
-        except Exception as error:  # of the network, the hub and the cache, each with classes of its own
-            raise DataError(
-                f"{self} cannot be downloaded ({_line(error)}): try again, or leave the step out"
-            ) from error
-        for file in held:
-            blob = file.resolve()
-            if re.fullmatch("[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
-                raise DataError(f"{self} is damaged on this disk: {file.name} is not of the SHA-256 that the hub tells; "
-                                f"delete {blob} to have it downloaded again")  # fmt: skip
-        return folder
-
-    def config(self) -> str:
-        import huggingface_hub
-
-        try:
-            return Path(huggingface_hub.hf_hub_download(self.repository, "config.json", revision=self.name)).read_text()
-        except Exception as error:
-            raise DataError(f"{self} gives no config.json ({_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -87,49 +37,68 @@ class Series:
     - `where`: a folder of files (Lightning's, state dicts, safetensors), a folder of Hugging Face folders
       (`step123/`, `checkpoint-123/`), the run's folder in which `checkpoints/` lies, or owner/name on the hub, whose
       revisions are the checkpoints.
-    - `pattern`: a regular expression that finds the step in the names as its one group (`r"model_(\\d+)"`); by default what
-      follows step, checkpoint, global_step or iter. Names without a step are left out.
+    - `pattern`: a regular expression that finds the step in the names as its one group (`r"model_(\\d+)"`); by default
+      what follows step, checkpoint, global_step or iter. Names without a step are left out.
     - `allow_pickle`: read files that hold more than tensors, which runs code they hold.
-    - `forget`: download revisions of the hub into a folder of their own (in TMPDIR) that goes with the checkpoint, so that
-      at most two lie on the disk.
+    - `forget`: download revisions of the hub into a folder of their own (in TMPDIR) that goes with the checkpoint, so
+      that at most two lie on the disk.
 
     Raises DataError where there are no checkpoints, and where two are of one step.
     """
 
-    def __init__(self, name: str, places: Mapping[int, Path | Revision], *, allow_pickle: bool = False,
-                 forget: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        places: Mapping[int, Path | Revision],
+        *,
+        allow_pickle: bool = False,
+        forget: bool = False,
+    ) -> None:
         self.name = name
         self.forget = forget
         self.places = dict(sorted(places.items()))
         self.allow_pickle = allow_pickle
 
     @classmethod
-    def open(cls, where: str | os.PathLike[str], *, pattern: str | None = None, allow_pickle: bool = False,
-             forget: bool = False) -> Series:  # fmt: skip
+    def open(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        pattern: str | None = None,
+        allow_pickle: bool = False,
+        forget: bool = False,
+    ) -> Series:
+        # the names that may hold a step: of files and folders, or of revisions on the hub
         rule, folder = _rule(pattern), Path(where)
+        names: dict[str, Path | Revision]
         if folder.is_dir():
-            places: dict[int, Path | Revision] = {}
-            names: dict[str, Any] = {path.name: path for path in _members(folder)}
+            names = _members(folder)
             if not any(rule.search(name) for name in names) and (folder / "checkpoints").is_dir():
-                names = {path.name: path for path in _members(folder / "checkpoints")}
+                names = _members(folder / "checkpoints")
         elif folder.exists():
             raise DataError(f"{where} is a file: give the folder in which the checkpoints lie")
         elif REPOSITORY.fullmatch(str(where)):
-            places, names = {}, {name: Revision(str(where), name) for name in _revisions(str(where))}
+            names = {name: Revision(str(where), name) for name in revisions(str(where))}
         else:
             raise DataError(f"there is no folder {where}: give a folder of checkpoints, or owner/name on the hub")
+        # their steps, each once
+        places: dict[int, Path | Revision] = {}
         for name in sorted(names):
             if not (match := rule.search(name)):
                 continue
             step = int(match[1])
             if step in places:
-                raise DataError(f"{where} has two checkpoints of step {step}, {_named(places[step])} and {name}: tell "
-                                "those that belong to the series by a pattern, as in --pattern '^stage1-step(\\d+)'")  # fmt: skip
+                raise DataError(
+                    f"{where} has two checkpoints of step {step}, {places[step].name} and {name}: tell those that "
+                    "belong to the series by a pattern, as in --pattern '^stage1-step(\\d+)'"
+                )
             places[step] = names[name]
         if not places:
             held = ", ".join(sorted(names)[:6]) or "nothing"
-            raise DataError(f"no name in {where} holds a step (it has {held}): give checkpoints such as step-100.ckpt, "
-                            "step100.safetensors, checkpoint-100/, or --pattern 'model_(\\d+)'")  # fmt: skip
+            raise DataError(
+                f"no name in {where} holds a step (it has {held}): give checkpoints such as step-100.ckpt, "
+                "step100.safetensors, checkpoint-100/, or --pattern 'model_(\\d+)'"
+            )
         return cls(str(where), places, allow_pickle=allow_pickle, forget=forget)
 
     @property
@@ -146,11 +115,11 @@ class Series:
         for place in self.places.values():
             try:
                 text = place.config() if isinstance(place, Revision) else (place / "config.json").read_text()
-                found = json.loads(text)
+                config = json.loads(text)
             except (OSError, ValueError, DataError):
                 continue
-            if isinstance(found, dict):
-                return found
+            if isinstance(config, dict):
+                return config
         return {}
 
     def tokenizer(self) -> tuple[str, str | None] | None:
@@ -170,19 +139,20 @@ class Series:
         scratch = tempfile.mkdtemp(prefix="devmon-") if self.forget else None
         try:
             path = place.folder(scratch)
-            found = Checkpoint(step, str(place), read_state(path, self.allow_pickle), path)
+            checkpoint = Checkpoint(step, str(place), read_state(path, self.allow_pickle), path)
         except BaseException:
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
         if scratch is not None:
-            weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
-        return found
+            weakref.finalize(checkpoint, shutil.rmtree, scratch, ignore_errors=True)
+        return checkpoint
 
     def stream(self, steps: Iterable[int]) -> Iterator[tuple[int, Checkpoint | DataError]]:
         """Each step with its checkpoint, or with why there is none; the next is read meanwhile, in a thread.
 
-        A step is taken from `steps` when the one before it has been read. Two are in memory at most, where the caller lets go of one before it takes the next.
+        A step is taken from `steps` when the step before it has been read. Two checkpoints are in memory at most, where
+        the caller lets go of each before it takes the next.
         """
         wanted, ahead = iter(steps), []
         with ThreadPoolExecutor(1, "prefetch") as pool:
@@ -191,12 +161,12 @@ class Series:
                 break
             while ahead:
                 step, coming = ahead.pop()
-                found = [coming.result()]
+                held = [coming.result()]
                 del coming
                 for following in wanted:
                     ahead.append((following, pool.submit(self._try, following)))
                     break
-                yield step, found.pop()  # no reference stays here
+                yield step, held.pop()  # no reference stays here
 
     def _try(self, step: int) -> Checkpoint | DataError:
         try:
@@ -218,29 +188,5 @@ def _rule(pattern: str | None) -> re.Pattern[str]:
     return rule
 
 
-def _members(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir() or path.suffix in SUFFIXES]
-
-
-def _revisions(repository: str) -> list[str]:
-    import huggingface_hub
-
-    try:
-        refs = huggingface_hub.HfApi().list_repo_refs(repository)
-    except Exception as error:
-        raise DataError(f"there is no folder {repository}, and the hub lists no revisions of a model of that name "
-                        f"({_line(error)})") from error  # fmt: skip
-    return list(dict.fromkeys(ref.name for ref in (*refs.branches, *refs.tags)))
-
-
-def _named(place: Path | Revision) -> str:
-    return place.name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+def _members(folder: Path) -> dict[str, Path | Revision]:
+    return {path.name: path for path in folder.iterdir() if path.is_dir() or path.suffix in SUFFIXES}

@@ -25,9 +25,10 @@ SHARDED = ("*.distcp", "*model_states.pt", "*optim_states.pt")  # of FSDP and De
 def read_state(path: Path, allow_pickle: bool = False) -> State:
     """The tensors that a file, or a folder as Hugging Face writes it, holds by name, on the CPU.
 
-    `.safetensors`; `.ckpt`, `.pt`, `.pth`, `.bin` of `torch.save`: a state dict, or one under the key state_dict, model,
-    model_state_dict or module. Of a folder the model alone is read: model.safetensors, pytorch_model.bin or their shards.
-    `allow_pickle` unpickles files that hold more than tensors, which runs code they hold.
+    `.safetensors`; `.ckpt`, `.pt`, `.pth`, `.bin` of `torch.save`: a state dict, or one under the key state_dict,
+    model, model_state_dict or module. Of a folder the model alone is read: model.safetensors, pytorch_model.bin or
+    their shards. `allow_pickle` unpickles files that hold more than tensors, which runs code they hold. Raises
+    DataError.
     """
     if path.is_dir():
         return {key: value for part in _parts(path) for key, value in read_state(part, allow_pickle).items()}
@@ -46,10 +47,13 @@ def read_state(path: Path, allow_pickle: bool = False) -> State:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)} if isinstance(content, dict) else {}  # fmt: skip
+    entries = content if isinstance(content, dict) else {}
+    state = {key: value for key, value in entries.items() if isinstance(value, torch.Tensor)}
     if not state:
-        raise DataError(f"{path} holds no weights: expected a state dict, or one under {', '.join(INSIDE)}; it holds "
-                        + (_list(content) if isinstance(content, dict) else type(content).__name__))  # fmt: skip
+        held = _list(content) if isinstance(content, dict) else type(content).__name__
+        raise DataError(
+            f"{path} holds no weights: expected a state dict, or one under {', '.join(INSIDE)}; it holds {held}"
+        )
     return state
 
 
@@ -64,8 +68,8 @@ def load(path: Path, allow_pickle: bool = False) -> Any:
             raise _unreadable(path, error) from None
         reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"{path} holds more than weights ({reason}): keep objects out of it (save_hyperparameters(ignore=[...])), or "
-            "allow their classes with torch.serialization.add_safe_globals in SOURCE"
+            f"{path} holds more than weights ({reason}): keep objects out of it (save_hyperparameters(ignore=[...])), "
+            "or allow their classes with torch.serialization.add_safe_globals in SOURCE"
         ) from None
     except Exception as error:  # damaged bytes raise whatever they meet
         raise _unreadable(path, error) from None
@@ -80,26 +84,30 @@ def fitting(model: nn.Module, stored: State, name: str, prefix: str | None = Non
     """
     own = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     shared = _shared(model)
-    found = _prefixes(own, stored)
-    tried = [*found] if prefix is None else [prefix]
+    # the prefix: that after which the checkpoint has the model's keys, all of them and no others
+    counts = _prefixes(own, stored)
+    tried = [*counts] if prefix is None else [prefix]
     whole = []
-    for p in tried:
-        there = _under(p, stored)
+    for start in tried:
+        there = _under(start, stored)
         there |= {key for key in own if shared.get(key, {key}) & there}
         if there == own.keys():
-            whole.append(p)
+            whole.append(start)
     if len(whole) > 1:
         raise DataError(f"{name} holds these weights under {_list(whole)}: say which, as in --prefix {whole[0]}")
     if not whole:
-        raise DataError(f"{name} does not hold the weights of {type(model).__name__}: "
-                        + _misfit([*own], [*stored], found, next(iter(tried), "")))  # fmt: skip
+        differ = _misfit([*own], [*stored], counts, next(iter(tried), ""))
+        raise DataError(f"{name} does not hold the weights of {type(model).__name__}: {differ}")
+    # the tensors under the model's names
     state = {}
     for key, value in own.items():
         held = next(whole[0] + k for k in (key, *sorted(shared.get(key, ()))) if whole[0] + k in stored)
         state[key] = stored[held]
         if state[key].shape != value.shape:
-            raise DataError(f"{held} has shape {tuple(state[key].shape)} in {name}, {tuple(value.shape)} "
-                            f"in {type(model).__name__}: make the model as it was trained")  # fmt: skip
+            raise DataError(
+                f"{held} has shape {tuple(state[key].shape)} in {name}, {tuple(value.shape)} in "
+                f"{type(model).__name__}: make the model as it was trained"
+            )
     return state
 
 
@@ -124,11 +132,13 @@ def _parts(folder: Path) -> list[Path]:
                 raise _unreadable(index, error) from None
     held = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if any(any(folder.rglob(pattern)) for pattern in SHARDED):
-        raise DataError(f"{folder} holds the shards of DeepSpeed or FSDP: write whole weights first (zero_to_fp32.py, or "
-                        "torch.distributed.checkpoint.format_utils)")  # fmt: skip
+        raise DataError(
+            f"{folder} holds the shards of DeepSpeed or FSDP: write whole weights first (zero_to_fp32.py, or "
+            "torch.distributed.checkpoint.format_utils)"
+        )
     if len(held) != 1:
-        raise DataError(f"{folder} holds no {' and no '.join(WHOLE)}, nor a single file of weights; it holds "
-                        + (_list(path.name for path in folder.iterdir()) or "nothing"))  # fmt: skip
+        files = _list(path.name for path in folder.iterdir()) or "nothing"
+        raise DataError(f"{folder} holds no {' and no '.join(WHOLE)}, nor a single file of weights; it holds {files}")
     return held
 
 
@@ -139,25 +149,25 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 
 def _prefixes(own: Iterable[str], stored: Iterable[str]) -> Counter[str]:
     """Each prefix after which a stored key is one of the model's, with the number of such keys, most first."""
-    names, found = set(own), Counter[str]()
+    names, counts = set(own), Counter[str]()
     for key in stored:
         starts = [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")]
-        found.update(key[:start] for start in starts if key[start:] in names)
-    return Counter(dict(found.most_common()))
+        counts.update(key[:start] for start in starts if key[start:] in names)
+    return Counter(dict(counts.most_common()))
 
 
 def _under(prefix: str, stored: Iterable[str]) -> set[str]:
     return {key.removeprefix(prefix) for key in stored if key.startswith(prefix)}
 
 
-def _misfit(own: list[str], stored: list[str], found: Counter[str], prefix: str) -> str:
+def _misfit(own: list[str], stored: list[str], counts: Counter[str], prefix: str) -> str:
     """What differs under `prefix`, and which other prefixes there are."""
     there = _under(prefix, stored)
     missing = [key for key in own if key not in there]
     unknown = sorted(there.difference(own)) if len(missing) < len(own) else []
     words = [f"under the prefix {prefix!r} {_list(missing)} are missing"] if missing else []
     words += [f"the model lacks {_list(unknown)} of what is under the prefix {prefix!r}"] if unknown else []
-    fits = [f"{other!r} ({count} of {len(own)} keys)" for other, count in found.items()]
+    fits = [f"{other!r} ({count} of {len(own)} keys)" for other, count in counts.items()]
     tops = sorted({key.partition(".")[0] + "." for key in stored})
     words.append(f"prefixes that fit: {', '.join(fits)}" if fits else f"its prefixes are {_list(tops)}, none fits")
     return "; ".join(words) + ". Return from SOURCE the model that was trained"

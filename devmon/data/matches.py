@@ -17,8 +17,8 @@ class MatchProbe:
 
     tokens: (batch, pos) int64. Item by item (n,): `row` and `query`, the place from which the next token is predicted;
     `target`, the place that tells it; `right`, its class. `other` (n, k) are places that the target could as well have
-    been, `wrong` (n, k) classes that could as well have come, both filled up with -1. `classes` (vocab,) is the class of
-    every token, -1 for none. Items are sorted by row.
+    been, `wrong` (n, k) classes that could as well have come, both filled up with -1. `classes` (vocab,) is the class
+    of every token, -1 for none. Items are sorted by row.
     """
 
     tokens: Tensor
@@ -176,7 +176,7 @@ def _longest(length: int, bos: int | None) -> int:
 def _paired(
     first: Tensor, second: Tensor, classes: Tensor, length: int, generator: torch.Generator, bos: int | None
 ) -> MatchProbe:
-    """Two halves of p tokens, p random in every sequence between longest // 2 and longest; then what fills the length."""
+    """Two halves of p tokens, p random in every sequence from longest // 2 to longest; then what fills the length."""
     sequences, longest = first.shape
     start = 0 if bos is None else 1
     period = torch.randint(max(longest // 2, 3), longest + 1, (sequences,), generator=generator).tolist()
@@ -196,9 +196,15 @@ def _probe(tokens: Tensor, items: list[Item], classes: Tensor) -> MatchProbe:
         raise DataError(f"a probe of matches found {len(items)} in {len(tokens)} sequences: raise length")
     row, query, target, other, right, wrong = zip(*items, strict=True)
     return MatchProbe(
-        tokens, torch.tensor(row), torch.tensor(query), torch.tensor(target), _filled(other), classes,
-        torch.tensor(right), _filled(wrong),
-    )  # fmt: skip
+        tokens,
+        torch.tensor(row),
+        torch.tensor(query),
+        torch.tensor(target),
+        _filled(other),
+        classes,
+        torch.tensor(right),
+        _filled(wrong),
+    )
 
 
 def _filled(lists: Sequence[list[int]]) -> Tensor:

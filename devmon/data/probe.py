@@ -51,7 +51,7 @@ def probe_inputs(inputs: Tensor, who: str) -> Tensor:
 
 
 def places_of(inputs: Tensor) -> int:
-    """The positions of tokens (batch, pos); 1 for inputs of another kind, whose states are averaged over their places."""
+    """The positions of tokens (batch, pos); 1 for other inputs, whose states are averaged over their places."""
     return 1 if inputs.is_floating_point() else inputs.shape[1]
 
 

@@ -32,8 +32,8 @@ class PromptPairs(ByContent):
             given = torch.as_tensor(getattr(self, name))
             if given.shape != (len(self.clean),) or given.is_floating_point():
                 raise DataError(
-                    f"PromptPairs needs {name} (batch,) of integers, one for each of the {len(self.clean)} prompts, got "
-                    f"{tuple(given.shape)} of {given.dtype}"
+                    f"PromptPairs needs {name} (batch,) of integers, one for each of the {len(self.clean)} prompts, "
+                    f"got {tuple(given.shape)} of {given.dtype}"
                 )
             object.__setattr__(self, name, given.detach().to("cpu", torch.int64, copy=True))
         if self.clean.shape != self.corrupt.shape or len(self.clean) < 2:

@@ -81,6 +81,22 @@ def _repeats(
     return RepeatProbe(tokens, period, copy, query)
 
 
+@dataclass(frozen=True)
+class OnRepeats:
+    """The fields of instruments that read repeated random tokens (`repeats`), to be inherited before their own."""
+
+    vocab_size: int
+    sequences: int = 64
+    length: int = 64
+    seed: int = 0
+    bos: int | None = None
+    exclude: tuple[int, ...] = ()
+
+    @property
+    def _repeats(self) -> RepeatProbe:
+        return repeats(self.vocab_size, self.sequences, self.length, self.seed, self.bos, self.exclude)
+
+
 def best_fixed_offset(total: Tensor, queries: Tensor, first: int = 0) -> Tensor:
     """The best score of one fixed offset for all queries, which looks at positions and never at content.
 

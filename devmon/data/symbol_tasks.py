@@ -58,10 +58,10 @@ def symbol_tasks(
 ) -> TaskPrompts:
     """Random one-to-one maps of symbols, shown by examples: x_1 → y_1 , x_2 → y_2 , … x_q →, `prompts` for each task.
 
-    Of the allowed tokens, in order, the first two are the arrow and the comma, the next `symbols` are inputs and the next
-    `symbols` outputs: tasks share them and differ in the map alone, which `seed` draws. The x of a prompt are different;
-    x_q is a `new` one, so that only a model that knows the maps can answer, or one of those `shown`, which looking back
-    in the prompt answers. In the shuffled prompt each x has the y of another example.
+    Of the allowed tokens, in order, the first two are the arrow and the comma, the next `symbols` are inputs and the
+    next `symbols` outputs: tasks share them and differ in the map alone, which `seed` draws. The x of a prompt are
+    different; x_q is a `new` one, so that only a model that knows the maps can answer, or one of those `shown`, which
+    looking back in the prompt answers. In the shuffled prompt each x has the y of another example.
 
     >>> made = symbol_tasks(100, tasks=1, prompts=4, shots=3, symbols=4, seed=1)
     >>> made.prompts[0].tolist(), made.shuffled[0].tolist(), int(made.answer[0])

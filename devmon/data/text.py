@@ -51,8 +51,8 @@ def read_text(path: str | os.PathLike[str] | None = None, *, least: int = 20_000
     text = "\n".join(documents)
     if len(text) < least:
         raise DataError(
-            f"{path or 'the standard library'} holds {len(text)} characters of UTF-8 text, at least {least} are needed: "
-            "give a longer text"
+            f"{path or 'the standard library'} holds {len(text)} characters of UTF-8 text, at least {least} are "
+            "needed: give a longer text"
         )
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     counts = np.bincount(points)
@@ -80,9 +80,10 @@ def read_documents(path: str | os.PathLike[str] | None = None) -> list[str]:
 
 def _files(folder: Path, suffix: str = "") -> list[Path]:
     return sorted(
-        p for p in folder.rglob(f"*{suffix}")
+        p
+        for p in folder.rglob(f"*{suffix}")
         if p.is_file() and not (SKIPPED & set(p.relative_to(folder).parts)) and not p.name.startswith(".")
-    )  # fmt: skip
+    )
 
 
 def _read(file: Path) -> str:

@@ -14,38 +14,46 @@ from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout
 from devmon.cost import Cost
+from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
-KINDS = ("K", "Q", "V")
+READS = ("K", "Q", "V")  # through which a later head can read an earlier one
 
 
 @dataclass(frozen=True)
 class Composition:
-    """K-, Q- and V-composition of every pair of heads in different layers (Elhage et al. 2021, A Mathematical Framework
-    for Transformer Circuits; the same as `all_composition_scores` of TransformerLens).
+    """K-, Q- and V-composition of every pair of heads in different layers.
 
     With W_QK = W_Q W_Kᵀ and W_OV = W_V W_O (row vectors on the left), head a of an earlier and b of a later layer:
     K: ‖W_OV(a) W_QK(b)ᵀ‖ / (‖W_OV(a)‖ ‖W_QK(b)‖), what b's keys read of a's output; Q: ‖W_OV(a) W_QK(b)‖ / …, its
-    queries; V: ‖W_OV(a) W_OV(b)‖ / …, its values; Frobenius norms, so in [0, 1]. The largest value two matrices of
-    rank r with equal singular values can have is 1/√r: 1 is for rank one. All through products of size d_head.
+    queries; V: ‖W_OV(a) W_OV(b)‖ / …, its values; Frobenius norms, so in [0, 1] (Elhage et al. 2021, A Mathematical
+    Framework for Transformer Circuits; the same as `all_composition_scores` of TransformerLens). The largest value two
+    matrices of rank r with equal singular values can have is 1/√r: 1 is for rank one. All through products of size
+    d_head.
 
-    composition(kind, layer, head, layer_from, head_from): (layer, head) reads what (layer_from, head_from) wrote; NaN
-    unless layer_from < layer, and where one of the matrices is zero. rank, of the same dimensions: 1 for the largest of
-    its kind, ties get their mean. max, median (kind): over the pairs, NaN without any.
-    null(kind), null_sd(kind): mean and standard deviation for matrices with Gaussian factors of the same d and d_head,
-    over about `draws` simulated pairs, fixed by `seed` (nothing but these sizes is the model's own). max_null(kind): what the largest of as many such pairs comes to, null + null_sd · Φ⁻¹((n − .375) / (n + .25))
-    (Blom). Whatever the singular values, independent random directions give √mean(composition²) = 1/√d: `null` is close
-    to that. The excess is composition − null, and what matters is within one model: all values fall or rise together
-    with the spectra of the heads.
-    With `pair` = ((layer_from, head_from), (layer, head)), say the previous-token head and the induction head:
-    pair(kind), its composition, and pair_rank(kind).
+    - `composition` (kind, layer, head, layer_from, head_from), 1: what (layer, head) reads of what
+      (layer_from, head_from) wrote; NaN unless layer_from < layer, and where a matrix is zero. Null: `null`.
+    - `rank` (kind, layer, head, layer_from, head_from), rank: 1 for the largest of its kind, ties get their mean.
+    - `max` (kind), 1: the largest over the pairs, NaN without any. Null: `max_null`.
+    - `median` (kind), 1: the median over the pairs, NaN without any. Null: `null`.
+    - `null` (kind), 1: the mean for matrices with Gaussian factors of the same d and d_head, over about `draws`
+      simulated pairs, fixed by `seed` (nothing but these sizes is the model's own).
+    - `null_sd` (kind), 1: the standard deviation of these.
+    - `max_null` (kind), 1: what the largest of as many such pairs comes to, null + null_sd · Φ⁻¹((n − .375) / (n +
+      .25)) (Blom 1958).
+    - `pair` (kind), 1: the composition of `pair` = ((layer_from, head_from), (layer, head)), say the previous-token
+      head and the induction head, where it is given. Null: `null`.
+    - `pair_rank` (kind), rank: its rank, where it is given.
 
-    Exact functions of the weights: no standard errors. Pitfalls: gains of norms are *not* folded into the weights, nor
-    are the norms that follow attention in some families; rotary positions and query-key norms between W_Q and W_Kᵀ are
-    left out; heads of a group share W_K and W_V, so their pairs are not independent. Large values may come from a few
-    directions that every head uses. Raises InstrumentError for fewer than two layers, streams that are normed after each
-    addition, a `pair` that the model does not have; DataError for a pair of one layer or fewer than 4 draws.
+    Whatever the singular values, independent random directions give √mean(composition²) = 1/√d: `null` is close to
+    that. The excess is composition − null, and what matters is within a model: all values fall or rise together with
+    the spectra of the heads. Exact functions of the weights: no standard errors. Pitfalls: gains of norms are *not*
+    folded into the weights, nor are the norms that follow attention in some families; rotary positions and query-key
+    norms between W_Q and W_Kᵀ are left out; heads of a group share W_K and W_V, so their pairs are not independent.
+    Large values may come from a few directions that every head uses. Raises InstrumentError for fewer than two layers,
+    streams that are normed after each addition, a `pair` that the model does not have; DataError for a pair of one
+    layer or fewer than 4 draws.
     """
 
     pair: tuple[tuple[int, int], tuple[int, int]] | None = None
@@ -96,43 +104,38 @@ class Composition:
 
     def _dataset(self, values: np.ndarray, null: np.ndarray, null_sd: np.ndarray) -> xr.Dataset:
         layers, heads = values.shape[1:3]
-        dims, one = ("kind", "layer", "head", "layer_from", "head_from"), {"units": "1"}
-        reason = {"nan": "no earlier layer, or a matrix of the pair is zero"}
-        pairs = [kind[~np.isnan(kind)] for kind in values]
-        extreme = np.array([_largest(len(kind)) for kind in pairs])
+        change = 0.02  # of the variables that are followed
+        result = Rows(headline=["max"] if self.pair is None else ["pair", "max"])
+        dims = ("kind", "layer", "head", "layer_from", "head_from")
+        no_pair = "no earlier layer, or a matrix of the pair is zero"
         rank = np.stack([_rank(kind) for kind in values])
-        summary = {
-            "max": (np.array([kind.max(initial=0) if len(kind) else np.nan for kind in pairs]), "largest composition"),
-            "median": (np.array([np.median(kind) if len(kind) else np.nan for kind in pairs]), "median composition"),
-            "null": (null, "mean composition of Gaussian factors of the same shape"),
-            "null_sd": (null_sd, "standard deviation of the composition of Gaussian factors"),
-            "max_null": (null + null_sd * extreme, "largest composition of as many pairs of Gaussian factors"),
-        }
-        dataset = xr.Dataset(
-            {
-                "composition": (dims, values, {"long_name": "composition with an earlier head"} | one | reason),
-                "rank": (dims, rank, {"long_name": "rank of the pair, 1 is the largest", "units": "rank"} | reason),
-            },
-            coords={
-                "kind": np.array(KINDS, dtype=object),
-                "layer": np.arange(layers),
-                "head": np.arange(heads),
-                "layer_from": np.arange(layers),
-                "head_from": np.arange(heads),
-            },
-            attrs={"headline": ["max"]},
-        )
-        for name, (value, long_name) in summary.items():
-            dataset[name] = ("kind", value, {"long_name": long_name} | one)
+        result.put("composition", dims, values, None, "composition with an earlier head", units="1", nan=no_pair)
+        result.put("rank", dims, rank, None, "rank of the pair, 1 is the largest", units="rank", nan=no_pair)
+
+        # over all pairs, beside what the largest of as many independent draws comes to: with more pairs it is larger
+        pairs = [kind[~np.isnan(kind)] for kind in values]
+        largest = np.array([kind.max(initial=0) if len(kind) else np.nan for kind in pairs])
+        median = np.array([np.median(kind) if len(kind) else np.nan for kind in pairs])
+        max_null = null + null_sd * np.array([_largest(len(kind)) for kind in pairs])
+        result.put("max", "kind", largest, None, "largest composition", units="1", smallest_change=change)
+        for name, value, long_name in (
+            ("median", median, "median composition"),
+            ("null", null, "mean composition of Gaussian factors of the same shape"),
+            ("null_sd", null_sd, "standard deviation of the composition of Gaussian factors"),
+            ("max_null", max_null, "largest composition of as many pairs of Gaussian factors"),
+        ):
+            result.put(name, "kind", value, None, long_name, units="1")
+
         if self.pair is not None:
             (layer_from, head_from), (layer, head) = self.pair
             where = (slice(None), layer, head, layer_from, head_from)
-            dataset["pair"] = ("kind", values[where], {"long_name": "composition of the pair"} | one | reason)
-            dataset["pair_rank"] = ("kind", rank[where], {"long_name": "rank of the pair", "units": "rank"} | reason)
-            dataset.attrs["headline"] = ["pair", "max"]
-        for name in dataset.attrs["headline"]:
-            dataset[name].attrs["smallest_change"] = 0.02
-        return dataset
+            label = "composition of the pair"
+            result.put("pair", "kind", values[where], None, label, units="1", smallest_change=change, nan=no_pair)
+            result.put("pair_rank", "kind", rank[where], None, "rank of the pair", units="rank", nan=no_pair)
+        by_layer, by_head = np.arange(layers), np.arange(heads)
+        return result.dataset(
+            kind=np.array(READS, dtype=object), layer=by_layer, head=by_head, layer_from=by_layer, head_from=by_head
+        )
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,8 @@ class _Heads:
 
     @classmethod
     def of(cls, anatomy: Anatomy, layer: int) -> _Heads:
-        found = (anatomy.W_Q(layer), anatomy.W_K(layer), anatomy.W_V(layer), anatomy.W_O(layer))
-        return cls(*(weight.detach().double() for weight in found))
+        weights = (anatomy.W_Q(layer), anatomy.W_K(layer), anatomy.W_V(layer), anatomy.W_O(layer))
+        return cls(*(weight.detach().double() for weight in weights))
 
 
 def _scores(earlier: _Heads, later: _Heads) -> Tensor:

@@ -13,38 +13,44 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout, Reads, activations
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
-TOLERANCE = 0.05  # of z: beyond it a head does not write its pattern times its values
+# share of max |z|; bfloat16 rounds by 0.004. Beyond it a head writes something else than its pattern times its values
+MAX_MISMATCH = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class CopyingHeads(ByContent):
-    """The copying score of every head: the share of what it raises among the tokens of the sequence that goes to the
-    token attended to (Olsson et al. 2022, 2209.11895, appendix "Head activation evaluators": 25 random tokens, the
-    head's contribution through the unembedding, mean over the vocabulary taken off, rectified, "the ratio of the amount
-    it raises the logits of the token being attended to, to that of all tokens in this sample", scaled to [−1, 1]).
+    """The share of what every head raises among the tokens of the sequence that goes to the token attended to.
+
+    Olsson et al. 2022, 2209.11895, appendix "Head activation evaluators": 25 random tokens, the head's contribution
+    through the unembedding, mean over the vocabulary taken off, rectified, "the ratio of the amount it raises the
+    logits of the token being attended to, to that of all tokens in this sample", scaled to [−1, 1].
 
     For a query q that attends to place j with weight A[q, j], the head adds A[q, j] v_j W_O to the stream; through the
     final norm with its scale frozen (and a norm after attention, in families that have one) that changes the logit of
     token t by A[q, j] ℓ_qj(t). With ℓ⁺ = max(0, ℓ − mean over the vocabulary of ℓ), S the distinct tokens of the
-    sequence and t_j the one at j:
-    share = Σ_qj A[q, j] ℓ⁺_qj(t_j) / Σ_qj A[q, j] Σ_{t in S} ℓ⁺_qj(t), copying(layer, head) = 2 share − 1: 1 if only
-    attended tokens are raised (an identity OV circuit), −1 if none is; with `_se` over sequences (ratio of sums).
-    shuffled(layer, head): the same for the token at j + 1, which the head did not attend to for that: its own null;
-    uniform: the score of a head that raises all tokens of a sequence alike, 2 / |S| − 1, near −1 as in the paper;
-    raised(layer, head): the denominator for one query, in logits: how much there is to share.
+    sequence and t_j the one at j: share = Σ_qj A[q, j] ℓ⁺_qj(t_j) / Σ_qj A[q, j] Σ_{t in S} ℓ⁺_qj(t).
+
+    - `copying` (layer, head), score in [-1, 1]: 2 share − 1: 1 if only attended tokens are raised (an identity OV
+      circuit), −1 if none is; NaN for a head that raises no token of any sequence. Null: `shuffled`, `uniform`.
+    - `copying_se` (layer, head), score in [-1, 1]: its standard error over sequences (ratio of sums).
+    - `shuffled` (layer, head), score in [-1, 1]: the same for the token at j + 1, which the head did not attend to for
+      that: its own null.
+    - `uniform`, score in [-1, 1]: the score of a head that raises all tokens of a sequence alike, 2 / |S| − 1, near −1
+      as in the paper.
+    - `raised` (layer, head), logit: the denominator for a query: how much there is to share.
 
     The probe is `sequences` of `length` different tokens drawn by `seed` from `vocab_size` without `exclude` (the paper
     leaves out the most and the least common), or `tokens` (batch, pos). A `bos` token stands first and is neither a
-    place nor a token of the sequence: heads that rest there would be judged by it.
-    NaN for a head that raises no token of any sequence. Pitfalls: taken source by source, so attention may be spread
-    evenly; the paper weighs by the attention of the whole output, gives 0 to 0.5 as its range before scaling, and does
-    not say more: values compare within one definition. The value uses the current unembedding, so it can move while the
-    head does not. Raises InstrumentError for models that show no pattern, norm the stream after each addition, do not
-    unembed it directly, or whose heads write something else than pattern times values; DataError unless exactly one
-    probe is given.
+    place nor a token of the sequence: heads that rest there would be judged by it. Pitfalls: taken source by source, so
+    attention may be spread evenly; the paper weighs by the attention of the whole output, gives 0 to 0.5 as its range
+    before scaling, and does not say more: values compare within one definition. The value uses the current unembedding,
+    so it can move while the head does not. Raises InstrumentError for models that show no pattern, norm the stream
+    after each addition, do not unembed it directly, or whose heads write something else than pattern times values;
+    DataError unless exactly one probe is given.
     """
 
     vocab_size: int | None = None
@@ -127,14 +133,15 @@ class _Reader:
         scale = end.scale(whole.to(dtype)).double() * final.scale(stream.to(dtype)).double()  # (batch, q, 1)
         weight = (pattern / scale[:, None]).sum(2)[:, :, self.start :]  # (batch, head, k), over queries
         toward = a.W_U.detach()[:, self.tokens[rows, self.start :]].double() - self.mean[:, None, None]  # (d, batch, t)
-        one, found = torch.ones_like(scale[:, :1]), []
+        # the norms are linear once their scale is frozen, and that has been divided out of the weight above
+        unit, by_head = torch.ones_like(scale[:, :1]), []
         for head in range(a.heads):
-            added = final.linear(end.linear(v[:, self.start :, head] @ w_o[head], one), one)  # (batch, k, d)
+            added = final.linear(end.linear(v[:, self.start :, head] @ w_o[head], unit), unit)  # (batch, k, d)
             raised = torch.einsum("bkd,dbt->bkt", added, toward).clamp(min=0) * weight[:, head, :, None]
             everything = (raised * self.types[rows][:, None]).sum((1, 2))
             after = raised.roll(-1, 2).diagonal(0, 1, 2).sum(1)
-            found.append(torch.stack([raised.diagonal(0, 1, 2).sum(1), after, everything]))
-        return torch.stack(found, 2)
+            by_head.append(torch.stack([raised.diagonal(0, 1, 2).sum(1), after, everything]))
+        return torch.stack(by_head, 2)
 
 
 def _refuse(anatomy: Anatomy, largest: int) -> None:
@@ -149,7 +156,7 @@ def _refuse(anatomy: Anatomy, largest: int) -> None:
 
 def _check(anatomy: Anatomy, expected: Tensor, z: Tensor, layer: int) -> None:
     gap = float((expected - z).abs().max())
-    if gap > TOLERANCE * float(z.abs().max()):
+    if gap > MAX_MISMATCH * float(z.abs().max()):
         raise InstrumentError(
             f"{anatomy.who}: what the heads of layer {layer} of {type(anatomy.model).__name__} write is off their "
             f"pattern times their values by {gap:.3g} (of {float(z.abs().max()):.3g}), so it cannot be split by place: "
@@ -166,27 +173,15 @@ def _dataset(sums: list[np.ndarray], types: np.ndarray, length: int) -> xr.Datas
         here = (slice(None), *place)
         share[place], se[place] = clustered_mean(own[here], everything[here])
         shuffled[place] = clustered_mean(after[here], everything[here])[0]
-    dims, score = ("layer", "head"), {"units": "score in [-1, 1]", "nan": "the head raises no token of the probe"}
-    return xr.Dataset(
-        {
-            "copying": (
-                dims,
-                2 * share - 1,
-                {"long_name": "share raised at the attended token, scaled", "smallest_change": 0.1} | score,
-            ),
-            "copying_se": (dims, 2 * se, {"long_name": "standard error over sequences"} | score),
-            "shuffled": (
-                dims,
-                2 * shuffled - 1,
-                {"long_name": "the same for the token after the attended one"} | score,
-            ),
-            "uniform": ((), 2 * np.mean(1 / types) - 1, {"long_name": "score of raising all tokens alike"} | score),
-            "raised": (
-                dims,
-                everything.sum(0) / (len(own) * length),
-                {"long_name": "raised in all, for one query", "units": "logit"},
-            ),
-        },
-        coords={"layer": np.arange(shape[0]), "head": np.arange(shape[1])},
-        attrs={"headline": ["copying"]},
-    )
+    dims, result = ("layer", "head"), Rows(headline=["copying"])
+    units, silent = "score in [-1, 1]", "the head raises no token of the probe"
+    label = "share raised at the attended token, scaled"
+    result.put("copying", dims, 2 * share - 1, None, label, units=units, smallest_change=0.1, nan=silent)
+    result.put("copying_se", dims, 2 * se, None, result.error, units=units, nan=silent)
+    label = "the same for the token after the attended one"
+    result.put("shuffled", dims, 2 * shuffled - 1, None, label, units=units, nan=silent)
+    uniform = 2 * np.mean(1 / types) - 1
+    result.put("uniform", (), uniform, None, "score of raising all tokens alike", units=units, nan=silent)
+    raised = everything.sum(0) / (len(own) * length)
+    result.put("raised", dims, raised, None, "raised in all, for one query", units="logit")
+    return result.dataset(layer=np.arange(shape[0]), head=np.arange(shape[1]))

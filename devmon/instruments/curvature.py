@@ -14,6 +14,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, aslinearope
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from devmon.cost import Cost
+from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.sampling.data import Examples, as_examples, map_tree
 from devmon.sampling.flat import Flat, score_at_center
@@ -23,10 +24,10 @@ from devmon.snapshot import Snapshot, derive_seed
 
 Array = NDArray[np.float64]
 
-SMALL = 64  # up to so many parameters the whole Hessian costs no more products than Lanczos would need
-RESTARTS = 30  # of Lanczos, about 15 products each with the default `top`
-POWER_STEPS = 6  # to know the size of the Hessian within a small factor
-SKEW = 0.05  # of that size, between uᵀHv and vᵀHu: rounding is far below it
+MAX_DENSE = 64  # parameters up to which the whole Hessian costs no more products than Lanczos would need
+RESTARTS = 30  # of Lanczos, about 15 products each with the default `top`: with fewer, close eigenvalues become NaN
+POWER_STEPS = 6  # products, to know the norm of the Hessian within a small factor
+MAX_SKEW = 0.05  # of that norm, between uᵀHv and vᵀHu: float32 rounding is far below it
 SEEDED = "rng" in inspect.signature(eigsh).parameters  # since SciPy 1.17; before, ARPACK kept a stream of its own
 
 
@@ -42,15 +43,22 @@ class Curvature:
     minimum λ >= rank(H)/2, with equality where the minima form a surface that H is regular across; the flat
     directions add what only higher derivatives know, and no threshold on eigenvalues tells a flat one from a small one.
 
-    eigenvalue(rank): the `top` algebraically largest, rank 1 the largest; least: the smallest (w* is no minimum where
-    it is clearly negative); by Lanczos (ARPACK; Ghorbani et al. 2019, 1901.10159) until the residual is about
-    `tolerance` times the norm of H. `_error` is that residual ‖Hv − λv‖, v of length 1: some eigenvalue lies within it
-    (no standard error, and no proof that none was passed over). NaN where Lanczos does not get there: raise it.
-    trace: exact on the span of those `top` eigenvectors, by Hutchinson's (1990) mean of zᵀHz with random signs z
-    on the rest: Hutch++ (Meyer et al. 2021, 2010.09649) with these vectors in place of a sketch. `trace_se` is the
-    standard error over the `probes`, which are the same at every checkpoint: *changes* are sharper than the level.
-    effective_rank: trace / largest eigenvalue, the number of directions as curved as the steepest that make up the
-    trace (1 to rank(H) at a minimum; a summary of the spectrum, no estimate of the rank); NaN where that is not > 0.
+    - `eigenvalue` (rank), loss per squared weight: the `top` algebraically largest, rank 1 the largest; by Lanczos
+      (ARPACK; Ghorbani et al. 2019, 1901.10159) until the residual is about `tolerance` times the norm of H; NaN where
+      Lanczos does not get there: raise it.
+    - `eigenvalue_error` (rank), loss per squared weight: the residual ‖Hv − λv‖, v of length 1: some eigenvalue lies
+      within it (no standard error, and no proof that none was passed over).
+    - `least`, loss per squared weight: the smallest; w* is no minimum where it is clearly negative.
+    - `least_error`, loss per squared weight: its residual.
+    - `trace`, loss per squared weight: exact on the span of those `top` eigenvectors, by Hutchinson's (1990) mean of
+      zᵀHz with random signs z on the rest: Hutch++ (Meyer et al. 2021, 2010.09649) with these vectors in place of a
+      sketch.
+    - `trace_se`, loss per squared weight: its standard error over the `probes`, which are the same at every checkpoint:
+      *changes* are sharper than the level.
+    - `effective_rank`, 1: trace / largest eigenvalue, the number of directions as curved as the steepest that make up
+      the trace (1 to rank(H) at a minimum; a summary of the spectrum, no estimate of the rank); NaN where that is not
+      > 0.
+    - `effective_rank_se`, 1: trace_se / largest eigenvalue.
 
     Up to 64 parameters H is assembled and all is exact. Beyond, a snapshot takes 100 to 200 products, each some four
     gradients of L in cost, about 30 vectors in float64 on the CPU, and the graph of one minibatch for two backward
@@ -63,8 +71,8 @@ class Curvature:
     >>> from devmon.snapshot import Snapshot
     >>> x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     >>> model = torch.nn.Linear(2, 1, bias=False)
-    >>> found = Curvature((x, model(x).detach()), loss=regression_loss, top=2)(Snapshot(0, model))
-    >>> found["eigenvalue"].values, found["trace"].item()  # H = XᵀX / n
+    >>> result = Curvature((x, model(x).detach()), loss=regression_loss, top=2)(Snapshot(0, model))
+    >>> result["eigenvalue"].values, result["trace"].item()  # H = XᵀX / n
     (array([2. , 0.5]), 2.5)
     """
 
@@ -91,7 +99,12 @@ class Curvature:
         size = hessian.shape[0]
         if self.top > size:
             raise InstrumentError(f"top must be from 1 to the {size} parameters, got {self.top}")
-        if size <= max(SMALL, self.top + 1):
+        result = Rows(["trace", "eigenvalue", "least"], "standard error over probes", kind="curvature", n=examples.n)
+        result.attrs |= {"parameters": size, "mask": "" if mask is None else str(mask)}
+
+        # a small Hessian is assembled, so that all is exact; of a large one Lanczos finds both ends of the spectrum,
+        # and random probes the trace of what the largest eigenvectors leave over
+        if size <= max(MAX_DENSE, self.top + 1):
             dense = hessian @ np.eye(size)
             hessian, vectors = aslinearoperator(dense), np.linalg.eigh((dense + dense.T) / 2)[1][:, ::-1]
             _scale(hessian, snapshot)
@@ -104,29 +117,19 @@ class Curvature:
             top, error = _values(hessian, vectors, self.top)
             least, least_error = _values(hessian, _extreme(hessian, 1, -2 * scale, self.tolerance, snapshot), 1)
             trace, trace_se = _trace(hessian, vectors, float(np.nansum(top)), self.probes, snapshot)
+
+        # a residual bounds the distance to an eigenvalue, which no standard error does: it has a name of its own
         largest = top[0] if top[0] > 0 else np.nan
-        units, bound = {"units": "loss per squared weight"}, "residual: an eigenvalue lies within it of"
-        rank = {"long_name": "trace of the Hessian / its largest eigenvalue", "units": "1"}
-        return xr.Dataset(
-            {
-                "eigenvalue": ("rank", top, {"long_name": "largest eigenvalues of the Hessian"} | units),
-                "eigenvalue_error": ("rank", error, {"long_name": f"{bound} eigenvalue"} | units),
-                "least": ((), least[0], {"long_name": "smallest eigenvalue of the Hessian"} | units),
-                "least_error": ((), least_error[0], {"long_name": f"{bound} least"} | units),
-                "trace": ((), trace, {"long_name": "trace of the Hessian"} | units),
-                "trace_se": ((), trace_se, {"long_name": "standard error over probes"} | units),
-                "effective_rank": ((), trace / largest, rank),
-                "effective_rank_se": ((), trace_se / largest, {"long_name": "that of the trace", "units": "1"}),
-            },
-            coords={"rank": np.arange(1, self.top + 1)},
-            attrs={
-                "kind": "curvature",
-                "n": examples.n,
-                "parameters": size,
-                "mask": "" if mask is None else str(mask),
-                "headline": ["trace", "eigenvalue", "least"],
-            },
-        )
+        units, bound = "loss per squared weight", "residual: an eigenvalue lies within it of"
+        result.put("eigenvalue", "rank", top, None, "largest eigenvalues of the Hessian", units=units)
+        result.put("eigenvalue_error", "rank", error, None, f"{bound} eigenvalue", units=units)
+        result.put("least", (), least[0], None, "smallest eigenvalue of the Hessian", units=units)
+        result.put("least_error", (), least_error[0], None, f"{bound} least", units=units)
+        result.put("trace", (), trace, trace_se, "trace of the Hessian", units=units)
+        rank, rank_se = trace / largest, trace_se / largest
+        label = "trace of the Hessian / its largest eigenvalue"
+        result.put("effective_rank", (), rank, rank_se, label, units="1", error="that of the trace")
+        return result.dataset(rank=np.arange(1, self.top + 1))
 
     def cost(self) -> Cost:
         """Of 100 Hessian products by Lanczos and one a probe, each two backward passes through one forward pass."""
@@ -184,7 +187,7 @@ def _second_derivative(flat: Flat, batch: Any, direction: torch.Tensor) -> torch
             along = [(slope * d).sum() for slope, d in pairs if slope is not None and slope.requires_grad]
             if not along:  # the loss is linear in all parameters
                 return torch.zeros_like(direction)
-            found = torch.autograd.grad(torch.stack(along).sum(), flat.parameters, allow_unused=True)
+            second = torch.autograd.grad(torch.stack(along).sum(), flat.parameters, allow_unused=True)
     except RuntimeError as error:
         if not any(word in str(error) for word in ("derivative for", "differentiate twice")):
             raise
@@ -192,7 +195,7 @@ def _second_derivative(flat: Flat, batch: Any, direction: torch.Tensor) -> torch
             f"Curvature needs second derivatives, and an operation of {type(flat.model).__name__} has none: {error}; "
             f"switch to a plain implementation of it (for attention 'eager' or 'sdpa')"
         ) from error
-    zipped = zip(found, flat.parameters, strict=True)
+    zipped = zip(second, flat.parameters, strict=True)
     return torch.cat([(torch.zeros_like(p) if f is None else f).reshape(-1) for f, p in zipped])
 
 
@@ -209,7 +212,7 @@ def _scale(hessian: LinearOperator, snapshot: Snapshot) -> float:
         if (size := float(np.linalg.norm(image))) == 0:
             return 1.0
     skew = abs(other @ image - vector @ (hessian @ other)) / size
-    if skew > SKEW:
+    if skew > MAX_SKEW:
         raise InstrumentError(
             f"the second derivatives are not symmetric (by {skew:.0%} of their norm): an operation, such as a fused or "
             f"custom kernel, has none of its own, or the curvature drowns in rounding; switch to a plain "

@@ -12,8 +12,19 @@ from torch import Tensor
 from devmon.anatomy import predictions
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
+
+LABELS = {  # of every variable over shots: long name, units, smallest change
+    "map_gain": ("loss with the answers handed round minus loss", "nats per answer", 0.1),
+    "score": ("loss of the answer with k examples minus loss without", "nats per answer", 0.1),
+    "score_reference": ("the same with the answers handed round", "nats per answer", None),
+    "loss": ("loss of the answer", "nats per answer", None),
+    "loss_reference": ("loss of the answer with the answers handed round", "nats per answer", None),
+    "accuracy": ("share of answers predicted right", "share", None),
+    "accuracy_reference": ("share predicted right with the answers handed round", "share", None),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +39,29 @@ class FewShot(ByContent):
     without `bos` and `exclude`; an example is x f(x), the query one of the k shown, at a random place among them. There
     is nothing to know about f but what the prompt says: without examples no model beats the log of the number of tokens
     that can be drawn by more than it knows which tokens those are.
-    Over `shots`: score = loss(k) - loss(0), *negative* where examples help; loss; accuracy, share of answers with the
-    highest logit, the thresholded twin. score_reference, loss_reference, accuracy_reference: the same prompts with the
-    answers of the examples handed round (the example that had answer i has answer i + 1, the last the first; with one
-    example, the answer of the next prompt's): the form of the task and its answers, without the map. Then
-    map_gain = loss_reference - loss, *positive* where the model reads the map. loss_zero is loss(0). `_se` over prompts.
+
+    The reference is the same prompts with the answers of the examples handed round (the example that had answer i has
+    answer i + 1, the last the first; with a single example, the answer of the next prompt's): the form of the task and
+    its answers, without the map.
+
+    - `map_gain` (shots), nats per answer: loss_reference - loss, *positive* where the model reads the map. Null: 0.
+    - `map_gain_se` (shots), nats per answer: its standard error over prompts.
+    - `score` (shots), nats per answer: loss(k) - loss(0), *negative* where examples help. Null: `score_reference`.
+    - `score_se` (shots), nats per answer: its standard error over prompts.
+    - `score_reference` (shots), nats per answer: loss_reference(k) - loss(0).
+    - `score_reference_se` (shots), nats per answer: its standard error over prompts.
+    - `loss` (shots), nats per answer: loss of the answer after k examples. Null: `loss_reference`.
+    - `loss_se` (shots), nats per answer: its standard error over prompts.
+    - `loss_reference` (shots), nats per answer: the same in the reference.
+    - `loss_reference_se` (shots), nats per answer: its standard error over prompts.
+    - `accuracy` (shots), share: share of answers with the highest logit, the thresholded twin of `loss`. Null:
+      `accuracy_reference`.
+    - `accuracy_se` (shots), share: its standard error over prompts.
+    - `accuracy_reference` (shots), share: the same in the reference.
+    - `accuracy_reference_se` (shots), share: its standard error over prompts.
+    - `loss_zero`, nats per answer: loss(0), of the query without examples.
+    - `loss_zero_se`, nats per answer: its standard error over prompts.
+
     Longer prompts put the query elsewhere, which moves the loss without any learning: the reference has the same
     positions, compare with it. Real tasks whose answers have a marginal distribution gain from shuffled answers too
     (Min et al. 2022, 2202.12837). The random-map task is solved by an induction head; loss(0) is that of one or two
@@ -60,8 +89,8 @@ class FewShot(ByContent):
             pairs = torch.as_tensor(self.pairs)
             if pairs.ndim != 3 or pairs.shape[1] <= shots[-1] or pairs.shape[2] < 2 or len(pairs) < 2:
                 raise DataError(
-                    f"FewShot needs pairs (prompt, example, pos) of two prompts, {shots[-1] + 1} examples and two tokens "
-                    f"at least, got {tuple(pairs.shape)}"
+                    f"FewShot needs pairs (prompt, example, pos) of two prompts, {shots[-1] + 1} examples and two "
+                    f"tokens at least, got {tuple(pairs.shape)}"
                 )
             flat = probe_tokens(pairs.flatten(1), "FewShot", "pairs")
             object.__setattr__(self, "pairs", flat.reshape(pairs.shape))
@@ -73,44 +102,29 @@ class FewShot(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         zero, _ = self._answers(snapshot, self._prompt(self._examples(self.shots[0])[:, -1:]))
-        found: dict[str, list[np.ndarray]] = {}
-        for k in self.shots:
-            examples = self._examples(k)
-            nats, hits = self._answers(snapshot, self._prompt(examples))
-            blind, blind_hits = self._answers(snapshot, self._prompt(_handed_round(examples)))
-            values = {
-                "map_gain": blind - nats,
-                "score": nats - zero,
-                "score_reference": blind - zero,
-                "loss": nats,
-                "loss_reference": blind,
-                "accuracy": hits,
-                "accuracy_reference": blind_hits,
-            }
-            for name, value in values.items():
-                found.setdefault(name, []).append(value)
-        long_name = {
-            "map_gain": "loss with the answers handed round minus loss",
-            "score": "loss of the answer with k examples minus loss without",
-            "score_reference": "the same with the answers handed round",
-            "loss": "loss of the answer",
-            "loss_reference": "loss of the answer with the answers handed round",
-            "accuracy": "share of answers predicted right",
-            "accuracy_reference": "share predicted right with the answers handed round",
+        each = [self._variables(snapshot, self._examples(k), zero) for k in self.shots]
+        weight = np.ones(len(zero))
+        result = Rows(headline=["score", "map_gain"], error="standard error over prompts")
+        for name, (long_name, units, change) in LABELS.items():
+            values = np.stack([variables[name] for variables in each], axis=1)  # (prompt, shots)
+            result.put(name, "shots", *clustered_mean(values, weight), long_name, units=units, smallest_change=change)
+        mean, se = clustered_mean(zero, weight)
+        result.put("loss_zero", (), mean, se, "loss of the answer without examples", units="nats per answer")
+        return result.dataset(shots=np.array(self.shots))
+
+    def _variables(self, snapshot: Snapshot, examples: Tensor, zero: np.ndarray) -> dict[str, np.ndarray]:
+        """All variables by prompt, (prompt,) each, from the loss `zero` of the same queries without examples."""
+        nats, hits = self._answers(snapshot, self._prompt(examples))
+        blind, blind_hits = self._answers(snapshot, self._prompt(_handed_round(examples)))
+        return {
+            "map_gain": blind - nats,
+            "score": nats - zero,
+            "score_reference": blind - zero,
+            "loss": nats,
+            "loss_reference": blind,
+            "accuracy": hits,
+            "accuracy_reference": blind_hits,
         }
-        dataset = xr.Dataset(coords={"shots": np.array(self.shots)}, attrs={"headline": ["score", "map_gain"]})
-        for name, each in found.items():
-            mean, se = clustered_mean(np.stack(each, axis=1), np.ones(len(zero)))
-            units = {"units": "share" if name.startswith("accuracy") else "nats per answer"}
-            dataset[name] = ("shots", mean, {"long_name": long_name[name]} | units)
-            dataset[f"{name}_se"] = ("shots", se, {"long_name": "standard error over prompts"} | units)
-        for name in ("score", "map_gain"):
-            dataset[name].attrs["smallest_change"] = 0.1
-        mean, se = clustered_mean(zero, np.ones(len(zero)))
-        units = {"units": "nats per answer"}
-        dataset["loss_zero"] = ((), float(mean), {"long_name": "loss of the answer without examples"} | units)
-        dataset["loss_zero_se"] = ((), float(se), {"long_name": "standard error over prompts"} | units)
-        return dataset
 
     def cost(self) -> Cost:
         """Of prompts as long as that with the most examples; shorter ones are less."""
@@ -141,8 +155,8 @@ class FewShot(ByContent):
 
     def _answers(self, snapshot: Snapshot, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Loss and hit of the last token of each prompt."""
-        found = predictions(snapshot, tokens, type(self).__name__, self.batch_size)
-        nats, hits = (each[:, -1].double().numpy() for each in found)
+        both = predictions(snapshot, tokens, type(self).__name__, self.batch_size)
+        nats, hits = (each[:, -1].double().numpy() for each in both)
         return nats, hits
 
 

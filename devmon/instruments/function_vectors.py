@@ -13,38 +13,59 @@ from devmon.anatomy import Anatomy, Layout, activations
 from devmon.anatomy.patching import run_patched
 from devmon.cost import Cost
 from devmon.data import ByContent, minibatches
-from devmon.data.shares import FLOOR, signal
+from devmon.data.rows import Rows
+from devmon.data.shares import MIN_SIGNAL, signal
 from devmon.data.symbol_tasks import TaskPrompts
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot
 
-NO_GAIN = f"NaN where the examples do not help: gain not above {FLOOR:g} of its standard errors"
+NO_GAIN = f"NaN where the examples do not help: gain not above {MIN_SIGNAL:g} of its standard errors"
+SCREENED = f"{NO_GAIN}; NaN where attribution screened it out"
+LABELS = {  # of every effect of a head: long name, units, smallest change, when it is NaN
+    "p_effect": ("probability of the answer gained by the head's mean over the task", "probability", None, SCREENED),
+    "logit_effect": ("logit of the answer gained by the head's mean over the task", "nats", 0.2, SCREENED),
+    "p_effect_null": ("the same with the mean over shuffled prompts", "probability", None, SCREENED),
+    "logit_effect_null": ("the same with the mean over shuffled prompts", "nats", None, SCREENED),
+    "logit_attribution": ("logit of the answer gained, to first order", "nats", None, NO_GAIN),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class FunctionVectorHeads(ByContent):
-    """The average indirect effect of each head: its mean output over prompts of a task, put into prompts that do not
-    show the task (Todd et al. 2024, 2310.15213).
+    """The average indirect effect of each head: its mean output over prompts of a task, put into prompts of no task.
 
     `tasks` are prompts that show a task by examples, the same prompts with shuffled labels, and the right answers
-    (`devmon.data.symbol_tasks`). Half of the prompts of each task make the mean of z, what the head writes before W_O,
-    at the last place; it takes the place of z at the last place of the shuffled prompts of the other half, so that no
-    prompt helps to answer itself. Over (layer, head), means over these prompts of all tasks, with `_se` over prompts:
-    p_effect: p(answer | shuffled, mean put in) - p(answer | shuffled), in [-1, 1], theirs;
-    logit_effect: the same of the logit of the answer minus the mean logit over the vocabulary, nats: p moves little
-    where it is near 0 or 1, the logit everywhere (read it first, over time);
-    p_effect_null, logit_effect_null: the same with the mean over *shuffled* prompts put in: what any mean does;
-    logit_attribution: slope of that logit at z · (mean - z), attribution patching: the first order of logit_effect,
-    which screens: the `exact` heads with the largest absolute value are measured, the others are NaN.
-    gain: log p(answer | prompt) - log p(answer | shuffled), nats, with `_se`: what the examples are worth; all effects
-    are NaN where it is not above 3 of its standard errors, for then there is no task to carry.
+    (`devmon.data.symbol_tasks`; Todd et al. 2024, 2310.15213). Half of the prompts of each task make the mean of z,
+    what the head writes before W_O, at the last place; it takes the place of z at the last place of the shuffled
+    prompts of the other half, so that no prompt helps to answer itself. Effects are means over these prompts of all
+    tasks.
+
+    - `gain`, nats: log p(answer | prompt) - log p(answer | shuffled), what the examples are worth; all effects are NaN
+      where it is not above 3 of its standard errors, for then there is no task to carry.
+    - `gain_se`, nats: its standard error over prompts.
+    - `p_effect` (layer, head), probability: p(answer | shuffled, mean put in) - p(answer | shuffled), in [-1, 1], that
+      of the paper. Null: `p_effect_null`.
+    - `p_effect_se` (layer, head), probability: its standard error over prompts.
+    - `logit_effect` (layer, head), nats: the same of the logit of the answer minus the mean logit over the vocabulary:
+      p moves little where it is near 0 or 1, the logit everywhere (read it first, over time). Null:
+      `logit_effect_null`.
+    - `logit_effect_se` (layer, head), nats: its standard error over prompts.
+    - `p_effect_null` (layer, head), probability: `p_effect` with the mean over *shuffled* prompts put in: what any mean
+      does.
+    - `p_effect_null_se` (layer, head), probability: its standard error over prompts.
+    - `logit_effect_null` (layer, head), nats: the same for `logit_effect`.
+    - `logit_effect_null_se` (layer, head), nats: its standard error over prompts.
+    - `logit_attribution` (layer, head), nats: slope of that logit at z · (mean - z), attribution patching: the first
+      order of `logit_effect`, which screens: the effects of the `exact` heads with the largest absolute value are
+      measured, those of the others are NaN.
+    - `logit_attribution_se` (layer, head), nats: its standard error over prompts.
 
     Heads that attend to the answer in the prompt and copy it (`query="shown"`) have a mean of all answers, and score
     little: that is meant (Yin & Steinhardt 2502.14010 on how these heads and induction heads differ). Tasks that share
     an output (a language, a category) leak: a mean can raise all outputs of the set without telling the task; compare
     p_effect with the share of the answers in the set. Errors are over prompts, not over tasks. Cost: 2 passes of all
-    prompts, half a pass forward and back, 1 for each of `exact` heads.
-    Raises InstrumentError for models whose heads are not known or whose vocabulary is too small, DataError for settings.
+    prompts, half a pass forward and back, 1 for each of `exact` heads. Raises InstrumentError for models whose heads
+    are not known or whose vocabulary is too small, DataError for settings.
     """
 
     tasks: TaskPrompts
@@ -80,51 +101,37 @@ class FunctionVectorHeads(ByContent):
         base = _scores(blind_output[measured], tasks.answer[measured])
         with_examples = _scores(shown_output[measured], tasks.answer[measured])
         gain, gain_se, there = signal(with_examples["log_p"] - base["log_p"])
+
+        # the mean of each head over prompts that show the task, and over shuffled ones, which say what any mean does
         last = [
             {layer: reads["z", layer][:, -1] for layer in range(anatomy.layers)} for reads in (shown, blind)
         ]  # (prompt, head, d_head)
         means = [[self._means(z[layer], made)[measured] for layer in range(anatomy.layers)] for z in last]
+
+        # a gradient for all heads says which are worth a pass of their own; without a gain there is nothing to measure
         guess = self._attribution(anatomy, measured, means[0])
         shape = (anatomy.layers, anatomy.heads)
-        chosen = np.argsort(-np.abs(guess.mean(0)).ravel(), kind="stable")[: self.exact]
-        effects = {
-            f"{name}_effect{null}": np.full((len(measured), *shape), np.nan)
-            for null in ("", "_null")
-            for name in ("p", "logit")
-        }
-        for at in chosen if there else []:
+        chosen = np.argsort(-np.abs(guess.mean(0)).ravel(), kind="stable")[: self.exact if there else 0]
+        effects = {name: np.full((len(measured), *shape), np.nan) for name in LABELS}
+        for at in chosen:
             layer, head = (int(i) for i in np.unravel_index(at, shape))
             for null, mean in zip(("", "_null"), means, strict=True):
-                found = self._put(anatomy, measured, layer, head, mean[layer])
+                put_in = self._put(anatomy, measured, layer, head, mean[layer])
                 for name in ("p", "logit"):
-                    effects[f"{name}_effect{null}"][:, layer, head] = found[name] - base[name]
-        dims = ("layer", "head")
-        dataset = xr.Dataset(
-            coords={"layer": np.arange(anatomy.layers), "head": np.arange(anatomy.heads)},
-            attrs={"headline": ["gain", "logit_effect"]},
-        )
+                    effects[f"{name}_effect{null}"][:, layer, head] = put_in[name] - base[name]
+        if there:
+            effects["logit_attribution"] = guess
+
+        result = Rows(headline=["gain", "logit_effect"], error="standard error over prompts")
         if not there:
-            dataset.attrs["below_floor"] = NO_GAIN
-        about = {"long_name": "log-probability of the answer: with examples minus with shuffled ones", "units": "nats"}
-        dataset["gain"] = ((), gain, about | {"smallest_change": 0.1})
-        dataset["gain_se"] = ((), gain_se, {"long_name": "standard error over prompts", "units": "nats"})
-        effects["logit_attribution"] = guess if there else np.full_like(guess, np.nan)
-        names = {
-            "p_effect": ("probability of the answer gained by the head's mean over the task", "probability"),
-            "logit_effect": ("logit of the answer gained by the head's mean over the task", "nats"),
-            "p_effect_null": ("the same with the mean over shuffled prompts", "probability"),
-            "logit_effect_null": ("the same with the mean over shuffled prompts", "nats"),
-            "logit_attribution": ("logit of the answer gained, to first order", "nats"),
-        }
-        for name, (long_name, units) in names.items():
-            reason = NO_GAIN if name == "logit_attribution" else f"{NO_GAIN}; NaN where attribution screened it out"
-            about = {"long_name": long_name, "units": units, "nan": reason}
-            about |= {"smallest_change": 0.2} if name == "logit_effect" else {}  # type: ignore[dict-item]
+            result.attrs["below_floor"] = NO_GAIN
+        label = "log-probability of the answer: with examples minus with shuffled ones"
+        result.put("gain", (), gain, gain_se, label, units="nats", smallest_change=0.1)
+        for name, (long_name, units, change, nan) in LABELS.items():
             values = effects[name]
-            dataset[name] = (dims, values.mean(0), about)
-            about = {"long_name": "standard error over prompts", "units": units}
-            dataset[f"{name}_se"] = (dims, values.std(0, ddof=1) / np.sqrt(len(values)), about)
-        return dataset
+            mean, se = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
+            result.put(name, ("layer", "head"), mean, se, long_name, units=units, smallest_change=change, nan=nan)
+        return result.dataset(layer=np.arange(anatomy.layers), head=np.arange(anatomy.heads))
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         """The prompts that make the means, and those that are measured: the first and second half of each task."""
@@ -154,9 +161,9 @@ class FunctionVectorHeads(ByContent):
                 answer = self.tasks.answer[here].to(last.device)
                 wanted = last.gather(1, answer[:, None])[:, 0] - last.mean(1)
                 sites = [("z", layer) for layer in range(anatomy.layers)]
-                found = torch.autograd.grad(wanted.sum(), [reads[site] for site in sites], allow_unused=True)
+                slopes = torch.autograd.grad(wanted.sum(), [reads[site] for site in sites], allow_unused=True)
             layers = []
-            for site, slope in zip(sites, found, strict=True):
+            for site, slope in zip(sites, slopes, strict=True):
                 z = reads[site].detach()[:, -1].double()
                 steep = torch.zeros_like(z) if slope is None else slope[:, -1].double()
                 layers.append(((mean[site[1]][rows].double() - z) * steep).sum(-1))

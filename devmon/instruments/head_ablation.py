@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, activations, next_token
-from devmon.anatomy.anatomy import Site, Write
+from devmon.anatomy.sites import Site, Write
 from devmon.cost import Cost
-from devmon.data import ByContent, RepeatProbe, clustered_mean, minibatches, probe_tokens, repeats
+from devmon.data import ByContent, RepeatProbe, clustered_mean, minibatches, probe_tokens
+from devmon.data.repeats import OnRepeats
+from devmon.data.rows import Rows
 from devmon.data.shares import NO_SIGNAL, share, signal
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
@@ -25,7 +27,7 @@ Heads = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class HeadAblation(ByContent):
+class HeadAblation(ByContent, OnRepeats):
     """The loss and the repeat gain without a group of heads, minus the same without matched random groups of heads.
 
     Ablated is z, what a head writes before W_O, at every place: `how="resample"` puts there what the same head has in
@@ -33,35 +35,42 @@ class HeadAblation(ByContent):
     over the other sequences, at that place. Both stay near what the rest of the model is used to, which zeros do not.
 
     The group is `heads`, pairs (layer, head), or, without it, the heads whose prefix matching (`InductionHeads`) is at
-    least `threshold`, or the one best head where there are none, or the `top` best; one head of a layer is always left
+    least `threshold`, or the best head where there are none, or the `top` best; one head of a layer is always left
     out. It is chosen anew on every snapshot: one half of the repeat probe (`devmon.data.repeats`) chooses, the other
     half measures. A matched random group has as many heads in each layer, none of them of the group (all that are
     left, where the group takes more than half of a layer: compare `size` and `size_random`); `groups` of them are drawn
     without repetition by `seed`, or all are taken where there are no more.
-    All of the following are one number each, with `_se` over sequences, that of means over random groups with the
-    spread of the draw, but for the last three:
-    delta_loss: loss without the group - loss, nats per token, on `tokens` (batch, pos) such as text, or on the probe;
-    delta_loss_random: the mean over random groups; excess_loss: the difference of the two, 0 for heads like all others;
-    gain: the loss of the first copy minus that of the second, nats per token (`RepeatGain`), with all heads;
-    gain_lost: gain - gain without the group; gain_share = gain_lost / gain; gain_share_random: the mean over random
-    groups. 0: the repeats are predicted as well as before; 1: the second copy no better than the first; above 1, as
-    resampling can do: worse, for the heads now copy from elsewhere. NaN where the gain is within 3 standard errors of 0.
-    gain_share_by_group(group): the random groups one by one, NaN where there are fewer; in_group(layer, head): 1 for
-    heads of the group; size, size_random: heads in the group and in a random one; prefix_matching(layer, head): what chose them, attention in [0, 1], where the instrument chose.
 
-    A head whose loss others make up for (self-repair, McGrath et al. 2307.15771) shows less than it does. A group chosen
-    by attention may hold heads that attend and do nothing. A group chosen by threshold grows with training: changes of
-    `size` make steps in the rest; `top` or `heads` keep it fixed. Cost: 4 + `groups` passes of half of the probe.
-    Raises InstrumentError for heads that the model lacks, for a group that takes all heads of a layer, and for models
-    without attention patterns or a known layout, DataError for settings that cannot be used.
+    - `prefix_matching` (layer, head), attention: what chose the group, in [0, 1]; where the instrument chooses.
+    - `in_group` (layer, head), 1: 1 for the heads of the group.
+    - `size`, 1: the heads in the group.
+    - `size_random`, 1: the heads in a random group.
+    - `delta_loss`, nats per token: loss without the group - loss, on `tokens` (batch, pos) such as text, or on the
+      probe. Null: `delta_loss_random`.
+    - `delta_loss_se`, nats per token: its standard error over sequences.
+    - `delta_loss_random`, nats per token: the same, mean over random groups.
+    - `delta_loss_random_se`, nats per token: its standard error over sequences and over the draw of groups.
+    - `excess_loss`, nats per token: delta_loss - delta_loss_random, 0 for heads like all others. Null: 0.
+    - `excess_loss_se`, nats per token: its standard error over sequences and over the draw of groups.
+    - `gain`, nats per token: the loss of the first copy minus that of the second (`RepeatGain`), with all heads.
+    - `gain_se`, nats per token: its standard error over sequences.
+    - `gain_lost`, nats per token: gain - gain without the group.
+    - `gain_lost_se`, nats per token: its standard error over sequences.
+    - `gain_share`, share: gain_lost / gain. 0: the repeats are predicted as well as before; 1: the second copy no
+      better than the first; above 1, as resampling can do: worse, for the heads now copy from elsewhere. NaN where the
+      gain is within 3 standard errors of 0. Null: `gain_share_random`.
+    - `gain_share_se`, share: its standard error over sequences.
+    - `gain_share_random`, share: the same, mean over random groups.
+    - `gain_share_random_se`, share: its standard error over sequences and over the draw of groups.
+    - `gain_share_by_group` (group), share: each of the random groups, NaN where there are fewer.
+
+    A head whose loss others make up for (self-repair, McGrath et al. 2307.15771) shows less than it does. A group
+    chosen by attention may hold heads that attend and do nothing. A group chosen by threshold grows with training:
+    changes of `size` make steps in the rest; `top` or `heads` keep it fixed. Cost: 4 + `groups` passes of half of the
+    probe. Raises InstrumentError for heads that the model lacks, for a group that takes all heads of a layer, and for
+    models without attention patterns or a known layout, DataError for settings that cannot be used.
     """
 
-    vocab_size: int
-    sequences: int = 64
-    length: int = 64
-    seed: int = 0
-    bos: int | None = None
-    exclude: tuple[int, ...] = ()
     heads: Heads | None = None
     threshold: float = 0.3
     top: int | None = None
@@ -97,97 +106,72 @@ class HeadAblation(ByContent):
         return Cost(forwards=forwards + math.ceil(text / self.length), positions=self.length)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        who = type(self).__name__
+        who, probe, half = type(self).__name__, self._repeats, self.sequences // 2
         anatomy = Anatomy(snapshot.model, self.layout, who)
-        probe = repeats(self.vocab_size, self.sequences, self.length, self.seed, self.bos, self.exclude)
-        half = self.sequences // 2
-        dataset = xr.Dataset(
-            coords={
-                "layer": np.arange(anatomy.layers),
-                "head": np.arange(anatomy.heads),
-                "group": np.arange(self.groups),
-            },
-            attrs={"headline": ["gain_share", "excess_loss"], "how": self.how},
-        )
-        dims = ("layer", "head")
-        if self.heads is None:
-            found = prefix_matching(anatomy, probe, slice(half), self.batch_size)
-            about = {"long_name": "attention to the place after the last match, on the choosing half"}
-            dataset["prefix_matching"] = (dims, found, about | {"units": "attention"})
-            group = _highest(found, self.threshold, self.top, who)
-        else:
-            group = self.heads
-            if any(not (0 <= layer < anatomy.layers and 0 <= head < anatomy.heads) for layer, head in group):
-                raise InstrumentError(
-                    f"{who}: heads={group} are not all in the {anatomy.layers} layers of {anatomy.heads} heads of "
-                    f"{type(snapshot.model).__name__}"
-                )
+        result = Rows(headline=["gain_share", "excess_loss"], error="standard error", how=self.how)
+
+        # the half that chooses the group does not measure it: the best of many heads is better by chance where it won
+        group = self._group(result, anatomy, probe, slice(half))
         matched, possible = self._matched(group, anatomy.heads)
-        chosen = np.zeros((anatomy.layers, anatomy.heads), np.int64)
-        chosen[tuple(np.array(group).T)] = 1
-        dataset["in_group"] = (dims, chosen, {"long_name": "1 for the heads of the group", "units": "1"})
+        result.put("size", (), len(group), None, "heads in the group", units="1")
+        result.put("size_random", (), len(matched[0]), None, "heads in a random group", units="1")
 
-        for name, size in (("size", len(group)), ("size_random", len(matched[0]))):
-            dataset[name] = (
-                (),
-                size,
-                {"long_name": f"heads in {'a random' if 'r' in name else 'the'} group", "units": "1"},
-            )
-
-        runs = [(), group, *matched]
-        measured = slice(half, self.sequences)
+        # the model as it is first, then without the group, then without each random group
+        runs, measured = [(), group, *matched], slice(half, self.sequences)
         nats = self._losses(snapshot, probe.tokens[measured], runs)  # (run, batch, pos - 1)
         gains, counts = _gains(nats, probe, measured)
         if self.tokens is not None:
             nats = self._losses(snapshot, self.tokens, runs)
-        losses, tokens = nats.sum(2), np.full(nats.shape[1], nats.shape[2])
+        _put_losses(result, nats, possible)
+        self._put_gains(result, gains, counts, possible)
+        return result.dataset(
+            layer=np.arange(anatomy.layers), head=np.arange(anatomy.heads), group=np.arange(self.groups)
+        )
 
-        def put(name: str, pair: tuple[Any, Any], long_name: str, units: str, **more: object) -> None:
-            dataset[name] = ((), float(pair[0]), {"long_name": long_name, "units": units, **more})
-            dataset[f"{name}_se"] = ((), float(pair[1]), {"long_name": "standard error", "units": units})
+    def _group(self, result: Rows, anatomy: Anatomy, probe: RepeatProbe, rows: slice) -> Heads:
+        """The heads to ablate: those given, or those whose prefix matching on these sequences is highest."""
+        dims = ("layer", "head")
+        if self.heads is None:
+            matching = prefix_matching(anatomy, probe, rows, self.batch_size)
+            label = "attention to the place after the last match, on the choosing half"
+            result.put("prefix_matching", dims, matching, None, label, units="attention")
+            group = _highest(matching, self.threshold, self.top, anatomy.who)
+        else:
+            group = self.heads
+            if any(not (0 <= layer < anatomy.layers and 0 <= head < anatomy.heads) for layer, head in group):
+                raise InstrumentError(
+                    f"{anatomy.who}: heads={group} are not all in the {anatomy.layers} layers of {anatomy.heads} heads "
+                    f"of {type(anatomy.model).__name__}: give pairs (layer, head) of this model"
+                )
+        chosen = np.zeros((anatomy.layers, anatomy.heads), np.int64)
+        chosen[tuple(np.array(group).T)] = 1
+        result.put("in_group", dims, chosen, None, "1 for the heads of the group", units="1")
+        return group
 
-        each = (losses[2:] - losses[0]).sum(1) / tokens.sum()
-        own, random = losses[1] - losses[0], (losses[2:] - losses[0]).mean(0)
-        of_draw = _variance(each, possible)
-        put("delta_loss", _mean(own, tokens), "loss without the group minus loss", "nats per token")
-        put(
-            "delta_loss_random",
-            _mean(random, tokens, of_draw),
-            "the same, mean over matched random groups",
-            "nats per token",
-        )
-        put(
-            "excess_loss",
-            _mean(own - random, tokens, of_draw),
-            "loss without the group minus loss without a random group",
-            "nats per token",
-            smallest_change=0.05,
-        )
-        put("gain", _mean(gains[0], counts), "repeat gain with all heads", "nats per token")
-        put("gain_lost", _mean(gains[0] - gains[1], counts), "repeat gain lost with the group", "nats per token")
-        of_groups = np.array([share(gains[0] - other, gains[0])[0] for other in gains[2:]])
-        mean, se = share(gains[0] - gains[2:].mean(0), gains[0])
-        reason = {"nan": NO_SIGNAL}
-        lost = share(gains[0] - gains[1], gains[0])
-        put("gain_share", lost, "share of the gain that the group carries", "share", smallest_change=0.1, **reason)
-        put(
-            "gain_share_random",
-            (mean, np.sqrt(se**2 + _variance(of_groups, possible))),
-            "the same, mean over matched random groups",
-            "share",
-            **reason,
-        )
+    def _put_gains(self, result: Rows, gains: np.ndarray, counts: np.ndarray, possible: int) -> None:
+        """From sums (run, sequence) of the repeat gain, and the tokens (sequence,) they are over."""
+        whole, lost = gains[0], gains[0] - gains[1:]
+        units = "nats per token"
+        result.put("gain", (), *_mean(whole, counts), "repeat gain with all heads", units=units)
+        result.put("gain_lost", (), *_mean(lost[0], counts), "repeat gain lost with the group", units=units)
+
+        # shares of the gain; that of random groups also has the error of having drawn these groups and not others
+        of_groups = np.array([share(each, whole)[0] for each in lost[1:]])
+        mean, se = share(whole - gains[2:].mean(0), whole)
+        se = np.sqrt(se**2 + _variance(of_groups, possible))
+        label = "share of the gain that the group carries"
+        own = share(lost[0], whole)
+        result.put("gain_share", (), *own, label, units="share", smallest_change=0.1, nan=NO_SIGNAL)
+        label = "the same, mean over matched random groups"
+        result.put("gain_share_random", (), mean, se, label, units="share", nan=NO_SIGNAL)
+
         padded = np.full(self.groups, np.nan)
         padded[: len(of_groups)] = of_groups
-        about = {"long_name": "share of the gain that a random group carries", "units": "share"}
-        dataset["gain_share_by_group"] = (
-            "group",
-            padded,
-            about | {"nan": f"{NO_SIGNAL}; NaN beyond the number of possible groups"},
-        )
-        if not signal(gains[0])[2]:
-            dataset.attrs["below_floor"] = "the gain is within 3 standard errors of 0: no shares of it"
-        return dataset
+        label = "share of the gain that a random group carries"
+        fewer = f"{NO_SIGNAL}; NaN beyond the number of possible groups"
+        result.put("gain_share_by_group", "group", padded, None, label, units="share", nan=fewer)
+        if not signal(whole)[2]:
+            result.attrs["below_floor"] = "the gain is within 3 standard errors of 0: no shares of it"
 
     def _matched(self, group: Heads, heads: int) -> tuple[list[Heads], int]:
         """The random groups, and how many there could be."""
@@ -201,6 +185,8 @@ class HeadAblation(ByContent):
                 )
             choices.append((layer, others, min(len(own), len(others))))
         possible = math.prod(math.comb(len(others), size) for _, others, size in choices)
+
+        # all groups where there are no more than asked for, else different ones at random
         if possible <= self.groups:
             sets = itertools.product(*(itertools.combinations(others, size) for _, others, size in choices))
             return [
@@ -221,9 +207,8 @@ class HeadAblation(ByContent):
         """Nats (group, batch, pos - 1) of the next token, with each group of heads ablated."""
         who = type(self).__name__
         layers = sorted({layer for group in groups for layer, _ in group})
-        _, reads = activations(
-            snapshot, tokens, [("z", layer) for layer in layers], who, self.layout, self.batch_size
-        )  # before the model is touched
+        sites = [("z", layer) for layer in layers]
+        _, reads = activations(snapshot, tokens, sites, who, self.layout, self.batch_size)  # before any head is swapped
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "HeadAblation", "donors"))
         order = torch.randperm(len(tokens), generator=generator)
         donor = torch.empty_like(order)
@@ -255,7 +240,7 @@ def prefix_matching(anatomy: Anatomy, probe: RepeatProbe, rows: slice, batch_siz
         ahead = (torch.arange(query.shape[1]) - period[:, None]).clamp(min=0) + 1  # (batch, q)
         for_all = ahead[:, None, :, None].expand(-1, anatomy.heads, -1, 1)
         seen = [reads["pattern", layer].cpu().double().gather(-1, for_all)[..., 0] for layer in range(anatomy.layers)]
-        total = total + torch.stack([(one * query[:, None]).sum((0, 2)) for one in seen])
+        total = total + torch.stack([(weight * query[:, None]).sum((0, 2)) for weight in seen])
     assert isinstance(total, Tensor)
     return (total / probe.query[rows].sum()).numpy()
 
@@ -265,8 +250,8 @@ def _highest(score: np.ndarray, threshold: float, top: int | None, who: str) -> 
     layers, heads = score.shape
     if (1 if top is None else top) > layers * (heads - 1):
         raise InstrumentError(
-            f"{who} leaves a head in every layer to compare with: this model of {layers} layers of {heads} heads allows "
-            f"top <= {layers * (heads - 1)}, got {top or 1}"
+            f"{who} leaves a head in every layer to compare with: this model of {layers} layers of {heads} heads "
+            f"allows top <= {layers * (heads - 1)}, got {top or 1}"
         )
     chosen: list[tuple[int, int]] = []
     for index in np.argsort(-score.ravel(), kind="stable"):
@@ -293,6 +278,19 @@ def _gains(nats: np.ndarray, probe: RepeatProbe, rows: slice) -> tuple[np.ndarra
     before = (torch.arange(nats.shape[2]) - period[:, None]).clamp(min=0).numpy()
     first = np.take_along_axis(nats, np.broadcast_to(before, nats.shape), axis=2)
     return ((first - nats) * counted).sum(2), counted.sum(1)
+
+
+def _put_losses(result: Rows, nats: np.ndarray, possible: int) -> None:
+    """From nats (run, batch, pos - 1): as it is, without the group, without each random group out of `possible`."""
+    losses, tokens = nats.sum(2), np.full(nats.shape[1], nats.shape[2])
+    own, random = losses[1] - losses[0], (losses[2:] - losses[0]).mean(0)
+    of_draw = _variance((losses[2:] - losses[0]).sum(1) / tokens.sum(), possible)
+    units, label = "nats per token", "loss without the group minus loss"
+    result.put("delta_loss", (), *_mean(own, tokens), label, units=units)
+    random_mean, label = _mean(random, tokens, of_draw), "the same, mean over matched random groups"
+    result.put("delta_loss_random", (), *random_mean, label, units=units)
+    excess, label = _mean(own - random, tokens, of_draw), "loss without the group minus loss without a random group"
+    result.put("excess_loss", (), *excess, label, units=units, smallest_change=0.05)
 
 
 def _variance(each: np.ndarray, possible: int) -> float:

@@ -13,36 +13,61 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout
 from devmon.cost import Cost
 from devmon.data import clustered_mean, minibatches
+from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
-FLOOR = 1e-6  # Σ|λ| / Σs under which the eigenvalues are those of rounding
-CHUNK = 4096  # tokens of a product over the vocabulary
+ROUNDING = 1e-6  # Σ|λ| / Σs under which eigenvalues are those of rounding; larger, and true but weak circuits are NaN
+TOKENS_AT_ONCE = 4096  # of a product over the vocabulary in float64: memory, not numbers
+RIVALS = 2048  # tokens that a token's own entry must beat before it is compared with all: time, not numbers
 SCORES = ("copying", "copying_singular", "matching", "matching_singular")
-PART = 2048  # of the vocabulary, that a token's own entry must beat before it is compared with all
+LABELS = {  # long name, units, smallest change, NaN where
+    "copying": ("Re Σλ / Σ|λ| of the OV circuit", "1", 0.1, "the circuit is zero, or has no eigenvalues but zeros"),
+    "copying_singular": ("Re Σλ / Σs of the OV circuit", "1", None, "the circuit is zero"),
+    "matching": ("Re Σλ / Σ|λ| of the QK circuit", "1", 0.1, "the circuit is zero, or has no eigenvalues but zeros"),
+    "matching_singular": ("Re Σλ / Σs of the QK circuit", "1", None, "the circuit is zero"),
+    "ov_rank": ("effective rank of W_V W_O", "dimensions", None, "the circuit is zero"),
+    "qk_rank": ("effective rank of W_Q W_Kᵀ", "dimensions", None, "the circuit is zero"),
+    "copy_rate": ("share of tokens that the OV circuit copies first", "share", None, "the circuit is zero"),
+    "copy_rate_se": ("standard error over tokens", "share", None, "the circuit is zero"),
+    "copy_z": ("a token's own entry in its row of the OV circuit", "standard deviations", 0.5, "the circuit is zero"),
+    "copy_z_se": ("standard error over tokens", "standard deviations", None, "the circuit is zero"),
+    "positional_share": ("share of attention-score variance that places make", "share", None, "the circuit is zero"),
+}
 
 
 @dataclass(frozen=True)
 class HeadSpectra:
-    """Eigenvalues and singular values of the OV and QK circuits of every head (Elhage et al. 2021, A Mathematical
-    Framework for Transformer Circuits: "copying" from the eigenvalues of the full OV circuit).
+    """Eigenvalues and singular values of the OV and QK circuits of every head: which tokens it copies and matches.
 
     OV = W_E W_V W_O W_U and QK = W_E W_Q W_Kᵀ W_Eᵀ, both (vocab, vocab) of rank d_head, with eigenvalues λ and singular
-    values s. XY and YX have the same eigenvalues but for zeros, so all is computed at size d_head.
-    copying(layer, head) = Re Σλ / Σ|λ| of OV, in [−1, 1]: 1 where attending to any combination of tokens raises that
-    same combination, −1 where it lowers it, about 0 for a random head. The circuits are not normal, eigenvalues may say
-    little of what they do to a vector, hence copying_singular = Re Σλ / Σs, whose absolute value is never larger, 1 for
-    a symmetric positive OV alone. matching, matching_singular: the same of QK, 1 where a token attends to itself.
-    ov_rank, qk_rank(layer, head): (Σs)² / Σs² of W_V W_O and W_Q W_Kᵀ, effective ranks from 1 to d_head.
-    copy_rate(layer, head): share of tokens t whose row t of OV is largest at t itself, over `sample` tokens drawn by
-    `seed` (all of a smaller vocabulary), with `_se` over tokens; copy_z, its continuous twin: the entry at t in standard
-    deviations of its row above the row's mean, mean over tokens, with `_se`; rows of zeros count as 0 in both.
-    positional_share(layer, head), of models that add learned positions to their embeddings: with a query q = (e + p) W_Q
-    of a random token at a random place, P = E_q Var_j[q · p_j W_K] over places j < `length` and T = E_q Var_t[q · e_t W_K]
-    over the sampled tokens, the share P / (P + T) of the variance of attention scores over keys that their place makes:
-    1 for a head that looks at places, 0 for one that looks at tokens. NaN for rotary and other positions, with the reason.
-    null(score), null_sd(score): mean and standard deviation of the four scores for 64 Gaussian heads of the same shape
-    between this model's embedding and unembedding; copy_chance = 1 / vocab.
+    values s (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits: "copying" from the eigenvalues of
+    the full OV circuit). XY and YX have the same eigenvalues but for zeros, so all is computed at size d_head.
+
+    - `copying` (layer, head), 1: Re Σλ / Σ|λ| of OV, in [−1, 1]: 1 where attending to any combination of tokens raises
+      that same combination, −1 where it lowers it, about 0 for a random head. Null: `null`.
+    - `copying_singular` (layer, head), 1: Re Σλ / Σs of OV, whose absolute value is never larger, 1 for a symmetric
+      positive OV alone: the circuits are not normal, eigenvalues may say little of what they do to a vector. Null:
+      `null`.
+    - `matching` (layer, head), 1: Re Σλ / Σ|λ| of QK, 1 where a token attends to itself. Null: `null`.
+    - `matching_singular` (layer, head), 1: Re Σλ / Σs of QK. Null: `null`.
+    - `ov_rank` (layer, head), dimensions: (Σs)² / Σs² of W_V W_O, an effective rank from 1 to d_head.
+    - `qk_rank` (layer, head), dimensions: the same of W_Q W_Kᵀ.
+    - `copy_rate` (layer, head), share: of tokens t whose row t of OV is largest at t itself, over `sample` tokens drawn
+      by `seed` (all of a smaller vocabulary); rows of zeros count as 0. Null: `copy_chance`.
+    - `copy_rate_se` (layer, head), share: its standard error over tokens.
+    - `copy_z` (layer, head), standard deviations: its continuous twin: the entry at t in standard deviations of its row
+      above the row's mean, mean over tokens; rows of zeros count as 0. Null: 0.
+    - `copy_z_se` (layer, head), standard deviations: its standard error over tokens.
+    - `positional_share` (layer, head), share: P / (P + T), the share of the variance of attention scores over keys that
+      their place makes, in models that add learned positions to their embeddings: 1 for a head that looks at places, 0
+      for a head that looks at tokens. With a query q = (e + p) W_Q of a random token at a random place, P = E_q Var_j[q
+      · p_j W_K] over places j < `length` and T = E_q Var_t[q · e_t W_K] over the sampled tokens. NaN for rotary and
+      other positions, with the reason.
+    - `null` (score), 1: the mean of the first four scores for 64 Gaussian heads of the same shape between this model's
+      embedding and unembedding.
+    - `null_sd` (score), 1: the standard deviation of these.
+    - `copy_chance`, share: 1 / vocab.
 
     NaN where a circuit is zero, or Σ|λ| < 1e-6 Σs (eigenvalues that are zeros but for rounding).
     Pitfalls: weights as they are, with no gain of any norm, no bias, no rotation; a mean embedding shared by all tokens
@@ -61,8 +86,11 @@ class HeadSpectra:
             raise DataError(f"HeadSpectra needs sample >= 2 and length >= 2, got {self.sample} and {self.length}")
 
     def cost(self) -> Cost:
-        """The passes that find learned positions. Products over the vocabulary come on top: vocab · d² multiplications, and
-        vocab · d_head · (d + sample) for each head that copies."""
+        """The passes that find learned positions.
+
+        Products over the vocabulary come on top: vocab · d² multiplications, and vocab · d_head · (d + sample) for each
+        head that copies.
+        """
         return Cost(forwards=self.sample + 5 * self.length, positions=1)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
@@ -97,12 +125,13 @@ class HeadSpectra:
         the same token is embedded as at other places."""
         same = drawn[:1].expand(1, self.length)
         mixed = drawn[torch.randint(len(drawn), (4, self.length), generator=self._generator("mixed"))]
+        # e + p is a sum where a mixture of tokens is embedded as each at place 0, plus the shift of its place
         alone = torch.cat([_embedded(anatomy, drawn[rows, None])[:, 0] for rows in minibatches(len(drawn), 64)])
-        place, found = _embedded(anatomy, same)[0], _embedded(anatomy, mixed)
+        place, mixture = _embedded(anatomy, same)[0], _embedded(anatomy, mixed)
         shift = place - place[0]
         expected = alone[torch.searchsorted(drawn, mixed).to(alone.device)] + shift
         size = alone.std()
-        if float((found - expected).abs().max()) > 1e-2 * float(size):
+        if float((mixture - expected).abs().max()) > 1e-2 * float(size):
             return None, "the embedding is no sum of a token's and a position's"
         if float(shift.abs().max()) <= 1e-4 * float(size):
             return None, "the embedding holds no positions (rotary, or none)"
@@ -149,7 +178,7 @@ def _tables(anatomy: Anatomy) -> tuple[Tensor, Tensor]:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ right over the vocabulary, in float64."""
-    parts = (left[rows].double().T @ right[rows].double() for rows in minibatches(len(left), CHUNK))
+    parts = (left[rows].double().T @ right[rows].double() for rows in minibatches(len(left), TOKENS_AT_ONCE))
     return sum(parts, torch.zeros((), dtype=torch.float64, device=left.device))
 
 
@@ -166,24 +195,24 @@ def _layer(
         weight.detach().double()
         for weight in (anatomy.W_Q(layer), anatomy.W_K(layer), anatomy.W_V(layer), anatomy.W_O(layer))
     )
-    found = _scores(q, k, v, o, grams)
+    values = _scores(q, k, v, o, grams)
     for name, left, right in (("ov_rank", v.mT @ v, o @ o.mT), ("qk_rank", q.mT @ q, k.mT @ k)):
         s = _singular(left, right, _top(left) * _top(right))
-        found[name] = _over(s.sum(1) ** 2, (s**2).sum(1))
+        values[name] = _over(s.sum(1) ** 2, (s**2).sum(1))
     if covariances is None:
-        found["positional_share"] = np.full(anatomy.heads, np.nan)
+        values["positional_share"] = np.full(anatomy.heads, np.nan)
     else:
         moment, token, position = (q.mT @ covariances[0] @ q, k.mT @ covariances[1] @ k, k.mT @ covariances[2] @ k)
         by_token, by_place = ((moment * part).sum((-2, -1)).cpu().numpy() for part in (token, position))
         most = _trace(covariances[0]) * _trace(covariances[1] + covariances[2]) * _trace(q.mT @ q) * _trace(k.mT @ k)
         both = by_token + by_place
-        found["positional_share"] = _over(by_place, np.where(both > FLOOR**2 * most.cpu().numpy(), both, 0.0))
-    return found
+        values["positional_share"] = _over(by_place, np.where(both > ROUNDING**2 * most.cpu().numpy(), both, 0.0))
+    return values
 
 
 def _scores(q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: _Grams) -> dict[str, np.ndarray]:
     """The four scores (head,) from q, k, v (head, d, d_head) and o (head, d_head, d)."""
-    found, (in_embed, in_unembed) = {}, grams.reach
+    scores, (in_embed, in_unembed) = {}, grams.reach
     for name, cross, left, right, most in (
         (
             "copying",
@@ -203,9 +232,9 @@ def _scores(q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: _Grams) -> dict[s
         trace = _trace(cross).cpu().numpy()
         size = torch.linalg.eigvals(cross.cpu()).abs().sum(-1).numpy()
         singular = _singular(left, right, most).sum(1)
-        found[name] = _over(trace, np.where((singular > 0) & (size >= FLOOR * singular), size, 0.0))
-        found[f"{name}_singular"] = _over(trace, singular)
-    return found
+        scores[name] = _over(trace, np.where((singular > 0) & (size >= ROUNDING * singular), size, 0.0))
+        scores[f"{name}_singular"] = _over(trace, singular)
+    return scores
 
 
 def _singular(left: Tensor, right: Tensor, most: Tensor) -> np.ndarray:
@@ -213,8 +242,8 @@ def _singular(left: Tensor, right: Tensor, most: Tensor) -> np.ndarray:
     of rounding, against `most` (head,), what their squares could be at most."""
     values, vectors = torch.linalg.eigh(left.cpu())
     root = vectors * values.clamp(min=0).sqrt()[:, None]  # left = root rootᵀ
-    found = torch.linalg.eigvalsh(root.mT @ right.cpu() @ root)
-    return torch.where(found > FLOOR**2 * most.cpu()[:, None], found, 0.0).sqrt().numpy()
+    square = torch.linalg.eigvalsh(root.mT @ right.cpu() @ root)
+    return torch.where(square > ROUNDING**2 * most.cpu()[:, None], square, 0.0).sqrt().numpy()
 
 
 def _top(gram: Tensor) -> Tensor:
@@ -233,16 +262,18 @@ def _over(value: np.ndarray, size: np.ndarray) -> np.ndarray:
 def _copies(
     anatomy: Anatomy, layer: int, embed: Tensor, unembed: Tensor, drawn: Tensor, grams: _Grams
 ) -> dict[str, np.ndarray]:
-    """copy_rate and copy_z with their errors, (head,) each, from the rows of the OV circuit of the tokens drawn. Mean and
-    variance of a row follow from those of the unembedding. A row is compared with all of a large vocabulary only where
-    its own entry beats those of a part of it."""
+    """copy_rate and copy_z with their errors, (head,) each, from the rows of the OV circuit of the tokens drawn.
+
+    A row is compared with all of a large vocabulary only where its own entry beats those of a part of it.
+    """
     drawn = drawn.to(embed.device)
     centre = unembed.mean(0, dtype=torch.float64)
     spread = grams.unembed / len(unembed) - torch.outer(centre, centre)
     pairs = []
+    # rows in the embedding's own precision find the few tokens that may be copied; only these are compared with all
     for v, o in zip(anatomy.W_V(layer).detach().to(embed), anatomy.W_O(layer).detach().to(embed), strict=True):
         reads, own = embed[drawn] @ v, unembed[drawn] @ o.T  # (token, d_head)
-        entry, some = (reads * own).sum(1), unembed[:: max(1, len(unembed) // PART)] @ o.T
+        entry, some = (reads * own).sum(1), unembed[:: max(1, len(unembed) // RIVALS)] @ o.T
         rival = (reads @ some.T).amax(1)
         left = (entry >= rival - 1e-3 * rival.abs()).nonzero()[:, 0]
         hit = torch.zeros_like(entry, dtype=torch.bool)
@@ -251,45 +282,25 @@ def _copies(
             for rows in left.split(64):
                 top = (reads[rows] @ writes.T).topk(2)
                 hit[rows] = (top.indices[:, 0] == drawn[rows]) & (top.values[:, 0] > top.values[:, 1])  # no tie
+        # mean and variance of a row from the moments of the unembedding: no row is ever built
         reads, o = reads.double(), o.double()
         above = (reads * (own - o @ centre)).sum(1)
         sd = ((reads @ (o @ spread @ o.T)) * reads).sum(1).clamp(min=0).sqrt()
-        there = sd > FLOOR * sd.max()
+        there = sd > ROUNDING * sd.max()
         z = torch.where(there, above / sd, 0.0).cpu().numpy()
-        one = np.ones(len(z))
-        pairs.append([*clustered_mean((hit & there).cpu().numpy(), one), *clustered_mean(z, one)])
+        weight = np.ones(len(z))
+        pairs.append([*clustered_mean((hit & there).cpu().numpy(), weight), *clustered_mean(z, weight)])
     return dict(zip(("copy_rate", "copy_rate_se", "copy_z", "copy_z_se"), np.array(pairs).T, strict=True))
 
 
 def _dataset(rows: list[dict[str, np.ndarray]], null: np.ndarray, vocab: int, reason: str) -> xr.Dataset:
-    silent = "the circuit is zero"
-    names = {
-        "copying": ("Re Σλ / Σ|λ| of the OV circuit", "1", f"{silent}, or has no eigenvalues but zeros"),
-        "copying_singular": ("Re Σλ / Σs of the OV circuit", "1", silent),
-        "matching": ("Re Σλ / Σ|λ| of the QK circuit", "1", f"{silent}, or has no eigenvalues but zeros"),
-        "matching_singular": ("Re Σλ / Σs of the QK circuit", "1", silent),
-        "ov_rank": ("effective rank of W_V W_O", "dimensions", silent),
-        "qk_rank": ("effective rank of W_Q W_Kᵀ", "dimensions", silent),
-        "copy_rate": ("share of tokens that the OV circuit copies first", "share", silent),
-        "copy_rate_se": ("standard error over tokens", "share", silent),
-        "copy_z": ("a token's own entry in its row of the OV circuit", "standard deviations", silent),
-        "copy_z_se": ("standard error over tokens", "standard deviations", silent),
-        "positional_share": ("share of attention-score variance that places make", "share", reason or silent),
-    }
-    dataset = xr.Dataset(
-        coords={
-            "layer": np.arange(len(rows)),
-            "head": np.arange(len(rows[0]["copying"])),
-            "score": np.array(SCORES, dtype=object),
-        },
-        attrs={"headline": ["copying", "matching", "copy_z"]},
-    )
-    for name, (long_name, units, nan) in names.items():
-        attrs = {"long_name": long_name, "units": units, "nan": nan}
-        dataset[name] = (("layer", "head"), np.stack([row[name] for row in rows]), attrs)
-    for name, change in {"copying": 0.1, "matching": 0.1, "copy_z": 0.5}.items():
-        dataset[name].attrs["smallest_change"] = change
-    dataset["null"] = ("score", null[:, 0], {"long_name": "mean score of Gaussian heads", "units": "1"})
-    dataset["null_sd"] = ("score", null[:, 1], {"long_name": "standard deviation for Gaussian heads", "units": "1"})
-    dataset["copy_chance"] = ((), 1 / vocab, {"long_name": "copy rate of a head blind to tokens", "units": "share"})
-    return dataset
+    result = Rows(headline=["copying", "matching", "copy_z"])
+    for name, (long_name, units, change, nan) in LABELS.items():
+        values = np.stack([row[name] for row in rows])
+        nan = reason or nan if name == "positional_share" else nan
+        result.put(name, ("layer", "head"), values, None, long_name, units=units, smallest_change=change, nan=nan)
+    result.put("null", "score", null[:, 0], None, "mean score of Gaussian heads", units="1")
+    result.put("null_sd", "score", null[:, 1], None, "standard deviation for Gaussian heads", units="1")
+    result.put("copy_chance", (), 1 / vocab, None, "copy rate of a head blind to tokens", units="share")
+    layer, head = np.arange(len(rows)), np.arange(len(rows[0]["copying"]))
+    return result.dataset(layer=layer, head=head, score=np.array(SCORES, dtype=object))

@@ -12,10 +12,11 @@ from torch import Tensor
 from devmon.anatomy import predictions
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot
 
-EARLY, LATE, LONG = 50, 500, 512  # of Olsson et al.
+EARLY, LATE, LONG = 50, 500, 512  # tokens, of Olsson et al.: the positions compared, in texts of this length
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +26,20 @@ class InContextLearning(ByContent):
     Positions count the tokens before the one predicted, 1 .. length - 1. `early` and `late` are the positions compared,
     by default 50 and 500 (Olsson et al. 2022, 2209.11895), or these shares of 512 where the text is shorter; each is an
     average over the `width` positions on either side, by default length // 64, as far as they exist.
-    icl_score: late minus early, paired by sequence: *negative* where the model learns in context, about 0 for one that
-    does not. Text itself may be easier or harder later on, so
-    icl_score_reference is the same score where all but the last `early` tokens before each late window come from
-    another sequence (the next row, the last row taking the first): what position and near context alone give, with no
-    far context to use; and far_context = icl_score - icl_score_reference, negative where far context helps.
-    loss_by_position(position): mean loss of the positions from `position` up to the next one of the coordinate, about
-    `points` stretches of equal length in log position. All with `_se` over sequences.
+
+    - `icl_score`, nats per token: late minus early, paired by sequence: *negative* where the model learns in context,
+      about 0 for a model that does not. Null: `icl_score_reference`.
+    - `icl_score_se`, nats per token: its standard error over sequences.
+    - `icl_score_reference`, nats per token: the same where all but the last `early` tokens before each late window come
+      from another sequence (the next row, the last row taking the first): what position and near context alone give,
+      with no far context to use; text itself may be easier or harder later on.
+    - `icl_score_reference_se`, nats per token: its standard error over sequences.
+    - `far_context`, nats per token: icl_score - icl_score_reference, negative where far context helps. Null: 0.
+    - `far_context_se`, nats per token: its standard error over sequences.
+    - `loss_by_position` (position), nats per token: mean loss of the positions from `position` up to the next of the
+      coordinate, about `points` stretches of equal length in log position.
+    - `loss_by_position_se` (position), nats per token: its standard error over sequences.
+
     A sequence should be one document: positions count from its start. far_context pairs a row with its neighbour's
     beginning, so its error takes the rows for independent; a corpus whose neighbours belong together (cuts of one
     document) hides far context: shuffle them first. Equal sequences make the reference the score itself.
@@ -64,8 +72,9 @@ class InContextLearning(ByContent):
             object.__setattr__(self, name, value)
         if self._cut < 1:
             raise DataError(
-                f"InContextLearning: the late window starts at {self._window(late).start}, no further than early={early} "
-                "from the start, so there is no far context to take away: raise late or lower early or width"
+                f"InContextLearning: the late window starts at {self._window(late).start}, no further than "
+                f"early={early} from the start, so there is no far context to take away: raise late, or lower "
+                "early or width"
             )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
@@ -75,28 +84,23 @@ class InContextLearning(ByContent):
         foreign = torch.cat([self.tokens.roll(-1, 0)[:, : self._cut], self.tokens[:, self._cut :]], 1)
         early, late = (nats[:, self._window(place)].mean(1) for place in (self.early, self.late))
         near = self._losses(snapshot, foreign)[:, self._window(self.late)].mean(1)
-        each = np.ones(len(nats))
+
+        # stretches of equal length in log position; each starts where its coordinate says
         starts = np.unique(np.geomspace(1, nats.shape[1] + 1, self.points + 1).round().astype(int))[:-1]
         ends = np.append(starts[1:], nats.shape[1] + 1)
         curve = np.stack([nats[:, a - 1 : b - 1].mean(1) for a, b in zip(starts, ends, strict=True)], axis=1)
-        rows = {
-            "icl_score": ((), late - early, f"loss at position {self.late} minus loss at {self.early}"),
-            "icl_score_reference": ((), near - early, "the same without far context"),
-            "far_context": ((), late - near, "late loss minus late loss without far context"),
-            "loss_by_position": ("position", curve, "next-token loss from here to the next position"),
-        }
-        dataset = xr.Dataset(
-            coords={"position": starts},
-            attrs={"headline": ["icl_score", "far_context"], "width": self.width, "far": f"> {self._near} tokens back"},
-        )
-        units = {"units": "nats per token"}
-        for name, (dims, values, long_name) in rows.items():
-            mean, se = clustered_mean(values, each)
-            dataset[name] = (dims, mean, {"long_name": long_name} | units)
-            dataset[f"{name}_se"] = (dims, se, {"long_name": "standard error over sequences"} | units)
-        for name in ("icl_score", "far_context"):
-            dataset[name].attrs["smallest_change"] = 0.05
-        return dataset
+        far = f"> {self._near} tokens back"
+        result = Rows(headline=["icl_score", "far_context"], width=self.width, far=far)
+        for name, values, long_name, change in (
+            ("icl_score", late - early, f"loss at position {self.late} minus loss at {self.early}", 0.05),
+            ("icl_score_reference", near - early, "the same without far context", None),
+            ("far_context", late - near, "late loss minus late loss without far context", 0.05),
+            ("loss_by_position", curve, "next-token loss from here to the next position", None),
+        ):
+            mean, se = clustered_mean(values, np.ones(len(nats)))
+            dims = ("position",) if values.ndim > 1 else ()
+            result.put(name, dims, mean, se, long_name, units="nats per token", smallest_change=change)
+        return result.dataset(position=starts)
 
     def cost(self) -> Cost:
         return Cost(forwards=2 * len(self.tokens), positions=self.tokens.shape[1])

@@ -11,34 +11,34 @@ from torch import Tensor
 
 from devmon.anatomy import attention_patterns, stack_heads
 from devmon.cost import Cost
-from devmon.data import best_fixed_offset, clustered_mean, minibatches, repeats
+from devmon.data import best_fixed_offset, clustered_mean, minibatches
+from devmon.data.repeats import OnRepeats
+from devmon.data.rows import Rows
 from devmon.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
-class InductionHeads:
+class InductionHeads(OnRepeats):
     """Prefix matching of every attention head on random tokens repeated with a random period per sequence.
 
     Queries are the places q of the second copy without accidental collisions (`devmon.data.repeats`), p the period of
-    the sequence; all values are attention weights in [0, 1], means over queries.
-    prefix_matching(layer, head): A[q, q - p + 1], with `_se` over sequences (Olsson et al. 2022, 2209.11895);
-    duplicate_token(layer, head): A[q, q - p], with `_se`;
-    fixed_offset(layer, head): max over o of the mean of A[q, q - o], what the head's best fixed offset gets of the same
-    queries: a head whose prefix matching is no higher looks at positions, not at content;
-    uniform: the mean of 1 / (q + 1), the score of attention spread evenly over the past.
+    the sequence, A the attention pattern (Olsson et al. 2022, 2209.11895); all are means over queries, in [0, 1].
+
+    - `prefix_matching` (layer, head), attention: A[q, q - p + 1]. Null: `fixed_offset`, `uniform`.
+    - `prefix_matching_se` (layer, head), attention: its standard error over sequences.
+    - `duplicate_token` (layer, head), attention: A[q, q - p].
+    - `duplicate_token_se` (layer, head), attention: its standard error over sequences.
+    - `fixed_offset` (layer, head), attention: max over o of the mean of A[q, q - o], what the head's best fixed offset
+      gets of the same queries; a head whose prefix matching is no higher looks at positions, not at content.
+    - `uniform`, attention: the mean of 1 / (q + 1), the score of attention spread evenly over the past.
+
     Raises InstrumentError for a model that shows no attention patterns, DataError for a probe that cannot be drawn.
     """
 
-    vocab_size: int
-    sequences: int = 64
-    length: int = 64
-    seed: int = 0
-    bos: int | None = None
-    exclude: tuple[int, ...] = ()
     batch_size: int = 32
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        probe = repeats(self.vocab_size, self.sequences, self.length, self.seed, self.bos, self.exclude)
+        probe = self._repeats
         parts = [
             [
                 _sums(pattern, probe.period[rows], probe.query[rows])
@@ -46,6 +46,8 @@ class InductionHeads:
             ]
             for rows in minibatches(self.sequences, self.batch_size)
         ]
+
+        # whole sequences go into the errors, whatever minibatch they came in
         layers = list(zip(*parts, strict=True))  # layer, minibatch, (prefix, duplicate, offset)
         count = probe.query.sum(1).numpy()
         queries = probe.query.sum(0).double()
@@ -53,23 +55,15 @@ class InductionHeads:
         duplicate, duplicate_se = _by_head([torch.cat([part[1] for part in layer]) for layer in layers], count)
         offset = stack_heads([best_fixed_offset(sum(part[2] for part in layer), queries).numpy() for layer in layers])
         uniform = float((queries / torch.arange(1, self.length + 1)).sum() / queries.sum())
-        dims, units = ("layer", "head"), {"units": "attention"}
-        return xr.Dataset(
-            {
-                "prefix_matching": (
-                    dims,
-                    prefix,
-                    {"long_name": "attention to the place after the last match", "smallest_change": 0.05} | units,
-                ),
-                "prefix_matching_se": (dims, prefix_se, {"long_name": "standard error over sequences"} | units),
-                "duplicate_token": (dims, duplicate, {"long_name": "attention to the last match itself"} | units),
-                "duplicate_token_se": (dims, duplicate_se, {"long_name": "standard error over sequences"} | units),
-                "fixed_offset": (dims, offset, {"long_name": "best fixed offset for the same queries"} | units),
-                "uniform": ((), uniform, {"long_name": "prefix matching of uniform attention"} | units),
-            },
-            coords={"layer": np.arange(prefix.shape[0]), "head": np.arange(prefix.shape[1])},
-            attrs={"headline": ["prefix_matching"]},
-        )
+
+        dims, units, result = ("layer", "head"), "attention", Rows(headline=["prefix_matching"])
+        label = "attention to the place after the last match"
+        result.put("prefix_matching", dims, prefix, prefix_se, label, units=units, smallest_change=0.05)
+        label = "attention to the last match itself"
+        result.put("duplicate_token", dims, duplicate, duplicate_se, label, units=units)
+        result.put("fixed_offset", dims, offset, None, "best fixed offset for the same queries", units=units)
+        result.put("uniform", (), uniform, None, "prefix matching of uniform attention", units=units)
+        return result.dataset(layer=np.arange(prefix.shape[0]), head=np.arange(prefix.shape[1]))
 
     def cost(self) -> Cost:
         return Cost(forwards=self.sequences, positions=self.length)

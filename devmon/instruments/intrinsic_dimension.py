@@ -13,15 +13,21 @@ from torch import Tensor
 from devmon.anatomy import stream
 from devmon.cost import Cost
 from devmon.data import ByContent, places_of, probe_inputs
+from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
 
 Array = NDArray[np.float64]
 
-LEAST = 20  # distinct states, below which no dimension is given
-SAME = 8.0  # roundings of the stream's own dtype: states that near are one state
+MIN_STATES = 20  # distinct states, below which no dimension is given: a cloud of n fills n - 1 directions at most
+SAME = 8.0  # roundings of the stream's own dtype: states that near are a single state; smaller, and twonn sees rounding
 BLUR = 1e-7  # of the size of the cloud, below which distances are rounding themselves
 GROUPS = 10  # of the jackknife
+LABELS = {
+    "twonn": "dimension from the two nearest neighbours",
+    "participation_ratio": "participation ratio of the covariance",
+    "effective_rank": "effective rank (exp entropy of singular values)",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,25 +37,34 @@ class IntrinsicDimension(ByContent):
     The items are the states at `positions` (None: all) of every sequence, at most `limit` of them, drawn by `seed`; of
     inputs (batch, …) of floats, such as images, an item is the mean state over the places of one. Per
     layer (0 the input of the first block, l the output of block l; `blocks` is their path where it is not found):
-    twonn: how the number of neighbours grows with distance, from the two nearest only (Facco et al. 2017,
-    doi:10.1038/s41598-017-11873-y): μ = r₂/r₁ of every item has P(μ > x) = x^-d where the density hardly changes within
-    r₂. The largest `trim` of the μ are left out, d is the slope of -log(1 - i/n) on log μ₍ᵢ₎ through the origin. It
-    follows curved sheets, which the other two do not;
-    participation_ratio: (Σλ)² / Σλ² of the covariance's eigenvalues λ, the number of equally large directions that would
-    spread the variance as evenly; effective_rank: exp of the entropy of σ / Σσ, σ = √λ the singular values (Roy &
-    Vetterli 2007, EUSIPCO), which counts small directions more. Both are 1 for states along one line.
-    distinct: the number of different states; without positional embeddings layer 0 has one a token type. Equal states
-    count once, in all three. Below 20 distinct states all are NaN: n items fill at most n - 1 directions.
-    `_se`: a jackknife over 10 groups of sequences, nearest neighbours found once: for twonn a fifth too small even with
-    independent items, which share neighbours (measured on Gaussian clouds of 2 to 5 dimensions, n = 300).
 
-    All three depend on n, and twonn falls far below a high true dimension, so compare at the same n, with
-    twonn_reference(layer): Gaussian items of the same number and the same eigenvalues λ: below it, the cloud is curved or
-    clustered; participation_ratio_reference and effective_rank_reference: Gaussian items equally large in every
-    direction of the stream, that is the most one can find at this n. One huge direction (a rogue dimension, a far token)
-    takes the participation ratio to 1 and says little of the rest.
-    Cost: one forward pass of `tokens`; eigenvalues of size min(n, d) eleven times and n² distances a layer.
-    Raises InstrumentError for a model whose blocks are not found, DataError for settings that name no items.
+    - `twonn` (layer), dimensions: how the number of neighbours grows with distance, from the two nearest only (Facco et
+      al. 2017, doi:10.1038/s41598-017-11873-y): μ = r₂/r₁ of every item has P(μ > x) = x^-d where the density hardly
+      changes within r₂. The largest `trim` of the μ are left out, d is the slope of -log(1 - i/n) on log μ₍ᵢ₎ through
+      the origin. It follows curved sheets, which the other two do not. Null: `twonn_reference`.
+    - `twonn_se` (layer), dimensions: its jackknife standard error over 10 groups of sequences, nearest neighbours found
+      once: a fifth too small even with independent items, which share neighbours (measured on Gaussian clouds of 2 to 5
+      dimensions, n = 300).
+    - `participation_ratio` (layer), dimensions: (Σλ)² / Σλ² of the covariance's eigenvalues λ, the number of equally
+      large directions that would spread the variance as evenly. Null: `participation_ratio_reference`.
+    - `participation_ratio_se` (layer), dimensions: its jackknife standard error over groups of sequences.
+    - `effective_rank` (layer), dimensions: exp of the entropy of σ / Σσ, σ = √λ the singular values (Roy & Vetterli
+      2007, EUSIPCO), which counts small directions more; 1, as the participation ratio, for states along a line. Null:
+      `effective_rank_reference`.
+    - `effective_rank_se` (layer), dimensions: its jackknife standard error over groups of sequences.
+    - `twonn_reference` (layer), dimensions: twonn of Gaussian items of the same number and the same eigenvalues λ:
+      below it, the cloud is curved or clustered.
+    - `participation_ratio_reference`, dimensions: of Gaussian items equally large in every direction of the stream,
+      that is the most that can be measured at this n.
+    - `effective_rank_reference`, dimensions: the same for the effective rank.
+    - `distinct` (layer), 1: the number of different states; without positional embeddings layer 0 has a single state
+      for a token type. Equal states count once, in all three. Below 20 distinct states all are NaN: n items fill at
+      most n - 1 directions.
+
+    All three depend on n, and twonn falls far below a high true dimension, so compare at the same n, with the
+    references. A single huge direction (a rogue dimension, a far token) takes the participation ratio to 1 and says
+    little of the rest. Cost: one forward pass of `tokens`; eigenvalues of size min(n, d) eleven times and n² distances
+    a layer. Raises InstrumentError for a model whose blocks are not found, DataError for settings that name no items.
     """
 
     tokens: Tensor
@@ -67,15 +82,16 @@ class IntrinsicDimension(ByContent):
             object.__setattr__(self, "positions", tuple(int(place) for place in self.positions))
             if not self.positions or not all(-places_of(tokens) <= p < places_of(tokens) for p in self.positions):
                 raise DataError(
-                    f"IntrinsicDimension: positions must be in the {places_of(tokens)} of the tokens, got {self.positions}"
+                    f"IntrinsicDimension: positions must be in the {places_of(tokens)} of the tokens, got "
+                    f"{self.positions}"
                 )
-        if not (0 <= self.trim < 0.5 and self.limit >= LEAST):
+        if not (0 <= self.trim < 0.5 and self.limit >= MIN_STATES):
             raise DataError(
-                f"IntrinsicDimension needs 0 <= trim < 0.5 and limit >= {LEAST}, got {self.trim}, {self.limit}"
+                f"IntrinsicDimension needs 0 <= trim < 0.5 and limit >= {MIN_STATES}, got {self.trim}, {self.limit}"
             )
-        if len(tokens) < GROUPS or len(self._items()) < LEAST:
+        if len(tokens) < GROUPS or len(self._items()) < MIN_STATES:
             raise DataError(
-                f"IntrinsicDimension needs {GROUPS} sequences and {LEAST} items, got {len(tokens)} and "
+                f"IntrinsicDimension needs {GROUPS} sequences and {MIN_STATES} items, got {len(tokens)} and "
                 f"{len(self._items())}: give more tokens"
             )
 
@@ -89,30 +105,19 @@ class IntrinsicDimension(ByContent):
         noise = generator.normal(size=(len(items), layers[0].shape[1]))
         rows_of = [_layer(s.double().numpy(), torch.finfo(s.dtype).eps, group, self.trim, noise) for s in layers]
         flat = _linear(_eigenvalues(noise))
-        long_name = {
-            "twonn": "dimension from the two nearest neighbours",
-            "participation_ratio": "participation ratio of the covariance",
-            "effective_rank": "effective rank (exp entropy of singular values)",
-        }
-        dataset = xr.Dataset(
-            coords={"layer": np.arange(len(layers))}, attrs={"headline": list(long_name), "items": len(items)}
-        )
-        units = {"units": "dimensions"}
-        for name, text in long_name.items():
-            for key, about in ((name, text), (f"{name}_se", "jackknife standard error over groups of sequences")):
-                dataset[key] = ("layer", np.array([row[key] for row in rows_of]), {"long_name": about} | units)
-            dataset[name].attrs |= {"smallest_change": 0.5, "nan": f"fewer than {LEAST} distinct states"}
-        reference = np.array([row["twonn_reference"] for row in rows_of])
-        dataset["twonn_reference"] = (
-            "layer",
-            reference,
-            {"long_name": "twonn of Gaussian items, same spectrum"} | units,
-        )
+        columns = {name: np.array([row[name] for row in rows_of]) for name in rows_of[0]}
+        result = Rows(list(LABELS), "jackknife standard error over groups of sequences", items=len(items))
+        units, few = "dimensions", f"fewer than {MIN_STATES} distinct states"
+        for name, label in LABELS.items():
+            mean, se = columns[name], columns[f"{name}_se"]
+            result.put(name, "layer", mean, se, label, units=units, smallest_change=0.5, nan=few)
+        label = "twonn of Gaussian items, same spectrum"
+        result.put("twonn_reference", "layer", columns["twonn_reference"], None, label, units=units)
         for name, value in zip(("participation_ratio", "effective_rank"), flat, strict=True):
-            dataset[f"{name}_reference"] = ((), value, {"long_name": f"{name} of isotropic Gaussian items"} | units)
-        distinct = np.array([row["distinct"] for row in rows_of])
-        dataset["distinct"] = ("layer", distinct, {"long_name": "number of distinct states", "units": "1"})
-        return dataset
+            label = f"{name} of isotropic Gaussian items"
+            result.put(f"{name}_reference", (), value, None, label, units=units)
+        result.put("distinct", "layer", columns["distinct"], None, "number of distinct states", units="1")
+        return result.dataset(layer=np.arange(len(layers)))
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self.tokens), positions=places_of(self.tokens))
@@ -132,30 +137,35 @@ def _layer(states: Array, eps: float, group: NDArray[np.int64], trim: float, noi
     rounding = SAME * eps * np.sqrt((states**2).sum(1).mean())
     states = states - states.mean(0)
     distances = _distances(states)
+    # a state that equals an earlier state, up to rounding, would have a nearest neighbour at distance 0
     keep = ~np.tril(distances <= rounding + BLUR * np.sqrt((states**2).sum(1).mean()), -1).any(1)
     names = ("twonn", "participation_ratio", "effective_rank")
-    found = {"distinct": float(keep.sum())} | {f"{name}{end}": np.nan for name in names for end in ("", "_se")}
-    if keep.sum() < LEAST:
-        return found | {"twonn_reference": np.nan}
+    values = {"distinct": float(keep.sum())} | {f"{name}{end}": np.nan for name in names for end in ("", "_se")}
+    if keep.sum() < MIN_STATES:
+        return values | {"twonn_reference": np.nan}
     states, group = states[keep], group[keep]
+
+    # neighbours are those of the whole cloud, the jackknife leaves out items, not neighbours
     ratio = _ratios(distances[np.ix_(keep, keep)])
     eigenvalues = _eigenvalues(states)
     whole = np.array([_twonn(ratio, trim), *_linear(eigenvalues)])
-    left_out = [group != one for one in np.unique(group)]
+    left_out = [group != left for left in np.unique(group)]
     each = np.array([[_twonn(ratio[rest], trim), *_linear(_eigenvalues(states[rest]))] for rest in left_out])
     se = np.sqrt((len(each) - 1) * each.var(0))
     for name, value, error in zip(names, whole, se, strict=True):
-        found |= {name: float(value), f"{name}_se": float(error)}
+        values |= {name: float(value), f"{name}_se": float(error)}
+
+    # what twonn would say of a Gaussian cloud with the same number of items and the same spectrum
     twin = noise[: len(states), : len(eigenvalues)] * np.sqrt(eigenvalues)
-    return found | {"twonn_reference": _twonn(_ratios(_distances(twin)), trim)}
+    return values | {"twonn_reference": _twonn(_ratios(_distances(twin)), trim)}
 
 
 def _distances(states: Array) -> Array:
     """Distances of all pairs, (item, item), infinite on the diagonal."""
     square = (states**2).sum(1)
-    found = np.sqrt(np.maximum(square[:, None] + square - 2 * states @ states.T, 0))
-    np.fill_diagonal(found, np.inf)
-    return found
+    distances = np.sqrt(np.maximum(square[:, None] + square - 2 * states @ states.T, 0))
+    np.fill_diagonal(distances, np.inf)
+    return distances
 
 
 def _ratios(distances: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from devmon.analysis.derive.representation import similarity
 from devmon.anatomy import Anatomy, Layout, activations, next_token
-from devmon.anatomy.anatomy import Site, Write
+from devmon.anatomy.sites import Site, Write
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.data.rows import Rows
 from devmon.data.shares import NO_SIGNAL, share
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
@@ -27,24 +29,42 @@ JACKKNIFE = 16  # groups of sequences
 class LayerRoles(ByContent):
     """The loss on `tokens` (batch, pos) when one layer writes nothing, and the likeness of the states of all layers.
 
-    drop_attention(layer), drop_mlp(layer), drop_layer(layer): loss with what the part adds to the residual stream
-    replaced by zeros - loss, nats per token, `_se` over sequences, paired (drop_mlp is left out of models without MLPs);
-    drop_random(layer): the matched null, loss - loss where a random vector, as long as what the layer adds there, is
-    added to its output: a layer that does nothing special is missed less than that noise is felt;
-    centre_attention, centre_mlp, centre_layer: Σ_ℓ ℓ s_ℓ / Σ_ℓ s_ℓ of these effects s, in layers from 0, `_se` over
-    sequences: where the part's effect lies; NaN where Σ_ℓ s_ℓ is not above 3 of its standard errors. Layers without
-    which the loss is lower count negative, so the centre can lie outside. centre_uniform is that of equal layers, (L - 1) / 2.
-    cka(depth, depth_other): debiased linear CKA (`devmon.analysis.derive.representation.similarity`) of the states after
-    `depth` layers, 0 the embedding, at up to `places` places: the same places of every sequence, never the first, where
-    states differ in size; cka_se, by the jackknife over groups of sequences; cka_p, the p-value over `permutations`
-    exchanges of sequences: what two layers share by position alone counts as null. In [-1, 1]; 1: the same up to
-    rotation, shift and scale; about 0: unrelated, however many dimensions (the plain CKA goes to 1 there). NaN for states
-    that are all alike.
+    A part is dropped by replacing what it adds to the residual stream with zeros; its effect s is the loss without it
+    minus the loss. The centre of a part is Σ_ℓ ℓ s_ℓ / Σ_ℓ s_ℓ, in layers from 0: layers without which the loss is
+    lower count negative, so the centre can lie outside. Likeness is debiased linear CKA
+    (`devmon.analysis.derive.representation.similarity`) of the states after `depth` layers, 0 the embedding, at up to
+    `places` positions: the same positions of every sequence, never the first, where states differ in size. `_se` are
+    over sequences, paired; of the CKA by the jackknife over groups of sequences.
+
+    - `drop_attention` (layer), nats per token: loss without the layer's attention, minus loss. Null: `drop_random`.
+    - `drop_attention_se` (layer), nats per token: its standard error.
+    - `drop_mlp` (layer), nats per token: loss without the layer's MLP, minus loss; left out of models without MLPs.
+      Null: `drop_random`.
+    - `drop_mlp_se` (layer), nats per token: its standard error.
+    - `drop_layer` (layer), nats per token: loss without both, minus loss. Null: `drop_random`.
+    - `drop_layer_se` (layer), nats per token: its standard error.
+    - `drop_random` (layer), nats per token: loss with a random vector added to the layer's output, as long as what the
+      layer adds there, minus loss: a layer that does nothing special is missed less than that noise is felt.
+    - `drop_random_se` (layer), nats per token: its standard error.
+    - `centre_attention`, layers: the centre of `drop_attention`; NaN where Σ_ℓ s_ℓ is not above 3 of its standard
+      errors. Null: `centre_uniform`.
+    - `centre_attention_se`, layers: its standard error.
+    - `centre_mlp`, layers: the centre of `drop_mlp`, NaN likewise. Null: `centre_uniform`.
+    - `centre_mlp_se`, layers: its standard error.
+    - `centre_layer`, layers: the centre of `drop_layer`, NaN likewise. Null: `centre_uniform`.
+    - `centre_layer_se`, layers: its standard error.
+    - `centre_uniform`, layers: the centre of equal layers, (L - 1) / 2.
+    - `cka` (depth, depth_other), cosine: likeness of the states, in [-1, 1]; 1: the same up to rotation, shift and
+      scale; about 0: unrelated, however many dimensions (the plain CKA goes to 1 there). NaN for states that are all
+      alike.
+    - `cka_se` (depth, depth_other), cosine: its standard error.
+    - `cka_p` (depth, depth_other), probability: p-value over `permutations` exchanges of sequences: what two layers
+      share by position alone counts as null.
 
     Pitfalls: zeros are not what later layers are used to, so a drop holds the shock as well as the part's work; an
     effect that other layers make up for (2307.15771) is not seen; linear CKA is dominated by the largest directions.
-    Raises DataError for fewer than 4 sequences or too few places, InstrumentError for encoders and post-norm models, which have
-    no next token to lose or whose stream no layer can leave alone.
+    Raises DataError for fewer than 4 sequences or too few positions, InstrumentError for encoders and post-norm models,
+    which have no next token to lose or whose stream no layer can leave alone.
     """
 
     tokens: Tensor
@@ -92,15 +112,15 @@ class LayerRoles(ByContent):
         self, anatomy: Anatomy, writes: dict[Site, Write], noisy: int | None = None, stream: Tensor | None = None
     ) -> np.ndarray:
         """Nats summed over places, (sequence,), with some sites written, or with noise after the layer `noisy`."""
-        found = []
+        nats = []
         for rows in minibatches(len(self.tokens), self.batch_size):
             if noisy is not None:
                 assert stream is not None
                 noise = self._noise(stream[noisy, rows], stream[noisy + 1, rows], rows, noisy)
                 writes = {("resid_post", noisy): partial(torch.add, noise)}
             with anatomy.tapped((), writes):
-                found.append(next_token(anatomy.model, self.tokens[rows], type(self).__name__, check=False)[0].sum(1))
-        return torch.cat(found).numpy()
+                nats.append(next_token(anatomy.model, self.tokens[rows], type(self).__name__, check=False)[0].sum(1))
+        return torch.cat(nats).numpy()
 
     def _noise(self, before: Tensor, after: Tensor, rows: slice, layer: int) -> Tensor:
         """Random directions, as long as what the layer adds at each place; drawn sequence by sequence."""
@@ -118,6 +138,7 @@ class LayerRoles(ByContent):
 
     def _likeness(self, stream: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """CKA, its standard error and p-value, each (depth, depth)."""
+        # the same positions of every sequence, never the first
         seed = derive_seed(self.seed, "LayerRoles", "places")
         sequences, each = self._items()
         chosen = np.sort(1 + np.random.default_rng(seed).permutation(self.tokens.shape[1] - 1)[:each])
@@ -127,11 +148,13 @@ class LayerRoles(ByContent):
             {"sketch": (("step", "layer", "item", "feature"), states[None])},
             coords={"step": [0], "layer": np.arange(len(states)), "sequence": ("item", sequence)},
         )
-        found = similarity(sketch, "layers", permutations=self.permutations, seed=seed).isel(step=0)
+        alike = similarity(sketch, "layers", permutations=self.permutations, seed=seed).isel(step=0)
+
+        # the jackknife leaves out groups of whole sequences, whose positions are not independent
         groups = np.array_split(np.arange(sequences), min(sequences, JACKKNIFE))
         kept = (sketch.isel(item=~np.isin(sequence, group)) for group in groups)
         without = np.stack([similarity(rest, "layers")["cka"].values[0] for rest in kept])
-        return found["cka"].values, np.sqrt((len(without) - 1) * without.var(0)), found["p"].values
+        return alike["cka"].values, np.sqrt((len(without) - 1) * without.var(0)), alike["p"].values
 
 
 LABELS = {
@@ -146,27 +169,23 @@ def _dataset(
     drops: dict[str, np.ndarray], plain: np.ndarray, places: int, cka: np.ndarray, cka_se: np.ndarray, p: np.ndarray
 ) -> xr.Dataset:
     layer, depth, count = np.arange(drops["layer"].shape[1]), np.arange(len(cka)), np.full(len(plain), places)
-    dataset = xr.Dataset(
-        coords={"layer": layer, "depth": depth, "depth_other": depth},
-        attrs={"headline": ["drop_layer", "centre_layer"]},
-    )
-    error = {"long_name": "standard error over sequences"}
+    rows = Rows(headline=["drop_layer", "centre_layer"])
+
+    # what dropping a part costs, and which layer is at the centre of that
     for part, sums in drops.items():
-        name, units = f"drop_{part}", {"units": "nats per token"}
         mean, se = clustered_mean(sums, count)
-        dataset[name] = ("layer", mean, {"long_name": LABELS[name]} | units)
-        dataset[f"{name}_se"] = ("layer", se, error | units)
+        change = 0.05 if part == "layer" else None
+        name = f"drop_{part}"
+        rows.put(name, "layer", mean, se, LABELS[name], units="nats per token", smallest_change=change)
         if part != "random":
             centre, se = share(sums @ layer, sums.sum(1))
-            label = {"long_name": f"layer at the centre of what dropping {part} does", "units": "layers"}
-            dataset[f"centre_{part}"] = ((), float(centre), label | {"nan": NO_SIGNAL})
-            dataset[f"centre_{part}_se"] = ((), float(se), error | {"units": "layers"})
-    dataset["drop_layer"].attrs["smallest_change"] = 0.05
-    dataset["centre_layer"].attrs["smallest_change"] = 0.25
-    uniform = {"long_name": "centre of equal layers", "units": "layers"}
-    dataset["centre_uniform"] = ((), (len(layer) - 1) / 2, uniform)
-    both = ("depth", "depth_other")
-    dataset["cka"] = (both, cka, {"long_name": "debiased linear CKA of the states", "units": "cosine"})
-    dataset["cka_se"] = (both, cka_se, {"long_name": "standard error by the jackknife", "units": "cosine"})
-    dataset["cka_p"] = (both, p, {"long_name": "p-value under exchange of sequences", "units": "probability"})
-    return dataset
+            label, change = f"layer at the centre of what dropping {part} does", 0.25 if part == "layer" else None
+            about: dict[str, Any] = {"units": "layers", "nan": NO_SIGNAL, "smallest_change": change}
+            rows.put(f"centre_{part}", (), float(centre), float(se), label, **about)
+    rows.put("centre_uniform", (), (len(layer) - 1) / 2, None, "centre of equal layers", units="layers")
+
+    # how alike the states of the layers are
+    both, error = ("depth", "depth_other"), "standard error by the jackknife"
+    rows.put("cka", both, cka, cka_se, "debiased linear CKA of the states", units="cosine", error=error)
+    rows.put("cka_p", both, p, None, "p-value under exchange of sequences", units="probability")
+    return rows.dataset(layer=layer, depth=depth, depth_other=depth)

@@ -12,6 +12,7 @@ from torch import Tensor
 from devmon.anatomy import stream
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, places_of, probe_inputs, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -22,17 +23,24 @@ class LinearProbe(ByContent):
 
     `tokens`, `labels`, `types` are (batch, pos) integers; labels of -100 are ignored; `types` (the tokens by default)
     are what the control task labels. Or `tokens` are inputs of another kind, (batch, …) of floats such as images, with
-    labels (batch,): then each input is one item, whose features are the mean of the state over its places, and a type of
-    its own unless `types` (batch,) are given. Half of the sequences, drawn by `seed`, train the probe, the others test it: no
-    sequence is in both. The probe is ridge regression on one-hot labels in float64, in closed form: features
-    standardised on the training part, an intercept, `penalty` times the number of training tokens added to the
-    diagonal. Layer 0 is the input of the first block, layer l the output of block l; `blocks` is the path of the
-    blocks where they are not found.
-    accuracy(layer): share of test tokens right; control_accuracy(layer): the same where every type has one random label
-    for good, drawn from the labels' own frequencies (Hewitt & Liang 2019, 1909.03368);
-    selectivity(layer) = accuracy - control_accuracy; all three with `_se` over test sequences;
-    r2(layer): held-out explained variance of the one-hot labels against their training means, the continuous twin;
-    majority: test accuracy of the most frequent training label.
+    labels (batch,): then each input is one item, whose features are the mean of the state over its positions, and a
+    type of its own unless `types` (batch,) are given. Half of the sequences, drawn by `seed`, train the probe, the
+    others test it: no sequence is in both. The probe is ridge regression on one-hot labels in float64, in closed form:
+    features standardised on the training part, an intercept, `penalty` times the number of training tokens added to the
+    diagonal. In the control task every type has one random label for good, drawn from the labels' own frequencies
+    (Hewitt & Liang 2019, 1909.03368). Layer 0 is the input of the first block, layer l the output of block l; `blocks`
+    is the path of the blocks where they are not found. `_se` are over test sequences.
+
+    - `accuracy` (layer), share: test tokens whose label the probe gets right. Null: `majority`, `control_accuracy`.
+    - `accuracy_se` (layer), share: its standard error.
+    - `control_accuracy` (layer), share: the same in the control task, what the probe learns by heart.
+    - `control_accuracy_se` (layer), share: its standard error.
+    - `selectivity` (layer), share: accuracy - control_accuracy. Null: 0.
+    - `selectivity_se` (layer), share: its standard error, paired by token.
+    - `r2` (layer), share: held-out explained variance of the one-hot labels against their training means, the
+      continuous twin of the accuracy.
+    - `majority`, share: test accuracy of the most frequent training label.
+
     Raises InstrumentError for a model whose blocks are not found, DataError for labels no probe can be trained on.
     """
 
@@ -69,22 +77,20 @@ class LinearProbe(ByContent):
         who = type(self).__name__
         task = self._task()
         layers = stream(snapshot, self.tokens, self.blocks, who, self.batch_size)
-        rows_of = [_probe(states[task.used].double().numpy(), task, self.penalty) for states in layers]
-        dims, share = "layer", {"units": "share"}
-        dataset = xr.Dataset(coords={"layer": np.arange(len(rows_of))}, attrs={"headline": ["selectivity", "accuracy"]})
-        names = {
+        by_layer = [_probe(states[task.used].double().numpy(), task, self.penalty) for states in layers]
+        rows = Rows(headline=["selectivity", "accuracy"], error="standard error over test sequences")
+        labels = {
             "selectivity": "probe accuracy minus control accuracy",
             "accuracy": "held-out probe accuracy",
             "control_accuracy": "held-out accuracy on random labels per type",
         }
-        for name, long_name in names.items():
-            mean, se = (np.array(values) for values in zip(*(row[name] for row in rows_of), strict=True))
-            dataset[name] = (dims, mean, {"long_name": long_name} | share)
-            dataset[f"{name}_se"] = (dims, se, {"long_name": "standard error over test sequences"} | share)
-        r2 = np.array([row["r2"] for row in rows_of])
-        dataset["r2"] = (dims, r2, {"long_name": "held-out explained variance of one-hot labels", "units": "share"})
-        dataset["majority"] = ((), task.majority, {"long_name": "accuracy of the most frequent label"} | share)
-        return dataset
+        for name, label in labels.items():
+            mean, se = np.array([scores[name] for scores in by_layer]).T
+            rows.put(name, "layer", mean, se, label, units="share")
+        r2 = np.array([scores["r2"] for scores in by_layer])
+        rows.put("r2", "layer", r2, None, "held-out explained variance of one-hot labels", units="share")
+        rows.put("majority", (), task.majority, None, "accuracy of the most frequent label", units="share")
+        return rows.dataset(layer=np.arange(len(by_layer)))
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self.tokens), positions=places_of(self.tokens))
@@ -129,16 +135,21 @@ def _generator(seed: int, what: str) -> torch.Generator:
 
 def _probe(features: np.ndarray, task: _Task, penalty: float) -> dict[str, tuple[float, float] | float]:
     """Scores of one layer from its features (token, d): (mean, standard error) of the shares, and r2."""
+    # standardised by the training part; what is the same everywhere says nothing
     train = task.train
     centred = features - features[train].mean(0)
     scale = centred[train].std(0)
     constant = scale <= 1e-9 * np.abs(features).max(initial=0.0)  # up to rounding
-    centred /= np.where(constant, np.inf, scale)  # it says nothing
+    centred /= np.where(constant, np.inf, scale)
+
+    # ridge regression on both tasks at once: they share the matrix that is solved
     target = np.concatenate([np.eye(task.classes)[task.label], np.eye(task.classes)[task.control]], axis=1)
     base = target[train].mean(0)
     gram = centred[train].T @ centred[train]
     gram[np.diag_indices_from(gram)] += penalty * train.sum()
     weights = np.linalg.solve(gram, centred[train].T @ (target[train] - base))
+
+    # what the test part says
     truth, guess = target[~train], centred[~train] @ weights + base
     hit = guess[:, : task.classes].argmax(1) == task.label[~train]
     control_hit = guess[:, task.classes :].argmax(1) == task.control[~train]

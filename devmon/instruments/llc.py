@@ -10,15 +10,22 @@ from typing import Any
 import xarray as xr
 
 from devmon.cost import Cost
-from devmon.sampling.chains import Sampler
 from devmon.sampling.data import as_examples
-from devmon.sampling.estimate import Settings, sample
 from devmon.sampling.losses import Loss, next_token_loss
+from devmon.sampling.traces import Settings, sample
 from devmon.snapshot import Instrument, Snapshot
 
 
 @dataclass(frozen=True)
-class LLC:
+class _SampledOn:
+    """The fields before the settings. Their order is part of the identity of an instrument that holds an LLC."""
+
+    data: Any
+    loss: Loss = next_token_loss
+
+
+@dataclass(frozen=True)
+class LLC(Settings, _SampledOn):
     """Loss traces from which λ̂ = nbeta · (E[L(w)] − L(w*)) is derived, w ~ exp(−nbeta L(w) − (gamma/2)‖w − w*‖²).
 
     L is the mean of `loss(model, batch) -> (batch,)` over the examples of `data`, w* the snapshot's weights. A step of
@@ -27,36 +34,26 @@ class LLC:
 
     `nbeta` None means n / log n for n examples. Each chain makes `burn_in + draws` draws of `steps_per_draw` steps.
     Noise and batches belong to the chain and the run's seed, so they are the same at every checkpoint and *changes* of
-    λ̂ are sharper than its level. `control_variate` moves by ∇L_B(w) − ∇L_B(w*) + ∇L(w*): about twice the cost of a step
-    (less with `shared_batches`), and the right law where label noise would heat the chain. `prior` adds (prior/2)‖w‖²
-    to the exponent. `mask` restricts what is sampled (`devmon.sampling.masks.as_mask`).
+    λ̂ are sharper than its level. `control_variate` moves by ∇L_B(w) − ∇L_B(w*) + ∇L(w*): about twice the cost of a
+    step (less with `shared_batches`), and the right law where label noise would widen it. `prior` adds (prior/2)‖w‖²
+    to the exponent. `mask` restricts what is sampled (`devmon.sampling.masks.as_mask`). All settings are keywords, and
+    those of `devmon.sampling.Settings`.
 
-    Returns (chain, draw), burn-in included: `loss`, `baseline` (the same examples at w*), `distance` ‖w − w*‖, `slope`
-    ∇L_B(w)·(w − w*), with control variates `linear`; settings in attrs. On request: `example_loss` (chain, draw,
-    example) of `examples` single examples, a forward pass of them a draw; `acceptance` of a Metropolis-adjusted step
-    of SGLD, a pass a draw. `devmon.analysis.llc` turns them into λ̂, its
-    standard error and a verdict. Raises InstrumentError for settings that cannot be run and a loss that is not finite.
+    Returns traces, burn-in included, the means over the steps of a draw; settings in attrs:
+
+    - `loss` (chain, draw), loss: mean loss at w of the minibatch.
+    - `baseline` (chain, draw), loss: mean loss at w* of the same examples.
+    - `distance` (chain, draw), weight: root mean square of ‖w − w*‖.
+    - `slope` (chain, draw), loss: ∇L_B(w)·(w − w*), with the gradient that moved the chain.
+    - `linear` (chain, draw), loss: with `control_variate`, (∇L_B(w*) − ∇L(w*))·(w − w*), the first-order noise of the
+      score, to be subtracted. Null: 0 in the mean.
+    - `example_loss` (chain, draw, example), loss: with `examples`, the losses of so many single examples at the start
+      of a draw; a forward pass of them a draw.
+    - `acceptance` (chain, draw), 1: with `acceptance`, that of a Metropolis-adjusted step of SGLD; a pass a draw.
+
+    `devmon.analysis.llc` turns them into λ̂, its standard error and a verdict. Raises InstrumentError for settings that
+    cannot be run and a loss that is not finite.
     """
-
-    data: Any
-    loss: Loss = next_token_loss
-    nbeta: float | None = None
-    gamma: float = 300.0
-    lr: float = 1e-4
-    chains: int = 4
-    draws: int = 200
-    burn_in: int = 100
-    batch_size: int = 32
-    steps_per_draw: int = 1
-    sampler: str | Sampler = "sgld"
-    control_variate: bool = False
-    shared_batches: bool = False
-    replacement: bool = False
-    prior: float = 0.0
-    mask: Any = None
-    examples: int = 0
-    acceptance: bool = False
-    float64: bool = False
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         return self._traces(snapshot, range(self.chains))
@@ -69,9 +66,14 @@ class LLC:
     def join(self, parts: list[xr.Dataset]) -> xr.Dataset:
         """The traces of all chains, in order of their numbers."""
         joined = xr.concat(
-            parts, "chain", data_vars="minimal", coords="minimal", compat="override", join="exact",
+            parts,
+            "chain",
+            data_vars="minimal",
+            coords="minimal",
+            compat="override",
+            join="exact",
             combine_attrs="identical",
-        )  # fmt: skip
+        )
         return joined.sortby("chain")
 
     def cost(self) -> Cost:
@@ -91,8 +93,4 @@ class LLC:
         )
 
     def _traces(self, snapshot: Snapshot, chains: Sequence[int]) -> xr.Dataset:
-        settings = Settings(
-            **{name: getattr(self, name) for name in Settings.__dataclass_fields__ if hasattr(self, name)},
-            seed=snapshot.seed,
-        )
-        return sample(snapshot.model, self.loss, self.data, settings, chains=chains)
+        return sample(snapshot.model, self.loss, self.data, self, seed=snapshot.seed, chains=chains)

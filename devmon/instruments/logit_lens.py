@@ -13,6 +13,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout, activations
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
 
@@ -21,28 +22,42 @@ from devmon.snapshot import Snapshot
 class LogitLens(ByContent):
     """Final norm and unembedding applied to the residual stream after each layer (nostalgebraist 2020; 2303.08112).
 
-    `tokens` (batch, pos) are read at all places but the last of each sequence, which has no next token. The coordinate
-    `depth` counts the layers that have run: 0 is the embedding, L the whole model. All means are over places, each with
-    `_se` over sequences; p is the model's distribution of the next token, q the lens's.
-    kl(depth): KL(p ‖ q), nats; 0 up to rounding at depth L, where the lens is the model;
-    loss(depth): cross-entropy of q on the next token, nats per token;
-    agreement(depth): share of places where p and q have the same most likely token, the thresholded twin of kl;
-    prediction_depth: the depth from which on q keeps the model's most likely token (2303.08112, after Baldock et al.,
-    2106.09647); 0 where the embedding has it already, at most L.
-    head_effect(layer, head): what the head adds to the logit of the right next token, less what it adds to the mean
-    logit, directly: through its own `W_O`, a norm between attention and stream where there is one, the final norm with
-    the scale it has, and the unembedding, before any cap; in logits (nats). Summed over heads, MLPs, biases and embedding
-    this is the centred logit (Elhage et al. 2021).
+    `tokens` (batch, pos) are read at all positions but the last of each sequence, which has no next token. The
+    coordinate `depth` counts the layers that have run: 0 is the embedding, L the whole model. All means are over
+    positions, `_se` over sequences; p is the model's distribution of the next token, q the lens's. The direct effect of
+    a head on a logit goes through its own `W_O`, a norm between attention and stream where there is one, the final norm
+    with the scale it has, and the unembedding, before any cap; it is taken less its mean over all logits. Summed over
+    heads, MLPs, biases and embedding it is the centred logit (Elhage et al. 2021). The nulls are predictions that do
+    not read the context.
 
-    The nulls, of predictions that do not read the context: kl_uniform is KL(p ‖ uniform); kl_constant, loss_constant and
-    agreement_constant are the best that one fixed distribution can get on these very places (the mean of p; the
-    frequencies of the next tokens; the token that p prefers most often); head_effect_unigram(layer, head) is the head's
-    effect on a random next token of the probe instead of the right one: a head that only raises frequent tokens has
-    both alike.
+    - `kl` (depth), nats: KL(p ‖ q); 0 up to rounding at depth L, where the lens is the model. Null: `kl_constant`.
+    - `kl_se` (depth), nats: its standard error.
+    - `loss` (depth), nats per token: cross-entropy of q on the next token. Null: `loss_constant`.
+    - `loss_se` (depth), nats per token: its standard error.
+    - `agreement` (depth), share: positions where p and q have the same most likely token, the thresholded twin of kl.
+      Null: `agreement_constant`.
+    - `agreement_se` (depth), share: its standard error.
+    - `prediction_depth`, layers: the depth from which on q keeps the model's most likely token (2303.08112, after
+      Baldock et al., 2106.09647); 0 where the embedding has it already, at most L.
+    - `prediction_depth_se`, layers: its standard error.
+    - `kl_uniform`, nats: KL(p ‖ uniform).
+    - `kl_uniform_se`, nats: its standard error.
+    - `kl_constant`, nats: the least KL from p that one fixed distribution can have on these positions: that of the mean
+      of p.
+    - `kl_constant_se`, nats: its standard error.
+    - `loss_constant`, nats per token: loss of the frequencies of the next tokens on these positions.
+    - `loss_constant_se`, nats per token: its standard error.
+    - `agreement_constant`, share: positions where p prefers the token that it prefers most often.
+    - `agreement_constant_se`, share: its standard error.
+    - `head_effect` (layer, head), logits: direct effect on the right next token. Null: `head_effect_unigram`.
+    - `head_effect_se` (layer, head), logits: its standard error.
+    - `head_effect_unigram` (layer, head), logits: direct effect on a random next token of the probe: a head that only
+      raises frequent tokens has both alike.
+    - `head_effect_unigram_se` (layer, head), logits: its standard error.
 
     Pitfalls: a lens that reads little may be a stream in other coordinates, not a stream without the information
-    (TunedLens); early in training the lens means little at all; a direct effect is not a total effect.
-    Raises InstrumentError for a model whose unembedding does not read the stream right after the final norm (encoders,
+    (TunedLens); early in training the lens means little at all; a direct effect is not a total effect. Raises
+    InstrumentError for a model whose unembedding does not read the stream right after the final norm (encoders,
     post-norm), or in which the lens of the last layer is not the model.
     """
 
@@ -54,8 +69,10 @@ class LogitLens(ByContent):
         object.__setattr__(self, "tokens", probe_tokens(self.tokens, "LogitLens"))
 
     def cost(self) -> Cost:
-        """One pass of the model; its unembedding runs once more for each layer, which is not counted: with the 12 layers
-        and 50,257 tokens of GPT-2 small all took the time of 8 passes on a CPU."""
+        """One pass of the model; its unembedding runs once more for each layer, which is not counted.
+
+        With the 12 layers and 50,257 tokens of GPT-2 small all took the time of 8 passes on a CPU.
+        """
         return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
@@ -83,22 +100,23 @@ class LogitLens(ByContent):
 
 
 def _lens(anatomy: Anatomy, stream: Tensor, final: Tensor, target: Tensor) -> dict[str, np.ndarray]:
-    """Sums over places (batch, depth), and (batch,), of one minibatch; `stream` is (depth, batch, pos, d)."""
+    """Sums over positions (batch, depth), and (batch,), of one minibatch; `stream` is (depth, batch, pos, d)."""
     log_p = _log_softmax(final)
-    p, best, found = log_p.exp(), final.argmax(-1), []
+    p, best, read = log_p.exp(), final.argmax(-1), []
     negentropy = torch.linalg.vecdot(p, log_p)
     for depth, state in enumerate(stream):
         scores = anatomy.capped(anatomy.unembedding(anatomy.final_norm(state)))
-        if depth == len(stream) - 1 and float((scores - final).abs().max()) > 0.02 * (1 + float(final.abs().max())):
+        off = float((scores - final).abs().max()) if depth == len(stream) - 1 else 0.0  # the last lens is the model
+        if off > 0.02 * (1 + float(final.abs().max())):
             raise InstrumentError(
                 f"{anatomy.who}: final norm and unembedding of the last layer's output are not the logits of "
-                f"{type(anatomy.model).__name__} (off by {float((scores - final).abs().max()):.3g}): declare its `norm`, "
-                "`unembed` and `cap` in its layout"
+                f"{type(anatomy.model).__name__} (off by {off:.3g}): declare its `norm`, `unembed` and `cap` in its "
+                "layout"
             )
         log_q = _log_softmax(scores)
         kl = negentropy - torch.linalg.vecdot(p, log_q)
-        found.append((kl, -log_q.gather(-1, target[..., None])[..., 0], scores.argmax(-1) == best))
-    kl, loss, same = (torch.stack(each).double().cpu() for each in zip(*found, strict=True))  # (depth, batch, pos)
+        read.append((kl, -log_q.gather(-1, target[..., None])[..., 0], scores.argmax(-1) == best))
+    kl, loss, same = (torch.stack(each).double().cpu() for each in zip(*read, strict=True))  # (depth, batch, pos)
     late = 1 + torch.arange(len(same) - 1)[:, None, None]
     settled = (late * (1 - same[:-1])).amax(0)  # one more than the last depth that disagrees
     sums = {"kl": kl, "loss": loss, "agreement": same, "prediction_depth": settled}
@@ -106,25 +124,24 @@ def _lens(anatomy: Anatomy, stream: Tensor, final: Tensor, target: Tensor) -> di
 
 
 def _direct(anatomy: Anatomy, last: Tensor, z: Tensor, target: Tensor, tokens: Tensor) -> np.ndarray:
-    """Direct effects summed over places, (batch, layer, head, 2): on the right token, and on a random one."""
+    """Direct effects summed over positions, (batch, layer, head, 2): on the right token, and on a random one."""
     unembed, mean = anatomy.W_U.T, anatomy.W_U.mean(1)  # (vocab, d), (d,)
     often = torch.bincount(tokens[:, 1:].flatten(), minlength=len(unembed)).to(unembed)
     right, random = unembed[target] - mean, often / often.sum() @ unembed - mean
-    norm, found = anatomy.final_norm, []
+    norm, effects = anatomy.final_norm, []
     scale = norm.scale(last)[:, :, None]
     for layer, heads in enumerate(z):
         written = torch.einsum("bphe,hed->bphd", heads, anatomy.W_O(layer))
         end = anatomy.end_norm(layer, "attention")
         whole = end.scale(written.sum(2) + anatomy.bias(layer, "out"))[:, :, None]
         normed = norm.linear(end.linear(written, whole), scale)
-        found.append(
-            torch.stack([torch.einsum("bphd,bpd->bh", normed, right), torch.einsum("bphd,d->bh", normed, random)], -1)
-        )
-    return torch.stack(found, 1).double().cpu().numpy()
+        both = torch.einsum("bphd,bpd->bh", normed, right), torch.einsum("bphd,d->bh", normed, random)
+        effects.append(torch.stack(both, -1))
+    return torch.stack(effects, 1).double().cpu().numpy()
 
 
 def _constant(final: Tensor, tokens: Tensor, batch_size: int) -> dict[str, np.ndarray]:
-    """Sums over places, by sequence, of what fixed distributions get; `final` (batch, pos, vocab)."""
+    """Sums over positions, by sequence, of what fixed distributions get; `final` (batch, pos, vocab)."""
     rows_of = list(minibatches(len(final), batch_size))
     by_sequence, negentropy = [], []
     for rows in rows_of:
@@ -167,21 +184,17 @@ LABELS = {
 
 def _dataset(sums: dict[str, np.ndarray], effect: np.ndarray, places: int) -> xr.Dataset:
     count = np.full(len(effect), places)
-    coords = {"depth": np.arange(sums["kl"].shape[1]), "layer": np.arange(effect.shape[1]),
-              "head": np.arange(effect.shape[2])}  # fmt: skip
-    dataset = xr.Dataset(coords=coords, attrs={"headline": ["kl", "prediction_depth", "head_effect"]})
-    error = "standard error over sequences"
-    for name, (long_name, units, change) in LABELS.items():
+    rows = Rows(headline=["kl", "prediction_depth", "head_effect"])
+    for name, (label, units, change) in LABELS.items():
         mean, se = clustered_mean(sums[name], count)
-        dims = ("depth",) if mean.ndim else ()
-        dataset[name] = (dims, mean, {"long_name": long_name, "units": units})
-        dataset[f"{name}_se"] = (dims, se, {"long_name": error, "units": units})
-        if change is not None:
-            dataset[name].attrs["smallest_change"] = change
+        rows.put(name, "depth" if mean.ndim else (), mean, se, label, units=units, smallest_change=change)
     mean, se = clustered_mean(effect, count)
-    labels = ("direct effect on the right next token", "direct effect on a random next token")
-    for i, name in enumerate(("head_effect", "head_effect_unigram")):
-        dataset[name] = (("layer", "head"), mean[..., i], {"long_name": labels[i], "units": "logits"})
-        dataset[f"{name}_se"] = (("layer", "head"), se[..., i], {"long_name": error, "units": "logits"})
-    dataset["head_effect"].attrs["smallest_change"] = 0.1
-    return dataset
+    names = {
+        "head_effect": ("direct effect on the right next token", 0.1),
+        "head_effect_unigram": ("direct effect on a random next token", None),
+    }
+    for i, (name, (label, change)) in enumerate(names.items()):
+        value, error, dims = mean[..., i], se[..., i], ("layer", "head")
+        rows.put(name, dims, value, error, label, units="logits", smallest_change=change)
+    depths, (layers, heads) = sums["kl"].shape[1], effect.shape[1:3]
+    return rows.dataset(depth=np.arange(depths), layer=np.arange(layers), head=np.arange(heads))

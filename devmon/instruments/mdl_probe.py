@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from devmon.anatomy import stream
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -22,6 +23,18 @@ Array = NDArray[np.float64]
 
 PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)  # of Voita & Titov
 GROUPS = 10  # of the jackknife of the AUC
+
+NO_AREA = "no class of the last block has items of its own and of others there"
+LABELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "compression": ("uniform code length / description length", "1", {"smallest_change": 0.1}),
+    "selectivity": ("control description length minus description length", "bits per label", {"smallest_change": 0.05}),
+    "mdl": ("description length of the labels", "bits per label", {}),
+    "extra_mdl": ("description length after the first block", "bits per label", {}),
+    "control_mdl": ("description length of random labels per type", "bits per label", {}),
+    "control_compression": ("compression of random labels per type", "1", {}),
+    "accuracy": ("accuracy in the last block", "share", {}),
+    "auc": ("mean area under the curve in the last block", "share", {"nan": NO_AREA}),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,23 +46,41 @@ class MDLProbe(ByContent):
     them end (2003.12298, footnote 4), whole sequences, as many blocks as there are different cuts. The labels of the
     first block cost log₂ K bits each, K classes; those of each later block -log₂ p under a linear probe trained on all
     blocks before it. The probe is softmax regression with a Gaussian prior, minimising Σ nats + (penalty / 2) ‖W‖² over
-    weights and intercepts, on features standardised over all items (both ends of the code have them). Per layer:
-    mdl: bits per label, the first block included; compression = log₂ K / mdl: 1 for random labels, far above it for
-    labels that few examples explain. Both measure effort, which accuracy does not: a probe that learns by heart what it
-    is told gets the control task right in the end, and pays for it on the way;
-    control_mdl, control_compression: the same with one random label for good for every type, drawn from the labels' own
-    frequencies (Hewitt & Liang 2019, 1909.03368); selectivity = control_mdl - mdl, bits per label;
-    accuracy, auc: of the last block under the last probe; auc is the mean over classes, where both they and others are in
-    the last block, of the chance that an item of the class gets a higher p than one of another; .5 knows nothing.
-    prior_mdl: the same code with no features, which learns the frequencies of the labels and nothing else: labels of
-    unequal frequency compress without any probe. extra_mdl: bits per label after the first block, mdl without its cost.
-    `_se` over sequences (of the auc: jackknife over 10 groups of them), for this order of blocks and the probes trained.
+    weights and intercepts, on features standardised over all items (both ends of the code have them). Code length
+    measures effort, which accuracy does not: a probe that learns labels by heart gets the control task right in the
+    end, and pays for it on the way. In the control task every type has one random label for good, drawn from the
+    labels' own frequencies (Hewitt & Liang 2019, 1909.03368).
 
-    Layer 0 is the input of the first block, layer l the output of block l; `blocks` is the path of the blocks where they
-    are not found. mdl depends on the number of items, the portions and the penalty: compare at the same ones. Cost: one
+    Layer 0 is the input of the first block, layer l the output of block l; `blocks` is the path of the blocks where
+    they are not found. `_se` are over sequences, for this order of blocks and the probes trained.
+
+    - `mdl` (layer), bits per label: description length of the labels, the first block included. Null: `prior_mdl`,
+      `control_mdl`.
+    - `mdl_se` (layer), bits per label: its standard error.
+    - `extra_mdl` (layer), bits per label: the same after the first block, without its cost.
+    - `extra_mdl_se` (layer), bits per label: its standard error.
+    - `compression` (layer), 1: log₂ K / mdl: 1 for random labels, far above it for labels that few examples explain.
+      Null: `control_compression`.
+    - `compression_se` (layer), 1: its standard error, to first order.
+    - `control_mdl` (layer), bits per label: description length in the control task.
+    - `control_mdl_se` (layer), bits per label: its standard error.
+    - `control_compression` (layer), 1: log₂ K / control_mdl.
+    - `control_compression_se` (layer), 1: its standard error, to first order.
+    - `selectivity` (layer), bits per label: control_mdl - mdl. Null: 0.
+    - `selectivity_se` (layer), bits per label: its standard error, paired by item.
+    - `accuracy` (layer), share: labels of the last block that the last probe gets right.
+    - `accuracy_se` (layer), share: its standard error.
+    - `auc` (layer), share: mean over classes, where both they and others are in the last block, of the chance that an
+      item of the class gets a higher p than one of another; 0.5 knows nothing. Null: 0.5.
+    - `auc_se` (layer), share: its standard error, by the jackknife over 10 groups of sequences.
+    - `prior_mdl`, bits per label: the same code with no features, which learns the frequencies of the labels and
+      nothing else: labels of unequal frequency compress without any probe.
+    - `prior_mdl_se`, bits per label: its standard error.
+
+    Pitfalls: mdl depends on the number of items, the portions and the penalty: compare at the same ones. Cost: one
     forward pass of `tokens`; 2 probes a block and layer, each some tens of passes over its items on the CPU: about a
-    minute for 13 layers of 768 dimensions and 2000 items.
-    Raises InstrumentError for a model whose blocks are not found, DataError for labels or portions that make no code.
+    minute for 13 layers of 768 dimensions and 2000 items. Raises InstrumentError for a model whose blocks are not
+    found, DataError for labels or portions that make no code.
     """
 
     tokens: Tensor
@@ -86,44 +117,21 @@ class MDLProbe(ByContent):
         task = self._task()
         used = self.labels != -100
         layers = stream(snapshot, self.tokens, self.blocks, who, self.batch_size)
-        rows_of = [self._layer(states[used].double().numpy(), task) for states in layers]
-        prior = _bits(_code(np.zeros((len(task.label), 0)), task.label, task, self.penalty)[0], task)
-        names = {
-            "compression": ("uniform code length / description length", "1"),
-            "selectivity": ("control description length minus description length", "bits per label"),
-            "mdl": ("description length of the labels", "bits per label"),
-            "extra_mdl": ("description length after the first block", "bits per label"),
-            "control_mdl": ("description length of random labels per type", "bits per label"),
-            "control_compression": ("compression of random labels per type", "1"),
-            "accuracy": ("accuracy in the last block", "share"),
-            "auc": ("mean area under the curve in the last block", "share"),
-        }
-        dataset = xr.Dataset(
-            coords={"layer": np.arange(len(rows_of))},
-            attrs={
-                "headline": ["compression", "selectivity"],
-                "classes": task.classes,
-                "items": len(task.label),
-                "block_items": np.bincount(task.block).tolist(),
-            },
-        )
-        for name, (long_name, units) in names.items():
-            mean, se = (np.array(values) for values in zip(*(row[name] for row in rows_of), strict=True))
-            dataset[name] = ("layer", mean, {"long_name": long_name, "units": units})
-            dataset[f"{name}_se"] = ("layer", se, {"long_name": "standard error over sequences", "units": units})
-        dataset["compression"].attrs["smallest_change"] = 0.1
-        dataset["selectivity"].attrs["smallest_change"] = 0.05
-        dataset["auc"].attrs["nan"] = "no class of the last block has items of its own and of others there"
-        about = {"units": "bits per label"}
-        dataset["prior_mdl"] = ((), prior[0], {"long_name": "description length without features"} | about)
-        dataset["prior_mdl_se"] = ((), prior[1], {"long_name": "standard error over sequences"} | about)
-        return dataset
+        by_layer = [self._layer(states[used].double().numpy(), task) for states in layers]
+        prior, prior_se = _bits(_code(np.zeros((len(task.label), 0)), task.label, task, self.penalty)[0], task)
+        sizes = {"classes": task.classes, "items": len(task.label), "block_items": np.bincount(task.block).tolist()}
+        rows = Rows(headline=["compression", "selectivity"], **sizes)
+        for name, (label, units, more) in LABELS.items():
+            mean, se = np.array([scores[name] for scores in by_layer]).T
+            rows.put(name, "layer", mean, se, label, units=units, **more)
+        rows.put("prior_mdl", (), prior, prior_se, "description length without features", units="bits per label")
+        return rows.dataset(layer=np.arange(len(by_layer)))
 
     def _layer(self, features: Array, task: _Task) -> dict[str, tuple[float, float]]:
         centred = features - features.mean(0)
         scale = centred.std(0)
         constant = scale <= 1e-9 * np.abs(features).max(initial=0.0)  # up to rounding
-        centred = centred / np.where(constant, np.inf, scale)  # it says nothing
+        centred = centred / np.where(constant, np.inf, scale)  # what is the same everywhere says nothing
         cost, last = _code(centred, task.label, task, self.penalty)
         control_cost, _ = _code(centred, task.control, task, self.penalty)
         uniform = float(np.log2(task.classes))
@@ -146,25 +154,30 @@ class MDLProbe(ByContent):
 
     def _task(self) -> _Task:
         used = self.labels != -100
+        # what is labelled, and in which sequence it lies
         classes, label = np.unique(self.labels[used].numpy(), return_inverse=True)
         sequence = used.nonzero()[:, 0].numpy()
         labelled = np.unique(sequence)
+
+        # sequences in a random order, cut where the portions end; cuts that coincide are one
         order = torch.randperm(len(labelled), generator=_generator(self.seed, "order")).numpy()
         ends = np.unique(np.maximum(np.round(np.array(self.portions) * len(labelled)), 1)).astype(int)
         block_of = np.empty(len(labelled), dtype=np.int64)
         block_of[order] = np.searchsorted(ends, np.arange(len(labelled)), side="right")
+
+        # the control task: one label per type, drawn as frequent as it is
         types = (self.tokens if self.types is None else self.types)[used].numpy()
         kinds, kind = np.unique(types, return_inverse=True)
         control = label
         if len(label):
             drawn = torch.randint(len(label), (len(kinds),), generator=_generator(self.seed, "control")).numpy()
-            control = label[drawn][kind]  # one label per type, drawn as frequent as it is
+            control = label[drawn][kind]
         block = block_of[np.searchsorted(labelled, sequence)]
         return _Task(label, control, sequence, block, ends, len(classes))
 
 
 class _Task(NamedTuple):
-    """Per labelled item its label, control label, sequence and block; where blocks end, in sequences; how many classes."""
+    """Per labelled item its label, control label, sequence and block; where blocks end, in sequences; the classes."""
 
     label: NDArray[np.int64]
     control: NDArray[np.int64]
@@ -208,10 +221,10 @@ def _fit(inputs: Array, label: NDArray[np.int64], start: Array, penalty: float) 
         value = -(log_softmax(scores, axis=1) * target).sum() + penalty / 2 * (flat @ flat)
         return float(value), (inputs.T @ (softmax(scores, axis=1) - target) + penalty * weights).ravel()
 
-    found = minimize(
+    least = minimize(
         objective, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 500, "ftol": 1e-12, "gtol": 1e-5}
     )
-    return found.x.reshape(start.shape)
+    return least.x.reshape(start.shape)
 
 
 def _bits(nats: Array, task: _Task, where: NDArray[np.bool_] | None = None) -> tuple[float, float]:
@@ -227,7 +240,7 @@ def _area(chances: Array, label: NDArray[np.int64], sequence: NDArray[np.int64])
     """Mean one-against-the-rest AUC over classes, ties counted half, and its jackknife error over sequences."""
     group = np.unique(sequence, return_inverse=True)[1] % GROUPS
     whole = _auc(chances, label)
-    each = [_auc(chances[group != one], label[group != one]) for one in np.unique(group)]
+    each = [_auc(chances[group != left_out], label[group != left_out]) for left_out in np.unique(group)]
     if np.isnan([whole, *each]).any():
         return whole, float("nan")
     return whole, float(np.sqrt((len(each) - 1) * np.var(each)))
@@ -237,10 +250,10 @@ def _auc(chances: Array, label: NDArray[np.int64]) -> float:
     from scipy.stats import rankdata
 
     areas = []
-    for one in np.unique(label):
-        own = label == one
+    for kind in np.unique(label):
+        own = label == kind
         n, rest = int(own.sum()), int((~own).sum())
         if rest:
-            rank = rankdata(chances[:, one])[own].sum()
+            rank = rankdata(chances[:, kind])[own].sum()
             areas.append((rank - n * (n + 1) / 2) / (n * rest))
     return float(np.mean(areas)) if areas else float("nan")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from devmon.anatomy import activations, forward
 from devmon.cost import Cost
 from devmon.data import ByContent, minibatches, places_of, probe_inputs, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -24,20 +25,30 @@ Array = NDArray[np.float64]
 class Polysemanticity(ByContent):
     """How pure the labels of the items are on which a neuron is largest: one neuron, one meaning, or several.
 
-    `inputs` are tokens (batch, pos) with `labels` (batch, pos), one item a place, those of -100 ignored; or inputs of
-    another kind, (batch, …) of floats, with labels (batch,), one item each, of which a neuron's activation is the mean
-    over its places. Neurons are those of the MLPs of a model whose parts are known; or the last dimension of the output
-    of `module`, the path of any submodule, as the one layer 0. Of each neuron (layer, neuron), from its `top` items (of
-    equals the first): entropy of their labels in nats, from 0 (one label) to log(number of labels); purity, the share of
-    the most frequent one; and over all items the excess kurtosis of its activation, large where it is seldom far from
-    its mean. Headlines, means over neurons with `_se` over neurons: mean_entropy, mean_purity, mean_kurtosis.
-    References: mean_entropy_reference and mean_purity_reference, of `top` items drawn at random.
+    `inputs` are tokens (batch, pos) with `labels` (batch, pos), one item a position, those of -100 ignored; or inputs
+    of another kind, (batch, …) of floats, with labels (batch,), one item each, of which a neuron's activation is the
+    mean over its positions. Neurons are those of the MLPs of a model whose parts are known; or the last dimension of
+    the output of `module`, the path of any submodule, as the one layer 0. The `top` items of a neuron are those on
+    which it is largest (of equals the first).
 
-    Pitfalls: it is not superposition (two measured things): a rotation of the space changes it and leaves `Superposition`
-    alone. It sees the meanings that the labels have, and a label with fewer than `top` items cannot be pure. Neurons that
-    are equal on all items are NaN and left out of the means. Cost: one forward pass of the inputs.
-    Raises DataError for labels of another shape, of one kind, or fewer than `top`; InstrumentError for a model whose
-    neurons, or `module`, are not found.
+    - `entropy` (layer, neuron), nats: of the labels of the top items, from 0 (one label) to log(number of labels). NaN
+      where the neuron is equal on all items.
+    - `purity` (layer, neuron), share: of the most frequent label among the top items, NaN likewise.
+    - `kurtosis` (layer, neuron), 1: excess kurtosis of the activation over all items, large where it is seldom far from
+      its mean, NaN likewise.
+    - `mean_entropy`, nats: mean over the neurons that are not NaN. Null: `mean_entropy_reference`.
+    - `mean_entropy_se`, nats: its standard error over neurons.
+    - `mean_entropy_reference`, nats: of `top` items drawn at random.
+    - `mean_purity`, share: mean over neurons. Null: `mean_purity_reference`.
+    - `mean_purity_se`, share: its standard error over neurons.
+    - `mean_purity_reference`, share: of `top` items drawn at random.
+    - `mean_kurtosis`, 1: mean over neurons. Null: 0, a Gaussian's.
+    - `mean_kurtosis_se`, 1: its standard error over neurons.
+
+    Pitfalls: it is not superposition (two measured things): a rotation of the space changes it and leaves
+    `Superposition` alone. It sees the meanings that the labels have, and a label with fewer than `top` items cannot be
+    pure. Cost: one forward pass of the inputs. Raises DataError for labels of another shape, of one kind, or fewer than
+    `top`; InstrumentError for a model whose neurons, or `module`, are not found.
     """
 
     inputs: Tensor
@@ -53,10 +64,9 @@ class Polysemanticity(ByContent):
         labels = torch.as_tensor(self.labels)
         labels = probe_tokens(labels[:, None] if labels.ndim == 1 else labels, who, "labels", shortest=1)
         object.__setattr__(self, "labels", labels)
-        if tuple(labels.shape) != (len(self.inputs), places_of(self.inputs)):
-            raise DataError(
-                f"{who} needs a label for each of {(len(self.inputs), places_of(self.inputs))} items, got {tuple(labels.shape)}"
-            )
+        shape = (len(self.inputs), places_of(self.inputs))
+        if tuple(labels.shape) != shape:
+            raise DataError(f"{who} needs a label for each of {shape} items, got {tuple(labels.shape)}")
         used = labels[labels != -100]
         if len(used.unique()) < 2 or not 2 <= self.top <= len(used):
             raise DataError(
@@ -68,40 +78,27 @@ class Polysemanticity(ByContent):
         used = self.labels != -100
         states = self._neurons(snapshot)[:, used].double().cpu().numpy()  # (layer, item, neuron)
         label = self.labels[used].numpy()
-        spread = np.ptp(states, axis=1)
-        moving = spread > 1e-6 * np.abs(states).max(axis=1)  # above rounding
+
+        # the labels of the items on which a neuron is largest, and how heavy the tails of its activation are
         order = np.argsort(-states, axis=1, kind="stable")[:, : self.top]  # (layer, top, neuron)
         entropy, purity = _labels(label[order].swapaxes(1, 2))
         away = states - states.mean(1, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
             kurtosis = (away**4).mean(1) / (away**2).mean(1) ** 2 - 3
+        moving = np.ptp(states, axis=1) > 1e-6 * np.abs(states).max(axis=1)  # above rounding
+
+        # the null: as many items drawn at random
         generator = np.random.default_rng(derive_seed(self.seed, type(self).__name__))
         chance = np.array([generator.permutation(label)[: self.top] for _ in range(DRAWS)])
-        references = _labels(chance)
-        layers, neurons = moving.shape
-        dataset = xr.Dataset(
-            coords={"layer": np.arange(layers), "neuron": np.arange(neurons)},
-            attrs={"headline": ["mean_entropy", "mean_purity", "mean_kurtosis"], "items": len(label)},
+        entropy_null, purity_null = _labels(chance)
+
+        rows = Rows(headline=["mean_entropy", "mean_purity", "mean_kurtosis"], items=len(label))
+        _put(rows, "entropy", entropy, entropy_null, moving, "entropy of the labels of the top items", "nats")
+        _put(
+            rows, "purity", purity, purity_null, moving, "share of the most frequent label among the top items", "share"
         )
-        told = {
-            "entropy": (entropy, "entropy of the labels of the top items", "nats"),
-            "purity": (purity, "share of the most frequent label among the top items", "share"),
-            "kurtosis": (kurtosis, "excess kurtosis of the activation", "1"),
-        }
-        for name, (values, long_name, units) in told.items():
-            each = np.where(moving, values, np.nan)
-            alive = each[moving]
-            n = len(alive)
-            attrs = {"long_name": long_name, "units": units, "nan": "the neuron is equal on all items"}
-            dataset[name] = (("layer", "neuron"), each, attrs)
-            mean = float(alive.mean()) if n else np.nan
-            se = float(alive.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
-            dataset[f"mean_{name}"] = ((), mean, {"long_name": f"{long_name}, mean over neurons", "units": units})
-            dataset[f"mean_{name}_se"] = ((), se, {"long_name": "standard error over neurons", "units": units})
-        for name, values in zip(("entropy", "purity"), references, strict=True):
-            attrs = {"long_name": f"{name} of items drawn at random", "units": told[name][2]}
-            dataset[f"mean_{name}_reference"] = ((), float(values.mean()), attrs)
-        return dataset
+        _put(rows, "kurtosis", kurtosis, None, moving, "excess kurtosis of the activation", "1")
+        return rows.dataset(layer=np.arange(moving.shape[0]), neuron=np.arange(moving.shape[1]))
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self.inputs), positions=places_of(self.inputs))
@@ -110,14 +107,31 @@ class Polysemanticity(ByContent):
         """(layer, batch, pos, neuron); pos is 1 for inputs that are no tokens."""
         who = type(self).__name__
         if self.module is None:
-            states = activations(snapshot, self.inputs, ["neurons"], who, batch_size=self.batch_size)[1].stack(
-                "neurons"
-            )
+            reads = activations(snapshot, self.inputs, ["neurons"], who, batch_size=self.batch_size)[1]
+            states = reads.stack("neurons")
         else:
             states = _outputs(snapshot.model, self.module, self.inputs, self.batch_size, who)[None]
         if self.inputs.is_floating_point():
             return states.flatten(2, -2).mean(2, keepdim=True) if states.ndim > 3 else states[:, :, None]
         return states
+
+
+def _put(
+    rows: Rows, name: str, values: Array, null: Array | None, moving: NDArray[np.bool_], label: str, units: str
+) -> None:
+    """Values (layer, neuron) of the neurons that move, their mean, and its null (draw,)."""
+    each = np.where(moving, values, np.nan)
+    nothing = "the neuron is equal on all items"
+    rows.put(name, ("layer", "neuron"), each, None, label, units=units, nan=nothing)
+    alive = each[moving]
+    n = len(alive)
+    mean = float(alive.mean()) if n else np.nan
+    se = float(alive.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
+    over = "standard error over neurons"
+    rows.put(f"mean_{name}", (), mean, se, f"{label}, mean over neurons", units=units, error=over)
+    if null is not None:
+        drawn = f"{name} of items drawn at random"
+        rows.put(f"mean_{name}_reference", (), float(null.mean()), None, drawn, units=units)
 
 
 def _outputs(model: nn.Module, path: str, inputs: Tensor, batch_size: int, who: str) -> Tensor:
@@ -135,16 +149,16 @@ def _outputs(model: nn.Module, path: str, inputs: Tensor, batch_size: int, who: 
             forward(model, inputs[part], who)
     finally:
         handle.remove()
-    shapes = [tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__ for found in kept]
-    good = len(kept) == len(parts) and all(isinstance(found, Tensor) and found.ndim > 1 for found in kept)
+    shapes = [tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__ for output in kept]
+    good = len(kept) == len(parts) and all(isinstance(output, Tensor) and output.ndim > 1 for output in kept)
     if not good or sum(map(len, kept)) != len(inputs):
         raise InstrumentError(
             f"{who} needs a module that runs once and returns (batch, …, neuron); {path!r} gave {shapes[:4]}"
         )
-    return torch.cat([found.detach().clone() for found in kept])
+    return torch.cat([output.detach().clone() for output in kept])
 
 
-def _labels(found: NDArray[np.int64]) -> tuple[Array, Array]:
+def _labels(labels: NDArray[np.int64]) -> tuple[Array, Array]:
     """Entropy in nats and largest share of the labels (…, item), shapes (…)."""
-    share = (found[..., :, None] == found[..., None, :]).mean(-1)  # of each item's own label
+    share = (labels[..., :, None] == labels[..., None, :]).mean(-1)  # of each item's own label
     return -np.log(share).mean(-1), share.max(-1)

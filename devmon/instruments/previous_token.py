@@ -13,6 +13,7 @@ from torch import Tensor
 from devmon.anatomy import attention_patterns, stack_heads
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens, random_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot
 
@@ -22,8 +23,11 @@ class PreviousTokenHeads(ByContent):
     """Mean attention A[i, i - 1] over i >= 2 of every head: the first column, where attention rests idle, is left out.
 
     The probe is either independent uniform tokens of `vocab_size`, or `tokens` (batch, pos) such as text.
-    previous_token(layer, head): attention weight in [0, 1], with `_se` over sequences;
-    uniform: the mean of 1 / (i + 1), the score of attention spread evenly over the past.
+
+    - `previous_token` (layer, head), attention: weight on the position before, in [0, 1]. Null: `uniform`.
+    - `previous_token_se` (layer, head), attention: its standard error over sequences.
+    - `uniform`, attention: the mean of 1 / (i + 1), the score of attention spread evenly over the past.
+
     Raises InstrumentError for a model that shows no attention patterns, DataError unless exactly one probe is given.
     """
 
@@ -51,20 +55,10 @@ class PreviousTokenHeads(ByContent):
         pairs = [clustered_mean(sums, count) for sums in layers]
         mean, se = stack_heads([m for m, _ in pairs]), stack_heads([s for _, s in pairs])
         uniform = float(np.mean(1 / np.arange(3, tokens.shape[1] + 1)))
-        dims, units = ("layer", "head"), {"units": "attention"}
-        return xr.Dataset(
-            {
-                "previous_token": (
-                    dims,
-                    mean,
-                    {"long_name": "attention to the place before", "smallest_change": 0.05} | units,
-                ),
-                "previous_token_se": (dims, se, {"long_name": "standard error over sequences"} | units),
-                "uniform": ((), uniform, {"long_name": "previous-token score of uniform attention"} | units),
-            },
-            coords={"layer": np.arange(mean.shape[0]), "head": np.arange(mean.shape[1])},
-            attrs={"headline": ["previous_token"]},
-        )
+        rows, label = Rows(headline=["previous_token"]), "attention to the place before"
+        rows.put("previous_token", ("layer", "head"), mean, se, label, units="attention", smallest_change=0.05)
+        rows.put("uniform", (), uniform, None, "previous-token score of uniform attention", units="attention")
+        return rows.dataset(layer=np.arange(mean.shape[0]), head=np.arange(mean.shape[1]))
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self._probe), positions=self._probe.shape[1])

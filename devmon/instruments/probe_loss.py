@@ -11,6 +11,7 @@ from torch import Tensor
 from devmon.anatomy import predictions
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot
 
@@ -19,13 +20,20 @@ from devmon.snapshot import Snapshot
 class ProbeLoss(ByContent):
     """Next-token loss on fixed `tokens` (batch, pos) int64, in nats per token, and the in-context-learning score.
 
-    The coordinate `pos` is the index of the token predicted, 1 .. length - 1: how many tokens came before it.
-    loss: mean over all predicted tokens, loss_by_position(pos): mean over sequences, both with `_se` over sequences;
-    icl_score: mean loss at the positions of `late` minus mean loss at those of `early`, paired by sequence, with `_se`:
-    negative where the model learns in context (Olsson et al. 2022, 2209.11895: the 500th minus the 50th of 512).
-    `early` and `late` are half-open ranges of `pos`; by default positions 50/512 and 500/512 of the length, and
-    length // 64 more on either side to average over. A sequence should be one document: positions count from its start.
-    Raises InstrumentError for a model without logits at every position, DataError for ranges outside 1 .. length.
+    The coordinate `pos` is the index of the token predicted, 1 .. length - 1: how many tokens came before it. `early`
+    and `late` are half-open ranges of `pos`; by default positions 50/512 and 500/512 of the length, and length // 64
+    more on either side to average over.
+
+    - `loss`, nats per token: mean over all predicted tokens.
+    - `loss_se`, nats per token: its standard error over sequences.
+    - `loss_by_position` (pos), nats per token: mean over sequences.
+    - `loss_by_position_se` (pos), nats per token: its standard error over sequences.
+    - `icl_score`, nats per token: mean loss at the positions of `late` minus mean loss at those of `early`: negative
+      where the model learns in context (Olsson et al. 2022, 2209.11895: the 500th minus the 50th of 512). Null: 0.
+    - `icl_score_se`, nats per token: its standard error over sequences, paired.
+
+    Pitfalls: a sequence should be one document: positions count from its start. Raises InstrumentError for a model
+    without logits at every position, DataError for ranges outside 1 .. length.
     """
 
     tokens: Tensor
@@ -46,30 +54,21 @@ class ProbeLoss(ByContent):
             object.__setattr__(self, name, (int(window[0]), int(window[1])))
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        nats = predictions(snapshot, self.tokens, type(self).__name__, self.batch_size)[
-            0
-        ].numpy()  # (batch, pos - 1), column i is pos i + 1
+        # (batch, pos - 1): column i predicts position i + 1
+        nats = predictions(snapshot, self.tokens, type(self).__name__, self.batch_size)[0].numpy()
         assert self.early is not None
         assert self.late is not None
         late, early = (nats[:, start - 1 : stop - 1].mean(1) for start, stop in (self.late, self.early))
-        each = np.ones(len(nats))
+        each, unit = np.ones(len(nats)), "nats per token"
         loss, loss_se = clustered_mean(nats.mean(1), each)
-        curve, curve_se = clustered_mean(nats, each)
         score, score_se = clustered_mean(late - early, each)
-        units, error = {"units": "nats per token"}, "standard error over sequences"
         window = f"loss at positions {self.late} minus loss at {self.early}"
-        return xr.Dataset(
-            {
-                "loss": ((), float(loss), {"long_name": "next-token loss"} | units),
-                "loss_se": ((), float(loss_se), {"long_name": error} | units),
-                "loss_by_position": ("pos", curve, {"long_name": "next-token loss by position"} | units),
-                "loss_by_position_se": ("pos", curve_se, {"long_name": error} | units),
-                "icl_score": ((), float(score), {"long_name": f"in-context learning: {window}"} | units),
-                "icl_score_se": ((), float(score_se), {"long_name": error} | units),
-            },
-            coords={"pos": np.arange(1, nats.shape[1] + 1)},
-            attrs={"headline": ["loss", "icl_score"]},
-        )
+        rows = Rows(headline=["loss", "icl_score"])
+        rows.put("loss", (), float(loss), float(loss_se), "next-token loss", units=unit)
+        curve = clustered_mean(nats, each)
+        rows.put("loss_by_position", "pos", *curve, "next-token loss by position", units=unit)
+        rows.put("icl_score", (), float(score), float(score_se), f"in-context learning: {window}", units=unit)
+        return rows.dataset(pos=np.arange(1, nats.shape[1] + 1))
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])

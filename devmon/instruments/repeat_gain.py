@@ -11,6 +11,7 @@ from torch import Tensor
 from devmon.anatomy import predictions
 from devmon.cost import Cost
 from devmon.data import best_fixed_offset, clustered_mean, repeats
+from devmon.data.rows import Rows
 from devmon.snapshot import Snapshot
 
 
@@ -20,11 +21,21 @@ class RepeatGain:
 
     The same tokens are compared in both copies: where a query q of the second copy (`devmon.data.repeats`) has its next
     token q + 1 in the second copy too, that token counts, and its first occurrence q + 1 - p. So the first token of a
-    copy never counts, nor one that follows an accidental collision. Means over these tokens, `_se` over sequences.
-    nll_first, nll_second: nats per token in either copy; gain: nll_first - nll_second, positive where the model copies;
-    at most about the log of the number of tokens drawn from for a calibrated model.
-    accuracy: share of these tokens in the second copy that get the highest logit (the thresholded twin of nll_second);
-    accuracy_reference: the best that one fixed offset back, or one fixed token, gets on them without reading content.
+    copy never counts, nor one that follows an accidental collision. All are means over these tokens.
+
+    - `gain`, nats per token: nll_first - nll_second, positive where the model copies; at most about the log of the
+      number of tokens drawn from for a calibrated model. Null: 0.
+    - `gain_se`, nats per token: its standard error over sequences, paired by token.
+    - `nll_first`, nats per token: loss in the first copy.
+    - `nll_first_se`, nats per token: its standard error over sequences.
+    - `nll_second`, nats per token: loss in the second copy.
+    - `nll_second_se`, nats per token: its standard error over sequences.
+    - `accuracy`, share: tokens of the second copy that get the highest logit (the thresholded twin of nll_second).
+      Null: `accuracy_reference`.
+    - `accuracy_se`, share: its standard error over sequences.
+    - `accuracy_reference`, share: the best that one fixed offset back, or one fixed token, gets on them without reading
+      content.
+
     Raises InstrumentError for a model without logits at every position, DataError for a probe that cannot be drawn.
     """
 
@@ -38,25 +49,24 @@ class RepeatGain:
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         probe = repeats(self.vocab_size, self.sequences, self.length, self.seed, self.bos, self.exclude)
+        # (batch, pos - 1): column q predicts token q + 1
         nats, hits = predictions(snapshot, probe.tokens, type(self).__name__, self.batch_size)
-        # (batch, pos - 1), column q predicts token q + 1
         counted = probe.query[:, :-1] & (probe.copy[:, 1:] == 1)
+        # the loss of the same token one period before
         first = nats.gather(1, (torch.arange(self.length - 1) - probe.period[:, None]).clamp(min=0))
         values = {
-            "gain": (first - nats, "loss of the first copy minus loss of the second", "nats per token"),
-            "nll_first": (first, "loss in the first copy", "nats per token"),
-            "nll_second": (nats, "loss in the second copy", "nats per token"),
-            "accuracy": (hits, "share of the second copy predicted right", "share"),
+            "gain": (first - nats, "loss of the first copy minus loss of the second", "nats per token", 0.1),
+            "nll_first": (first, "loss in the first copy", "nats per token", None),
+            "nll_second": (nats, "loss in the second copy", "nats per token", None),
+            "accuracy": (hits, "share of the second copy predicted right", "share", None),
         }
-        dataset = xr.Dataset(attrs={"headline": ["gain"]})
-        for name, (each, long_name, units) in values.items():
+        rows = Rows(headline=["gain"])
+        for name, (each, label, units, change) in values.items():
             mean, se = clustered_mean((each * counted).sum(1).numpy(), counted.sum(1).numpy())
-            dataset[name] = ((), float(mean), {"long_name": long_name, "units": units})
-            dataset[f"{name}_se"] = ((), float(se), {"long_name": "standard error over sequences", "units": units})
-        dataset["gain"].attrs["smallest_change"] = 0.1
-        reference = {"long_name": "accuracy of the best fixed offset or token", "units": "share"}
-        dataset["accuracy_reference"] = ((), _content_blind(probe.tokens, counted), reference)
-        return dataset
+            rows.put(name, (), float(mean), float(se), label, units=units, smallest_change=change)
+        blind = _content_blind(probe.tokens, counted)
+        rows.put("accuracy_reference", (), blind, None, "accuracy of the best fixed offset or token", units="share")
+        return rows.dataset()
 
     def cost(self) -> Cost:
         return Cost(forwards=self.sequences, positions=self.length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,34 +13,41 @@ from torch import Tensor, nn
 from devmon.anatomy import logits, stream
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, places_of, probe_inputs
+from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
 
 
 @dataclass(frozen=True, eq=False)
 class Sketch(ByContent):
-    """States of every layer at fixed places of `tokens` (batch, pos) int64, seen through `dims` random directions.
+    """States of every layer at fixed positions of `tokens` (batch, pos) int64, seen through `dims` random directions.
 
-    sketch(layer, item, feature), float32: h P for the state h (d,) of an item. P (d, dims) is two independent halves of
-    orthonormal columns times √(2 d / dims), drawn by `seed`, the same for all layers and all steps; where dims >= d, P
-    is the identity and nothing is lost (the variable's attribute `halves` says which: 2 or 1). An item is one of
-    `positions` of one sequence, the last of each quarter by default; the coordinates `sequence` and `pos` say which. Of
-    inputs (batch, …) of floats, such as images, it is the mean state over the places of one.
-    Inner products survive on average (Johnson-Lindenstrauss), and so do products of two kernels if one is of the first
-    half and one of the second. Layer 0 is the input of the first block, l the output of block l; `blocks` is their path
-    where it is not found; `layers=False` leaves the stream, and the need to find it, out.
-    With `outputs`: outputs(item, output), float32: the same of the logits, less their mean over the vocabulary, which no
-    probability depends on; it is what essential dynamics follows (`devmon.analysis.derive.essential`).
-    spread(layer), output_spread: mean squared distance of the whole states, not of the sketches, from their mean, per
-    dimension, `_se` over sequences: the scale that CKA does not see.
+    A sketch is h P for the state h (d,) of an item. P (d, dims) is two independent halves of orthonormal columns times
+    √(2 d / dims), drawn by `seed`, the same for all layers and all steps; where dims >= d, P is the identity and
+    nothing is lost (the variable's attribute `halves` says which: 2 or 1). An item is one of `positions` of one
+    sequence, the last of each quarter by default; the coordinates `sequence` and `pos` say which. Of inputs (batch, …)
+    of floats, such as images, it is the mean state over the positions of one. Inner products survive on average
+    (Johnson-Lindenstrauss), and so do products of two kernels if one is of the first half and one of the second. Layer
+    0 is the input of the first block, l the output of block l; `blocks` is their path where it is not found;
+    `layers=False` leaves the stream, and the need to find it, out. `outputs=True` adds the logits.
+
+    - `sketch` (layer, item, feature), activation: float32, the states of the stream in random directions.
+    - `spread` (layer), squared activation: mean squared distance of the whole states, not of the sketches, from their
+      mean, per dimension: the scale that CKA does not see.
+    - `spread_se` (layer), squared activation: its standard error over sequences.
+    - `outputs` (item, output), nats: float32, the same of the logits, less their mean over the vocabulary, which no
+      probability depends on; it is what essential dynamics follows (`devmon.analysis.derive.essential`).
+    - `output_spread`, squared nats: as `spread`, of the logits less their mean.
+    - `output_spread_se`, squared nats: its standard error over sequences.
 
     What follows: `devmon.analysis.derive.representation` (drift, CKA between steps and between layers, with errors and
     permutation p-values, which are the null of this instrument: it stores data, no score). A debiased CKA from 128 dims
     is that of the states on average, with a standard deviation of .01 to .05 over `seed` (d = 768, 256 items), most for
     a CKA near 0 of spectra that are flat; the accident is the same at all steps. One half against itself would be up to
     .06 too low. A row takes 4 · layers · items · dims bytes: 1.7 MB for 13 layers, 256 items, 128 dims.
-    Cost: one forward pass of `tokens`, two with `outputs`.
-    Raises InstrumentError for a model whose blocks or logits are not found, DataError for places that are not there.
+
+    Cost: one forward pass of `tokens`, two with `outputs`. Raises InstrumentError for a model whose blocks or logits
+    are not found, DataError for positions that are not there.
     """
 
     tokens: Tensor
@@ -64,43 +72,37 @@ class Sketch(ByContent):
         object.__setattr__(self, "positions", tuple(sorted({place % length for place in given})))
         if self.dims < 2 or self.dims % 2 or len(tokens) < 2 or not (self.layers or self.outputs):
             raise DataError(
-                f"Sketch needs an even dims >= 2, two sequences, and layers or outputs; got dims={self.dims}, {len(tokens)} "
-                f"sequences, layers={self.layers}, outputs={self.outputs}"
+                f"Sketch needs an even dims >= 2, two sequences, and layers or outputs; got dims={self.dims}, "
+                f"{len(tokens)} sequences, layers={self.layers}, outputs={self.outputs}"
             )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        places = list(self.positions or ())
-        sequence = np.repeat(np.arange(len(self.tokens)), len(places))
-        dataset = xr.Dataset(
-            coords={
-                "item": np.arange(len(sequence)),
-                "sequence": ("item", sequence),
-                "pos": ("item", np.tile(places, len(self.tokens))),
-            },
-            attrs={
-                "kind": "sketch",
-                "headline": ["spread"] * self.layers + ["output_spread"] * self.outputs,
-            },
-        )
-        about = {"long_name": "mean squared distance from the mean, per dimension", "units": "squared activation"}
-        error = {"long_name": "standard error over sequences", "units": "squared activation"}
+        places, count = list(self.positions or ()), len(self.tokens)
+        rows = Rows(kind="sketch", headline=["spread"] * self.layers + ["output_spread"] * self.outputs)
+        coords: dict[str, Any] = {"item": np.arange(count * len(places))}
+        coords["sequence"] = ("item", np.repeat(np.arange(count), len(places)))
+        coords["pos"] = ("item", np.tile(places, count))
+        halves, label = {}, "mean squared distance from the mean, per dimension"
         if self.layers:
             layers = self._stream(snapshot)
-            width = layers[0].shape[1]
             sketches, spreads = zip(*(self._keep(states, "stream") for states in layers), strict=True)
-            dataset = dataset.assign_coords(layer=np.arange(len(sketches)), feature=np.arange(sketches[0].shape[1]))
-            units = {"long_name": "residual stream in random directions", "units": "activation"}
-            dataset["sketch"] = (("layer", "item", "feature"), np.stack(sketches), units | self._halves(width))
-            for name, values, attrs in zip(("spread", "spread_se"), np.array(spreads).T, (about, error), strict=True):
-                dataset[name] = ("layer", values, attrs)
+            dims, sketch = ("layer", "item", "feature"), np.stack(sketches)
+            rows.put("sketch", dims, sketch, None, "residual stream in random directions", units="activation")
+            spread, error = np.array(spreads).T
+            rows.put("spread", "layer", spread, error, label, units="squared activation")
+            coords |= {"layer": np.arange(len(sketch)), "feature": np.arange(sketch.shape[2])}
+            halves["sketch"] = self._halves(layers[0].shape[1])
         if self.outputs:
             scores = self._logits(snapshot.model)
-            sketch, spread = self._keep(scores, "outputs")
-            dataset = dataset.assign_coords(output=np.arange(sketch.shape[1]))
-            units = {"long_name": "logits less their mean, in random directions", "units": "nats"}
-            dataset["outputs"] = (("item", "output"), sketch, units | self._halves(scores.shape[1]))
-            for name, value, attrs in zip(("output_spread", "output_spread_se"), spread, (about, error), strict=True):
-                dataset[name] = ((), value, attrs | {"units": "squared nats"})
+            sketch, (spread, error) = self._keep(scores, "outputs")
+            text = "logits less their mean, in random directions"
+            rows.put("outputs", ("item", "output"), sketch, None, text, units="nats")
+            rows.put("output_spread", (), spread, error, label, units="squared nats")
+            coords["output"] = np.arange(sketch.shape[1])
+            halves["outputs"] = self._halves(scores.shape[1])
+        dataset = rows.dataset(**coords)
+        for name, number in halves.items():
+            dataset[name].attrs["halves"] = number
         return dataset
 
     def cost(self) -> Cost:
@@ -121,8 +123,9 @@ class Sketch(ByContent):
         scores = torch.cat(parts)
         return scores - scores.mean(1, keepdim=True)
 
-    def _halves(self, width: int) -> dict[str, int]:
-        return {"halves": 2 if self.dims < width else 1}
+    def _halves(self, width: int) -> int:
+        """Independent halves of the directions; 1 where the whole state is kept."""
+        return 2 if self.dims < width else 1
 
     def _keep(self, states: Tensor, what: str) -> tuple[np.ndarray, tuple[float, float]]:
         """The sketch (item, feature) of the states (item, d), and their spread with its standard error."""

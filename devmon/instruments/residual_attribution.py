@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout, Reads, activations
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens, repeats
+from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -28,8 +30,8 @@ Write = dict[tuple[str, int], Callable[[Tensor], Tensor]]
 class ResidualAttribution(ByContent):
     """The logit difference of answer and foil, split into what each part of the model adds to the residual stream.
 
-    `tokens` (prompt, pos) are the prompts, `answers`, `foils` (prompt,) two tokens each, `positions` (prompt,) where the
-    answer is predicted (the last by default). `ResidualAttribution.repeated(vocab_size)` makes a probe of repeated
+    `tokens` (prompt, pos) are the prompts, `answers`, `foils` (prompt,) two tokens each, `positions` (prompt,) where
+    the answer is predicted (the last by default). `ResidualAttribution.repeated(vocab_size)` makes a probe of repeated
     random tokens: the answer is the token that followed last time, the foil a random other one.
 
     The final norm is a linear map once its scale is frozen at what it is in this forward pass, so with x_c what part c
@@ -37,18 +39,30 @@ class ResidualAttribution(ByContent):
     difference exactly (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; Wang et al. 2022,
     2211.00593). Parts, the coordinate `component`: "embedding" (tokens and learned positions), "head 2.5" (head 5 of
     layer 2), "attention bias 2" (of the output map), "mlp 2", "bias" (of the final norm and the unembedding). What
-    stands between a part and the stream (Gemma 2, OLMo 2) is frozen in the same way. All in logits, before any cap,
-    means over prompts:
-    attribution(component), with `_se`; attribution_null(component): the same for the answer of the next prompt, what a
-    part says whatever the prompt; logit_difference, with `_se`; closure: max over prompts of abs(Σ DLA − difference),
-    below 1e-4 in float32 for logits of ordinary size.
-    Of the means over prompts, with errors by the jackknife: top_share = max_c |DLA_c| / Σ_c |DLA_c|;
-    participation = (Σ_c |DLA_c|)² / Σ_c DLA_c², the number of parts that share the work, from 1; top_share_null: the
-    same of attribution_null. NaN where Σ |DLA| is under 1e-9 logits.
-    For the first `ablation_prompts` prompts (at least 3; 0 leaves this out) effect(component) = difference − difference
-    with the part's output replaced, at every position, by its mean over those prompts at that position: heads and MLPs;
-    NaN for the others. linearity = corr²(DLA, effect) over heads and MLPs, of the means over those prompts, in [0, 1];
-    NaN where either hardly varies, or for fewer than 3 such parts.
+    stands between a part and the stream (Gemma 2, OLMo 2) is frozen in the same way. All logits are before any cap. The
+    first `ablation_prompts` prompts (at least 3; 0 leaves `effect` and `linearity` out) are run again for every head
+    and MLP, with its output replaced, at every position, by its mean over those prompts at that position.
+
+    - `logit_difference`, logit: logit of the answer minus that of the foil, mean over prompts. Null: 0.
+    - `logit_difference_se`, logit: its standard error over prompts.
+    - `attribution` (component), logit: DLA_c, mean over prompts. Null: `attribution_null`.
+    - `attribution_se` (component), logit: its standard error over prompts.
+    - `attribution_null` (component), logit: the same for the answer of the next prompt, what a part says whatever the
+      prompt.
+    - `closure`, logit: max over prompts of abs(Σ_c DLA_c − difference), below 1e-4 in float32 for logits of ordinary
+      size.
+    - `top_share`, share: max_c |DLA_c| / Σ_c |DLA_c| of the means over prompts; NaN where Σ |DLA| is under 1e-9 logits.
+      Null: `top_share_null`.
+    - `top_share_se`, share: its standard error, by the jackknife over prompts.
+    - `top_share_null`, share: top_share of attribution_null.
+    - `participation`, parts: (Σ_c |DLA_c|)² / Σ_c DLA_c² of the means over prompts, the number of parts that share the
+      work, from 1; NaN likewise.
+    - `participation_se`, parts: its standard error, by the jackknife over prompts.
+    - `effect` (component), logit: difference − difference with the part ablated; NaN for what is no head or MLP.
+    - `effect_se` (component), logit: its standard error over the ablated prompts.
+    - `linearity`, 1: corr²(DLA, effect) over heads and MLPs, of the means over the ablated prompts, in [0, 1]; NaN
+      where either hardly varies, or for fewer than 3 such parts.
+    - `linearity_se`, 1: its standard error, by the jackknife over prompts.
 
     Pitfalls: DLA is not the total effect: what later parts make of x_c counts for them, and they repair what is
     missing, hence `linearity`. Large parts that cancel (an MLP against the embedding) look important. Ablation runs the
@@ -73,9 +87,8 @@ class ResidualAttribution(ByContent):
             if given is None:
                 continue
             if given.shape != (prompts,):
-                raise DataError(
-                    f"ResidualAttribution needs {name} ({prompts},), one for each prompt, got {tuple(given.shape)}"
-                )
+                shape = tuple(given.shape)
+                raise DataError(f"ResidualAttribution needs {name} ({prompts},), one for each prompt, got {shape}")
             object.__setattr__(self, name, probe_tokens(given[:, None], "ResidualAttribution", name, 1)[:, 0])
         if self.positions is not None and not bool(((self.positions >= -length) & (self.positions < length)).all()):
             raise DataError(f"ResidualAttribution needs positions within prompts of {length} tokens")
@@ -83,7 +96,8 @@ class ResidualAttribution(ByContent):
             raise DataError("ResidualAttribution needs a foil other than the answer in every prompt")
         if self.ablation_prompts and min(self.ablation_prompts, prompts) < 3:
             raise DataError(
-                f"ResidualAttribution needs ablation_prompts of 0 or at least 3, got {self.ablation_prompts} of {prompts}"
+                f"ResidualAttribution needs ablation_prompts of 0 or at least 3, got {self.ablation_prompts} of "
+                f"{prompts} prompts"
             )
 
     @classmethod
@@ -99,15 +113,20 @@ class ResidualAttribution(ByContent):
         batch_size: int = 32,
         layout: Layout | None = None,
     ) -> ResidualAttribution:
-        """One place of the second copy of each sequence of `devmon.data.repeats`, whose next token is in that copy too
-        and free of accidental collisions; sequences without one are left out."""
+        """A probe of repeated random tokens: one position in the second copy of each sequence of `devmon.data.repeats`.
+
+        Its next token is in that copy too and free of accidental collisions; sequences without one are left out. The
+        foil is a random other token.
+        """
         probe = repeats(vocab_size, prompts, length, seed, bos, exclude)
         generator = torch.Generator().manual_seed(derive_seed(seed, "ResidualAttribution"))
+        # a random usable position of each sequence that has one
         usable = probe.query[:, :-1] & probe.query[:, 1:]
         rows = usable.any(1)
         places = torch.rand(usable.shape, generator=generator).masked_fill(~usable, -1.0).argmax(1)[rows]
         tokens = probe.tokens[rows]
         answers = tokens.gather(1, places[:, None] + 1)[:, 0]
+        # a foil a random number of tokens further, around the circle of those allowed: never the answer itself
         allowed = torch.tensor(sorted(set(range(vocab_size)) - {*exclude, bos}))
         rank = torch.searchsorted(allowed, answers)
         step = torch.randint(1, len(allowed), answers.shape, generator=generator)
@@ -119,60 +138,78 @@ class ResidualAttribution(ByContent):
         return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        who = type(self).__name__
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
         _refuse(anatomy, max(int(self.answers.max()), int(self.foils.max())))
-        capped = not torch.equal(anatomy.capped(torch.ones(1)), torch.ones(1))
-        sites: list[str | tuple[str, int]] = [("resid_pre", 0), "z", ("resid_post", anatomy.layers - 1)]
-        sites += [*(["mlp_out"] if anatomy.layout.neurons else []), *(["unembedded"] if capped else [])]
-        logits, reads = activations(snapshot, self.tokens, sites, who, self.layout, self.batch_size)
+        logits, reads = self._read(snapshot, anatomy)
+
+        # all at the one position of each prompt where the answer is predicted, in float64
         prompt = torch.arange(len(self.tokens))
-        logits = (reads["unembedded", 0] if capped else logits)[prompt, self._places].cpu().double()
-        here = Reads({site: value[prompt, self._places].double() for site, value in reads.items()})
-        parts = _Parts(anatomy, here)
-        difference = (logits[prompt, self.answers] - logits[prompt, self.foils]).numpy()
+        here = logits[prompt, self._predicted].cpu().double()
+        difference = (here[prompt, self.answers] - here[prompt, self.foils]).numpy()
+        parts = _Parts(anatomy, Reads({site: held[prompt, self._predicted].double() for site, held in reads.items()}))
         split = parts.attribution(self.answers, self.foils)
         null = parts.attribution(self.answers.roll(1), self.foils)
+
+        # a layout that misses a part that writes to the stream shows here, and nowhere else
         gap = np.abs(split.sum(1) - difference)
-        eps = max(math.sqrt(torch.finfo(reads["resid_pre", 0].dtype).eps), ROUNDING)
-        if bool((gap > eps * (1 + np.abs(split).sum(1))).any()):
-            raise InstrumentError(
-                f"{who}: the parts of {type(snapshot.model).__name__} sum up to logit differences that are off by "
-                f"{gap.max():.3g} (of {np.abs(difference).max():.3g}): its layout misses a part that writes to the "
-                "stream; check it with Anatomy(model, layout).rebuild(tokens)"
-            )
+        eps = torch.finfo(reads["resid_pre", 0].dtype).eps
+        self._check_closure(type(snapshot.model).__name__, gap, split, difference, eps)
+
         effect = self._effects(anatomy, reads, difference) if self.ablation_prompts else None
         return _dataset(parts.names, split, null, difference, float(gap.max()), effect)
 
+    def _read(self, snapshot: Snapshot, anatomy: Anatomy) -> tuple[Tensor, Reads]:
+        """The logits (prompt, pos, vocab) before any cap, which is no linear map, and what the parts are made of."""
+        capped = not torch.equal(anatomy.capped(torch.ones(1)), torch.ones(1))
+        sites: list[str | tuple[str, int]] = [("resid_pre", 0), "z", ("resid_post", anatomy.layers - 1)]
+        sites += [*(["mlp_out"] if anatomy.layout.neurons else []), *(["unembedded"] if capped else [])]
+        logits, reads = activations(snapshot, self.tokens, sites, anatomy.who, self.layout, self.batch_size)
+        return (reads["unembedded", 0] if capped else logits), reads
+
+    def _check_closure(self, name: str, gap: np.ndarray, split: np.ndarray, difference: np.ndarray, eps: float) -> None:
+        """InstrumentError where the parts do not sum up to the difference, within rounding."""
+        eps = max(math.sqrt(eps), ROUNDING)
+        if bool((gap > eps * (1 + np.abs(split).sum(1))).any()):
+            raise InstrumentError(
+                f"{type(self).__name__}: the parts of {name} sum up to logit differences that "
+                f"are off by {gap.max():.3g} (of {np.abs(difference).max():.3g}): its layout misses a part that writes "
+                "to the stream; check it with Anatomy(model, layout).rebuild(tokens)"
+            )
+
     @cached_property
-    def _places(self) -> Tensor:
+    def _predicted(self) -> Tensor:
+        """The position of each prompt after which the answer comes, (prompt,)."""
         length = self.tokens.shape[1]
         return torch.full((len(self.tokens),), length - 1) if self.positions is None else self.positions % length
 
     def _effects(self, anatomy: Anatomy, reads: Reads, difference: np.ndarray) -> np.ndarray:
         """(prompt, component) of the ablated prompts: the drop of the difference, NaN where nothing is ablated."""
         count = min(self.ablation_prompts, len(self.tokens))
-        columns: list[np.ndarray] = []
         nothing = np.full(count, np.nan)
 
-        def ablate(write: Write) -> None:
-            rows = []
-            for some in minibatches(count, self.batch_size):
-                _, found = anatomy.run(self.tokens[some], ["unembedded"], write)
-                here = found["unembedded", 0][torch.arange(some.stop - some.start), self._places[some]].cpu().double()
-                rows.append(here.gather(1, self.answers[some, None]) - here.gather(1, self.foils[some, None]))
-            columns.append(difference[:count] - torch.cat(rows)[:, 0].numpy())
+        def effect(write: Write) -> np.ndarray:
+            return difference[:count] - self._ablated(anatomy, write, count)
 
-        columns.append(nothing)
+        # in the order of the components: embedding, then layer by layer heads, bias and MLP, then the last bias
+        columns = [nothing]
         for layer in range(anatomy.layers):
             mean = reads["z", layer][:count].mean(0, dtype=torch.float64)  # (pos, head, d_head)
-            for head in range(anatomy.heads):
-                ablate({("z", layer): lambda z, mean=mean, head=head: _put(z, head, mean[:, head])})  # type: ignore[misc]
+            columns += [effect({("z", layer): partial(_put, head, mean[:, head])}) for head in range(anatomy.heads)]
             columns.append(nothing)
             if anatomy.layout.neurons:
-                flat = reads["mlp_out", layer][:count].mean(0, dtype=torch.float64)
-                ablate({("mlp_out", layer): lambda x, flat=flat: flat.to(x).expand_as(x)})  # type: ignore[misc]
+                mean = reads["mlp_out", layer][:count].mean(0, dtype=torch.float64)  # (pos, d)
+                columns.append(effect({("mlp_out", layer): partial(_constant, mean)}))
         return np.stack([*columns, nothing], 1)
+
+    def _ablated(self, anatomy: Anatomy, write: Write, count: int) -> np.ndarray:
+        """The logit difference (prompt,) of the first `count` prompts with a site written."""
+        differences = []
+        for rows in minibatches(count, self.batch_size):
+            _, reads = anatomy.run(self.tokens[rows], ["unembedded"], write)
+            prompt = torch.arange(rows.stop - rows.start)
+            here = reads["unembedded", 0][prompt, self._predicted[rows]].cpu().double()
+            differences.append(here.gather(1, self.answers[rows, None]) - here.gather(1, self.foils[rows, None]))
+        return torch.cat(differences)[:, 0].numpy()
 
 
 class _Parts:
@@ -184,6 +221,7 @@ class _Parts:
         parts = [reads["resid_pre", 0][:, None]]
         with torch.no_grad():
             for layer in range(anatomy.layers):
+                # attention, split by heads: what stands after it is linear once its scale is frozen
                 heads = torch.einsum("nhe,hed->nhd", reads["z", layer], anatomy.W_O(layer).double())
                 bias = anatomy.bias(layer, "out").double().expand(len(heads), -1)
                 end = anatomy.end_norm(layer, "attention")
@@ -194,6 +232,7 @@ class _Parts:
                 if anatomy.layout.neurons:
                     parts.append(reads["mlp_out", layer][:, None])
                     self.names.append(f"mlp {layer}")
+            # the final norm, its scale frozen at that of the whole stream
             stream = reads["resid_post", anatomy.layers - 1]
             scale = anatomy.final_norm.scale(stream.to(anatomy.W_O(0).dtype)).double()
             self.parts = anatomy.final_norm.linear(torch.cat(parts, 1), scale[:, None])
@@ -222,11 +261,16 @@ def _refuse(anatomy: Anatomy, largest: int) -> None:
         )
 
 
-def _put(z: Tensor, head: int, mean: Tensor) -> Tensor:
-    """z (batch, pos, head, d_head) with the mean (pos, d_head) in place of one head."""
+def _put(head: int, mean: Tensor, z: Tensor) -> Tensor:
+    """z (batch, pos, head, d_head) with the mean (pos, d_head) in place of a head."""
     z = z.clone()
     z[:, :, head] = mean.to(z)
     return z
+
+
+def _constant(mean: Tensor, x: Tensor) -> Tensor:
+    """The mean (pos, d) in place of x (batch, pos, d)."""
+    return mean.to(x).expand_as(x)
 
 
 def _dataset(
@@ -237,42 +281,46 @@ def _dataset(
     closure: float,
     effect: np.ndarray | None,
 ) -> xr.Dataset:
-    dataset = xr.Dataset(
-        coords={"component": np.array(names, dtype=object)},
-        attrs={"headline": ["logit_difference", "top_share", "participation"]},
+    headline = ["logit_difference", "top_share", "participation", *(["linearity"] if effect is not None else [])]
+    rows = Rows(headline)
+    each = np.ones(len(split))
+
+    def put(name: str, dims: str | tuple[str, ...], pair: tuple[Any, Any], label: str, **more: Any) -> None:
+        rows.put(name, dims, *pair, label, error=f"standard error of {name} over prompts", **more)
+
+    # means over prompts, in logits
+    answer = clustered_mean(difference, each)
+    put(
+        "logit_difference", (), answer, "logit of the answer minus that of the foil", units="logit", smallest_change=0.1
     )
-    logit, nothing = {"units": "logit"}, f"the parts write less than {FLOOR} logits"
-    one = np.ones(len(split))
+    direct = clustered_mean(split, each)
+    put("attribution", "component", direct, "direct contribution to the logit difference", units="logit")
+    put("attribution_null", "component", (null.mean(0), None), "the same for another prompt's answer", units="logit")
+    put("closure", (), (closure, None), "largest error of the sum of the parts", units="logit")
 
-    def add(name: str, dims: tuple[str, ...], value: object, error: object, long_name: str, **attrs: object) -> None:
-        dataset[name] = (dims, value, {"long_name": long_name, **attrs})
-        if error is not None:
-            what = {"long_name": f"standard error of {name} over prompts", "units": attrs["units"]}
-            dataset[f"{name}_se"] = (dims, error, what)
-
-    mean, se = clustered_mean(difference, one)
-    add("logit_difference", (), mean, se, "logit of the answer minus that of the foil", smallest_change=0.1, **logit)
-    mean, se = clustered_mean(split, one)
-    add("attribution", ("component",), mean, se, "direct contribution to the logit difference", **logit)
-    add("attribution_null", ("component",), null.mean(0), None, "the same for another prompt's answer", **logit)
-    add("closure", (), closure, None, "largest error of the sum of the parts", **logit)
-    share, count = {"units": "share", "nan": nothing}, {"units": "parts", "nan": nothing}
-    value, error = _jackknife(_top_share, split)
-    add("top_share", (), value, error, "largest part of the sum of abs(contribution)", smallest_change=0.05, **share)
-    add("top_share_null", (), _top_share(null.mean(0)), None, "top share for another prompt's answer", **share)
-    value, error = _jackknife(_participation, split)
-    add("participation", (), value, error, "number of parts that share the work", smallest_change=0.5, **count)
+    # functions of those means, with errors by the jackknife
+    nothing = f"the parts write less than {FLOOR} logits"
+    top, few = _jackknife(_top_share, split), _jackknife(_participation, split)
+    label = "largest part of the sum of abs(contribution)"
+    put("top_share", (), top, label, units="share", nan=nothing, smallest_change=0.05)
+    other = _top_share(null.mean(0)), None
+    put("top_share_null", (), other, "top share for another prompt's answer", units="share", nan=nothing)
+    put(
+        "participation", (), few, "number of parts that share the work", units="parts", nan=nothing, smallest_change=0.5
+    )
     if effect is not None:
-        mean, se = clustered_mean(effect, np.ones(len(effect)))
-        reason = {"nan": "only heads and MLPs are ablated"}
-        add("effect", ("component",), mean, se, "drop of the difference by mean ablation", **logit, **reason)
-        used = ~np.isnan(effect[0])
-        both = np.stack([split[: len(effect), used], effect[:, used]], 1)  # (prompt, 2, part)
-        value, error = _jackknife(_linearity, both)
-        reason = {"nan": "contributions or effects hardly vary, or fewer than 3 heads and MLPs"}
-        add("linearity", (), value, error, "corr² of contribution and effect", units="1", smallest_change=0.1, **reason)
-        dataset.attrs["headline"] = [*dataset.attrs["headline"], "linearity"]
-    return dataset
+        _put_effects(put, split, effect)
+    return rows.dataset(component=np.array(names, dtype=object))
+
+
+def _put_effects(put: Callable[..., None], split: np.ndarray, effect: np.ndarray) -> None:
+    drop, label = clustered_mean(effect, np.ones(len(effect))), "drop of the difference by mean ablation"
+    put("effect", "component", drop, label, units="logit", nan="only heads and MLPs are ablated")
+    used = ~np.isnan(effect[0])
+    both = np.stack([split[: len(effect), used], effect[:, used]], 1)  # (prompt, 2, part)
+    square, label = _jackknife(_linearity, both), "corr² of contribution and effect"
+    nothing = "contributions or effects hardly vary, or fewer than 3 heads and MLPs"
+    put("linearity", (), square, label, units="1", nan=nothing, smallest_change=0.1)
 
 
 def _top_share(mean: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import xarray as xr
 
 from devmon.anatomy import Anatomy
 from devmon.cost import Cost
+from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot
 
@@ -19,28 +20,37 @@ LARGEST = 4096  # features of which each is stored
 class Superposition:
     """How features share the dimensions of a space: Elhage et al. 2022 (2209.10652), with W (feature, dimension).
 
-    `parameter` names the matrix of the features' directions, one a row, or one a column with `columns` (the weight of an
-    embedding `nn.Linear(features, dims)`). Without it W is the unembedding of a model whose parts are known: one row a
-    token, a *proxy*, as the features of a real model are not known. Over `feature`, the rows Wᵢ and their directions ŵᵢ:
-    norm ‖Wᵢ‖; interference Σ_{j≠i} (ŵᵢ·Wⱼ)²; dimensionality Dᵢ = ‖Wᵢ‖² / Σⱼ (ŵᵢ·Wⱼ)², the share of a dimension that a
-    feature has to itself: 1 alone, ½ in an antipodal pair, 0 for a feature of no length.
-    Of the whole: features_per_dimension ‖W‖²_F / dimensions (1 for an orthonormal basis); mean_dimensionality, over the
-    features; mean_interference Σ_{i≠j} (Wᵢ·Wⱼ)² / Σᵢ ‖Wᵢ‖⁴, 0 for orthogonal features; directions, the participation
-    ratio (Σσ²)² / Σσ⁴ of W's singular values. What is by feature is left out for more than LARGEST features.
-    References: the same with (ŵᵢ·Wⱼ)² for i ≠ j at ‖Wⱼ‖² / dimensions, its mean over directions drawn at random.
-    mean_interference below its reference is superposition that is arranged.
+    `parameter` names the matrix of the features' directions, one a row, or one a column with `columns` (the weight of
+    an embedding `nn.Linear(features, dims)`). Without it W is the unembedding of a model whose parts are known: one row
+    a token, a *proxy*, as the features of a real model are not known. Wᵢ are the rows, ŵᵢ their directions. A reference
+    is the same number with (ŵᵢ·Wⱼ)² for i ≠ j at ‖Wⱼ‖² / dimensions, its mean over directions drawn at random. What is
+    by feature is left out for more than LARGEST features. All are exact functions of the weights in float64: there is
+    no standard error. NaN where a weight is not finite or all are 0.
 
-    Exact functions of the weights in float64: there is no standard error. Directions of features depend on the basis
-    only up to rotation, and all numbers but norms are free of scale, save features_per_dimension. NaN where a weight is
-    not finite or all are 0. Cost: no pass; products (dimension, dimension), so a vocabulary of any size will do.
-    Raises InstrumentError where the parameter, or the unembedding, is not found.
+    - `norm` (feature), weight: ‖Wᵢ‖.
+    - `dimensionality` (feature), dimensions: Dᵢ = ‖Wᵢ‖² / Σⱼ (ŵᵢ·Wⱼ)², the share of a dimension that a feature has to
+      itself: 1 alone, ½ in an antipodal pair, 0 for a feature of no length. Null: `dimensionality_reference`.
+    - `dimensionality_reference` (feature), dimensions: among random directions.
+    - `interference` (feature), squared weight: Σ_{j≠i} (ŵᵢ·Wⱼ)². Null: `interference_reference`.
+    - `interference_reference` (feature), squared weight: among random directions.
+    - `features_per_dimension`, features: ‖W‖²_F / dimensions, 1 for an orthonormal basis.
+    - `mean_dimensionality`, dimensions: mean over the features. Null: `mean_dimensionality_reference`.
+    - `mean_dimensionality_reference`, dimensions: among random directions.
+    - `mean_interference`, 1: Σ_{i≠j} (Wᵢ·Wⱼ)² / Σᵢ ‖Wᵢ‖⁴, 0 for orthogonal features; below its reference it is
+      superposition that is arranged. Null: `mean_interference_reference`.
+    - `mean_interference_reference`, 1: among random directions.
+    - `directions`, dimensions: the participation ratio (Σσ²)² / Σσ⁴ of W's singular values.
+
+    Pitfalls: directions of features depend on the basis only up to rotation, and all numbers but norms are free of
+    scale, save features_per_dimension. Cost: no pass; products (dimension, dimension), so a vocabulary of any size will
+    do. Raises InstrumentError where the parameter, or the unembedding, is not found.
 
     >>> import torch
     >>> from devmon.snapshot import Snapshot
     >>> model = torch.nn.Linear(2, 4, bias=False)  # two antipodal pairs in two dimensions
     >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
-    >>> found = Superposition("weight")(Snapshot(0, model))
-    >>> found["dimensionality"].values.tolist(), found["features_per_dimension"].item()
+    >>> measured = Superposition("weight")(Snapshot(0, model))
+    >>> measured["dimensionality"].values.tolist(), measured["features_per_dimension"].item()
     ([0.5, 0.5, 0.5, 0.5], 2.0)
     """
 
@@ -54,51 +64,50 @@ class Superposition:
             )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        rows = self._rows(snapshot)  # (feature, dimension)
-        if not np.isfinite(rows).all() or not rows.any():
-            rows = np.full_like(rows, np.nan)
-        features, dims = rows.shape
-        gram = rows.T @ rows  # (dimension, dimension)
-        square = (rows**2).sum(1)
-        alive = np.divide(rows, np.sqrt(square)[:, None], out=np.zeros_like(rows), where=square[:, None] != 0)
+        weight = self._weight(snapshot)  # (feature, dimension)
+        if not np.isfinite(weight).all() or not weight.any():
+            weight = np.full_like(weight, np.nan)
+        features, dims = weight.shape
+
+        # overlaps by way of WᵀW (dimension, dimension): a vocabulary has too many features for W Wᵀ
+        gram = weight.T @ weight
+        square = (weight**2).sum(1)
+        alive = np.divide(weight, np.sqrt(square)[:, None], out=np.zeros_like(weight), where=square[:, None] != 0)
         seen = ((alive @ gram) * alive).sum(1)  # Σⱼ (ŵᵢ·Wⱼ)²
         total, interference = square.sum(), np.maximum(seen - square, 0.0)
+
+        # the null: other features at directions drawn at random
         expected = (total - square) / dims
-        one = np.divide(square, seen, out=np.zeros_like(square), where=seen != 0)
+        own = np.divide(square, seen, out=np.zeros_like(square), where=seen != 0)
         chance = np.divide(square, square + expected, out=np.zeros_like(square), where=square != 0)
         by_feature = {
             "norm": (np.sqrt(square), "length of the feature", "weight"),
-            "dimensionality": (one, "share of a dimension that the feature has to itself", "dimensions"),
+            "dimensionality": (own, "share of a dimension that the feature has to itself", "dimensions"),
             "dimensionality_reference": (chance, "dimensionality among random directions", "dimensions"),
             "interference": (interference, "squared overlap with all other features", "squared weight"),
             "interference_reference": (expected, "interference among random directions", "squared weight"),
         }
         whole = {
             "features_per_dimension": (total / dims, "‖W‖² / dimensions", "features"),
-            "mean_dimensionality": (one.mean(), "dimensionality, mean over features", "dimensions"),
+            "mean_dimensionality": (own.mean(), "dimensionality, mean over features", "dimensions"),
             "mean_dimensionality_reference": (chance.mean(), "among random directions", "dimensions"),
             "mean_interference": (_weighted(interference, square), "interference over squared length", "1"),
             "mean_interference_reference": (_weighted(expected, square), "among random directions", "1"),
             "directions": (total**2 / (gram**2).sum() if total else np.nan, "participation ratio of W", "dimensions"),
         }
-        dataset = xr.Dataset(
-            coords={"feature": np.arange(features)} if features <= LARGEST else {},
-            attrs={
-                "headline": ["features_per_dimension", "mean_dimensionality", "mean_interference", "directions"],
-                "proxy": int(self.parameter is None),
-            },
-        )
-        for name, (array, long_name, units) in by_feature.items() if features <= LARGEST else ():
-            dataset[name] = ("feature", array, {"long_name": long_name, "units": units})
-        for name, (value, long_name, units) in whole.items():
-            dataset[name] = ((), float(value), {"long_name": long_name, "units": units})
-        return dataset
+        headline = ["features_per_dimension", "mean_dimensionality", "mean_interference", "directions"]
+        rows, stored = Rows(headline, proxy=int(self.parameter is None)), features <= LARGEST
+        for name, (array, label, units) in by_feature.items() if stored else ():
+            rows.put(name, "feature", array, None, label, units=units)
+        for name, (value, label, units) in whole.items():
+            rows.put(name, (), float(value), None, label, units=units)
+        return rows.dataset(**({"feature": np.arange(features)} if stored else {}))
 
     def cost(self) -> Cost:
         """No passes: a product of the weights."""
         return Cost()
 
-    def _rows(self, snapshot: Snapshot) -> np.ndarray:
+    def _weight(self, snapshot: Snapshot) -> np.ndarray:
         if self.parameter is None:
             weight = Anatomy(snapshot.model, who=type(self).__name__).W_U.T
         else:
@@ -106,8 +115,8 @@ class Superposition:
             known = [name for name, p in named.items() if p.ndim == 2]
             if self.parameter not in known:
                 raise InstrumentError(
-                    f"Superposition: {type(snapshot.model).__name__} has no matrix {self.parameter!r}: its matrices are "
-                    f"{', '.join(known) or 'none'}"
+                    f"Superposition: {type(snapshot.model).__name__} has no matrix {self.parameter!r}: its matrices "
+                    f"are {', '.join(known) or 'none'}"
                 )
             weight = named[self.parameter].T if self.columns else named[self.parameter]
         return weight.detach().double().cpu().numpy()

@@ -13,6 +13,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout, activations
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -21,30 +22,40 @@ from devmon.snapshot import Snapshot, derive_seed
 class TunedLens(ByContent):
     """An affine map per layer, then final norm and unembedding, trained to say what the model says (2303.08112).
 
-    Half of the sequences of `tokens` (batch, pos), drawn by `seed`, train the maps, the others test them; the last place
-    of a sequence, which has no next token, is left out. `depth` counts the layers that have run (0: the embedding). At
-    each depth below the last h ↦ h + s (x W + b), x the state h centred and scaled to unit mean square over the training
-    half, s the root mean square of the last layer's states, minimises
+    Half of the sequences of `tokens` (batch, pos), drawn by `seed`, train the maps, the others test them; the last
+    position of a sequence, which has no next token, is left out. `depth` counts the layers that have run (0: the
+    embedding). At each depth below the last h ↦ h + s (x W + b), x the state h centred and scaled to unit mean square
+    over the training half, s the root mean square of the last layer's states, minimises
 
-        mean over training places of KL(p ‖ q) + `penalty` · ‖W‖²_F                                          (nats)
+        mean over training positions of KL(p ‖ q) + `penalty` · ‖W‖²_F                                       (nats)
 
-    p the model's next-token distribution, q the lens's. The form is that of the authors' code: the penalty pulls towards
-    the identity, the raw lens. `steps` iterations of full-batch L-BFGS (float32, or the model's float64) start from the
-    identity or from the ridge regression of the last layer's states, whichever is lower, and what is not lower than the
-    identity is thrown away: on the training half the tuned lens is never worse than the raw one. Nothing is kept from
-    one step of training to the next, so every checkpoint has the same chance.
-    On the test half, each with `_se` over its sequences: kl(depth), 0 at the last depth, where the lens is the model;
-    kl_raw(depth), of the logit lens; loss(depth), cross-entropy of q on the next token; agreement(depth), the share of
-    places where p and q have the same most likely token; prediction_depth, from where on they do.
-    kl_train(depth), kl_train_raw(depth): on the training half, without error.
-    kl_constant: the null, KL from p of the mean of p over the training half, what a map that reads nothing can learn.
+    p the model's next-token distribution, q the lens's. The form is that of the authors' code: the penalty pulls
+    towards the identity, the raw lens. `steps` iterations of full-batch L-BFGS (float32, or the model's float64) start
+    from the identity or from the ridge regression of the last layer's states, whichever is lower, and what is not lower
+    than the identity is thrown away: on the training half the tuned lens is never worse than the raw one. Nothing is
+    kept from one step of training to the next, so every checkpoint has the same chance. All but `kl_train` and
+    `kl_train_raw` are of the test half, with `_se` over its sequences.
 
-    Pitfalls: the map has d² numbers, so a probe of few places (fewer than some 10 d) is learnt by heart: kl_train far
-    below kl, kl above kl_raw; raise `penalty`, or give more tokens. What it reads the model need not use.
-    Cost: besides one pass of the model about 1.25 · `steps` passes, forward and backward, of the unembedding alone over
-    the training half, for each layer.
-    Raises DataError for fewer than four sequences, InstrumentError for a model whose unembedding does not read the stream
-    right after the final norm (encoders, post-norm).
+    - `kl` (depth), nats: KL(p ‖ q); 0 at the last depth, where the lens is the model. Null: `kl_constant`.
+    - `kl_se` (depth), nats: its standard error.
+    - `kl_raw` (depth), nats: the same of the logit lens.
+    - `kl_raw_se` (depth), nats: its standard error.
+    - `loss` (depth), nats per token: cross-entropy of q on the next token.
+    - `loss_se` (depth), nats per token: its standard error.
+    - `agreement` (depth), share: positions where p and q have the same most likely token.
+    - `agreement_se` (depth), share: its standard error.
+    - `prediction_depth`, layers: the depth from which on they do.
+    - `prediction_depth_se`, layers: its standard error.
+    - `kl_constant`, nats: KL from p of the mean of p over the training half, what a map that reads nothing can learn.
+    - `kl_constant_se`, nats: its standard error.
+    - `kl_train` (depth), nats: KL(p ‖ q) on the training half.
+    - `kl_train_raw` (depth), nats: that of the logit lens.
+
+    Pitfalls: the map has d² numbers, so a probe of few positions (fewer than some 10 d) is learnt by heart: kl_train
+    far below kl, kl above kl_raw; raise `penalty`, or give more tokens. What it reads the model need not use. Cost:
+    besides one pass of the model about 1.25 · `steps` passes, forward and backward, of the unembedding alone over the
+    training half, for each layer. Raises DataError for fewer than four sequences, InstrumentError for a model whose
+    unembedding does not read the stream right after the final norm (encoders, post-norm).
     """
 
     tokens: Tensor
@@ -79,6 +90,7 @@ class TunedLens(ByContent):
                 f"{output.shape[-1]} logits: give tokens of this model's vocabulary"
             )
         stream = [state[:, :-1] for state in (reads["resid_pre", 0], *reads.stack("resid_post"))]
+        # half of the sequences to train on, half to test
         order = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(derive_seed(self.seed, who)))
         train, test = (part.sort().values for part in order.tensor_split([len(order) // 2]))
         lens = _Lens(anatomy, self.batch_size * (self.tokens.shape[1] - 1))
@@ -87,6 +99,8 @@ class TunedLens(ByContent):
         }
         goal = stream[-1][train].flatten(0, 1)
         target = self.tokens[test, 1:].to(output.device)
+
+        # each depth by itself; the lens of the last one is the model, and needs no map
         read: list[dict[str, np.ndarray]] = []
         for depth, state in enumerate(stream):
             seen, unseen = (_floats(state[rows].flatten(0, 1)) for rows in (train, test))
@@ -101,6 +115,8 @@ class TunedLens(ByContent):
                 _compare(log_p["test"], scores, raw, target)
                 | {"train": np.array(kl_train), "train_raw": np.array(kl_train_raw)}
             )
+
+        # the null: KL from p of its mean over the training half
         mean = log_p["train"].exp().mean(0)
         null = (log_p["test"].exp() * log_p["test"]).sum(-1) - torch.xlogy(log_p["test"].exp(), mean).sum(-1)
         return _dataset(read, null.reshape(target.shape).double().cpu().numpy())
@@ -115,14 +131,14 @@ class _Lens:
 
     def scores(self, state: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self._one(part) for part in state.split(self.chunk)])
+            return torch.cat([self._logits(part) for part in state.split(self.chunk)])
 
     def kl(self, state: Tensor, log_p: Tensor, through: _Affine, slopes: list[Tensor] | None = None) -> float:
         """KL(p ‖ q) summed over places; `slopes` are raised by its gradient in the map's weight and bias."""
         total = 0.0
         for part, log in zip(state.split(self.chunk), log_p.split(self.chunk), strict=True):
             with torch.set_grad_enabled(slopes is not None):
-                log_q = _log_softmax(self._one(through(part)))
+                log_q = _log_softmax(self._logits(through(part)))
                 value = F.kl_div(log_q, log, reduction="sum", log_target=True)
             for slope, more in zip(slopes or [], self._slopes(value, through) if slopes else [], strict=True):
                 slope += more
@@ -133,7 +149,7 @@ class _Lens:
     def _slopes(value: Tensor, through: _Affine) -> tuple[Tensor, ...]:
         return torch.autograd.grad(value, [through.weight, through.bias])  # and none in the model
 
-    def _one(self, state: Tensor) -> Tensor:
+    def _logits(self, state: Tensor) -> Tensor:
         a = self.anatomy
         return a.capped(a.unembedding(a.final_norm(state.to(self.dtype))))
 
@@ -158,6 +174,8 @@ def _train(
     """The trained map of states (place, d), its mean KL on them, and that of the identity."""
     mean = state.mean(0)
     spread, scale = ((x - x.mean(0)).square().mean().sqrt().clamp(min=1e-12) for x in (state, goal))
+
+    # two starts: the identity, and the ridge regression of what the last layer adds on standardised states
     d, n = state.shape[1], len(state)
     identity = _Affine(mean, spread, scale, state.new_zeros(d, d), state.new_zeros(d))
     x, residual = ((state - mean) / spread).double(), ((goal - state) / scale).double()
@@ -166,9 +184,10 @@ def _train(
     solved = torch.linalg.solve(gram, x.T @ (residual - shift)).contiguous()
     ridge = _Affine(mean, spread, scale, solved.to(state), shift.to(state))
 
-    def objective(one: _Affine) -> float:
-        return lens.kl(state, log_p, one) / n + penalty * float(one.weight.square().sum())
+    def objective(tried: _Affine) -> float:
+        return lens.kl(state, log_p, tried) / n + penalty * float(tried.weight.square().sum())
 
+    # from the lower of the two, by full-batch L-BFGS; what is not lower than where it started is thrown away
     raw, other = objective(identity), objective(ridge)
     lowest, best = (other, ridge) if other < raw else (raw, identity)
     weight, bias = (t.clone().requires_grad_() for t in (best.weight, best.bias))
@@ -197,13 +216,13 @@ def _train(
 def _compare(log_p: Tensor, scores: Tensor, raw: Tensor, target: Tensor) -> dict[str, np.ndarray]:
     """By place (sequence, pos)."""
     log_q = _log_softmax(scores)
-    found = {
+    compared = {
         "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
         "kl_raw": (log_p.exp() * (log_p - _log_softmax(raw))).sum(-1),
         "loss": -log_q.gather(-1, target.reshape(-1, 1))[:, 0],
         "agreement": log_q.argmax(-1) == log_p.argmax(-1),
     }
-    return {name: values.reshape(target.shape).double().cpu().numpy() for name, values in found.items()}
+    return {name: values.reshape(target.shape).double().cpu().numpy() for name, values in compared.items()}
 
 
 def _floats(state: Tensor) -> Tensor:
@@ -229,17 +248,13 @@ def _dataset(read: list[dict[str, np.ndarray]], null: np.ndarray) -> xr.Dataset:
     late = np.arange(1, len(read))
     values["prediction_depth"] = (late * (1 - values["agreement"][..., :-1])).max(-1, initial=0.0)
     values["kl_constant"] = null
-    dataset = xr.Dataset(
-        coords={"depth": np.arange(len(read))}, attrs={"headline": ["kl", "agreement", "prediction_depth"]}
-    )
-    for name, (long_name, units, change) in LABELS.items():
+    rows = Rows(headline=["kl", "agreement", "prediction_depth"])
+    for name, (label, units, change) in LABELS.items():
         mean, se = clustered_mean(values[name].sum(1), np.full(len(null), null.shape[1]))
-        dims = ("depth",) if mean.ndim else ()
-        dataset[name] = (dims, mean, {"long_name": long_name, "units": units})
-        dataset[f"{name}_se"] = (dims, se, {"long_name": "standard error over sequences", "units": units})
-        if change is not None:
-            dataset[name].attrs["smallest_change"] = change
+        rows.put(name, "depth" if mean.ndim else (), mean, se, label, units=units, smallest_change=change)
     for name, lens in (("train", "tuned"), ("train_raw", "logit")):
-        label = {"long_name": f"divergence of the {lens} lens on its training half", "units": "nats"}
-        dataset[f"kl_{name}"] = ("depth", np.array([float(each[name]) for each in read]), label)
-    return dataset
+        divergence = np.array([float(each[name]) for each in read])
+        rows.put(
+            f"kl_{name}", "depth", divergence, None, f"divergence of the {lens} lens on its training half", units="nats"
+        )
+    return rows.dataset(depth=np.arange(len(read)))

@@ -11,6 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.cost import Cost
+from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
 
@@ -25,6 +26,11 @@ MATRIX = {
     "computational_sparsity": ("trace / largest singular value", "1"),
 }
 SQUARE = ("trace", "computational_sparsity")
+MEANS = {
+    "mean_spectral": ("spectral", "largest singular value", "weight"),
+    "mean_sv": ("sv_mean", "mean singular value", "weight"),
+    "mean_sv_variance": ("sv_variance", "variance of the singular values", "squared weight"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,30 +38,47 @@ class WeightStatistics:
     """What the weights look like without any data: Hu et al. 2023 (2308.09543), whose hidden Markov models read this.
 
     A matrix is a parameter of two or more dimensions; more than two are flattened to (first, all others), as the
-    kernels of a convolution. A parameter that stands in two places (tied embeddings) counts once, under its first name.
-    Over `parameter`, the names of the matrices: l1 = Σ|w|; l2 = (Σw²)^½; code_sparsity = l1 / l2, from 1 (one weight
-    carries all) to √size (all are equally large), so *small* is sparse; spectral, sv_mean, sv_variance: largest, mean
-    and population variance of the min(rows, columns) singular values; for square matrices trace and
-    computational_sparsity = trace / spectral, NaN for others. Over `kind` (weight: matrices; vector: biases and gains of
-    norms): mean, variance and median of all entries together, NaN where the model has none.
-    Of the whole model: model_l1, model_l2, model_code_sparsity over all parameters as one vector, density =
-    l1 / (l2 √size) in (0, 1], and mean_spectral, mean_sv, mean_sv_variance, plain averages over the matrices.
-    References, the values of Gaussian matrices of the same shape and l2: code_sparsity_reference = √(2 size / π),
-    density_reference = √(2/π) = 0.798, spectral_reference = l2 (√rows + √columns) / √size (the edge of the
-    Marchenko-Pastur law, reached from below).
+    kernels of a convolution. A parameter that is used twice (tied embeddings) counts once, under its first name. The
+    dimension `parameter` are the names of the matrices; `kind` is weight (all matrices) or vector (biases and gains of
+    norms). Singular values are the min(rows, columns) of a matrix. A reference is the value of a Gaussian matrix of the
+    same shape and l2. All are exact functions of the weights, in float64: there is no standard error. All numbers of a
+    matrix with entries that are not finite are NaN.
 
-    Exact functions of the weights: there is no standard error. Computed in float64; singular values below 1e-8 of the
-    largest are rounding. Norms depend on the units of the parametrisation: weight decay, or a scale that a later norm
-    undoes, moves them with no change of function. The authors average over the matrices of a kind and divide the
-    variance by n - 1. All numbers of a matrix with entries that are not finite are NaN. Cost: no forward pass, one
-    product and eigenvalues of size min(rows, columns) a matrix. Raises InstrumentError for a model without matrices.
+    - `l1` (parameter), weight: Σ|w|.
+    - `l2` (parameter), weight: (Σw²)^½.
+    - `code_sparsity` (parameter), 1: l1 / l2, from 1 (one weight carries all) to √size (all are equally large), so
+      *small* is sparse. Null: `code_sparsity_reference`.
+    - `code_sparsity_reference` (parameter), 1: √(2 size / π).
+    - `spectral` (parameter), weight: largest singular value. Null: `spectral_reference`.
+    - `spectral_reference` (parameter), weight: l2 (√rows + √columns) / √size, the edge of the Marchenko-Pastur law,
+      reached from below.
+    - `sv_mean` (parameter), weight: mean singular value.
+    - `sv_variance` (parameter), squared weight: population variance of the singular values.
+    - `trace` (parameter), weight: of square matrices, NaN for others.
+    - `computational_sparsity` (parameter), 1: trace / spectral of square matrices, NaN for others.
+    - `mean` (kind), weight: mean of all entries together, NaN where the model has none of the kind.
+    - `variance` (kind), squared weight: their population variance.
+    - `median` (kind), weight: their median.
+    - `model_l1`, weight: l1 of all parameters as one vector.
+    - `model_l2`, weight: l2 of all parameters as one vector.
+    - `model_code_sparsity`, 1: model_l1 / model_l2.
+    - `density`, 1: model_l1 / (model_l2 √size), in (0, 1]. Null: `density_reference`.
+    - `density_reference`, 1: √(2/π) = 0.798, of Gaussian parameters.
+    - `mean_spectral`, weight: spectral, plain average over the matrices.
+    - `mean_sv`, weight: sv_mean, plain average over the matrices.
+    - `mean_sv_variance`, squared weight: sv_variance, plain average over the matrices.
+
+    Pitfalls: singular values below 1e-8 of the largest are rounding. Norms depend on the units of the parametrisation:
+    weight decay, or a scale that a later norm undoes, moves them with no change of function. The authors average over
+    the matrices of a kind and divide the variance by n - 1. Cost: no forward pass, one product and eigenvalues of size
+    min(rows, columns) a matrix. Raises InstrumentError for a model without matrices.
 
     >>> import torch
     >>> from devmon.snapshot import Snapshot
     >>> model = torch.nn.Linear(2, 2, bias=False)
     >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
-    >>> found = WeightStatistics()(Snapshot(0, model))
-    >>> [found[name].item() for name in ("l1", "l2", "code_sparsity", "spectral", "sv_mean", "sv_variance", "trace")]
+    >>> measured = WeightStatistics()(Snapshot(0, model))
+    >>> [measured[name].item() for name in ("l1", "l2", "code_sparsity", "spectral", "sv_mean", "sv_variance", "trace")]
     [7.0, 5.0, 1.4, 4.0, 3.5, 0.25, -1.0]
     """
 
@@ -67,34 +90,26 @@ class WeightStatistics:
                 f"WeightStatistics needs parameters of two or more dimensions; {type(snapshot.model).__name__} has "
                 "none: leave it out for this model"
             )
-        rows = [_matrix(p) for p in matrices.values()]
-        names = np.array(list(matrices), dtype=object)
-        dataset = xr.Dataset(
-            coords={"parameter": names, "kind": np.array(["weight", "vector"], dtype=object)},
-            attrs={"headline": ["density", "model_l2", "mean_spectral"]},
-        )
-        for name, (long_name, units) in MATRIX.items():
-            values = np.array([row[name] for row in rows])
-            dataset[name] = ("parameter", values, {"long_name": long_name, "units": units})
-            if name in SQUARE:
-                dataset[name].attrs["nan"] = "defined for square matrices only"
+        rows = Rows(headline=["density", "model_l2", "mean_spectral"])
+        of_matrix = [_matrix(p) for p in matrices.values()]
+        values = {name: np.array([row[name] for row in of_matrix]) for name in MATRIX}
+        for name, (label, units) in MATRIX.items():
+            nothing = "defined for square matrices only" if name in SQUARE else None
+            rows.put(name, "parameter", values[name], None, label, units=units, nan=nothing)
+
+        # Gaussian matrices of the same shape and l2
         size = np.array([p.numel() for p in matrices.values()])
         sides = np.array([math.sqrt(p.shape[0]) + math.sqrt(p.numel() / p.shape[0]) for p in matrices.values()])
-        gaussian = {
-            "code_sparsity": np.sqrt(2 * size / np.pi),
-            "spectral": dataset["l2"].values * sides / np.sqrt(size),
-        }
-        for name, values in gaussian.items():
-            attrs = {"long_name": f"{name} of a Gaussian matrix of this shape and l2", "units": MATRIX[name][1]}
-            dataset[f"{name}_reference"] = ("parameter", values, attrs)
-        for name, long_name, units in (
-            ("mean_spectral", "largest singular value, mean over matrices", "weight"),
-            ("mean_sv", "mean singular value, mean over matrices", "weight"),
-            ("mean_sv_variance", "variance of the singular values, mean over matrices", "squared weight"),
-        ):
-            source = {"mean_spectral": "spectral", "mean_sv": "sv_mean", "mean_sv_variance": "sv_variance"}[name]
-            dataset[name] = ((), float(np.mean(dataset[source].values)), {"long_name": long_name, "units": units})
-        return _whole(dataset, [p for _, p in named])
+        gaussian = {"code_sparsity": np.sqrt(2 * size / np.pi), "spectral": values["l2"] * sides / np.sqrt(size)}
+        for name, reference in gaussian.items():
+            label = f"{name} of a Gaussian matrix of this shape and l2"
+            rows.put(f"{name}_reference", "parameter", reference, None, label, units=MATRIX[name][1])
+
+        for name, (source, label, units) in MEANS.items():
+            rows.put(name, (), float(np.mean(values[source])), None, f"{label}, mean over matrices", units=units)
+        _put_whole(rows, [p for _, p in named])
+        kinds = np.array(["weight", "vector"], dtype=object)
+        return rows.dataset(parameter=np.array(list(matrices), dtype=object), kind=kinds)
 
     def cost(self) -> Cost:
         """No passes: a singular value decomposition of each matrix."""
@@ -123,8 +138,8 @@ def _matrix(parameter: Tensor) -> dict[str, float]:
     }
 
 
-def _whole(dataset: xr.Dataset, parameters: list[Tensor]) -> xr.Dataset:
-    """Adds the statistics of all parameters as one vector, and of the entries of matrices and of vectors."""
+def _put_whole(rows: Rows, parameters: list[Tensor]) -> None:
+    """The statistics of all parameters as one vector, and of the entries of matrices and of vectors."""
     size = sum(p.numel() for p in parameters)
     l1 = sum(float(p.double().abs().sum()) for p in parameters)
     l2 = math.sqrt(sum(float(p.double().square().sum()) for p in parameters))
@@ -136,16 +151,14 @@ def _whole(dataset: xr.Dataset, parameters: list[Tensor]) -> xr.Dataset:
         "density": (l1 / l2 / math.sqrt(size) if l2 else math.nan, "l1 / (l2 √size) of all parameters", "1"),
         "density_reference": (math.sqrt(2 / math.pi), "density of Gaussian parameters", "1"),
     }
-    for name, (value, long_name, units) in whole.items():
-        dataset[name] = ((), value if finite else math.nan, {"long_name": long_name, "units": units})
-    dataset["density"].attrs["smallest_change"] = 0.01
+    for name, (value, label, units) in whole.items():
+        change = 0.01 if name == "density" else None
+        rows.put(name, (), value if finite else math.nan, None, label, units=units, smallest_change=change)
     kinds = [[p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]]
-    rows = np.array([_entries(kind) for kind in kinds]).T
-    unit_of = ("weight", "squared weight", "weight")
-    for name, values, unit in zip(("mean", "variance", "median"), rows, unit_of, strict=True):
-        attrs = {"long_name": f"{name} of the entries", "units": unit, "nan": "the model has no parameter of this kind"}
-        dataset[name] = ("kind", values, attrs)
-    return dataset
+    entries, units_of = np.array([_entries(kind) for kind in kinds]).T, ("weight", "squared weight", "weight")
+    nothing = "the model has no parameter of this kind"
+    for name, values, units in zip(("mean", "variance", "median"), entries, units_of, strict=True):
+        rows.put(name, "kind", values, None, f"{name} of the entries", units=units, nan=nothing)
 
 
 def _entries(parameters: list[Tensor]) -> tuple[float, float, float]:

@@ -12,20 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import devmon
 from devmon.errors import DevmonError
 
-SHARE = 0.05  # of one core that making pages may take
-PAUSE = 5.0  # seconds between two pages at least
-PATIENCE = 60.0  # seconds that the end of training waits for the last page
+# Chosen so that training does not feel it. A page that takes 10 s is made every 10 / SHARE = 200 s.
+SHARE = 0.05  # of one core that making pages may take; twice as much, and pages come twice as often
+PAUSE = 5.0  # seconds between two pages at least; the browser loads the page again as often
+LAST_PAGE_TIMEOUT = 60.0  # seconds that the end of training waits for the page being made, and again for the last one
 
 
 class LivePage:
     """Keeps `page`, an .html file, near what the trajectory holds. Nothing here raises: what fails is warned of once.
 
-    A page is made by another process at the lowest priority, one at a time; after one that took t seconds the next
-    starts t / `SHARE` later at the earliest. So training waits for the start of a process, some milliseconds, and its
-    random numbers, settings and memory are not touched. The file is replaced whole.
+    A page is made by another process at the lowest priority, never two at a time; after a page that took t seconds the
+    next starts t / `SHARE` later at the earliest. So training waits for the start of a process, some milliseconds, and
+    its random numbers, settings and memory are not touched. The file is replaced whole.
     """
 
     def __init__(self, page: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,7 +40,7 @@ class LivePage:
         self._warned = False
 
     def update(self, run: Any) -> None:
-        """Start a new page of the run (a path or URL) unless one is being made or the last one was just made."""
+        """Start a new page of the run (a path or URL) unless a page is being made, or was just made."""
         try:
             if self._finished() and self.clock() >= self._next:
                 self._start(run, refresh=PAUSE)
@@ -57,18 +57,25 @@ class LivePage:
             self._warn(f"{type(error).__name__}: {error}")
 
     def _start(self, run: Any, refresh: float | None) -> None:
-        root = str(Path(devmon.__file__).parents[1])
+        # The same devmon as here, in one thread, and out of reach of the accelerator.
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        environment = {**os.environ, **threads, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-P", "-m", "devmon.live", os.fspath(run), self.page]
         command += [] if refresh is None else [str(round(refresh))]
+        # A session of its own: an interrupt typed for the training does not end the page.
         self._started = self.clock()
         errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
-                env={**os.environ, **one, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+                env=environment,
+            )
         except OSError:
             errors.close()
             raise
@@ -85,17 +92,16 @@ class LivePage:
         assert self._errors is not None
         with self._errors as errors:
             errors.seek(0)
-            told = errors.read().decode(errors="replace").strip().splitlines()
+            lines = errors.read().decode(errors="replace").strip().splitlines()
         if self._process.returncode:
-            ended = f"it was ended with code {self._process.returncode}"
-            self._warn(told[-1] if told else ended)
+            self._warn(lines[-1] if lines else f"it was ended with code {self._process.returncode}")
         self._process = self._errors = None
         return True
 
     def _wait(self) -> None:
         if self._process is not None:
             try:
-                self._process.wait(PATIENCE)
+                self._process.wait(LAST_PAGE_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

@@ -1,7 +1,7 @@
-"""`devmon watch RUN`: the report of a run that is still being written, served to this machine alone.
+"""`devmon serve RUN`: the report of a run that is still being written, served to this machine alone.
 
-It answers one path, "/", with the page in memory; no file is read for a request, so no path leads outside. It listens on
-127.0.0.1 and refuses requests that name another host, so that no web page can read it through a changed DNS entry.
+It answers one path, "/", with the page in memory; no file is read for a request, so no path leads outside. It listens
+on 127.0.0.1 and refuses requests that name another host, so that no web page can read it through a changed DNS entry.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Live:
             return False
         return True
 
-    def follow(self, stop: threading.Event, told: Callable[[str], None]) -> None:
-        """Update until `stop` is set; `told` gets a line for every new page and every new error."""
+    def follow(self, stop: threading.Event, tell: Callable[[str], None]) -> None:
+        """Update until `stop` is set; `tell` gets a line for every new page and every new error."""
         last = ""
         while not stop.is_set():
             if self.update():
-                told(f"page of {len(self.page.encode()):,} bytes")
+                tell(f"page of {len(self.page.encode()):,} bytes")
             if self.error != last and self.error:
-                told(self.error)
+                tell(self.error)
             last = self.error
             stop.wait(self.every)
 
@@ -94,35 +94,3 @@ def waiting(text: str, every: float) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{every:g}">'
         f"<title>devmon</title></head><body><p>{html.escape(text)}</p></body></html>"
     )
-
-
-def live_report(run: str, every: float, nulls: int = 99) -> Live:
-    """The live report of a run, made again when a step is committed."""
-    from devmon.store.trajectory import Trajectory
-
-    def state() -> object:
-        trajectory = Trajectory(run, "r")
-        return {name: trajectory.steps(name) for name in trajectory.names()}, trajectory.attrs.get("alarms")
-
-    return Live(state, lambda: live_page(run, max(1, round(every)), nulls), every)
-
-
-def live_page(run: str, refresh: int | None, nulls: int = 99) -> str:
-    """The report of a run that may still grow: run-level series only, searched with few nulls, its events provisional.
-
-    The page loads itself again every `refresh` seconds.
-    """
-    from devmon.analysis import Detector, series_of
-    from devmon.analysis import detect as search
-    from devmon.analysis.reports.report import content_of
-    from devmon.analysis.reports.writers import as_html
-    from devmon.store.trajectory import Trajectory
-
-    trajectory = Trajectory(run, "r")
-    found = series_of(trajectory, each=False)
-    note = (
-        f"Provisional: the run may still be written. Only series of the whole run are searched, with {nulls} nulls, and "
-        "every look is another chance of a false alarm; devmon report makes the final page."
-    )
-    content = content_of(trajectory, detection=search(found, Detector(n_null=nulls)), note=note)
-    return as_html(content, refresh=refresh)

@@ -18,8 +18,10 @@ def identity(instrument: Any) -> dict[str, Any]:
 
     A change in a field, one element of probe data included, changes the fingerprint.
     """
+    if getattr(type(instrument), "stands_for_of", False):  # the same numbers made another way: an `InParts`
+        instrument = instrument.of
     kind = instrument if inspect.isfunction(instrument) or inspect.isclass(instrument) else type(instrument)
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    name = f"{_module(kind)}.{kind.__qualname__}"
     fields = {key: describe(value) for key, value in _fields(instrument).items()}
     text = json.dumps([name, fields], sort_keys=True)
     doc = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
@@ -54,11 +56,16 @@ def describe(value: Any) -> str:
         return f"{type(value).__name__}({parts})"
     if callable(value):
         code = getattr(value, "__code__", None)
-        name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        name = f"{_module(value)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
         if code is not None and "<lambda>" in name:
             return f"{name}:{hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()[:8]}"
         return name
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return f"{_module(type(value))}.{type(value).__qualname__}"
+
+
+def _module(value: Any) -> str:
+    """The module that something was defined in; of a script (`offline.source`) its stem alone, wherever it lies."""
+    return str(getattr(value, "__module__", "")).partition("@")[0]
 
 
 def _array(array: np.ndarray, dtype: str) -> str:

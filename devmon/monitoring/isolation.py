@@ -1,4 +1,4 @@
-"""Keeping training untouched: what an instrument may disturb is put back, and it only ever holds a copy of the model."""
+"""Keeping training untouched: what an instrument may disturb is put back, and it only ever holds a copy of a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import torch
 from devmon.errors import InstrumentError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-EVERYWHERE = [held for name, held in vars(torch.nn.modules.module).items()
-              if name.startswith("_global_") and isinstance(held, dict)]  # fmt: skip
-REMEDY = (
+EVERYWHERE = [
+    hooks
+    for name, hooks in vars(torch.nn.modules.module).items()
+    if name.startswith("_global_") and isinstance(hooks, dict)
+]
+COPY_REMEDY = (
     "Instruments work on a copy: hand the bare network over (Monitor(model='net') names an attribute), or save "
     "checkpoints with CheckpointSeries and measure them afterwards"
 )
@@ -29,10 +32,12 @@ def isolated() -> Iterator[None]:
     """Put every process-wide switch back on leaving: the Python, NumPy, torch and accelerator random states, grad mode,
     default dtype and device, deterministic mode, matmul precision, anomaly detection, thread count, NumPy's error
     handling, hooks on all modules and matplotlib's backend; autocast is off inside."""
+    # Reading an accelerator's state would start the accelerator: only where it runs already.
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     current = torch.cuda.current_device() if cuda is not None else None
+    # Switches of torch, NumPy and matplotlib that an instrument may flip.
     grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     device, precision = torch.get_default_device(), _matmul_precision()
     anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
@@ -46,6 +51,8 @@ def isolated() -> Iterator[None]:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
+        # What is dear to set (the number of threads, the backend), or refused in some states (the precision), is set
+        # only where it was changed.
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         if torch.get_default_device() != device:
@@ -109,6 +116,7 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
 
     Raises `InstrumentError` where the copy would share functions with the original that reach the original's modules.
     """
+    # Compiled modules are replaced by their originals on the way: a compiled one runs no hooks and compiles again.
     memo: dict[int, Any] = {}
     original = getattr(model, "_orig_mod", model)
     try:
@@ -118,22 +126,22 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
         twin = copy.deepcopy(original, memo)
     except Exception as error:
         raise InstrumentError(
-            f"{_name(original)} cannot be copied ({type(error).__name__}: {error}). {REMEDY}"
+            f"{_name(original)} cannot be copied ({type(error).__name__}: {error}). {COPY_REMEDY}"
         ) from error
+    # What deepcopy leaves as it was: compiled forwards, functions that reach the original, and the user's hooks.
     ours = {id(module) for module in original.modules()}
     for name, module in twin.named_modules():
         vars(module).pop("_compiled_call_impl", None)  # of module.compile()
         for key, value in list(vars(module).items()):
-            while isinstance(value, FunctionType) and hasattr(
-                value, "_torchdynamo_orig_callable"
-            ):  # of torch.compile(module.forward)
+            # of torch.compile(module.forward)
+            while isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
                 value = copy.deepcopy(value._torchdynamo_orig_callable, memo)
                 vars(module)[key] = value
             if any(id(held) in ours for held in _kept_by(value)):
                 where = ".".join(part for part in (name, key) if part)
                 raise InstrumentError(
                     f"{_name(original)} cannot be copied: {where} is a function that keeps a module of the model that "
-                    f"trains, and a copy would run that one. {REMEDY}"
+                    f"trains, and a copy would run that one. {COPY_REMEDY}"
                 )
         for kind in HOOKS:
             hooks = getattr(module, kind)
@@ -146,11 +154,11 @@ def _kept_by(function: object) -> Iterator[object]:
     """What a plain function, or a method made of one, holds in its closure: a deep copy shares it."""
     waiting, seen = [getattr(function, "__func__", function)], set()
     while waiting:
-        one = waiting.pop()
-        if id(one) in seen or not isinstance(one, FunctionType):
+        inner = waiting.pop()
+        if id(inner) in seen or not isinstance(inner, FunctionType):
             continue
-        seen.add(id(one))
-        for cell in one.__closure__ or ():
+        seen.add(id(inner))
+        for cell in inner.__closure__ or ():
             with suppress(ValueError):  # an empty cell
                 held = cell.cell_contents
                 yield getattr(held, "__self__", held)
@@ -162,7 +170,7 @@ def _name(model: torch.nn.Module) -> str:
 
 
 def _matmul_precision() -> str | None:
-    with suppress(RuntimeError):  # where it was set for each backend: then it has no one value
+    with suppress(RuntimeError):  # where it was set for each backend: then it has no single value
         return torch.get_float32_matmul_precision()
     return None
 

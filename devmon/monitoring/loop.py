@@ -1,21 +1,43 @@
-"""`LoopMonitor`: what `devmon.callbacks.Monitor` is for Lightning, for a training loop of one's own. Needs no Lightning."""
+"""`LoopMonitor`: the one monitor, of a plain loop, and of every trainer through a shell in `devmon.callbacks`."""
 
 from __future__ import annotations
 
 import os
+import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
+from typing import Any, TypedDict
 
 import torch
+import xarray as xr
 
 from devmon.errors import DevmonError, StoreError
+from devmon.monitoring.budget import Budget
+from devmon.monitoring.companion import Companion
+from devmon.monitoring.densify import Densify
+from devmon.monitoring.failures import Failures
 from devmon.monitoring.fingerprint import identity
+from devmon.monitoring.mirror import Mirror
 from devmon.monitoring.observe import observe
-from devmon.monitoring.ranks import ALONE, Ranks
+from devmon.monitoring.page_updates import PageUpdates
+from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.snapshot import weights_digest
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
+
+Part = str | Callable[[Any], torch.nn.Module] | None
+
+
+class MonitorOptions(TypedDict, total=False):
+    """The options of `LoopMonitor` that its shells hand on."""
+
+    strict: bool
+    max_overhead: float | None
+    densify: bool
+    live: str | os.PathLike[str] | None
+    clock: Callable[[], float]
+    companions: Iterable[Companion]
 
 
 class LoopMonitor:
@@ -28,56 +50,117 @@ class LoopMonitor:
                 monitor.step(step, model)
 
     `step` counts the updates made; 0 is the model before the first. A step that was seen is passed over, so it may be
-    called for every micro-batch. The first call says where training starts or resumes: rows past it are set aside as an
-    earlier attempt, once configuration and weights are found to be those stored. Training is not touched: instruments
-    work on a copy, and random states and switches are put back.
+    called for every micro-batch. The first call says where training starts or resumes: rows past it are set aside as
+    an earlier attempt, once configuration and weights are found to be those stored. Training is not touched:
+    instruments work on a copy (not compiled, where the model is), and random states and switches are put back.
 
-    An instrument that fails, or a row that cannot be written, is warned of once a watch, recorded, and training goes on;
-    `strict` lets it end training. An instrument that does not fit the model, and another run's trajectory, are refused.
-    Of several processes with the same weights, one has a monitor; or all have, with the same `ranks`, and measure
-    together (`devmon.callbacks.FabricMonitor`).
+    - `trajectory`: the path of the run's store, or an open `Trajectory`.
+    - `watches`: what is measured, and at which optimizer steps.
+    - `model`: the part that instruments see: the name of a submodule (`"net"`), or a function of the model.
+    - `strict`: let any failure end training. By default an instrument that fails, or a row that cannot be written
+      (a full disk, a lost mount), is warned of once a watch, recorded with its reason in `Trajectory.failures` (as soon
+      as that can be written again), and training goes on without that row. Refused either way: a store that cannot be
+      opened before the first step, an instrument that does not fit the model, a store that holds another run.
+    - `log`: send the headline numbers of each observation on too, as `devmon/<watch>/<variable>` at the optimizer step:
+      a logger (Lightning's, TensorBoard's, Weights & Biases') or a function of (values, step). See `Mirror`.
+    - `max_overhead`: the share of the wall time, such as 0.1, that the monitor may take. Due observations that would
+      exceed it are left out and listed in the trajectory's `attrs["skipped"]` (when training ends, also by an
+      exception). Step 0 and the first observation of each watch are always made; `Budget` has the rule. `clock` tells
+      the seconds.
+    - `densify`: look for events while training goes on, and measure every watch more often while an alarm is up (see
+      `Densify`). A look takes about as long as `devmon.analysis.detect` of the run's scalars and maxima; each of those
+      is looked at 24 times at most.
+    - `live`: an .html file that is made again while training goes on, by a process of its own (`LivePage`); open it in
+      a browser and it loads itself again. Its events and alarms are provisional. When training ends, the last is made.
+    - `companions`: your own (see `Companion`), beside those that the options stand for.
+    - `ranks`: of several processes with the same weights, one has a monitor; or all have, with the same `ranks`, and
+      measure together (`devmon.callbacks.FabricMonitor`). None: `open` tells them later, before the first step.
     """
 
-    def __init__(self, trajectory: str | os.PathLike[str] | Trajectory, watches: Iterable[Watch], *,
-                 strict: bool = False, ranks: Ranks = ALONE) -> None:  # fmt: skip
-        def opened() -> Trajectory | None:
-            if ranks.rank:
-                return None
-            return trajectory if isinstance(trajectory, Trajectory) else Trajectory(trajectory)
-
-        self._ranks = ranks
-        self.trajectory = ranks.agree(opened)
+    def __init__(
+        self,
+        trajectory: str | os.PathLike[str] | Trajectory,
+        watches: Iterable[Watch],
+        *,
+        model: Part = None,
+        strict: bool = False,
+        log: Any = None,
+        max_overhead: float | None = None,
+        densify: bool = False,
+        live: str | os.PathLike[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        companions: Iterable[Companion] = (),
+        ranks: Ranks | None = SINGLE,
+    ) -> None:
+        self.path = trajectory.path if isinstance(trajectory, Trajectory) else trajectory
         self.watches = unique_names(watches)
+        self.model = model
         self.strict = strict
-        self._failures: dict[str, dict[int, str]] = {}
+        self.densify = Densify() if densify else None
+        self.trajectory: Trajectory | None = None  # on rank 0, once it is open
+        self.ranks = SINGLE
+        self._given = trajectory
+        self._failures = Failures()
         self._seen: int | None = None
+
+        # The page is the outermost: it is made after each step when the alarms of that step are in the trajectory. The
+        # budget stands before all that takes time, so as to count it.
+        options = [
+            None if live is None else PageUpdates(live),
+            self._failures,
+            None if max_overhead is None else Budget(max_overhead, [watch.name for watch in self.watches], clock),
+            self.densify,
+            None if log is None or log is False else Mirror(log),
+        ]
+        self.companions = (*(companion for companion in options if companion is not None), *companions)
+        for companion in self.companions:
+            companion.monitor = self
+        if ranks is not None:
+            self.open(ranks)
+
+    def open(self, ranks: Ranks = SINGLE) -> None:
+        """Open the trajectory on rank 0, for a training that begins with the next `step`. Every rank does."""
+        self.ranks, self._seen = ranks, None
+        self.trajectory = ranks.agree(self._opened)
 
     def step(self, step: int, model: torch.nn.Module) -> None:
         """Measure what is due at `step`. Raises DevmonError for a step before the last one."""
         if step == self._seen:
             return
         if step < (self._seen or 0):
-            raise DevmonError(f"steps only grow: got {step} after {self._seen or 0}. Count the optimizer's updates from 0, "
-                              "and make another LoopMonitor for another training")  # fmt: skip
-        if self._seen is None:
-            self._ranks.first(
-                lambda: resume(self.trajectory, self.watches, step, model) if self.trajectory is not None else None
+            raise DevmonError(
+                f"steps only grow: got {step} after {self._seen or 0}. Count the optimizer's updates from 0, and make "
+                "another LoopMonitor for another training"
             )
+        if self._seen is None:
+            self.ranks.agree(self._resume, step, model)
+            for companion in self.companions:
+                companion.begin(step)
         self._seen = step
-        observe(
-            step, model, self.watches, self.trajectory, strict=self.strict, ranks=self._ranks, failures=self._failures
-        )
+        if due := self._due(step):
+            self._measure(step, self.network(model), due)
 
-    def close(self) -> None:
-        """Fold the rows. Without it, or where it cannot be done, nothing is lost: unfolded rows are read all the same."""
+    def network(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What instruments see of the model that `step` is given."""
+        return part(model, self.model)
+
+    def close(self, *, raising: bool = True) -> None:
+        """Write what is still to be written, and fold. Without it, or where it cannot be done, no row is lost: unfolded
+        rows are read all the same. What goes wrong is raised if it is no failure of the store, or with `strict`; with
+        `raising=False` (something else ended training, and is to be raised) it is only warned of."""
         if self.trajectory is None:
             return
         try:
+            for companion in self.companions:
+                companion.record()
             self.trajectory.fold()
-        except (StoreError, OSError) as error:
-            warnings.warn(
-                f"{self.trajectory.path} was not tidied up at the end ({error}); no row in it is lost", stacklevel=2
-            )
+        except Exception as error:
+            if raising and (self.strict or not isinstance(error, StoreError | OSError)):
+                raise
+            warnings.warn(f"{self.path} was not tidied up at the end ({error}); no row in it is lost", stacklevel=2)
+        finally:
+            for companion in self.companions:
+                companion.close()
 
     def __enter__(self) -> LoopMonitor:
         return self
@@ -85,7 +168,60 @@ class LoopMonitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(raising=error is None)
+
+    def _opened(self) -> Trajectory | None:
+        if self.ranks.rank:
+            return None
+        return self._given if isinstance(self._given, Trajectory) else Trajectory(self._given)
+
+    def _resume(self, step: int, model: torch.nn.Module) -> None:
+        network = self.network(model)  # on every rank: one that has no such part tells the others
+        if self.trajectory is not None:
+            resume(self.trajectory, self.watches, step, network)
+
+    def _due(self, step: int) -> list[Watch]:
+        due = [watch for watch in self.watches if step in watch.steps]
+        for companion in self.companions:
+            due = companion.due(step, due)
+        return due
+
+    def _measure(self, step: int, network: torch.nn.Module, due: list[Watch]) -> None:
+        def measured(name: str, dataset: xr.Dataset | None) -> None:
+            for companion in self.companions:
+                companion.measured(step, name, dataset)
+
+        chosen = self.ranks.first(self._chosen, step, [watch.name for watch in due])
+        observe(
+            step,
+            network,
+            [watch for watch in due if watch.name in chosen],
+            self.trajectory,
+            strict=self.strict,
+            ranks=self.ranks,
+            each=measured,
+            failures=self._failures.reasons,
+        )
+        for companion in reversed(self.companions):
+            companion.after(step)
+
+    def _chosen(self, step: int, names: list[str]) -> list[str]:
+        for companion in self.companions:
+            names = companion.choose(step, names)
+        return names
+
+
+def part(module: torch.nn.Module, which: Part) -> torch.nn.Module:
+    """The submodule of that name, what a function makes of the module, or (None) the module itself."""
+    if which is None:
+        return module
+    if not isinstance(which, str):
+        return which(module)
+    try:
+        return module.get_submodule(which)
+    except AttributeError:
+        names = ", ".join(name for name, _ in module.named_children())
+        raise DevmonError(f"{type(module).__name__} has no submodule {which!r}; it has {names}") from None
 
 
 def resume(trajectory: Trajectory, watches: Iterable[Watch], step: int, model: torch.nn.Module) -> None:
@@ -98,3 +234,9 @@ def resume(trajectory: Trajectory, watches: Iterable[Watch], step: int, model: t
     for name in held:
         trajectory.holds(name, step, weights=weights)
     trajectory.supersede(after=step)
+    # The lists of single steps are cut as the rows are: steps left out, and steps that only an alarm made due.
+    for key in ("skipped", "densified"):
+        listed = trajectory.attrs.get(key, {})
+        kept = {name: [s for s in steps if s <= step] for name, steps in listed.items()}
+        if kept != listed:
+            trajectory.record(**{key: kept})

@@ -14,7 +14,7 @@ import xarray as xr
 from devmon.errors import DevmonError, IdentityError, StoreError
 from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.isolation import guarded, isolated, private_copy
-from devmon.monitoring.ranks import ALONE, Ranks
+from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.snapshot import Divisible, Instrument, Snapshot, derive_seed, weights_digest
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
@@ -27,7 +27,7 @@ def observe(
     trajectory: Trajectory | None,
     *,
     strict: bool = True,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
     each: Callable[[str, xr.Dataset | None], None] | None = None,
     failures: dict[str, dict[int, str]] | None = None,
 ) -> list[str]:
@@ -39,7 +39,7 @@ def observe(
     With `strict=False` an instrument that fails (other than by not fitting the model), or a row that cannot be
     written (a full disk), is recorded with its reason where the store can still be written, warned of once, and the
     others go on. `failures` (watch to step to reason) is added to, and a watch in it is not warned of again; without
-    it, one of which the trajectory holds an earlier failure is not.
+    it, a watch of which the trajectory holds an earlier failure is not.
 
     `each(name, dataset)` is called after every watch that was measured, with its row, or None where it failed.
 
@@ -53,8 +53,10 @@ def observe(
     due = [watch for watch in unique_names(watches) if step in watch.steps]
     if not due:
         return []
+    # Rank 0 says what is missing, so that all ranks measure the same. What the trajectory holds is not measured again.
     book = Book(trajectory, strict, each, failures)
     weights, seeds = ranks.first(book.missing, step, model, due)
+    # Watch by watch, each committed before the next is begun. `memo` holds what instruments of one step share.
     appended = []
     memo: dict[Any, Any] = {}
     for watch in due:
@@ -63,7 +65,7 @@ def observe(
         started = time.perf_counter()
         try:
             dataset = _measure(watch.instrument, step, model, seeds[watch.name], ranks, memo)
-        except DevmonError:
+        except DevmonError:  # a misfit: it would fail at every step
             raise
         except Exception as error:
             if strict:
@@ -80,12 +82,12 @@ def _measure(
 ) -> xr.Dataset | None:
     """The dataset on rank 0, None on the others. What may fail on one rank only is done within a call of `ranks`."""
 
-    def alone() -> xr.Dataset | None:
+    def whole() -> xr.Dataset | None:
         with isolated(), guarded(model):
             return instrument(Snapshot(step, private_copy(model), seed, memo)) if ranks.rank == 0 else None
 
     if ranks.size == 1 or not isinstance(instrument, Divisible):
-        return ranks.agree(alone)
+        return ranks.agree(whole)
 
     def part() -> xr.Dataset | None:
         with isolated(), guarded(model):
@@ -95,7 +97,7 @@ def _measure(
     with isolated():
         twin = ranks.agree(private_copy, model)
     ranks.equalise(twin)
-    parts = [found for found in ranks.gather(part) if found is not None]
+    parts = [measured for measured in ranks.gather(part) if measured is not None]
     return ranks.agree(lambda: instrument.join(parts) if ranks.rank == 0 else None)
 
 
@@ -138,7 +140,7 @@ class Book:
                 raise
             self.fail(name, step, error)
             return False
-        self._tell(name, dataset)
+        self._measured(name, dataset)
         return True
 
     def fail(self, name: str, step: int, error: Exception, record: bool = True) -> None:
@@ -159,9 +161,9 @@ class Book:
             warnings.warn(f"{name} failed at step {step} ({reason}); the others go on", stacklevel=6)
         if self.failures is not None:
             self.failures.setdefault(name, {})[step] = reason
-        self._tell(name, None)
+        self._measured(name, None)
 
-    def _tell(self, name: str, dataset: xr.Dataset | None) -> None:
+    def _measured(self, name: str, dataset: xr.Dataset | None) -> None:
         if self.each is not None:
             self.each(name, dataset)
 

@@ -15,12 +15,14 @@ from devmon.errors import DevmonError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # ranks wait while another measures; a rank that died is noticed at once all the same
+# Ranks wait in their group while another measures, which may take hours; one that died is noticed at once all the same.
+GROUP_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of the `size` that train together. Alone (the default) every method is a plain call.
+    """This process, `rank` of the `size` that train together. Where it is the only one (the default), every method is a
+    plain call.
 
     All ranks make the same calls in the same order. An exception on any rank is raised on all of them: the same one,
     a `DevmonError` before any other, then that of the lowest rank, with a note that names the rank.
@@ -36,7 +38,7 @@ class Ranks:
         training's backend, and ranks that wait in it do not run into that backend's timeout."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT))
 
     def gather(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """What `work` gives on every rank, in order of rank, on every rank (pickled: for small results)."""
@@ -65,7 +67,7 @@ class Ranks:
         return done[0]
 
     def first(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What `work` gives on rank 0, which alone does it, on every rank."""
+        """What `work` gives on rank 0, on every rank; the others do not do it."""
         return self.gather(lambda: work(*args, **kwargs) if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     @torch.no_grad()
@@ -85,7 +87,7 @@ class Ranks:
             dist.destroy_process_group(self.group)
 
 
-ALONE = Ranks()
+SINGLE = Ranks()
 
 
 def _portable(error: Exception) -> Exception:

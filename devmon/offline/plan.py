@@ -7,65 +7,97 @@ import dataclasses
 import difflib
 import re
 import tomllib
+import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from devmon.errors import DataError
 
 PRESETS = ("economy", "standard", "full")
-ENGINES = {
-    "processes": "devmon.offline.engines.processes",
-    "ray": "devmon.offline.engines.ray",
-    "slurm": "devmon.offline.engines.slurm",
-}
+ENGINES = ("processes", "ray", "slurm")  # the modules of devmon.offline.engines
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 HOW = ("into", "workers", "shard", "device", "engine", "options", "forget")  # how it is done, not what is measured
+
+
+def option(help: str, default: Any = MISSING, *, among: Sequence[str] = (), **more: Any) -> Any:
+    """A field of a plan with what the command line says of it: `help`, its `flag`, `min`, `metavar`, `show_default`.
+
+    `among` are the values that it may have.
+    """
+    return field(default=default, metadata={"help": help, "among": among, **more})
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is measured on which checkpoints, as plain values: the options of `devmon measure`, and its --config file.
 
-    `source` names the model, the watches or both (`devmon.offline.source.load_study`), `preset` watches for a language model with
-    the probe batch that `tokens` holds or is made of (`devmon.offline.probe_text`), and with an LLC where `llc` has its settings
-    (NAME=VALUE). Watches of a source keep their own steps, those of a preset are made at all that `steps` chooses. `dtype`
-    and no model are for checkpoints that bring their architecture. `options` (NAME=VALUE) are the engine's own. Raises
-    DataError for values that do not go together.
+    `source` names the model, the watches or both (`devmon.offline.source.load_study`), `preset` watches for a language
+    model with the probe batch that `tokens` holds or is made of (`devmon.offline.probe_text`), and with an LLC where
+    `llc` has its settings (NAME=VALUE). Watches of a source keep their own steps, those of a preset are made at all
+    that `steps` chooses. `dtype` and no model are for checkpoints that bring their architecture. `options` (NAME=VALUE)
+    are the engine's own. Raises DataError for values that do not go together.
     """
 
-    series: str
-    into: str
-    source: str | None = None
-    preset: str | None = None
-    tokens: str | None = None
-    tokenizer: str | None = None
-    sequences: int | None = None
-    length: int | None = None
-    vocab_size: int | None = None
-    bos: int | None = None
-    llc: tuple[str, ...] = ()
-    watch: tuple[str, ...] = ()
-    steps: str = "all"
-    pattern: str | None = None
-    prefix: str | None = None
-    dtype: str = "float32"
-    seed: int | None = None
-    allow_pickle: bool = False
-    forget: bool = False
-    workers: int = 1
-    threads: int | None = None
-    engine: str = "processes"
-    options: tuple[str, ...] = ()
-    shard: str = "1/1"
-    device: str | None = None
+    series: str = option("A folder of checkpoints, or owner/name on the Hugging Face hub.", metavar="SERIES")
+    into: str = option("The run to write into, made where there is none.", metavar="RUN")
+    source: str | None = option(
+        "path/to/script.py:name or package.module:name: the model, the watches, or (model, watches).", None
+    )
+    preset: str | None = option(
+        "economy, standard or full: the usual watches for a language model.", None, among=PRESETS
+    )
+    tokens: str | None = option(
+        "The preset's probe batch: tokens (batch, pos) in a .npy, .pt or .safetensors file; or text to make it of: a "
+        "file, a folder, a dataset on disk.", None, metavar="PATH",
+    )  # fmt: skip
+    tokenizer: str | None = option(
+        "What makes tokens of text: a folder, or owner/name on the hub.", None, show_default="the series'"
+    )
+    sequences: int | None = option("Sequences of the probe batch.", None, min=1, show_default="64 of text")
+    length: int | None = option("Tokens of a sequence.", None, min=2, show_default="256 of text")
+    vocab_size: int | None = option("Of the preset's random tokens.", None, min=2, show_default="the model's")
+    bos: int | None = option("The token that stands first, for the preset.", None, min=0)
+    llc: tuple[str, ...] = option(
+        "Add an LLC with this setting (repeatable), as in nbeta=30; examples=N is the number of its sequences.",
+        (), metavar="NAME=VALUE",
+    )  # fmt: skip
+    watch: tuple[str, ...] = option("Only this watch (repeatable).", ())
+    steps: str = option("all, log:40, every:100, 0,10,20, 100-500, or several with commas.", "all")
+    pattern: str | None = option("A regular expression with one group: the step in the checkpoints' names.", None)
+    prefix: str | None = option("What the checkpoints' keys start with (net.), where several would do.", None)
+    dtype: str = option("Of models that the checkpoints bring themselves.", "float32", among=DTYPES)
+    seed: int | None = option("The run's seed.", None, show_default="the run's, or 0")
+    allow_pickle: bool = option("Read checkpoints that hold more than weights, which runs code they hold.", False)
+    forget: bool = option("Keep no revision of the hub on disk once it is measured.", False)
+    workers: int = option("Processes, tasks or jobs at once: one thread each, or one GPU each.", 1, min=1)
+    threads: int | None = option(
+        "CPU threads of each.", None, min=1, show_default="torch's of a single process, else 1"
+    )
+    engine: str = option("processes of this machine, ray or slurm.", "processes", among=ENGINES)
+    options: tuple[str, ...] = option(
+        "Of the engine (repeatable), as in num_gpus=1 (ray) or slurm_partition=gpu (slurm).",
+        (), flag="--option", metavar="NAME=VALUE",
+    )  # fmt: skip
+    shard: str = option("Do this part of N, for any scheduler of jobs.", "1/1", metavar="I/N")
+    device: str | None = option("Where the model is put.", None, show_default="cuda where there is one")
 
     def __post_init__(self) -> None:
         for name in ("watch", "llc", "options"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.preset is not None and self.preset not in PRESETS:
-            raise DataError(f"there is no preset {self.preset!r}: those are {', '.join(PRESETS)}")
+        # each value by itself, as its field says
+        for entry in dataclasses.fields(self):
+            value, among, least = getattr(self, entry.name), entry.metadata["among"], entry.metadata.get("min")
+            if among and value is not None and value not in among:
+                raise DataError(f"there is no {entry.name} {value!r}: those are {', '.join(among)}")
+            if least is not None and value is not None and value < least:
+                raise DataError(f"{entry.name} must be at least {least}, got {value}")
+        part = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        if not part or not 1 <= int(part[1]) <= int(part[2]):
+            raise DataError(f"shard must be i/n with i from 1 to n, such as 1/4, got {self.shard!r}")
+        pairs(self.llc, "llc"), pairs(self.options, "option")
+        # and those that need one another
         if (self.preset is None) != (self.tokens is None):
             raise DataError("--preset and --tokens go together: the preset's probe batch is read from the tokens' file")
         if self.preset is None and self.source is None:
@@ -74,42 +106,14 @@ class Plan:
             raise DataError(
                 "--llc has the settings of a preset's LLC: add --preset, or put the LLC among the source's watches"
             )
-        for name in ("workers", "threads", "sequences", "length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise DataError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.engine not in ENGINES:
-            raise DataError(f"there is no engine {self.engine!r}: those are {', '.join(ENGINES)}")
         if self.options and self.engine == "processes":
             raise DataError("--option is of the engines ray and slurm: add --engine, or leave it out")
-        pairs(self.llc, "llc"), pairs(self.options, "option")
-        if self.dtype not in DTYPES:
-            raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        part = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        if not part or not 1 <= int(part[1]) <= int(part[2]):
-            raise DataError(f"shard must be i/n with i from 1 to n, such as 1/4, got {self.shard!r}")
 
     @classmethod
     def read(cls, path: Path | None, given: Mapping[str, Any]) -> Plan:
-        """The plan of a TOML file, with what is `given` (not None) in place of the file's values."""
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        if path is not None:
-            try:
-                values = tomllib.loads(path.read_text())
-            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-                raise DataError(f"{path} cannot be read as TOML ({error})") from None
-        for key, value in values.items():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                raise DataError(f"{path} has an unknown key {key!r}" + (f", perhaps {near[0]!r}" if near else "")
-                                + f": the keys are {', '.join(known)}")  # fmt: skip
-            wanted = str(known[key].type).partition("[")[0]  # of a tuple, not of what is in it
-            kinds = tuple(kind for kind in (str, bool, int, tuple) if kind.__name__ in wanted)
-            if not isinstance(tuple(value) if isinstance(value, list) else value, kinds) or (
-                isinstance(value, bool) and bool not in kinds
-            ):
-                raise DataError(f"{path}: {key} must be {known[key].type}, got {value!r}")
-        values |= {key: value for key, value in given.items() if value is not None}
+        """The plan of a TOML file, with what is `given` (not None, not an empty list) in place of the file's values."""
+        values = {} if path is None else _from_file(path)
+        values |= {key: value for key, value in given.items() if value not in (None, [])}
         if lacking := [key for key in ("series", "into") if key not in values]:
             raise DataError(f"no {' and no '.join(lacking)}: devmon measure SERIES --into RUN, or the keys of --config")
         return cls(**values)
@@ -122,13 +126,48 @@ class Plan:
 
     def absolute(self) -> Plan:
         """The plan with whole paths, for processes that start in another folder."""
-        found: dict[str, Any] = {}
+        whole: dict[str, Any] = {}
         for name in ("series", "into", "tokens", "tokenizer", "source"):
-            value = getattr(self, name)
-            place, colon, rest = (value or "").partition(".py:") if name == "source" else (value or "", "", "")
-            if value is not None and "://" not in value and (name == "into" or Path(place + colon[:3]).exists()):
-                found[name] = str(Path(place + colon[:3]).resolve()) + colon[3:] + rest
-        return dataclasses.replace(self, **found)
+            value = getattr(self, name) or ""
+            path, colon, rest = value.partition(".py:") if name == "source" else (value, "", "")
+            path += colon[:3]  # the .py is the script's, the colon is not
+            if value and "://" not in value and (name == "into" or Path(path).exists()):
+                whole[name] = str(Path(path).resolve()) + colon[3:] + rest
+        return dataclasses.replace(self, **whole)
+
+
+KINDS = get_type_hints(Plan)  # name to type of its fields: str, int, bool, tuple[str, ...], and str or int with None
+WORDS = {str: "a string", int: "an integer", bool: "true or false", tuple[str, ...]: "a list of strings"}
+
+
+def kind_of(name: str) -> Any:
+    """The type of a field's values, None left out of it.
+
+    >>> kind_of("seed"), kind_of("watch")
+    (<class 'int'>, tuple[str, ...])
+    """
+    kind = KINDS[name]
+    return (
+        next(kept for kept in get_args(kind) if kept is not type(None)) if isinstance(kind, types.UnionType) else kind
+    )
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """The values of a TOML file, each a field's name and of its type."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path} cannot be read as TOML ({error})") from None
+    for key, value in values.items():
+        if key not in KINDS:
+            near = difflib.get_close_matches(key, KINDS, 1)
+            hint = f", perhaps {near[0]!r}" if near else ""
+            raise DataError(f"{path} has an unknown key {key!r}{hint}: the keys are {', '.join(KINDS)}")
+        kind = kind_of(key)
+        strings = isinstance(value, list) and all(isinstance(part, str) for part in value)
+        if not (strings if kind == tuple[str, ...] else type(value) is kind):  # so that true is no integer
+            raise DataError(f"{path}: {key} must be {WORDS[kind]}, got {value!r}")
+    return values
 
 
 def pairs(texts: Sequence[str], what: str) -> dict[str, Any]:
@@ -137,13 +176,13 @@ def pairs(texts: Sequence[str], what: str) -> dict[str, Any]:
     >>> pairs(["lr=3e-5", "partition=gpu"], "option")
     {'lr': 3e-05, 'partition': 'gpu'}
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for text in texts:
         name, sign, value = text.partition("=")
-        if not sign or not name.isidentifier() or name in found:
+        if not sign or not name.isidentifier() or name in values:
             raise DataError(f"{what} takes NAME=VALUE, each name once, got {text!r}")
         try:
-            found[name] = ast.literal_eval(value)
+            values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            found[name] = value
-    return found
+            values[name] = value
+    return values

@@ -20,12 +20,13 @@ from torch import Tensor
 from devmon.data import probe_tokens
 from devmon.data.text import read_documents
 from devmon.errors import DataError, DevmonError
+from devmon.files import write_whole
 
 ARRAYS = (".npy", ".pt", ".safetensors")
 SEQUENCES, LENGTH = 64, 256  # of tokens made of text, where nothing else is asked
 PIECE = 16  # characters of a piece of text, for each token of a sequence: about four sequences
 SPLITS = ("validation", "test", "train")  # of a dataset, the first there is
-Place = tuple[str, str | None]  # of a tokenizer: a folder or a name on the hub, and its revision
+Home = tuple[str, str | None]  # of a tokenizer: a folder or a name on the hub, and its revision
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,23 @@ class Probe:
         content = save({"tokens": self.tokens.clone(), "examples": self.examples.clone()})
         file = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
         if not file.exists():
-            folder.mkdir(exist_ok=True)
-            fresh = file.with_suffix(".part")
-            fresh.write_bytes(content)
-            fresh.replace(file)
+            write_whole(file, content)
         return file
 
 
-def read_probe(where: Path, tokenizer: Place | None, sequences: int | None = None, length: int | None = None,
-               examples: int = 0) -> Probe:  # fmt: skip
+def read_probe(
+    where: Path,
+    tokenizer: Home | None,
+    sequences: int | None = None,
+    length: int | None = None,
+    examples: int = 0,
+) -> Probe:
     """The probe data that `where` holds, or that are made of it: the same for the same text and tokenizer.
 
-    Of an array `sequences` and `length` take the first; its examples are all of it (unless the file brings them). Text is
-    cut into pieces, whose order is shuffled by a fixed seed, with the tokenizer's end of text between them; the first
-    `sequences` x `length` tokens are the batch and the next `examples` sequences the examples. Raises DataError where
-    there is nothing to read, no tokenizer, or too little text.
+    Of an array `sequences` and `length` take the first; its examples are all of it (unless the file brings them). Text
+    is cut into pieces, whose order is shuffled by a fixed seed, with the tokenizer's end of text between them; the
+    first `sequences` x `length` tokens are the batch and the next `examples` sequences the examples. Raises DataError
+    where there is nothing to read, no tokenizer, or too little text.
     """
     if where.suffix in ARRAYS:
         held = _arrays(where)
@@ -70,13 +73,15 @@ def read_probe(where: Path, tokenizer: Place | None, sequences: int | None = Non
         if len(stream) >= needed:
             break
     else:
-        raise DataError(f"{where} gives {len(stream)} tokens, {sequences} + {examples} sequences of {length} need {needed}: "
-                        "give more text, or less of --sequences, --length or --llc examples=N")  # fmt: skip
-    found = probe_tokens(torch.tensor(stream[:needed]).reshape(-1, length), f"--tokens {where.name}")
-    return Probe(found[:sequences].clone(), (found[sequences:] if examples else found).clone())
+        raise DataError(
+            f"{where} gives {len(stream)} tokens, {sequences} + {examples} sequences of {length} need {needed}: give "
+            "more text, or less of --sequences, --length or --llc examples=N"
+        )
+    tokens = probe_tokens(torch.tensor(stream[:needed]).reshape(-1, length), f"--tokens {where.name}")
+    return Probe(tokens[:sequences].clone(), (tokens[sequences:] if examples else tokens).clone())
 
 
-def _parts(where: Path, place: Place | None, length: int) -> Iterator[list[int]]:
+def _parts(where: Path, home: Home | None, length: int) -> Iterator[list[int]]:
     """The tokens of pieces of text, or of the rows of a dataset, in an order that is always the same."""
     if any((where / name).is_file() for name in ("state.json", "dataset_dict.json")):
         rows, column = _dataset(where)
@@ -89,26 +94,28 @@ def _parts(where: Path, place: Place | None, length: int) -> Iterator[list[int]]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
     encode: Callable[[str], list[int]] | None = None
     for index in order:
-        found = read(texts[index])
-        if isinstance(found, str):
-            encode = encode or _encoder(where, place)
-            yield encode(found[: PIECE * length])
+        piece = read(texts[index])
+        if isinstance(piece, str):
+            encode = encode or _encoder(where, home)
+            yield encode(piece[: PIECE * length])
         else:
-            yield [int(token) for token in found]
+            yield [int(token) for token in piece]
 
 
-def _encoder(where: Path, place: Place | None) -> Callable[[str], list[int]]:
+def _encoder(where: Path, home: Home | None) -> Callable[[str], list[int]]:
     """What makes tokens of a piece of text, with an end of text after it where the tokenizer has one."""
-    if place is None:
-        raise DataError(f"{where} is text, and no tokenizer lies with the series: give --tokenizer FOLDER (or owner/name), "
-                        "or tokens in a .npy, .pt or .safetensors file")  # fmt: skip
+    if home is None:
+        raise DataError(
+            f"{where} is text, and no tokenizer lies with the series: give --tokenizer FOLDER (or owner/name), or "
+            "tokens in a .npy, .pt or .safetensors file"
+        )
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place[0], revision=place[1] or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(home[0], revision=home[1] or "main", trust_remote_code=False)
     except Exception as error:  # of files, the network, the hub and transformers
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(f"the tokenizer {place[0]} cannot be had ({reason}): give --tokenizer") from error
+        raise DataError(f"the tokenizer {home[0]} cannot be had ({reason}): give --tokenizer") from error
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return lambda text: [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
 
@@ -122,17 +129,17 @@ def _dataset(folder: Path) -> tuple[Any, str]:
             f"{folder} is a dataset of Hugging Face: pip install datasets, or give a text file or an array"
         ) from None
     try:
-        found = datasets.load_from_disk(str(folder))
+        rows = datasets.load_from_disk(str(folder))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(f"the dataset {folder} cannot be read ({reason})") from error
-    if isinstance(found, dict):
-        found = found[next((split for split in SPLITS if split in found), next(iter(found)))]
+    if isinstance(rows, dict):
+        rows = rows[next((split for split in SPLITS if split in rows), next(iter(rows)))]
     for column in ("input_ids", "tokens", "text", "content"):
-        if column in found.column_names:
-            return found, column
+        if column in rows.column_names:
+            return rows, column
     raise DataError(
-        f"the dataset {folder} has the columns {', '.join(found.column_names)}: one must be input_ids or text"
+        f"the dataset {folder} has the columns {', '.join(rows.column_names)}: one must be input_ids or text"
     )
 
 

@@ -3,79 +3,88 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from devmon.cli.describe import estimates
 from devmon.console import cost_table
+from devmon.cost import estimates
 from devmon.offline import forecast
-from devmon.offline.plan import ENGINES, Plan
-from devmon.offline.study import Event, Study
+from devmon.offline.plan import Plan
+from devmon.offline.study import Progress, Study
+from devmon.watch import Watch
+
+LONG = 3600.0  # seconds over which the speed of the bar is averaged: rows of an LLC take minutes each
 
 
 def run(plan: Plan, dry_run: bool) -> int:
     """Measure, or with `dry_run` say what would be; returns the exit code, 1 where anything is left unmeasured."""
+    # open everything that the plan names, and list what the run does not hold yet
     study = Study(plan, read_only=dry_run)
     work = study.missing()
     out, errors = (Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False) for stderr in (False, True))
     out.print(f"{len(study.steps)} of {len(study.series.steps)} checkpoints chosen; {len(work)} to measure")
     if dry_run:
-        _tell(study, work, out)
+        _print_plan(study, work, out)
         return 0
     study.record()
-    counts: dict[str, int] = {}
-    with _progress(errors) as progress:
-        task = progress.add_task("rows", total=sum(map(len, work.values())))
 
-        def tell(event: Event) -> None:
-            counts[event.kind] = counts.get(event.kind, 0) + 1
-            if event.kind != "said":
-                progress.advance(task, 1 if event.watch else _rest(study, work, event.step))
-            if event.kind != "measured":
-                what = "skipped" if event.watch is None else f"{event.watch}{': failed' * (event.kind == 'failed')}"
-                errors.print(f"step {event.step} {what} ({event.reason})")
+    # measure in this process, or hand the steps to an engine; a line for every row that will be missing
+    counts = Counter[str]()
+    with _bar(errors) as bar:
+        task = bar.add_task("rows", total=sum(map(len, work.values())))
+
+        def tell(news: Progress) -> None:
+            counts[news.kind] += 1
+            if news.kind != "retried":
+                bar.advance(task, 1 if news.watch else _left_out(study, work, news.step))
+            if news.kind != "measured":
+                what = "skipped" if news.watch is None else f"{news.watch}{': failed' * (news.kind == 'failed')}"
+                errors.print(f"step {news.step} {what} ({news.reason})")
 
         lost: list[str] = []
         if plan.engine == "processes" and plan.workers == 1:
             study.measure(tell=tell)
         elif work:
-            lost = importlib.import_module(ENGINES[plan.engine]).measure(study.frozen(), list(work), tell)
+            engine = importlib.import_module(f"devmon.offline.engines.{plan.engine}")
+            lost = engine.measure(study.frozen(), list(work), tell)
+
+    # the sum of it, and an exit code that a script can read
     study.trajectory.fold()
-    for one in lost:
-        errors.print(f"{one}: give the command again to measure the rest")
-    bad = {"skipped": "checkpoints skipped", "failed": "measurements failed"}
-    told = [f"{counts.get('measured', 0)} rows measured"] + [
-        f"{counts[k]} {words}" for k, words in bad.items() if k in counts
-    ]
-    out.print(f"{', '.join(told)}: {study.trajectory.path}")
-    return int(bool(lost or bad.keys() & counts.keys()))
+    for worker in lost:
+        errors.print(f"{worker}: give the command again to measure the rest")
+    sums = [f"{counts['measured']} rows measured"]
+    sums += [f"{counts['skipped']} checkpoints skipped"] if counts["skipped"] else []
+    sums += [f"{counts['failed']} measurements failed"] if counts["failed"] else []
+    out.print(f"{', '.join(sums)}: {study.trajectory.path}")
+    return int(bool(lost or counts["skipped"] or counts["failed"]))
 
 
-def _tell(study: Study, work: Mapping[int, list[Any]], out: Console) -> None:
-    """The steps, and each watch with what it costs."""
+def _print_plan(study: Study, work: Mapping[int, Sequence[Watch]], out: Console) -> None:
+    """The steps, each watch with what it costs, and what a process will need."""
     out.print("steps: " + (", ".join(map(str, work)) or "none"))
-    dues = [watch.name for due in work.values() for watch in due]
-    found = [replace(one, observations=dues.count(one.name)) for one in estimates(study.watches, 0)]
-    out.print(cost_table(found, None))
+    due = Counter(watch.name for watches in work.values() for watch in watches)
+    costs = [replace(estimate, observations=due[estimate.name]) for estimate in estimates(study.watches, 0)]
+    out.print(cost_table(costs, None))
     out.print(forecast.memory(study))
-    out.print(forecast.seconds(study, work, found))
+    out.print(forecast.seconds(study, work, costs))
 
 
-def _rest(study: Study, work: Mapping[int, list[Any]], step: int) -> int:
-    """The rows of a skipped checkpoint that will not come."""
+def _left_out(study: Study, work: Mapping[int, Sequence[Watch]], step: int) -> int:
+    """How many rows of a skipped checkpoint will not come."""
     return sum(step not in study.trajectory.steps(watch.name) for watch in work[step])
 
 
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+def _bar(console: Console) -> bars.Progress:
+    return bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=LONG,
     )
-    return Progress(*columns, console=console, speed_estimate_period=3600)

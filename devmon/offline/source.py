@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -15,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from devmon.checkpoints.folder import checkpoints
 from devmon.checkpoints.weights import fitting, load
 from devmon.errors import DataError
 from devmon.instruments import LLC
@@ -39,35 +41,36 @@ def load_source(source: str) -> tuple[nn.Module, LLC]:
 def load_study(source: str) -> tuple[nn.Module | None, tuple[Watch, ...] | None]:
     """What is measured on a series of checkpoints: the model (untrained), the watches, or both.
 
-    `source` names a model, a list of watches, a Monitor, a pair (model, watches), or a function that returns one of them.
+    `source` names a model, a list of watches, a Monitor, a pair (model, watches), or a function that returns such.
     """
-    found = _called(source, or_value=True)
-    model, watches = (
-        found if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module) else (None, found)
-    )
+    named = _called(source, or_value=True)
+    pair = isinstance(named, tuple) and len(named) == 2 and isinstance(named[0], nn.Module)
+    model, watches = named if pair else (None, named)
     if isinstance(watches, nn.Module):
         model, watches = watches, None
     part, watches = getattr(watches, "model", None), getattr(watches, "watches", watches)
     fits = isinstance(watches, (list, tuple)) and watches and all(isinstance(watch, Watch) for watch in watches)
     if watches is not None and not fits:
-        raise DataError(f"{source} must be, or return, a model, a list of Watch, a Monitor, or (model, watches); got "
-                        f"{type(found).__name__}")  # fmt: skip
+        raise DataError(
+            f"{source} must be, or return, a model, a list of Watch, a Monitor, or (model, watches); got "
+            f"{type(named).__name__}"
+        )
     return None if model is None else _network(model, part), None if watches is None else tuple(watches)
 
 
 def _called(source: str, or_value: bool = False) -> Any:
     """What the function named by `source` returns; with `or_value` also a value that is no function."""
-    place, _, name = source.rpartition(":")
-    if not place or not name:
+    where, _, name = source.rpartition(":")
+    if not where or not name:
         raise DataError(f"expected path/to/script.py:name or package.module:name, got {source!r}")
-    module = _script(Path(place)) if place.endswith(".py") else _module(place)
+    module = _script(Path(where)) if where.endswith(".py") else _module(where)
     function = getattr(module, name, None)
     if or_value and function is not None and not inspect.isfunction(function):
         return function
     if not callable(function):
-        known = [key for key, value in vars(module).items()
-                 if inspect.isfunction(value) and value.__module__ == module.__name__ and key[0] != "_"]  # fmt: skip
-        raise DataError(f"{place} has no function {name!r}; it has {', '.join(known) or 'none'}")
+        own = {key: f for key, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+        known = ", ".join(key for key in own if key[0] != "_")
+        raise DataError(f"{where} has no function {name!r}; it has {known or 'none'}")
     try:
         inspect.signature(function).bind()
     except TypeError as error:
@@ -78,17 +81,17 @@ def _called(source: str, or_value: bool = False) -> Any:
 def checkpoint_series(folder: str | os.PathLike[str]) -> dict[int, Path]:
     """Step to file, in order, of a folder of checkpoints (see `devmon.callbacks.CheckpointSeries`) or of the run's
     folder in which `checkpoints/` lies."""
-    from devmon.callbacks.checkpoint_series import checkpoints
-
-    found = checkpoints(folder) or checkpoints(Path(folder) / "checkpoints")
-    if not found:
-        raise DataError(f"there is no step-….ckpt in {folder} or {Path(folder) / 'checkpoints'}: give the folder of a "
-                        "CheckpointSeries")  # fmt: skip
-    return found
+    files = checkpoints(folder) or checkpoints(Path(folder) / "checkpoints")
+    if not files:
+        raise DataError(
+            f"there is no step-….ckpt in {folder} or {Path(folder) / 'checkpoints'}: give the folder of a "
+            "CheckpointSeries"
+        )
+    return files
 
 
 def late_and_middle(steps: Sequence[int], late: int | None = None, middle: int | None = None) -> list[int]:
-    """The last step, and the one in the middle by count of those from 1 to it; a single one where they are the same.
+    """The last step, and that in the middle by count of those from 1 to it; a single step where they are the same.
 
     >>> late_and_middle([0, 1, 2, 5, 10, 20]), late_and_middle([0, 1, 2, 5, 10, 20], middle=10), late_and_middle([0, 7])
     ([20, 5], [20, 10], [7])
@@ -107,7 +110,10 @@ def late_and_middle(steps: Sequence[int], late: int | None = None, middle: int |
 
 
 def with_weights(model: nn.Module, path: Path, prefix: str | None = None) -> nn.Module:
-    """A copy of `model`, in evaluation mode, with the weights of a Lightning checkpoint (see `devmon.checkpoints.weights.fitting`)."""
+    """A copy of `model`, in evaluation mode, with the weights of a Lightning checkpoint.
+
+    Raises DataError where the file is none, or holds other weights (`devmon.checkpoints.weights.fitting`).
+    """
     content = load(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise DataError(f"{path} has no 'state_dict': it is no checkpoint of Lightning")
@@ -121,15 +127,20 @@ def _network(model: nn.Module, part: Any = None) -> nn.Module:
     """The part of a LightningModule that a `Monitor` would measure; another module stands for itself."""
     if "lightning" not in sys.modules:  # then it is none, and an import of seconds is spared
         return model
-    from devmon.callbacks.monitor import network
+    from devmon.callbacks.network import network
 
     return network(cast(Any, model), part)
 
 
 def _script(path: Path) -> ModuleType:
+    """The script as a module of its own, told apart from other scripts of its name by where it lies.
+
+    What stands behind the @ is left out of the identity of what it defines: a run goes on from another folder.
+    """
     if not path.is_file():
         raise DataError(f"there is no script at {path}")
-    name = f"_source_{path.stem}"
+    place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+    name = f"_source_{path.stem}@{place}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -146,5 +157,7 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, and something that it imports is not
-        raise DataError(f"there is no module {error.name!r} here: run this where it can be imported, or give the path "
-                        "of its file, path/to/script.py:name") from None  # fmt: skip
+        raise DataError(
+            f"there is no module {error.name!r} here: run this where it can be imported, or give the path of its file, "
+            "path/to/script.py:name"
+        ) from None

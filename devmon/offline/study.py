@@ -32,14 +32,15 @@ from devmon.offline.in_parts import FULL, in_parts
 from devmon.offline.plan import Plan, pairs
 from devmon.offline.probe_text import Probe, read_probe
 from devmon.offline.source import load_study
+from devmon.store.place import store_path
 from devmon.store.rows import plain
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
 
 
 @dataclass(frozen=True)
-class Event:
-    """What became of one step (`watch` None: of its whole checkpoint): measured, failed, skipped, or said."""
+class Progress:
+    """News of a step: its row of `watch` (None: its whole checkpoint) was measured, failed, skipped, or is retried."""
 
     kind: str
     step: int
@@ -50,8 +51,8 @@ class Event:
 class Study:
     """A plan with everything that it names opened: the `series`, the chosen `steps`, the `watches`, the `trajectory`.
 
-    `read_only` leaves the run as it is (there may be none). Raises DevmonError where something is missing, and where the
-    run holds another configuration of a watch.
+    `read_only` leaves the run as it is (there may be none). Raises DevmonError where something is missing, and where
+    the run holds another configuration of a watch.
     """
 
     def __init__(self, plan: Plan, *, read_only: bool = False) -> None:
@@ -63,12 +64,16 @@ class Study:
         self.config = self.series.config()
         self.model, watches = (None, None) if plan.source is None else load_study(plan.source)
         if self.model is None and not self.series.pretrained:
-            raise DataError(f"the checkpoints of {plan.series} bring no config.json: give the model they are of, "
-                            "--source script.py:name of a function that returns it, or returns (model, watches)")  # fmt: skip
-        if (watches is None) == (plan.preset is None):
-            raise DataError(f"{plan.source} gives {'no' if watches is None else 'its own'} watches: "
-                            + ("return (model, watches) there, or add --preset standard --tokens FILE"
-                               if watches is None else "leave --preset out"))  # fmt: skip
+            raise DataError(
+                f"the checkpoints of {plan.series} bring no config.json: give the model they are of, --source "
+                "script.py:name of a function that returns it, or returns (model, watches)"
+            )
+        if watches is None and plan.preset is None:
+            raise DataError(
+                f"{plan.source} gives no watches: return (model, watches) there, or add --preset standard --tokens FILE"
+            )
+        if watches is not None and plan.preset is not None:
+            raise DataError(f"{plan.source} gives its own watches: leave --preset out")
         self.probe: Probe | None = None
         self.watches = self._chosen(self._preset() if watches is None else watches)
         self.device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -82,10 +87,9 @@ class Study:
         return self.steps[shard - 1 :: shards]
 
     def missing(self) -> dict[int, list[Watch]]:
-        """Of every step of this shard the watches that the trajectory does not hold: nothing is loaded for the others."""
-        held = {
-            name: set(self.trajectory.steps(name)) if name in self.known else set() for name in map(_name, self.watches)
-        }
+        """Of every step of this shard the watches that the trajectory lacks; of other steps nothing will be loaded."""
+        names = [watch.name for watch in self.watches]
+        held = {name: set(self.trajectory.steps(name)) if name in self.known else set() for name in names}
         work = {}
         for step in self._shard():
             due = [watch for watch in self.watches if step in watch.steps and step not in held[watch.name]]
@@ -93,48 +97,49 @@ class Study:
                 work[step] = due
         return work
 
-    def measure(self, steps: Iterable[int] | None = None, tell: Callable[[Event], None] = lambda event: None) -> None:
-        """Do what is missing at `steps` (all, by default), which are taken one by one, each when the one before is begun.
+    def measure(self, steps: Iterable[int] | None = None, tell: Callable[[Progress], None] = lambda news: None) -> None:
+        """Do what is missing at `steps` (all, by default); checkpoints are prefetched, one ahead of what is measured.
 
-        `tell` hears of every row and of every checkpoint that was skipped. A checkpoint that cannot be read, or does not
-        fit, is recorded as a failure of its watches with the reason, and so is an instrument that fails: the others go
-        on, and the next time both are tried again. Raises InstrumentError where an instrument does not fit the model.
+        `tell` hears of every row and of every checkpoint that was skipped. A checkpoint that cannot be read, or does
+        not fit, is recorded as a failure of its watches with the reason, and so is an instrument that fails: the others
+        go on, and the next time both are tried again. Raises InstrumentError where an instrument does not fit the
+        model.
         """
         work = self.missing()
         wanted = work if steps is None else (step for step in steps if step in work)
-        for step, found in self.series.stream(wanted):
+        for step, checkpoint in self.series.stream(wanted):
             try:
-                if isinstance(found, DataError):
-                    raise found
-                model = self._filled(found)
-                del found
+                if isinstance(checkpoint, DataError):
+                    raise checkpoint
+                model = self._filled(checkpoint)
+                del checkpoint  # the next is being read: two are in memory at most
                 self._observe(step, model, work[step], tell)
             except (DataError, IdentityError) as error:
                 for watch in work[step]:
                     if not self.trajectory.holds(watch.name, step):
                         self.trajectory.fail(watch.name, step, f"checkpoint skipped: {error}")
-                tell(Event("skipped", step, None, str(error)))
+                tell(Progress("skipped", step, None, str(error)))
             except InstrumentError as error:
                 raise InstrumentError(f"step {step}: {error}") from error
 
-    def _observe(self, step: int, model: nn.Module, due: Iterable[Watch], tell: Callable[[Event], None]) -> None:
+    def _observe(self, step: int, model: nn.Module, due: Iterable[Watch], tell: Callable[[Progress], None]) -> None:
         """`observe`, and again in a half and a quarter of the memory for those for which it was too small."""
         failures: dict[str, dict[int, str]] = {}
         todo = {watch.name: watch for watch in due}
         for parts in (1, 2, 4):
             failures.clear()
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* failed at step", UserWarning)  # told of here
+                warnings.filterwarnings("ignore", ".* failed at step", UserWarning)  # `tell` says it
                 observe(step, model, _in_parts(todo.values(), parts), self.trajectory, strict=False, failures=failures)
             for name, watch in list(todo.items()):
                 reason = failures.get(name, {}).get(step)
-                again = (
-                    parts < 4 and reason is not None and FULL.search(reason) and in_parts(watch.instrument, 2 * parts)
-                )
-                if again:
-                    tell(Event("said", step, name, f"out of memory: again in {2 * parts} parts"))
+                if reason is None:
+                    tell(Progress("measured", step, name))
+                elif parts < 4 and FULL.search(reason) and in_parts(watch.instrument, 2 * parts):
+                    tell(Progress("retried", step, name, f"out of memory: again in {2 * parts} parts"))
                     continue
-                tell(Event("measured", step, name) if reason is None else Event("failed", step, name, reason))
+                else:
+                    tell(Progress("failed", step, name, reason))
                 del todo[name]
             if not todo:
                 return
@@ -159,8 +164,10 @@ class Study:
             raise DataError("the model tells no vocabulary size: give --vocab-size")
         low, high = int(tokens.min()), int(tokens.max())
         if high >= size or low < 0:
-            raise DataError(f"{self.plan.tokens} holds tokens {low} to {high}, the vocabulary is 0 to {size - 1}: give tokens "
-                            "of this model's tokenizer")  # fmt: skip
+            raise DataError(
+                f"{self.plan.tokens} holds tokens {low} to {high}, the vocabulary is 0 to {size - 1}: give tokens of "
+                "this model's tokenizer"
+            )
         make = getattr(presets, self.plan.preset)
         given = {"vocab_size": size, "last": max(2, self.steps[-1]), "bos": self.plan.bos, "llc": self._llc()}
         return [dataclasses.replace(watch, steps=frozenset(self.steps)) for watch in make(tokens, **given)]
@@ -169,8 +176,8 @@ class Study:
         assert self.plan.tokens is not None
         settings = pairs(self.plan.llc, "llc")
         examples = settings.get("examples", 16 * settings.get("batch_size", 32)) if settings else 0
-        where = (self.plan.tokenizer, None) if self.plan.tokenizer is not None else self.series.tokenizer()
-        return read_probe(Path(self.plan.tokens), where, self.plan.sequences, self.plan.length, examples)
+        tokenizer = (self.plan.tokenizer, None) if self.plan.tokenizer is not None else self.series.tokenizer()
+        return read_probe(Path(self.plan.tokens), tokenizer, self.plan.sequences, self.plan.length, examples)
 
     def _llc(self) -> LLC | None:
         """The LLC of the plan's settings, on the examples of its probe; `examples` among them is their number."""
@@ -184,14 +191,14 @@ class Study:
             raise DataError(f"--llc: {error}: its settings are {known}") from None
 
     def _chosen(self, watches: Iterable[Watch]) -> tuple[Watch, ...]:
-        found = unique_names(watches)
-        unknown = sorted(set(self.plan.watch) - {watch.name for watch in found})
-        if unknown:
-            raise DataError(f"there is no watch {unknown[0]!r}: those are {', '.join(map(_name, found))}")
-        return tuple(watch for watch in found if not self.plan.watch or watch.name in self.plan.watch)
+        watches = unique_names(watches)
+        names = [watch.name for watch in watches]
+        if unknown := sorted(set(self.plan.watch).difference(names)):
+            raise DataError(f"there is no watch {unknown[0]!r}: those are {', '.join(names)}")
+        return tuple(watch for watch in watches if not self.plan.watch or watch.name in self.plan.watch)
 
     def _open(self, read_only: bool) -> Any:
-        place = store_of(self.plan.into)
+        place = store_path(self.plan.into)
         if read_only and "://" not in str(place) and not Path(place).exists():
             self.known: set[str] = set()
             return None
@@ -204,17 +211,15 @@ class Study:
 
     def record(self) -> None:
         """Keep the plan in the run, the last of the list `measured`, with the digests of the probe data."""
-        held = (
-            {"tokens_held": describe(self.probe.tokens), "examples_held": describe(self.probe.examples)}
-            if self.probe
-            else {}
-        )
-        alone = self.plan.engine == "processes" and self.plan.workers == 1
-        threads = self.plan.threads or (torch.get_num_threads() if alone else 1)  # the last bits depend on it
-        plan = plain(self.plan.record() | held | {"checkpoints": len(self.steps), "threads": threads})
+        digests = {}
+        if self.probe is not None:
+            digests = {"tokens_held": describe(self.probe.tokens), "examples_held": describe(self.probe.examples)}
+        single = self.plan.engine == "processes" and self.plan.workers == 1
+        threads = self.plan.threads or (torch.get_num_threads() if single else 1)  # the last bits depend on it
+        record = plain(self.plan.record() | digests | {"checkpoints": len(self.steps), "threads": threads})
         before = self.trajectory.attrs.get("measured", [])
         before = [before] if isinstance(before, dict) else before  # of an earlier devmon
-        self.trajectory.record(measured=[*(one for one in before if one != plan), plan])
+        self.trajectory.record(measured=[*(earlier for earlier in before if earlier != record), record])
 
     def frozen(self) -> Plan:
         """The plan for other processes: whole paths, and the probe data as they are, in a file of the run's folder."""
@@ -223,12 +228,6 @@ class Study:
             return plan
         file = self.probe.save(folder.resolve() / "_probe")
         return dataclasses.replace(plan, tokens=str(file), tokenizer=None, sequences=None, length=None)
-
-
-def store_of(into: str) -> str:
-    """The store of a run that is named by its folder or by its store."""
-    inner = Path(into) / "trajectory.zarr"
-    return str(inner) if inner.is_dir() else into
 
 
 def _in_parts(watches: Iterable[Watch], parts: int) -> list[Watch]:
@@ -240,12 +239,8 @@ def _in_parts(watches: Iterable[Watch], parts: int) -> list[Watch]:
     ]
 
 
-def _name(watch: Watch) -> str:
-    return watch.name
-
-
 def _limit_threads(count: int) -> None:
-    """Of torch and of the linear algebra that NumPy and SciPy bring: sums are rounded by how many threads share them."""
+    """Of torch and of the linear algebra of NumPy and SciPy: a sum's last bits depend on how many threads share it."""
     import scipy.linalg  # noqa: F401  # what is loaded later would not be limited
     from threadpoolctl import threadpool_limits
 

@@ -2,7 +2,7 @@
 
 # One call from a model, a loss and data to an estimate
 from devmon.sampling.calibration import Calibration, calibrate
-from devmon.sampling.estimate import Settings, estimate_llc, sample
+from devmon.sampling.estimate import estimate_llc
 from devmon.sampling.kernels.baoab import BAOAB
 
 # Kernels
@@ -12,6 +12,7 @@ from devmon.sampling.kernels.sgnht import SGNHT
 
 # Losses: loss(model, batch) -> (batch,)
 from devmon.sampling.losses import classification_loss, next_token_loss, regression_loss
+from devmon.sampling.traces import Settings, sample
 
 __all__ = [  # noqa: RUF022 (in groups)
     # estimates

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from devmon.errors import DataError
+from devmon.sampling.constants import SPARE_SIGMAS
 
 Tree = Any  # a tensor, or tuples, lists and mappings of such
 
@@ -49,7 +50,7 @@ class Examples:
         return Examples(map_tree(lambda t: t.to(device, dtype if t.is_floating_point() else None), self.tree), self.n)
 
     def positions(self) -> int:
-        """Places of one example: the second dimension of the first tensor of integers that has one, else 1."""
+        """Tokens of one example: the second dimension of the first tensor of integers that has one, else 1."""
         return next((t.shape[1] for t in leaves(self.tree) if t.ndim > 1 and not t.is_floating_point()), 1)
 
     def numel(self) -> int:
@@ -67,8 +68,8 @@ def as_examples(data: Any) -> Examples:
     tree = _tree(data)
     sizes = {len(t) if t.dim() else 0 for t in leaves(tree)}
     if len(sizes) != 1 or 0 in sizes:
-        found = "no tensor" if not sizes else f"leading dimensions {sorted(sizes)}"
-        raise DataError(f"expected at least one example and equally long tensors, got {found}: give data of one length")
+        got = "no tensor" if not sizes else f"leading dimensions {sorted(sizes)}"
+        raise DataError(f"expected at least one example and equally long tensors, got {got}: give data of one length")
     return Examples(tree, sizes.pop())
 
 
@@ -84,15 +85,18 @@ def draw_batches(n: int, size: int, count: int, generator: torch.Generator, *, r
         return torch.arange(n).expand(count, n)
     if 3 * size >= n:
         return torch.stack([torch.randperm(n, generator=generator)[:size] for _ in range(count)])
-    # the first `size` different numbers of a list that is long enough: a sort by number, then by place, finds repeats
+    # The first `size` different numbers of a list drawn with replacement that is long enough. `needed` numbers hold
+    # that many different ones in the mean: n (1 − exp(−needed / n)) = size.
     needed = -n * math.log1p(-size / n)
-    length = math.ceil(needed + 6 * math.sqrt(needed - size) + 6)
+    length = math.ceil(needed + SPARE_SIGMAS * math.sqrt(needed - size) + SPARE_SIGMAS)
     numbers = torch.randint(n, (count, length), generator=generator).numpy()
+    # Sorted by number, then by place in the list, all but the first of equal neighbours are repeats.
     order = np.sort(numbers * length + np.arange(length, dtype=np.int64), axis=1)
     value, place = np.divmod(order, length)
     first = np.ones((count, length), dtype=bool)
     np.put_along_axis(first, place, np.diff(value, axis=1, prepend=-1) != 0, axis=1)
     chosen = first & (np.cumsum(first, axis=1) <= size)
+    # Lists that were too short after all are replaced by a permutation; any `size` numbers stand in for it until then.
     short = np.flatnonzero(chosen.sum(1) < size)
     chosen[short] = np.arange(length) < size
     batches = torch.from_numpy(numbers[chosen].reshape(count, size))
@@ -112,9 +116,9 @@ def map_tree(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
 
 def leaves(tree: Tree) -> list[Tensor]:
     """The tensors of a tree in order."""
-    found: list[Tensor] = []
-    map_tree(found.append, tree)
-    return found
+    tensors: list[Tensor] = []
+    map_tree(tensors.append, tree)
+    return tensors
 
 
 def _tree(data: Any) -> Tree:

@@ -12,11 +12,13 @@ import xarray as xr
 from torch import Tensor, nn
 
 from devmon.errors import InstrumentError
-from devmon.sampling.estimate import Settings, sample
 from devmon.sampling.losses import next_token_loss, outputs
+from devmon.sampling.traces import Settings, sample
 
 
-def sample_tree(model: nn.Module, tokens: Tensor, observables: Mapping[str, Tensor], settings: Settings) -> xr.DataTree:
+def sample_tree(
+    model: nn.Module, tokens: Tensor, observables: Mapping[str, Tensor], settings: Settings, *, seed: int = 0
+) -> xr.DataTree:
     """Chains of a language model with per-token losses (nats) of the `observables` at each kept draw.
 
     `tokens` (example, pos) are sampled on, `observables` maps names to tokens of the same length. The tree has
@@ -37,7 +39,7 @@ def sample_tree(model: nn.Module, tokens: Tensor, observables: Mapping[str, Tens
             for name, probe_tokens in observables.items():
                 losses[name][chain, draw - settings.burn_in] = token_losses(network, probe_tokens)
 
-    traces = sample(model, next_token_loss, tokens, settings, probe=probe)
+    traces = sample(model, next_token_loss, tokens, settings, seed=seed, probe=probe)
     kept = traces.isel(draw=slice(settings.burn_in, None))
     scored = (kept["loss"] - kept["linear"] if "linear" in kept else kept["loss"]).values
     spread = np.broadcast_to(scored[:, :, None, None], (*shape, 1, length - 1))
@@ -47,8 +49,8 @@ def sample_tree(model: nn.Module, tokens: Tensor, observables: Mapping[str, Tens
         "sampling_loss": (("chain", "draw", "batch", "token_pos"), spread),
         "sampling_loss_micro": (("chain", "step", "batch_sampling", "token_pos"), spread),
     }
-    for name, found in losses.items():
-        variables[f"loss_{name}"] = (("chain", "draw", f"batch_{name}", "token_pos"), found)
+    for name, values in losses.items():
+        variables[f"loss_{name}"] = (("chain", "draw", f"batch_{name}", "token_pos"), values)
         variables[f"input_ids_{name}"] = ((f"batch_{name}", "token"), observables[name].cpu().numpy())
     sampler = {
         "lr": settings.lr,
@@ -59,7 +61,7 @@ def sample_tree(model: nn.Module, tokens: Tensor, observables: Mapping[str, Tens
         "num_draws": settings.draws,
         "num_burnin_steps": settings.burn_in * settings.steps_per_draw,
         "num_steps_bw_draws": settings.steps_per_draw,
-        "init_seed": settings.seed,
+        "init_seed": seed,
     }
     config = {
         "sampler": sampler,
@@ -72,9 +74,9 @@ def sample_tree(model: nn.Module, tokens: Tensor, observables: Mapping[str, Tens
 
 def token_losses(model: nn.Module, tokens: Tensor, size: int = 32) -> np.ndarray:
     """Negative log-likelihoods in nats, (example, pos − 1), float32."""
-    found = []
+    losses = []
     with torch.no_grad():
         for part in tokens.to(next(model.parameters()).device).split(size):
             logits = outputs(model(part))
-            found.append(F.cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none").float().cpu())
-    return torch.cat(found).numpy()
+            losses.append(F.cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none").float().cpu())
+    return torch.cat(losses).numpy()

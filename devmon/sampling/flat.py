@@ -75,8 +75,9 @@ class Flat:
 
 
 class Evaluator(Protocol):
-    """Binds positions (chain, parameter) and a place for gradients to a function of the batches' indices."""
+    """Binds positions (chain, parameter) and memory for gradients to a function of the batches' indices."""
 
+    flat: Flat
     examples: Examples
 
     def bind(self, rows: Tensor, grads: Tensor) -> Score:
@@ -119,21 +120,21 @@ class Stacked:
 
     def bind(self, rows: Tensor, grads: Tensor) -> Score:
         leaves = [leaf.requires_grad_() for leaf in self.flat.parts(rows.detach())]
-        places = self.flat.parts(grads)
+        targets = self.flat.parts(grads)
         names = [f"model.{name}" for name in self.flat.names]
         read = self.examples.reader()
 
-        def one(parameters: Sequence[Tensor], batch: Any) -> Tensor:
+        def losses_of_chain(parameters: Sequence[Tensor], batch: Any) -> Tensor:
             return torch.func.functional_call(self.whole, dict(zip(names, parameters, strict=True)), (batch,))
 
         def score(index: Tensor) -> Tensor:
             shared = len(index) < len(rows)
             batch = read(index[0] if shared else index)
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                losses = torch.vmap(one, in_dims=(0, None if shared else 0))(leaves, batch)
-                found = torch.autograd.grad(losses.mean(1).sum(), leaves, allow_unused=True)
-            for place, slope in zip(places, found, strict=True):
-                place.zero_() if slope is None else place.copy_(slope)
+                losses = torch.vmap(losses_of_chain, in_dims=(0, None if shared else 0))(leaves, batch)
+                gradients = torch.autograd.grad(losses.mean(1).sum(), leaves, allow_unused=True)
+            for target, gradient in zip(targets, gradients, strict=True):
+                target.zero_() if gradient is None else target.copy_(gradient)
             return losses.detach()
 
         return score

@@ -56,14 +56,14 @@ def as_mask(mask: Any, model: nn.Module) -> Mask | None:
     patterns = [mask] if isinstance(mask, str) else list(mask)
     chosen: list[str] = []
     for pattern in patterns:
-        found = fnmatch.filter(named, pattern)
-        if not found and len(patterns) == 1 and (component := _component(pattern, model)) is not None:
+        matching = fnmatch.filter(named, pattern)
+        if not matching and len(patterns) == 1 and (component := _component(pattern, model)) is not None:
             return _entries(component, named, pattern)
-        if not found:
+        if not matching:
             raise InstrumentError(
                 f"the mask {pattern!r} selects no parameter: give a name or pattern such as {_examples(named)}"
             )
-        chosen += [name for name in found if name not in chosen]
+        chosen += [name for name in matching if name not in chosen]
     return Mask(tuple(chosen), text=", ".join(patterns))
 
 
@@ -87,14 +87,14 @@ def _component(text: str, model: nn.Module) -> Mapping[str, Tensor] | None:
     from devinterp.slt.weight_restrictions import create_param_masks
 
     try:
-        found = create_param_masks(model, words)
+        masks = create_param_masks(model, words)
     except ValueError as error:
         raise InstrumentError(f"the mask {text!r} names no parameter and no component: {error}") from error
-    if not found and words == "unembed":  # a family whose unembedding transformers has renamed since
+    if not masks and words == "unembed":  # a family whose unembedding transformers has renamed since
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = {name: None for name, p in model.named_parameters() if head is not None and p is head.weight}
+        masks = {name: None for name, p in model.named_parameters() if head is not None and p is head.weight}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    return {name: torch.ones(shapes[name], dtype=torch.bool) if m is None else m for name, m in found.items()}
+    return {name: torch.ones(shapes[name], dtype=torch.bool) if m is None else m for name, m in masks.items()}
 
 
 def _examples(named: Mapping[str, Any]) -> str:

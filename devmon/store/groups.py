@@ -21,7 +21,9 @@ from zarr.errors import ZarrUserWarning
 from devmon.errors import StoreError
 from devmon.store.rows import TEXT, plain
 
+Change = Callable[[dict[str, Any]], dict[str, Any]]  # of a group's attributes
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what Zarr and xarray raise
+ONE_CHUNK = 2**25  # bytes: a smaller array is one file; a larger one is cut by Zarr, so that a part can be read
 LABELS = ["step", "weights", "seconds"]
 REMEDY = "restore it from a copy, or move the watch's group out of the run and measure its steps again"
 
@@ -31,19 +33,20 @@ def write(store: Any, dataset: xr.Dataset, group: str | None = None) -> None:
     encoding: dict[str, dict[str, Any]] = {}
     for name, variable in dataset.variables.items():
         encoding[str(name)] = {"compressors": [ZstdCodec(level=0, checksum=True)]}
-        if variable.ndim and variable.nbytes < 2**25 and variable.dtype.kind not in TEXT:
+        if variable.ndim and variable.nbytes < ONE_CHUNK and variable.dtype.kind not in TEXT:
             encoding[str(name)]["chunks"] = tuple(max(1, size) for size in variable.shape)
     dataset.assign_attrs(plain(dataset.attrs), folded=dataset.sizes["step"]).to_zarr(
         store, group=group, mode="w", zarr_format=3, consolidated=False, encoding=encoding, write_empty_chunks=True
-    )  # fmt: skip
+    )
 
 
-def read(store: Any, where: str, holds: Callable[[str], bool], group: str | None = None,
-         only: list[str] | None = None) -> xr.Dataset:  # fmt: skip
+def read(
+    store: Any, where: str, holds: Callable[[str], bool], group: str | None = None, only: list[str] | None = None
+) -> xr.Dataset:
     """The rows of a group, or the variables `only` of them.
 
-    `holds(key)` says whether the file or object `key` of the group exists. Raises `StoreError` with the one that is gone
-    or damaged; groups that have no `folded`, of a schema before 2, are read as they are.
+    `holds(key)` says whether the file or object `key` of the group exists. Raises `StoreError` with the one that is
+    gone or damaged; groups that have no `folded`, of a schema before 2, are read as they are.
     """
     try:
         with warnings.catch_warnings():  # of files that a fold is deleting: the caller reads again
@@ -67,18 +70,18 @@ def attempts(
 ) -> dict[str, xr.Dataset]:
     """The groups `_attempts/NUMBER/NAME` of a run with these attributes.
 
-    A resumption lists its attempt there when all is written. What a killed one left half written is passed over, since its
-    rows are still in the run; a damaged group of a listed attempt raises `StoreError`.
+    A resumption lists its attempt there when all is written. What a killed one left half written is passed over, since
+    its rows are still in the run; a damaged group of a listed attempt raises `StoreError`.
     """
     listed = {str(entry.get("attempt")) for entry in attrs.get("attempts", [])}
-    found = {}
+    rows = {}
     for name in names:
         try:
-            found[name] = read_one(name)
+            rows[name] = read_one(name)
         except StoreError:
             if name.split("/")[1] in listed:
                 raise
-    return found
+    return rows
 
 
 def node(attrs: Mapping[str, Any]) -> bytes:
@@ -89,12 +92,12 @@ def node(attrs: Mapping[str, Any]) -> bytes:
 def attributes(where: object, read_text: Callable[[], str | bytes]) -> dict[str, Any]:
     """The attributes in a group's zarr.json."""
     try:
-        found = json.loads(read_text())
-        if found["zarr_format"] != 3 or found["node_type"] != "group":
+        group = json.loads(read_text())
+        if group["zarr_format"] != 3 or group["node_type"] != "group":
             raise ValueError("it is no Zarr v3 group")
-        if not isinstance(found.setdefault("attributes", {}), dict):
+        if not isinstance(group.setdefault("attributes", {}), dict):
             raise ValueError("its attributes are no mapping")
-        return found["attributes"]
+        return group["attributes"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{where} cannot be read ({error}): give the path of a trajectory, or restore it") from error
 

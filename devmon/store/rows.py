@@ -1,8 +1,8 @@
-"""Rows as bytes: a chain of records, each a head (lengths and checksums), a JSON header and a payload of plain array bytes.
+"""Rows as bytes: records, each a head (lengths and checksums), a JSON header and a payload of plain array bytes.
 
-A layout record (names, dimensions, dtypes, attributes, coordinates) precedes the rows that have it. A row is committed once
-its record is whole: what a killed writer left half-written at a chain's end was never acknowledged, and is no row. Nothing
-is ever unpickled.
+A layout record (names, dimensions, dtypes, attributes, coordinates) precedes the rows that have it. A row is committed
+once its record is whole: what a killed writer left half-written at the end was never acknowledged, and is no row.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from devmon.errors import StoreError
 
 TEXT = "OUST"  # kinds of NumPy dtype that hold text
 MAGIC = b"dmU1"
-HEAD = struct.Struct(
-    "<4sIQIII"
-)  # magic, bytes of header, of payload, CRC-32 of header, CRC-32C of payload, CRC-32 of this head
+# magic, bytes of header, of payload, CRC-32 of header, CRC-32C of payload, CRC-32 of this head
+HEAD = struct.Struct("<4sIQIII")
+LARGE = 2**20  # bytes: what is not copied twice, and what a checksum takes at a time
 
 
 class Entry(NamedTuple):
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
 
 @dataclass
-class Chain:
+class Records:
     """What is known of one file or object; `version` is what changes when another takes its place."""
 
     version: Any
@@ -70,8 +70,8 @@ def record(header: bytes, payload: Sequence[Any]) -> list[Any]:
 def checksum(piece: Any, crc: int = 0) -> int:
     """CRC-32C of bytes, or going on from that of the bytes before: a third of the time of zlib's CRC-32."""
     with memoryview(piece) as view:
-        for start in range(0, len(view), 2**20):  # the extension takes nothing but bytes
-            crc = google_crc32c.extend(crc, bytes(view[start : start + 2**20]))
+        for start in range(0, len(view), LARGE):  # the extension takes nothing but bytes
+            crc = google_crc32c.extend(crc, bytes(view[start : start + LARGE]))
     return crc
 
 
@@ -80,9 +80,10 @@ def sound(payload: bytes, crc: int) -> bool:
     return crc in (checksum(payload), zlib.crc32(payload))
 
 
-def scan(where: object, file: Readable, chain: Chain, size: int) -> bool:
-    """Add the record at the file's position, `chain.end`, to the chain; False where it is not whole."""
-    start = chain.end
+def scan(where: object, file: Readable, records: Records, size: int) -> bool:
+    """Add the record at the file's position, `records.end`, to them; False where it is not whole."""
+    start = records.end
+    # The head says how long the rest is: what is longer than the file was not yet written whole.
     head = bytes(file.read(HEAD.size))
     if len(head) < HEAD.size:
         return False
@@ -94,26 +95,28 @@ def scan(where: object, file: Readable, chain: Chain, size: int) -> bool:
     at = start + HEAD.size + header_size
     if at + payload_size > size:
         return False
+
+    # A layout is read now; of a row the header alone, and its payload where the rows are read.
     header = bytes(file.read(header_size)) if header_size else b""
     if zlib.crc32(header) != header_crc:
         raise StoreError(damaged(where, start, "a header has a wrong checksum"))
     if header_size == 0:
-        chain.layout = bytes(file.read(payload_size))
-        if not sound(chain.layout, payload_crc):
+        records.layout = bytes(file.read(payload_size))
+        if not sound(records.layout, payload_crc):
             raise StoreError(damaged(where, start, "a layout has a wrong checksum"))
     else:
         try:
             h = json.loads(header)
             step = int(h["step"])
             if "failure" in h:
-                chain.failed[step] = str(h["failure"])
+                records.failed[step] = str(h["failure"])
             else:
-                entry = Entry(step, h["weights"], h["seconds"], chain.layout, at, payload_size, payload_crc)
-                chain.rows.setdefault(step, entry)
+                entry = Entry(step, h["weights"], h["seconds"], records.layout, at, payload_size, payload_crc)
+                records.rows.setdefault(step, entry)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(damaged(where, start, "a header is not readable")) from error
         file.seek(payload_size, os.SEEK_CUR)
-    chain.end = at + payload_size
+    records.end = at + payload_size
     return True
 
 
@@ -138,7 +141,7 @@ def encode(dataset: xr.Dataset) -> tuple[bytes, list[Any]]:
         variables.append(form)
         if text:
             texts.append(as_text(values).ravel().tolist())
-        elif values.nbytes < 2**20:
+        elif values.nbytes < LARGE:
             fixed.append(values.tobytes())
         else:
             fixed.append(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
@@ -149,33 +152,40 @@ def encode(dataset: xr.Dataset) -> tuple[bytes, list[Any]]:
 def decode(layout: bytes, rows: list[tuple[Entry, bytes]]) -> xr.Dataset:
     """Rows of one layout as a dataset with a leading `step`."""
     variables, coords, attrs = json.loads(layout)
-    sizes = [0 if kind == "text" else int(np.dtype(kind).itemsize * np.prod(shape, dtype=int))
-             for _, _, shape, kind, _ in variables]  # fmt: skip
+
+    # One line a row, (row, byte): a variable is then a range of columns. Text follows, as JSON.
+    sizes = [
+        0 if kind == "text" else int(np.dtype(kind).itemsize * np.prod(shape, dtype=int))
+        for _, _, shape, kind, _ in variables
+    ]
     fixed, n = sum(sizes), len(rows)
     packed = np.empty((n, fixed), dtype=np.uint8)
     for i, (_, payload) in enumerate(rows):
         packed[i] = np.frombuffer(payload, np.uint8, fixed)
     texts = [json.loads(payload[fixed:]) if len(payload) > fixed else [] for _, payload in rows]
-    found, start, text = {}, 0, 0
+
+    data, start, text = {}, 0, 0
     for (name, dims, shape, kind, attributes), size in zip(variables, sizes, strict=True):
         if kind == "text":
             values = np.array([column[text] for column in texts], dtype=object).reshape(n, *shape)
             text += 1
-        elif n == 1 and size >= 2**20:  # no second copy of a large array
+        elif n == 1 and size >= LARGE:  # no second copy
             values = packed[0, start : start + size].view(kind).reshape(n, *shape)
         else:
             values = np.ascontiguousarray(packed[:, start : start + size]).view(kind).reshape(n, *shape)
-        found[name] = xr.Variable(("step", *dims), values, attributes)
+        data[name] = xr.Variable(("step", *dims), values, attributes)
         start += size
-    entries = [entry for entry, _ in rows]
+
+    # The coordinates of a row are in the layout; what differs from row to row is in the entries.
     labels = {
         name: xr.Variable(dims, _values(kind, flat).reshape(shape), attributes)
         for name, dims, shape, kind, attributes, flat in coords
     }
+    entries = [entry for entry, _ in rows]
     labels["step"] = xr.Variable("step", np.array([entry.step for entry in entries], dtype=np.int64))
     labels["weights"] = xr.Variable("step", np.array([entry.weights for entry in entries], dtype=object))
     labels["seconds"] = xr.Variable("step", np.array([entry.seconds for entry in entries], dtype=np.float64))
-    return xr.Dataset(found, labels, attrs)
+    return xr.Dataset(data, labels, attrs)
 
 
 def as_text(values: np.ndarray) -> np.ndarray:
@@ -195,6 +205,7 @@ def plain(attrs: Any) -> Any:
 
 
 def damaged(where: object, at: int, what: str) -> str:
+    """What is said of a file whose rows before byte `at` are sound."""
     return (
         f"{where} is damaged at byte {at} ({what}): restore it from a copy, or keep the rows before that byte "
         f"(truncate -s {at} {where}), or move it away; lost steps can be measured again"

@@ -15,18 +15,19 @@ import xarray as xr
 
 from devmon.errors import StoreError
 from devmon.files import cannot_write, reason, remove_empty
-from devmon.store.rows import Chain, Entry, damaged, decode, record, scan, sound
+from devmon.store.rows import Entry, Records, damaged, decode, record, scan, sound
 
 CHUNK = 2**16  # bytes a write: 100 MB at once took four times as long
+READS = 100  # until units that are folded away again and again while they are read are given up
 FLUSH_EVERY = 1.0  # seconds: a power cut loses the rows since the last flush to the disk, a kill loses none
 
 
 class Units:
-    """What is common to files and objects (`devmon.store.objects`): the chains of rows, by path or key, and reading them."""
+    """What is common to files and objects (`devmon.store.object_units`): the records in each, by path or key."""
 
     def __init__(self, where: str) -> None:
         self.where = where
-        self._chains: dict[Any, Chain] = {}
+        self._records: dict[Any, Records] = {}
 
     def paths(self) -> list[Any]:
         """Where rows lie now."""
@@ -51,21 +52,21 @@ class Units:
     def weights(self, step: int) -> str | None:
         """The weights of the row at `step`, None where there is no row."""
         self.refresh()
-        return next((chain.rows[step].weights for chain in self._chains.values() if step in chain.rows), None)
+        return next((r.rows[step].weights for r in self._records.values() if step in r.rows), None)
 
     def steps(self) -> set[int]:
         self.refresh()
-        return {step for chain in self._chains.values() for step in chain.rows}
+        return {step for records in self._records.values() for step in records.rows}
 
     def failures(self) -> dict[int, str]:
         """Steps with a failure and no row, with the reason."""
         held = self.steps()
-        found = (item for chain in self._chains.values() for item in chain.failed.items())
-        return {step: why for step, why in found if step not in held}
+        failed = (item for records in self._records.values() for item in records.failed.items())
+        return {step: why for step, why in failed if step not in held}
 
     def read(self) -> list[xr.Dataset]:
         """All rows, as one dataset with a leading `step` for each layout."""
-        for _ in range(100):
+        for _ in range(READS):
             try:
                 return self._read()
             except FileNotFoundError:  # folded since it was listed: the rows are in the group now
@@ -77,17 +78,17 @@ class Units:
 
     def _read(self) -> list[xr.Dataset]:
         self.refresh()
-        found: dict[bytes, list[tuple[Entry, bytes]]] = {}
+        rows: dict[bytes, list[tuple[Entry, bytes]]] = {}  # by layout
         seen: set[int] = set()
-        for path, chain in self._chains.items():
-            entries = [entry for entry in chain.rows.values() if entry.step not in seen]
-            seen.update(chain.rows)
+        for path, records in self._records.items():
+            entries = [entry for entry in records.rows.values() if entry.step not in seen]
+            seen.update(records.rows)
             for entry, payload in zip(entries, self._payloads(path, entries), strict=True):
                 if not sound(payload, entry.crc):
                     raise StoreError(damaged(path, entry.at, f"step {entry.step} has a wrong checksum"))
-                found.setdefault(entry.layout, []).append((entry, payload))
+                rows.setdefault(entry.layout, []).append((entry, payload))
         try:
-            return [decode(layout, rows) for layout, rows in found.items()]
+            return [decode(layout, alike) for layout, alike in rows.items()]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise StoreError(
                 f"a layout is not readable in {self.where} ({error}): restore it from a copy, or move it away; lost "
@@ -120,38 +121,42 @@ class FileUnits(Units):
             ) from error
         if not self.converting and any(name.endswith(".npz") for name in names):
             raise StoreError(
-                f"{self.folder} holds rows of an earlier devmon, which are taken over when the run is opened for writing: "
-                "devmon compact RUN. Where that refuses, move the .npz files away"
+                f"{self.folder} holds rows of an earlier devmon, which are taken over when the run is opened for "
+                "writing: devmon compact RUN. Where that refuses, move the .npz files away"
             )
         return [self.folder / name for name in names if name.endswith(".rows")]
 
     def refresh(self) -> None:
         paths = self.paths()
-        if self._chains:
-            self._chains = {path: chain for path, chain in self._chains.items() if path in paths}
+        if self._records:
+            self._records = {path: records for path, records in self._records.items() if path in paths}
         for path in paths:
             with contextlib.suppress(FileNotFoundError):  # folded since it was listed
                 self._scan(path)
 
     def append(self, step: int, layout: bytes = b"", payload: Sequence[Any] = (), **header: Any) -> None:
         """To be called after `refresh`, under the same lock: the row goes to this writer's own file."""
-        if (
-            self._mine is None or self._mine[0] != os.getpid() or self._mine[1] not in self._chains
-        ):  # a new name after a fold
-            self._mine = (os.getpid(), self.folder / f"{uuid.uuid4().hex[:16]}.rows")
-        path = self._mine[1]
-        records: list[Any] = []
-        chain = self._chains.get(path)
-        if layout and (chain is None or layout != chain.layout):
-            records += record(b"", [layout])
-        records += record(json.dumps({"step": step, **header}).encode(), payload)
-        before = chain.end if chain else 0
+        # A file of this process alone: after a fold, which took the last one away, it gets a new name.
+        mine = self._mine
+        if mine is None or mine[0] != os.getpid() or mine[1] not in self._records:
+            mine = self._mine = (os.getpid(), self.folder / f"{uuid.uuid4().hex[:16]}.rows")
+        path = mine[1]
+
+        # A layout is written once, before the first of the rows that have it.
+        written = self._records.get(path)
+        pieces: list[Any] = []
+        if layout and (written is None or layout != written.layout):
+            pieces += record(b"", [layout])
+        pieces += record(json.dumps({"step": step, **header}).encode(), payload)
+
+        # The file is put back to its last whole record before a write, and after one that failed.
+        before = written.end if written else 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(path, "ab") as file:
-                if file.tell() > before:  # half a record, of a write that failed
+                if file.tell() > before:
                     file.truncate(before)
-                for piece in records:
+                for piece in pieces:
                     for i in range(0, len(piece), CHUNK):
                         file.write(piece[i : i + CHUNK])
                 file.flush()
@@ -173,30 +178,30 @@ class FileUnits(Units):
     def _scan(self, path: Path) -> None:
         """Read the headers that `path` gained since the last time."""
         try:
-            found = os.stat(path)
+            now = os.stat(path)
         except OSError as error:
             raise _unreadable(path, error) from error
-        chain = self._chains.get(path)
-        if chain is None or chain.version != found.st_ino or found.st_size < chain.end:
-            chain = self._chains[path] = Chain(found.st_ino)
-        if found.st_size == chain.end:
+        records = self._records.get(path)
+        if records is None or records.version != now.st_ino or now.st_size < records.end:
+            records = self._records[path] = Records(now.st_ino)
+        if now.st_size == records.end:
             return
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                file.seek(chain.end)
-                while chain.end < size and scan(path, file, chain, size):
+                file.seek(records.end)
+                while records.end < size and scan(path, file, records, size):
                     pass
         except OSError as error:
             raise _unreadable(path, error) from error
 
     def _payloads(self, path: Path, entries: list[Entry]) -> list[bytes]:
-        found = []
+        payloads = []
         with open(path, "rb") as file:
             for entry in entries:
                 file.seek(entry.at)
-                found.append(file.read(entry.size))
-        return found
+                payloads.append(file.read(entry.size))
+        return payloads
 
 
 def _unreadable(path: Path, error: OSError) -> Exception:

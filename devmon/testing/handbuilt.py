@@ -17,13 +17,20 @@ class AttentionOnly(nn.Module):
     """A causal attention-only transformer without norms, whose heads are given as matrices.
 
     Head h of a layer is a pair (A, B) of (d, d) matrices: it attends with softmax over k of x_q A x_k and adds x_k B.
-    `embed` is (vocab, d), `positions` (length, d), `heads` layer by layer, all with as many heads, `unembed` (d, vocab).
+    `embed` is (vocab, d), `positions` (length, d), `heads` layer by layer, all with as many heads, `unembed`
+    (d, vocab).
     """
 
     anatomy = Layout(
-        blocks="blocks", query="query", key="key", value="value", out="out", heads="heads", embed="embed",
+        blocks="blocks",
+        query="query",
+        key="key",
+        value="value",
+        out="out",
+        heads="heads",
+        embed="embed",
         unembed="unembed",
-    )  # fmt: skip
+    )
 
     def __init__(self, embed: Tensor, positions: Tensor, heads: Sequence[Sequence[Head]], unembed: Tensor) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """The toy model of superposition in two dimensions, exactly: its loss, its polygons, their levels and λ.
 
-f(x) = ReLU(WᵀWx + b) with W (2, features), on inputs with one active feature: x = u eᵢ, i uniform, u ~ U[0, 1]; the loss
-is E‖x − f(x)‖² (Elhage et al. 2022; Chen et al. 2023, arXiv:2310.06301). Training moves between critical points at which
-k columns form a regular k-gon of one length and one bias and the other features are dead (W = 0). A dead feature whose
-bias is positive predicts its mean, 1/(2c), and each lowers the loss by 1/(4c²): the names are "5", "5+", "4++" …
+f(x) = ReLU(WᵀWx + b) with W (2, features), on inputs with one active feature: x = u eᵢ, i uniform, u ~ U[0, 1]; the
+loss is E‖x − f(x)‖² (Elhage et al. 2022; Chen et al. 2023, arXiv:2310.06301). Training moves between critical points at
+which k columns form a regular k-gon of one length and one bias and the other features are dead (W = 0). A dead feature
+whose bias is positive predicts its mean, 1/(2c), and each lowers the loss by 1/(4c²): the names are "5", "5+", "4++" …
 """
 
 from __future__ import annotations
@@ -100,8 +100,10 @@ def plateau(sides: int, positive: int, features: int) -> Plateau:
     ('5+', 1.17046, -0.2823, 0.0618, 8.5)
     """
     if not (sides >= FEWEST and positive >= 0 and sides + positive <= features):
-        raise ValueError(f"a polygon has from {FEWEST} sides and no more with its dead features than there are features, "
-                         f"got {sides} sides and {positive} dead of {features} features")  # fmt: skip
+        raise ValueError(
+            f"a polygon has from {FEWEST} sides and no more with its dead features than there are features, got "
+            f"{sides} sides and {positive} dead of {features} features"
+        )
     length, bias, error = _polygon(sides)
     level = (error + features - sides) / (3 * features) - positive / (4 * features**2)
     found = Plateau(sides, positive, features, length, bias, level, math.nan)
@@ -120,8 +122,8 @@ def plateau_at(weight: Tensor, bias: Tensor, *, within: float = 0.1) -> Plateau 
     """The plateau at which weights (2, features) and biases (features,) lie, or None between two of them.
 
     Columns of more than half the polygon's length count as its sides. Their lengths and angles must be those of the
-    regular polygon up to a share `within`, their biases up to `within`, the loss that of the plateau up to less than half
-    the step that one dead feature makes; a dead feature is on above half its best bias.
+    regular polygon up to a share `within`, their biases up to `within`, the loss that of the plateau up to less than
+    half the step that one dead feature makes; a dead feature is on above half its best bias.
     """
     weight, bias = weight.detach().double().cpu(), bias.detach().double().cpu()
     features = len(bias)

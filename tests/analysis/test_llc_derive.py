@@ -6,7 +6,7 @@ import xarray as xr
 from scipy import signal
 
 from devmon.analysis import llc
-from devmon.analysis.derive.llc import mean_and_error
+from devmon.analysis.derive.llc import mean_and_error, paired_batches
 from devmon.errors import DataError
 
 NBETA, LEVEL = 50.0, 20.0
@@ -76,7 +76,7 @@ def test_shared_minibatches_are_not_averaged_away():
 def spoil(data, kind):
     if kind == "non-finite":
         data["loss"].values[2, 150:] = np.nan
-    if kind == "downhill":
+    if kind == "negative":
         data["loss"].values -= 2 * LEVEL / NBETA
     if kind == "not mixed":
         data["loss"].values += (np.array([-10, -5, 5, 10]) / NBETA)[:, None]
@@ -85,7 +85,7 @@ def spoil(data, kind):
     return data
 
 
-@pytest.mark.parametrize("kind", ["non-finite", "downhill", "not mixed", "diverged"])
+@pytest.mark.parametrize("kind", ["non-finite", "negative", "not mixed", "diverged"])
 def test_each_illness_has_its_verdict(kind):
     result = llc(spoil(traces(), kind))
     assert result["verdict"].item() == kind, result
@@ -99,7 +99,7 @@ def test_a_chain_that_dies_in_burn_in_is_not_averaged_away():
     assert llc(data)["verdict"].item() == "non-finite"
 
 
-@pytest.mark.parametrize("slope, verdict", [(7.8, "ok"), (20.0, "diverged"), (-2.0, "downhill")])
+@pytest.mark.parametrize("slope, verdict", [(7.8, "ok"), (20.0, "diverged"), (-2.0, "negative")])
 def test_temperature_and_slope(slope, verdict):
     """nbeta slope + gamma distance² must average to the number of parameters (400) in the right law."""
     data = traces().assign(slope=(("chain", "draw"), slope + 0.01 * autoregressive(4, 300, 0.0, 9)))
@@ -148,3 +148,39 @@ def test_the_derivation_needs_no_torch():
 
     code = "import sys, devmon.analysis.derive.llc; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def paired_traces(phi: float, chains: int = 4, draws: int = 256, steps: int = 12) -> np.ndarray:
+    """Traces (step, chain, draw) that share a slow noise over steps, and differ by AR(1) noise of each."""
+    g = np.random.default_rng(3)
+
+    def ar(shape: tuple[int, ...]) -> np.ndarray:
+        noise = g.standard_normal(shape)
+        for i in range(1, shape[-1]):
+            noise[..., i] = phi * noise[..., i - 1] + np.sqrt(1 - phi**2) * noise[..., i]
+        return noise
+
+    return 10 * ar((1, chains, draws)) + ar((steps, chains, draws)) + np.arange(steps)[:, None, None]
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.9])
+def test_paired_batches_know_the_error_of_a_change(phi: float) -> None:
+    values = paired_traces(phi)
+    batches = paired_batches(values)
+    assert np.allclose(batches.mean(0), values.mean((1, 2)))  # 256 draws divide evenly: the mean of the batches is λ̂
+    contrast = np.diff(batches, axis=1)  # the noise that all steps share is gone
+    told = np.sqrt(np.mean(contrast.var(0, ddof=1)) / len(batches))
+    true = np.sqrt(2 * (1 + phi) / (1 - phi) / values[0].size)
+    assert 0.8 < told / true < 1.25
+    assert (len(batches) > 16) == (phi == 0)  # long memory leaves few batches
+
+
+def test_paired_batches_of_chains_that_share_minibatches_are_of_their_average() -> None:
+    values = paired_traces(0.0)
+    assert np.allclose(paired_batches(values, shared=True), paired_batches(values.mean(1, keepdims=True)))
+
+
+def test_replicates_are_nan_where_a_chain_met_infinity() -> None:
+    values = paired_traces(0.0)
+    values[5, 2, 10] = np.inf
+    assert np.isnan(paired_batches(values)).any(0).tolist() == [i == 5 for i in range(12)]

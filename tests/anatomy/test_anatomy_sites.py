@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from devmon.anatomy import Anatomy, FrozenNorm, Layout, residual_stream
-from devmon.anatomy.anatomy import SITES
+from devmon.anatomy.sites import SITES
 from devmon.errors import InstrumentError
 from devmon.recipes.language_model import AttentionOnly
 from devmon.testing import induction
@@ -152,12 +152,16 @@ def test_weights_by_head_make_the_queries_keys_and_values(name: str) -> None:
     anatomy = Anatomy(family(name))
     _, reads = anatomy.run(inputs(name), ["resid_pre", "q", "k", "v"])
     stream = anatomy.norm_in(1, "attention")(reads["resid_pre", 1])
-    for site, weight in (("q", anatomy.W_Q(1)), ("k", anatomy.W_K(1)), ("v", anatomy.W_V(1))):
-        made = torch.einsum("bpd,hde->bphe", stream, weight)
-        found = reads[site, 1]
-        found = found.repeat_interleave(HEADS // found.shape[2], 2)
-        shift = (found - made).flatten(0, 1)  # the bias, the same at every place
-        torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=0, atol=1e-4)
+    biased = 0
+    for which, (site, weight) in enumerate(zip("qkv", (anatomy.W_Q(1), anatomy.W_K(1), anatomy.W_V(1)), strict=True)):
+        expected = torch.einsum("bpd,hde->bphe", stream, weight)
+        value, bias = reads[site, 1], anatomy.bias_in(1, which)
+        group = HEADS // value.shape[2]
+        if bias is not None:
+            biased += int(bias.abs().max() > 0.01)
+            expected = expected + bias.repeat_interleave(group, 0)
+        torch.testing.assert_close(value.repeat_interleave(group, 2), expected, rtol=0, atol=1e-4)
+    assert biased == (3 if name in ("gpt2", "gpt_neox", "qwen2") else 0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])

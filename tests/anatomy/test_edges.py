@@ -107,8 +107,13 @@ def test_slopes_are_those_of_small_changes_of_one_receivers_input(name: str) -> 
     ends = towards(5e-3), towards(-5e-3)
     carried = edges.differences(ends[1], ends[0]) / 2
     last = edges.receivers[-1]
-    for sender, receiver in (("embed", "q 1.2"), ("head 0.1", "v 1.1"), ("head 1.0", last), ("embed", "k 0.0"),
-                             *((("head 0.3", "mlp 1"), ("mlp 0", "q 1.0")) if edges.has_mlp else ())):  # fmt: skip
+    for sender, receiver in (
+        ("embed", "q 1.2"),
+        ("head 0.1", "v 1.1"),
+        ("head 1.0", last),
+        ("embed", "k 0.0"),
+        *((("head 0.3", "mlp 1"), ("mlp 0", "q 1.0")) if edges.has_mlp else ()),
+    ):
         s, r = edges.place(sender, receiver)
         cut = torch.zeros_like(edges.exists)
         cut[s, r] = True
@@ -121,9 +126,18 @@ def test_slopes_are_those_of_small_changes_of_one_receivers_input(name: str) -> 
 def test_the_graph_of_a_grouped_model_and_of_parallel_blocks() -> None:
     edges = Edges(family("llama"))
     assert edges.senders == [
-        "embed", "head 0.0", "head 0.1", "head 0.2", "head 0.3", "mlp 0",
-        "head 1.0", "head 1.1", "head 1.2", "head 1.3", "mlp 1",
-    ]  # fmt: skip
+        "embed",
+        "head 0.0",
+        "head 0.1",
+        "head 0.2",
+        "head 0.3",
+        "mlp 0",
+        "head 1.0",
+        "head 1.1",
+        "head 1.2",
+        "head 1.3",
+        "mlp 1",
+    ]
     assert edges.receivers[:9] == ["q 0.0", "q 0.1", "q 0.2", "q 0.3", "k 0.0", "k 0.1", "v 0.0", "v 0.1", "mlp 0"]
     assert int(edges.exists.sum()) == 8 + 5 + 8 * 6 + 10 + 11
     parallel = Edges(family("phi"))
@@ -170,8 +184,12 @@ def test_broken_repeats() -> None:
     with pytest.raises(DataError, match="more tokens to draw from"):
         broken_repeats(8, period=8)
     ones = torch.ones(3, 4, dtype=torch.int64)
-    for wrong in ((ones, ones[:, :2], ones[:, 0], 2 * ones[:, 0]), (ones, ones, ones[:2, 0], ones[:, 0]),
-                  (ones, ones, ones[:, 0], ones[:, 0]), (ones[:1], ones[:1], ones[:1, 0], 2 * ones[:1, 0])):  # fmt: skip
+    for wrong in (
+        (ones, ones[:, :2], ones[:, 0], 2 * ones[:, 0]),
+        (ones, ones, ones[:2, 0], ones[:, 0]),
+        (ones, ones, ones[:, 0], ones[:, 0]),
+        (ones[:1], ones[:1], ones[:1, 0], 2 * ones[:1, 0]),
+    ):
         with pytest.raises(DataError, match="PromptPairs"):
             PromptPairs(*wrong)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -21,14 +20,11 @@ from devmon import (
     every,
     log_spaced,
 )
-from devmon.callbacks import CheckpointSeries, Monitor, checkpoints, latest
+from devmon.callbacks import CheckpointSeries, InductionMonitor, Monitor, checkpoints, latest
 from tests.support.lightning_toys import Careless, Net, Norm, train
+from tests.support.loops import FailsAt, same
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*LeafSpec.*", "ignore:.*dataloader.*")
-
-
-def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def switches() -> tuple[object, ...]:
@@ -57,8 +53,8 @@ def test_final_weights_are_bit_identical_with_and_without_the_monitor(
 def test_alone_is_together_and_any_order_is_any_order(tmp_path: Path) -> None:
     runs = {}
     for name, order in {"alone": ["norm"], "together": ["careless", "norm"], "reversed": ["norm", "careless"]}.items():
-        made = {"norm": Watch("norm", Norm(), every(2)), "careless": Watch("careless", Careless(), every(2))}
-        train([Monitor(tmp_path / name, [made[key] for key in order])])
+        watches = {"norm": Watch("norm", Norm(), every(2)), "careless": Watch("careless", Careless(), every(2))}
+        train([Monitor(tmp_path / name, [watches[key] for key in order])])
         runs[name] = Trajectory(tmp_path / name, "r")["norm"].drop_vars("seconds")
     xr.testing.assert_identical(runs["alone"], runs["together"])
     xr.testing.assert_identical(runs["alone"], runs["reversed"])
@@ -114,29 +110,18 @@ def test_an_exception_leaves_a_folded_store_with_all_rows(tmp_path: Path) -> Non
         assert dataset["step"].values.tolist() == list(range(6))
 
 
-@dataclass(frozen=True)
-class FailsAt:
-    step: int
-    error: type[Exception] = RuntimeError
-
-    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        if snapshot.step == self.step:
-            raise self.error("no luck")
-        return Norm()(snapshot)
-
-
 def test_a_failing_instrument_is_recorded_and_training_goes_on_unless_strict(tmp_path: Path) -> None:
-    watches = [Watch("fails", FailsAt(3), every(1)), Watch("norm", Norm(), every(1))]
+    watches = [Watch("fails", FailsAt((3,)), every(1)), Watch("norm", Norm(), every(1))]
     with pytest.warns(UserWarning, match="fails failed at step 3"):
         module = train([Monitor(tmp_path / "run.zarr", watches)])
     store = Trajectory(tmp_path / "run.zarr", "r")
-    assert store.failures("fails") == {3: "RuntimeError: no luck"}
+    assert store.failures("fails") == {3: "RuntimeError: no luck at 3"}
     assert store.steps("norm") == list(range(13))
     assert same(module, train([]))
     with pytest.raises(RuntimeError, match="no luck"):
         train([Monitor(tmp_path / "strict.zarr", watches, strict=True)])
-    with pytest.raises(InstrumentError, match="no luck"):  # a misfit is told even where failures are tolerated
-        train([Monitor(tmp_path / "misfit.zarr", [Watch("fails", FailsAt(0, InstrumentError), every(1))])])
+    with pytest.raises(InstrumentError, match="no luck"):  # a misfit ends it even where failures are tolerated
+        train([Monitor(tmp_path / "misfit.zarr", [Watch("fails", FailsAt((0,), InstrumentError), every(1))])])
 
 
 def test_another_run_on_the_same_store_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -156,7 +141,7 @@ def test_the_measured_module_is_found_or_asked_for(tmp_path: Path) -> None:
 
         forward = L.LightningModule.forward
 
-    from devmon.callbacks.monitor import network
+    from devmon.callbacks.network import network
 
     module = Two()
     with pytest.raises(DevmonError, match=r"has 2 submodules.*Monitor\(\.\.\., model='net'\)"):
@@ -175,3 +160,13 @@ def test_an_unwritable_folder_is_named_before_training(tmp_path: Path) -> None:
     ):
         with pytest.raises(StoreError, match="cannot"):
             train([callback])
+
+
+def test_the_one_line_forms_hand_the_options_on(tmp_path: Path) -> None:
+    options = {"strict": True, "log": print, "max_overhead": 0.2, "densify": True, "live": tmp_path / "report.html"}
+    monitor = InductionMonitor(tmp_path / "run.zarr", vocab_size=5, steps={7}, model="net", **options)
+    (watch,) = monitor.watches
+    assert (watch.name, watch.steps, watch.instrument.vocab_size) == ("induction", {7}, 5)
+    assert (monitor.model, monitor.loop.strict) == ("net", True)
+    kinds = {type(companion).__name__ for companion in monitor.loop.companions}
+    assert kinds == {"Failures", "Mirror", "Budget", "Densify", "PageUpdates"}

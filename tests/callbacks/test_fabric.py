@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,16 @@ from lightning.fabric.strategies import FSDPStrategy
 
 from devmon import DevmonError, Trajectory, Watch, every
 from devmon.callbacks import FabricMonitor
-from tests.callbacks.test_callbacks import same
-from tests.monitoring.test_monitoring import WATCHES, after, seeded, train
-from tests.monitoring.test_ranks import Divided, leave_together, spawn_two
-from tests.offline.test_measure import rows
-from tests.offline.test_measure import same as same_rows
+from tests.monitoring.test_monitoring import WATCHES
 from tests.support.lightning_toys import Careless, Norm
+from tests.support.loops import after, same, seeded, train
+from tests.support.offline_toys import rows
+from tests.support.offline_toys import same as same_rows
+from tests.support.two_ranks import Divided, spawn_two
 
 
 def fit(fabric: L.Fabric, path: Path | None, watches: list[Watch], accumulate: int = 1, wrapped: bool = True) -> Any:
-    """What `tests.monitoring.test_monitoring.train` does, by Fabric."""
+    """What `tests.support.loops.train` does, by Fabric."""
     net = seeded()
     model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=0.02))
     monitor = None if path is None else FabricMonitor(fabric, path, watches)
@@ -75,11 +73,7 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
         FabricMonitor(fabric, tmp_path / "run.zarr", WATCHES)
 
 
-def two_processes(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "ranks"}  # fmt: skip
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def two_processes(rank: int, folder: Path) -> None:
     fabric = L.Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()
     watches = [Watch("careless", Careless(), every(1)), Watch("divided", Divided(Norm()), every(2))]
@@ -87,16 +81,15 @@ def two_processes(rank: int, port: int, folder: Path) -> None:
     def numbers(net: Any) -> list[float]:
         return [float(p.detach().double().sum()) for p in net.parameters()] + [float(torch.rand(()))]
 
-    found = {
+    results = {
         "alone": numbers(fit(fabric, None, watches)),
         "watched": numbers(fit(fabric, folder / "run.zarr", watches)),
     }
     try:
         FabricMonitor(fabric, folder / f"{rank}.json", watches)  # rank 0 alone opens it
     except DevmonError as error:
-        found["refused"] = str(error)  # type: ignore[assignment]
-    (folder / f"told-{rank}.json").write_text(json.dumps(found))
-    leave_together()
+        results["refused"] = str(error)  # type: ignore[assignment]
+    (folder / f"results-{rank}.json").write_text(json.dumps(results))
 
 
 def test_two_ranks_are_bit_identical_and_measure_together(tmp_path: Path) -> None:
@@ -104,9 +97,9 @@ def test_two_ranks_are_bit_identical_and_measure_together(tmp_path: Path) -> Non
         (tmp_path / f"{rank}.json").write_text("{}")
     spawn_two(two_processes, tmp_path)
     for rank in range(2):
-        found = json.loads((tmp_path / f"told-{rank}.json").read_text())
-        assert found["watched"] == found["alone"]
-        assert "0.json" in found["refused"]
+        results = json.loads((tmp_path / f"results-{rank}.json").read_text())
+        assert results["watched"] == results["alone"]
+        assert "0.json" in results["refused"]
     store = Trajectory(tmp_path / "run.zarr", "r")
     assert store.steps("careless") == list(range(13))
     assert store.steps("divided") == [0, 2, 4, 6, 8, 10, 12]

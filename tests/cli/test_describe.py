@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from typer.testing import CliRunner
 
 from devmon import Snapshot, Watch, every, log_spaced
 from devmon.analysis.reports.references import CITED
-from devmon.cli.describe import estimates, explain, instruments, summary
+from devmon.cli.describe import Description, Variable, description, instrument, instruments, signature, summary
 from devmon.cli.root import app
-from devmon.cost import Cost
+from devmon.cost import Cost, estimates
 from devmon.errors import DataError
 from devmon.instruments import LLC, InductionHeads, LinearProbe, PreviousTokenHeads, ProbeLoss, RepeatGain
+from devmon.sampling import sample
 from devmon.testing import even
 
 TOKENS = torch.randint(20, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -35,11 +37,62 @@ nothing = 3
 @pytest.mark.parametrize("name", list(instruments()))
 def test_every_instrument_explains_itself(name: str) -> None:
     kind = instruments()[name]
-    text = explain(name)
-    assert all(f"  {field.name}: " in text for field in fields(kind))
-    assert inspect.getdoc(kind) in text
+    assert all(f"  {field.name}: " in signature(kind) for field in fields(kind))
     assert summary(kind).endswith((".", ":"))
     assert callable(getattr(kind, "cost", None)), f"{name} does not tell its cost"
+
+
+DOC = """Heads that look back.
+
+Scores are means over queries.
+
+- `score` (layer, head), attention: A[q, q - p]: mean over
+  queries (Olsson et al. 2022). Null: `uniform`.
+- `low` and `high` (layer), nats per token: ends of the 90% interval.
+- `uniform`, attention: attention spread evenly.
+- `batch_size`: a field, not a variable.
+
+Pitfalls: none.
+Raises DataError.
+"""
+
+
+def test_variables_are_read_from_the_bullets_of_a_docstring() -> None:
+    parts = description(DOC)
+    assert parts.variables == (
+        Variable(
+            "score", "layer, head", "attention", "A[q, q - p]: mean over queries (Olsson et al. 2022).", "`uniform`"
+        ),
+        Variable("low", "layer", "nats per token", "ends of the 90% interval."),
+        Variable("high", "layer", "nats per token", "ends of the 90% interval."),
+        Variable("uniform", "", "attention", "attention spread evenly."),
+    )
+    assert parts.above == "Heads that look back.\n\nScores are means over queries."
+    assert parts.below.startswith("- `batch_size`: a field")
+    assert parts.below.endswith("Pitfalls: none.\nRaises DataError.")
+    plain = "Norms.\n\nReturns norm(layer): of each layer."
+    assert description(plain) == Description(plain, (), "")
+
+
+def test_the_command_prints_the_text_and_the_variables_as_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Heads:
+        size: int = 3
+
+    Heads.__doc__ = DOC
+    monkeypatch.setattr("devmon.cli.describe.instruments", lambda: {"Heads": Heads, "RepeatGain": RepeatGain})
+    lines = CliRunner().invoke(app, ["instruments", "Heads"]).output.splitlines()
+    rows = {line.split()[0]: line for line in lines if line.strip()}
+    assert rows["size:"] == "  size: int  = 3"
+    assert rows["returns"].split() == ["returns", "dims", "unit", "meaning", "null"]
+    assert rows["score"].rstrip().endswith("(Olsson et al. 2022).  `uniform`")
+    assert rows["uniform"].split() == ["uniform", "attention", "attention", "spread", "evenly."]
+    order = [lines.index(line) for line in ("Scores are means over queries.", rows["returns"], "Pitfalls: none.")]
+    assert order == sorted(order)
+    doc = inspect.getdoc(RepeatGain)
+    assert doc is not None
+    shown = " ".join(CliRunner().invoke(app, ["instruments", "RepeatGain"]).output.split())
+    assert all(word in shown for word in re.sub(r"[^\w ]", " ", doc).split())
 
 
 def test_every_instrument_is_cited() -> None:
@@ -51,15 +104,14 @@ def test_the_commands(tmp_path: Path) -> None:
     listed = run(app, ["instruments"])
     assert listed.exit_code == 0
     assert all(name in listed.output for name in instruments())
-    assert explain("RepeatGain") in run(app, ["instruments", "RepeatGain"]).output
     with pytest.raises(DataError, match="perhaps InductionHeads"):
-        explain("induction")
+        instrument("induction")
     script = tmp_path / "script.py"
     script.write_text(SOURCE)
     shown = run(app, ["cost", f"{script}:watches", "--last", "100", "--tokens-per-step", "1000"], terminal_width=120)
     words = {line.split()[0]: line.split() for line in shown.output.splitlines() if line.strip()}
     assert words["induction"][2:] == ["10", "0", "32", "11", "3.52e+03", "1.2%"]  # 11 · 10 · 32 of 3 · 1000 · 100
-    assert words["own"][-3:] == ["21", "not", "told"]
+    assert words["own"][-2:] == ["21", "unknown"]
     assert run(app, ["cost", f"{script}:made", "--last", "100"]).exit_code == 0
     with pytest.raises(DataError, match=r"a list of Watch, a Monitor, or \(model, watches\); got int"):
         run(app, ["cost", f"{script}:nothing", "--last", "5"], catch_exceptions=False)
@@ -90,11 +142,7 @@ def test_the_cost_is_what_passes_through_the_model(instrument: object) -> None:
     model.register_forward_pre_hook(count)
     told = instrument.cost()  # type: ignore[attr-defined]
     if isinstance(instrument, LLC):  # hooks of a stacked pass see one chain of many
-        from devmon.sampling.estimate import Settings, sample
-
-        names = Settings.__dataclass_fields__.keys() & LLC.__dataclass_fields__.keys()
-        settings = Settings(**{name: getattr(instrument, name) for name in names})
-        sample(model, instrument.loss, instrument.data, settings, stacked=False)
+        sample(model, instrument.loss, instrument.data, instrument, stacked=False)
         assert told.backwards == seen[True]
         assert told.forwards >= seen[True] + seen[False] > 0.9 * told.forwards
     else:

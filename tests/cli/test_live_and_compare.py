@@ -1,9 +1,10 @@
-"""`devmon watch`, `show --follow` and `compare`: what they serve and say, and what they refuse."""
+"""`devmon serve`, `show --follow` and `compare`: what they serve and say, and what they refuse."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.comparison import differences, matched_table, order_table, runs_content, summary
 from devmon.analysis.runs.compare import RunsComparison, compare_runs
 from devmon.cli.root import app
-from devmon.live.server import Live, live_report, server, waiting
+from devmon.live.page import live_report
+from devmon.live.server import Live, server, waiting
 from tests.reports.test_report import detection, jump
 from tests.support.synthetic import STEPS, Run, induction_run, watch
 
@@ -134,6 +136,28 @@ def test_a_run_that_grows_gets_a_new_page_that_says_it_is_provisional(tmp_path: 
     store(tmp_path / "run.zarr", 0, until=400)
     assert live.update()
     assert f"from step 0 to {max(s for s in STEPS if s <= 400)};" in live.page
+
+
+def test_the_page_is_served_by_serve_and_by_its_earlier_name_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(tmp_path / "run" / "trajectory.zarr", 0, until=10)
+    asked: list[tuple[str, int]] = []
+
+    def busy(live: Live, port: int) -> None:
+        assert live.state() is not None  # the run is found in its folder
+        asked.append(("busy", port))
+        raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr("devmon.live.server.server", busy)
+    for name, said in (("serve", ""), ("watch", "devmon watch is now devmon serve")):
+        run = RUNNER.invoke(app, [name, str(tmp_path / "run"), "--port", "8123"])
+        assert "port 8123 cannot be opened (Address already in use)" in str(run.exception), run.output
+        assert run.stderr.startswith(said)
+        assert bool(run.stderr) == bool(said)
+    assert asked == [("busy", 8123)] * 2
+    commands = re.findall(r"^│ (\w+) ", RUNNER.invoke(app, ["--help"]).output, re.MULTILINE)
+    assert ("serve" in commands, "watch" in commands) == (True, False), commands
 
 
 def test_follow_shows_the_run_again_when_a_step_was_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_a_wide_table_is_its_series(tmp_path: Path) -> None:
 def test_a_long_table_is_its_series() -> None:
     one = pd.DataFrame({"watch": "z", "variable": "x", "step": STEPS, "value": rise(), "se": np.nan, "units": "nats"})
     two = pd.DataFrame({"watch": "b", "variable": "llc", "step": STEPS, "value": rise(1), "se": 0.5, "units": "1",
-                        "verdict": np.where(np.arange(len(STEPS)) < 5, "downhill", "ok")})  # fmt: skip
+                        "verdict": np.where(np.arange(len(STEPS)) < 5, "negative", "ok")})  # fmt: skip
     a, b = series_of_table(pd.concat([one, two]))
     assert (a.name, a.units, a.se, a.rejected) == ("z/x", "nats", None, None)
     assert (b.name, b.units) == ("b/llc", "")

@@ -3,14 +3,8 @@ baseline."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from detection import near, ours, published, theirs
 from detection_baselines import BASELINES
 from detection_families import POSITIVES, grid, staged

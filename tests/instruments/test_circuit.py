@@ -21,8 +21,8 @@ from devmon.snapshot import Snapshot
 from devmon.testing import AttentionOnly, InstrumentContract, fixed_offset, induction
 from tests.anatomy.test_anatomy_sites import VOCAB, family
 from tests.anatomy.test_edges import CAUSAL
-from tests.instruments.test_instruments import random_model
 from tests.instruments.test_patching import Linear, telling
+from tests.support.models import random_model
 
 
 def snapshot(model: nn.Module) -> Snapshot:
@@ -42,8 +42,10 @@ def test_the_induction_circuit_is_found_and_is_all() -> None:
     found = Circuit(pairs, steps=10, top=3, shares=(1 / 29, 2 / 29, 3 / 29, 10 / 29))(snapshot(model))
     assert found.attrs["edges"] == 29
     assert set(Edges(model).names(found["edge_id"].values.tolist())) == {
-        "head 1.0 → logits", "embed → v 0.1", "head 0.1 → k 1.0",
-    }  # fmt: skip
+        "head 1.0 → logits",
+        "embed → v 0.1",
+        "head 0.1 → k 1.0",
+    }
     np.testing.assert_allclose(found["faithfulness"], [0, 0, 1, 1, 1], atol=1e-9)
     np.testing.assert_allclose(found["area"], 1 - 2.5 / 29, atol=1e-9)
     np.testing.assert_allclose(found["distance"], 2.5 / 29, atol=1e-9)

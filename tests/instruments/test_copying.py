@@ -204,7 +204,9 @@ def test_what_it_refuses() -> None:
             self.blocks[0].out.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
 
     model = even(VOCAB, 16)
-    gated = Gated(model.embed.weight.detach(), torch.ones(16, 3 * VOCAB + 16).double(), [[(torch.eye(3 * VOCAB + 16).double(),) * 2]], model.unembed.weight.T.detach())  # fmt: skip
+    width = 3 * VOCAB + 16
+    places, head = torch.ones(16, width).double(), (torch.eye(width).double(),) * 2
+    gated = Gated(model.embed.weight.detach(), places, [[head]], model.unembed.weight.T.detach())
     with pytest.raises(
         InstrumentError, match="heads of layer 0 of Gated write is off their pattern times their values"
     ):

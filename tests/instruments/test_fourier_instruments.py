@@ -74,7 +74,9 @@ def test_a_sum_of_given_frequencies_is_its_own_restriction_and_nothing_without_t
     biased = measure(bias.expand(P, P, P) + waves(amplitudes))
     expected = F.cross_entropy(bias.expand(P, P, P)[TRAIN], SUMS[TRAIN])
     np.testing.assert_allclose(biased["excluded_loss"], expected, rtol=1e-12)
-    np.testing.assert_allclose(biased["restricted_loss"], F.cross_entropy((waves(amplitudes) + bias).flatten(0, 1), SUMS.flatten()), rtol=1e-12)  # fmt: skip
+    np.testing.assert_allclose(
+        biased["restricted_loss"], F.cross_entropy((waves(amplitudes) + bias).flatten(0, 1), SUMS.flatten()), rtol=1e-12
+    )
     np.testing.assert_allclose(biased["key_power"], 1, rtol=1e-12)
 
 
@@ -109,7 +111,9 @@ def test_explicit_projections(frequencies: tuple[int, ...]) -> None:
     expected = F.cross_entropy(kept + flat.mean(0), SUMS.flatten())
     np.testing.assert_allclose(found["restricted_loss"], expected, rtol=1e-10)
     rows = TRAIN.flatten()
-    np.testing.assert_allclose(found["excluded_loss"], F.cross_entropy((flat - kept)[rows], SUMS.flatten()[rows]), rtol=1e-10)  # fmt: skip
+    np.testing.assert_allclose(
+        found["excluded_loss"], F.cross_entropy((flat - kept)[rows], SUMS.flatten()[rows]), rtol=1e-10
+    )
     for name, mask in (("train", TRAIN), ("test", ~TRAIN)):
         np.testing.assert_allclose(found[f"{name}_loss"], F.cross_entropy(logits[mask], SUMS[mask]), rtol=1e-12)
         right = (logits[mask].argmax(1) == SUMS[mask]).double().mean()
@@ -140,13 +144,16 @@ def test_models_that_read_an_equals_sign_and_answer_at_the_last_place() -> None:
     np.testing.assert_allclose(found["restricted_loss"], loss_of({2: 3.0}), rtol=1e-12)
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"train": torch.ones(4, 4, dtype=torch.bool)}, "p odd"),
-    ({"train": TRAIN.float()}, "of bool"),
-    ({"train": torch.ones(5, 5, dtype=torch.bool)}, "pairs that are not"),
-    ({"train": TRAIN, "frequencies": (7,)}, r"1 \.\. 6 for p=13, got \(7,\)"),
-    ({"train": TRAIN, "threshold": 0.0}, "0 < threshold < 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"train": torch.ones(4, 4, dtype=torch.bool)}, "p odd"),
+        ({"train": TRAIN.float()}, "of bool"),
+        ({"train": torch.ones(5, 5, dtype=torch.bool)}, "pairs that are not"),
+        ({"train": TRAIN, "frequencies": (7,)}, r"1 \.\. 6 for p=13, got \(7,\)"),
+        ({"train": TRAIN, "threshold": 0.0}, "0 < threshold < 1"),
+    ],
+)
 def test_settings_that_cannot_be_used(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         RestrictedLoss(**settings)

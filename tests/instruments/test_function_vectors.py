@@ -17,7 +17,7 @@ from devmon.snapshot import Snapshot
 from devmon.testing import AttentionOnly, InstrumentContract, even
 from tests.anatomy.test_anatomy_sites import VOCAB, family
 from tests.anatomy.test_edges import CAUSAL
-from tests.instruments.test_instruments import random_model
+from tests.support.models import random_model
 
 
 def snapshot(model: nn.Module) -> Snapshot:

@@ -1,4 +1,4 @@
-"""Fuzzy, abstract and hierarchical induction: circuits built by hand, slow references, controls, families, contracts."""
+"""Fuzzy, abstract and hierarchical induction: hand-built circuits, slow references, controls, families, contracts."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from devmon.instruments.head_ablation import HeadAblation, _variance
 from devmon.snapshot import Snapshot, derive_seed
 from devmon.testing import AttentionOnly, InstrumentContract, even, induction
 from tests.anatomy.test_anatomy_sites import CONFIGS, MASKED, VISION, family
-from tests.instruments.test_instruments import random_model
+from tests.support.models import random_model
 
 VOCAB, LENGTH = 40, 41
 CAUSAL = [name for name in CONFIGS if name not in (*MASKED, *VISION)]

@@ -124,7 +124,8 @@ def test_a_rotation_of_the_stream_changes_nothing(model: AttentionOnly, seed: in
     ).Q
     heads = []
     for block in model.blocks:
-        pairs = zip(block.query.weight.T.split(width, 1), block.out.weight.T.split(width), strict=True)  # type: ignore[union-attr, operator]
+        reads, writes = block.query.weight.T, block.out.weight.T  # type: ignore[union-attr, operator]
+        pairs = zip(reads.split(width, 1), writes.split(width), strict=True)
         heads.append([(turn.T @ a.detach() @ turn, turn.T @ b.detach() @ turn) for a, b in pairs])
     embed, positions, unembed = model.embed.weight @ turn, model.positions @ turn, turn.T @ model.unembed.weight.T
     turned = measure(AttentionOnly(embed.detach(), positions.detach(), heads, unembed.detach()))
@@ -268,5 +269,5 @@ def test_a_part_of_the_vocabulary_spares_rows_and_changes_nothing(monkeypatch: p
         attention.c_proj.weight[:8] = attention.c_attn.weight[:, 64:72].T
     whole = measure(model)
     assert 0 < float(whole["copy_rate"][0, 0]) < 1
-    monkeypatch.setattr("devmon.instruments.head_spectra.PART", 3)
+    monkeypatch.setattr("devmon.instruments.head_spectra.RIVALS", 3)
     xr.testing.assert_identical(measure(model), whole)

@@ -46,6 +46,7 @@ class Case:
     families: tuple[str, ...] = CAUSAL
     nan: str = ""  # why a headline may be NaN in a random model
     refuses: bool = False  # the families that are not named, in words
+    told: str = ""  # why its cost is not what passes through the model here
 
 
 def pairs() -> Any:
@@ -60,12 +61,13 @@ ALL = tuple(CONFIGS)
 UNMIXED = tuple(name for name in CONFIGS if name != "bert")  # whose stream is a sum of what the layers add
 OUTSIDE = (0, 1, 2)
 UNIGRAM = "there is no common_ratio of order 1"
+AT_MOST = "what is asked for can be more than there is"
 RARE = "a random model's effect can be within 3 standard errors of 0"
 INSTRUMENTS = [
     # behaviour
     Case("probe_loss", "ProbeLoss", lambda make, x: make(x), ((), ()), refuses=True),
     Case("repeat_gain", "RepeatGain", lambda make, x: make(VOCAB, 4, LENGTH, exclude=OUTSIDE), ((),)),
-    Case("ngram_stages", "NgramStages", lambda make, x: make(x, x[:4], VOCAB, (1, 2)), (), nan=UNIGRAM),
+    Case("ngram_stages", "NgramStages", lambda make, x: make(x, x[:4], VOCAB, (1, 2)), (), nan=UNIGRAM, told=AT_MOST),
     Case("in_context", "InContextLearning", lambda make, x: make(x, 2, 20), ((), ())),
     Case(
         "few_shot",
@@ -93,7 +95,15 @@ INSTRUMENTS = [
     # the residual stream
     Case("logit_lens", "LogitLens", lambda make, x: make(x[:4]), (DEPTH, (), HEAD), refuses=True),
     Case("tuned_lens", "TunedLens", lambda make, x: make(x[:6], steps=3), (DEPTH, DEPTH, ()), refuses=True),
-    Case("layers", "LayerRoles", lambda make, x: make(x[:6], permutations=9), (LAYER, ()), nan=RARE, refuses=True),
+    Case(
+        "layers",
+        "LayerRoles",
+        lambda make, x: make(x[:6], permutations=9),
+        (LAYER, ()),
+        nan=RARE,
+        refuses=True,
+        told="for 12 layers",
+    ),
     Case(
         "residual_attribution",
         "ResidualAttribution",
@@ -101,6 +111,7 @@ INSTRUMENTS = [
         (),
         nan=RARE,
         refuses=True,
+        told="without ablations",
     ),
     Case("patching", "ActivationPatching", lambda make, x: make(pairs(), exact=2), (), nan=RARE),
     Case(
@@ -110,7 +121,7 @@ INSTRUMENTS = [
         (),
         nan=RARE,
     ),
-    Case("function_vectors", "FunctionVectorHeads", lambda make, x: make(tasks(), exact=2), (), nan=RARE),
+    Case("function_vectors", "FunctionVectorHeads", lambda make, x: make(tasks(), exact=2), (), nan=RARE, told=AT_MOST),
     # representations
     Case("linear_probe", "LinearProbe", lambda make, x: make(x, x % 3), (LAYER, LAYER), ALL),
     Case("mdl_probe", "MDLProbe", lambda make, x: make(x, x % 3), (LAYER, LAYER), ALL),
@@ -122,10 +133,10 @@ INSTRUMENTS = [
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]
 ELSEWHERE = {
-    "LLC": "samples for seconds; tests/test_llc_derive.py, tests/test_sampling.py",
-    "Curvature": "of any loss; tests/test_curvature.py",
-    "RestrictedLoss": "of addition modulo p; tests/test_fourier_instruments.py",
-    "FourierSpectrum": "of addition modulo p; tests/test_fourier_instruments.py",
+    "LLC": "samples for seconds; tests/analysis/test_llc_derive.py, tests/sampling",
+    "Curvature": "of any loss; tests/instruments/test_curvature.py",
+    "RestrictedLoss": "of addition modulo p; tests/instruments/test_fourier_instruments.py",
+    "FourierSpectrum": "of addition modulo p; tests/instruments/test_fourier_instruments.py",
 }
 
 
@@ -212,11 +223,25 @@ def test_all_of_them_left_no_trace(name: str) -> None:
 
 
 @pytest.mark.parametrize("case", INSTRUMENTS, ids=lambda case: case.name)
-def test_what_tells_its_cost_tells_it_in_passes(case: Case) -> None:
-    instrument = instrument_of(case, "gpt2")
-    if hasattr(instrument, "cost"):
-        assert isinstance(instrument.cost(), Cost)
-        assert instrument.cost().work >= 0
+def test_the_cost_is_the_tokens_that_pass_through_the_model(case: Case) -> None:
+    """Up to four short passes more are checks that the model is causal, and looks at its sizes."""
+    instrument, model = instrument_of(case, "gpt2"), model_of("gpt2")
+    tokens = {True: 0, False: 0}
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering = args[0] if args else kwargs["input_ids"]
+        tokens[torch.is_grad_enabled()] += entering.shape[0] * entering.shape[1]
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        instrument(Snapshot(0, model))
+    finally:
+        hook.remove()
+    cost, passed = instrument.cost(), tokens[False] + 3 * tokens[True]  # backward passes count two
+    assert isinstance(cost, Cost)
+    assert (cost.work > 0) == (passed > 0), (cost, passed)
+    if not case.told:
+        assert 0.9 * cost.work <= passed <= cost.work + 4 * cost.positions, (cost, passed)
 
 
 def test_none_is_forgotten() -> None:

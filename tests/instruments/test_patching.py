@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from devmon.anatomy import Anatomy
 from devmon.anatomy.patching import logit_difference, run_patched, slopes
+from devmon.anatomy.realism import Gauge
 from devmon.data.prompt_pairs import PromptPairs, broken_repeats
 from devmon.errors import DataError, InstrumentError
-from devmon.instruments.patching import ActivationPatching, _Gauge
+from devmon.instruments.patching import ActivationPatching
 from devmon.snapshot import Snapshot
 from devmon.testing import AttentionOnly, InstrumentContract, fixed_offset, induction
 from tests.anatomy.test_anatomy_sites import CONFIGS, MASKED, VISION, VOCAB, family
-from tests.instruments.test_instruments import random_model
+from tests.support.models import random_model
 
 CAUSAL = [name for name in CONFIGS if name not in (*MASKED, *VISION)]
 
@@ -29,7 +30,7 @@ def snapshot(model: nn.Module) -> Snapshot:
 
 
 def telling(model: nn.Module, vocab: int, count: int = 8, length: int = 9) -> PromptPairs:
-    """Prompts that differ in one token, with the answer and foil that tell them apart best, so that there is a signal."""
+    """Prompts that differ in one token, with the answer and foil that tell them apart best: there is a signal."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.randint(3, vocab, (count, length), generator=generator)
     corrupt = clean.clone()
@@ -213,12 +214,7 @@ def test_the_gauge_tells_states_off_the_clean_distribution() -> None:
     generator = np.random.default_rng(0)
     scale = np.array([5.0, 1.0, 0.1, 1.0])
     states = torch.tensor(generator.normal(3.0, 1.0, (400, 4)) * scale)
-
-    class Stack:
-        def stack(self, name: str) -> Tensor:
-            return states[None, :, None]
-
-    gauge = _Gauge.fit(Stack())  # type: ignore[arg-type]
+    gauge = Gauge.fit(states[None])
     ratio, quantile = gauge(0, states)
     assert ratio == pytest.approx(1.0)
     assert quantile == pytest.approx(0.5)

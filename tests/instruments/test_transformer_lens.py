@@ -65,7 +65,8 @@ def test_direct_logit_attribution(name: str) -> None:
     tokens = random_tokens(VOCAB - 3, 6, 9, seed=1) + 3
     answers = random_tokens(VOCAB, 6, 1, seed=2)[:, 0]
     foils = (answers + 5) % VOCAB
-    parts = [ResidualAttribution(tokens[i : i + 1], answers[i : i + 1], foils[i : i + 1], ablation_prompts=0) for i in range(6)]  # fmt: skip
+    prompts = zip(tokens.split(1), answers.split(1), foils.split(1), strict=True)
+    parts = [ResidualAttribution(*prompt, ablation_prompts=0) for prompt in prompts]
     ours = np.array([part(Snapshot(0, model))["attribution"].values for part in parts])  # (prompt, component)
     names = parts[0](Snapshot(0, model))["component"].values.tolist()
     made = bridge(name, model, fold_value_biases=False, disable_warnings=True)
@@ -107,5 +108,6 @@ def test_head_detector(name: str) -> None:
             ours = (previous[layer, head] * 18 + float(here[:, 1, 0].mean())) / 20
             np.testing.assert_allclose(np.mean(scores), ours, atol=1e-4)
             for part, detection in (("prefix_matching", wanted), ("duplicate_token", doubles)):
-                sums = [float((row * one)[query].sum()) for row, one, query in zip(here, detection, probe.query, strict=True)]  # fmt: skip
+                rows = zip(here, detection, probe.query, strict=True)
+                sums = [float((row * wanted_there)[query].sum()) for row, wanted_there, query in rows]
                 np.testing.assert_allclose(found[part][layer, head], sum(sums) / int(probe.query.sum()), atol=1e-4)

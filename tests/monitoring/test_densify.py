@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -17,13 +15,15 @@ import torch
 import xarray as xr
 from typer.testing import CliRunner
 
-from devmon import Snapshot, Trajectory, Watch, log_spaced
+from devmon import LoopMonitor, Snapshot, StoreError, Trajectory, Watch, every, log_spaced
 from devmon.analysis import series_of
 from devmon.callbacks import CheckpointSeries, Monitor, checkpoints
 from devmon.cli.root import app
-from devmon.monitoring.densify import Densify
-from tests.monitoring.test_ranks import after, leave_together, spawn_two
+from tests.support.full_disk import Disk
 from tests.support.lightning_toys import Norm, train
+from tests.support.loops import fit, same, seeded
+from tests.support.loops import train as train_plain
+from tests.support.two_ranks import after, spawn_two
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*LeafSpec.*", "ignore:.*dataloader.*")
 LAST = 150
@@ -66,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_points_are_added_while_the_alarm_is_up_and_the_record_tells_them(run: Path) -> None:
     store = Trajectory(run / "run.zarr", "r")
-    (alarm,) = [one for one in store.attrs["alarms"] if one["series"] == "rises/score"]
+    (alarm,) = [alarm for alarm in store.attrs["alarms"] if alarm["series"] == "rises/score"]
     assert alarm["kind"] == "jump"
     assert 45 <= alarm["step"] <= 55
     assert alarm["status"] == "settled"
@@ -81,7 +81,7 @@ def test_points_are_added_while_the_alarm_is_up_and_the_record_tells_them(run: P
     up = list(range(alarm["raised_at"] + 1, alarm["ended_at"]))
     norm = np.array(store.steps("norm"))
     assert all(any(norm[norm <= step] > step / 1.05 - 1) for step in up), "the gaps are at most 5%"
-    (scheduled,) = [one for one in series_of(store, scheduled_only=True) if one.name == "rises/score"]
+    (scheduled,) = [series for series in series_of(store, scheduled_only=True) if series.name == "rises/score"]
     assert scheduled.steps.tolist() == SCHEDULED
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(run / "run.zarr")]).output
     assert f"alarm at step {alarm['raised_at']} of a jump of rises/score" in shown
@@ -124,46 +124,73 @@ def test_without_an_alarm_and_without_the_option_the_schedule_is_kept(tmp_path: 
         assert off[name].attrs["fingerprint"] == Trajectory(tmp_path / "run.zarr", "r")[name].attrs["fingerprint"]
 
 
-def test_the_budget_says_no_once_a_step_and_a_store_that_cannot_be_written_adds_none(tmp_path: Path) -> None:
-    store = Trajectory(tmp_path / "run.zarr")
-    densify = Densify([Watch("norm", Norm(), {0, 100})])
-    densify.adopt(True, {"norm": 100})
-    assert [step for step in range(101, 130) if densify.due(step)] == [105, 111, 117, 123]  # asked, not measured
-    assert densify.admit(store, 130, ["norm"]) == ["norm"]
-    assert store.attrs["densified"] == {"norm": [130]}
-
-    class Full:
-        attrs = MappingProxyType({"densified": {}})
-
-        def record(self, **_: Any) -> None:
-            raise OSError("disk full")
-
-    with pytest.warns(UserWarning, match=r"no alarms are raised \(OSError: disk full\)"):
-        assert densify.admit(Full(), 140, ["norm"]) == []  # type: ignore[arg-type]
-    with pytest.raises(OSError, match="disk full"):
-        Densify([Watch("norm", Norm(), {0})], strict=True).admit(Full(), 140, ["norm"])  # type: ignore[arg-type]
+@pytest.mark.parametrize("loop", ["fabric", "trainer", "plain"])
+def test_every_loop_adds_the_points_that_lightning_adds(run: Path, tmp_path: Path, loop: str) -> None:
+    # Only what the steps decide is watched, so that all loops see the same numbers and raise the same alarm.
+    rises = [watches()[0], Watch("later", Rises(1e9), {0, 40, LAST})]
+    watched = fit(loop, tmp_path / "run.zarr", rises, steps=LAST, densify=True)
+    assert same(watched, fit(loop, None, [], steps=LAST))
+    store, lightning = Trajectory(tmp_path / "run.zarr", "r"), Trajectory(run / "run.zarr", "r")
+    assert store.attrs["alarms"] == lightning.attrs["alarms"]
+    assert store.attrs["densified"]["rises"] == lightning.attrs["densified"]["rises"]
+    assert store.attrs["densified"]["later"] == lightning.attrs["densified"]["norm"]
+    assert store.steps("rises") == lightning.steps("rises")
 
 
-def two_processes(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "ranks"}  # fmt: skip
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def test_what_the_budget_leaves_out_is_not_added_again_at_once(tmp_path: Path) -> None:
+    monitor = LoopMonitor(tmp_path / "run.zarr", [Watch("norm", Norm(), {0, 100})], densify=True)
+    densify = monitor.densify
+    assert densify is not None
+    densify.up, densify.last = True, {"norm": 100}
+    assert [step for step in range(101, 130) if densify.due(step, [])] == [105, 111, 117, 123]  # asked, not measured
+
+
+def test_points_are_recorded_before_they_are_measured_and_left_out_where_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(step: int, strict: bool = False) -> list[str]:
+        watches = [Watch("norm", Norm(), {0}), Watch("twice", Norm(2.0), {step})]
+        monitor = LoopMonitor(tmp_path / "run.zarr", watches, densify=True, strict=strict)
+        assert monitor.densify is not None
+        return monitor.densify.choose(step, ["norm", "twice"])
+
+    assert choose(130) == ["norm", "twice"]
+    assert Trajectory(tmp_path / "run.zarr", "r").attrs["densified"] == {"norm": [130]}
+    Disk(monkeypatch, full=0).at(0)
+    with pytest.warns(UserWarning, match=r"no alarms are raised \(cannot write"):
+        assert choose(140) == ["twice"]  # due by schedule
+    with pytest.raises(StoreError, match="cannot write"):
+        choose(140, strict=True)
+
+
+def test_a_resumption_forgets_the_added_points_that_it_sets_aside(tmp_path: Path) -> None:
+    watches = [Watch("norm", Norm(), every(1))]
+    with LoopMonitor(tmp_path / "run.zarr", watches) as monitor:
+        model = train_plain(monitor, seeded(), range(1, 4))
+        kept = {key: value.clone() for key, value in model.state_dict().items()}
+        train_plain(monitor, model, range(4, 8))
+    Trajectory(tmp_path / "run.zarr").record(densified={"norm": [2, 6]})
+    model.load_state_dict(kept)
+    with LoopMonitor(tmp_path / "run.zarr", watches) as monitor:  # without the option too: 6 is a scheduled step now
+        train_plain(monitor, model, range(4, 8))
+    assert Trajectory(tmp_path / "run.zarr", "r").attrs["densified"] == {"norm": [2]}
+
+
+def two_processes(rank: int, folder: Path) -> None:
     callbacks: list[L.Callback] = [
         Monitor(folder / "run.zarr", watches(), densify=True),
         CheckpointSeries(folder / "saved", {0}),
     ]
-    found = {"watched": after(train(callbacks, steps=ENOUGH, strategy="ddp", devices=2))}
-    found["alone"] = after(train([], steps=ENOUGH, strategy="ddp", devices=2))
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    leave_together()
+    results = {"watched": after(train(callbacks, steps=ENOUGH, strategy="ddp", devices=2))}
+    results["alone"] = after(train([], steps=ENOUGH, strategy="ddp", devices=2))
+    (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
 def test_two_ranks_add_the_points_that_one_adds(run: Path, tmp_path: Path) -> None:
     spawn_two(two_processes, tmp_path)
     for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["watched"] == found["alone"]
+        results = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert results["watched"] == results["alone"]
     one, two = Trajectory(run / "run.zarr", "r"), Trajectory(tmp_path / "run.zarr", "r")
     assert two.attrs["densified"]["rises"] == [s for s in one.attrs["densified"]["rises"] if s <= ENOUGH] != []
     assert two.steps("rises") == [step for step in one.steps("rises") if step <= ENOUGH]

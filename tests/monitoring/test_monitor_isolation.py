@@ -73,11 +73,11 @@ class Compared(L.Callback):
     """Around the monitor in the list of callbacks: what it finds before and after each of the monitor's turns."""
 
     def __init__(self) -> None:
-        self.found: list[dict[str, object]] = []
+        self.results: list[dict[str, object]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         rng = dict(zip(("torch", "numpy", "python"), randomness(), strict=True))
-        self.found.append(state(pl_module) | switches() | rng)
+        self.results.append(state(pl_module) | switches() | rng)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.on_train_start(trainer, pl_module)
@@ -174,7 +174,7 @@ def compilations() -> int:
 def test_training_is_bit_identical_and_nothing_around_it_is_changed(
     tmp_path: Path, make: str, averaging: str, accumulate: int, precision: str
 ) -> None:
-    found, compiled = {}, {}
+    results, compiled = {}, {}
     before, after = Compared(), Compared()
     for name, callbacks in {
         "alone": [],
@@ -188,11 +188,11 @@ def test_training_is_bit_identical_and_nothing_around_it_is_changed(
             options |= {"max_epochs": 4, "steps": -1, "limit_train_batches": 8}
         module = train([*AVERAGING[averaging](), *callbacks], **options)
         compiled[name] = compilations() - start
-        found[name] = [*weights(module), torch.rand(1)], random.random(), np.random.rand(), len(CALLS)  # noqa: NPY002
-    (alone, *rest), (watched, *same) = found["alone"], found["watched"]
+        results[name] = [*weights(module), torch.rand(1)], random.random(), np.random.rand(), len(CALLS)  # noqa: NPY002
+    (alone, *rest), (watched, *same) = results["alone"], results["watched"]
     assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
     assert rest == same
-    for turn, (one, two) in enumerate(zip(before.found, after.found, strict=True)):
+    for turn, (one, two) in enumerate(zip(before.results, after.results, strict=True)):
         changed = [key for key in one.keys() | two.keys() if one.get(key) != two.get(key)]
         assert not changed, f"the monitor's turn {turn} changed {sorted(changed)}"
     assert compiled["watched"] == compiled["alone"], f"graphs: {compiled}"

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from devmon import Trajectory, Watch, every
 from devmon.callbacks import Monitor
-from tests.callbacks.test_monitor_options import Disk, Recorder
-from tests.monitoring.test_ranks import Divided, after, leave_together, raised, spawn_two
+from tests.support.full_disk import Disk
 from tests.support.lightning_toys import Norm, train
+from tests.support.loops import Recorder
+from tests.support.two_ranks import Divided, after, raised, spawn_two
 
 
 class SlowOnRankZero:
@@ -29,34 +27,29 @@ class SlowOnRankZero:
         return self.now
 
 
-def two_processes(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "ranks"}  # fmt: skip
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def two_processes(rank: int, folder: Path) -> None:
     ddp: dict[str, Any] = {"strategy": "ddp", "devices": 2}
     watches = [Watch("norm", Norm(), every(1)), Watch("divided", Divided(Norm()), every(1))]
-    found: dict[str, Any] = {"alone": after(train([], **ddp))}
+    results: dict[str, Any] = {"alone": after(train([], **ddp))}
     recorder = Recorder()
     monitor = Monitor(folder / "run.zarr", watches, log=True, max_overhead=0.6, clock=SlowOnRankZero(rank))
-    found["watched"] = after(train([monitor], logger=recorder, **ddp))
-    found["logged"] = [step for step, row in recorder.rows if "devmon/norm/norm" in row]
+    results["watched"] = after(train([monitor], logger=recorder, **ddp))
+    results["logged"] = [step for step, row in recorder.rows if "devmon/norm/norm" in row]
     with pytest.MonkeyPatch.context() as patch:
         disk = [Disk(patch, full=3, free=6)] if rank == 0 else []
-        found["full disk"] = after(train([*disk, Monitor(folder / "full.zarr", watches)], **ddp))
+        results["full disk"] = after(train([*disk, Monitor(folder / "full.zarr", watches)], **ddp))
         disk = [Disk(patch, full=3)] if rank == 0 else []
-        found["strict"] = raised(lambda: train([*disk, Monitor(folder / "strict.zarr", watches, strict=True)], **ddp))
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    leave_together()
+        results["strict"] = raised(lambda: train([*disk, Monitor(folder / "strict.zarr", watches, strict=True)], **ddp))
+    (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
 def test_rank_zero_decides_for_both_and_none_waits(tmp_path: Path) -> None:
     spawn_two(two_processes, tmp_path)
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    for found in (zero, one):
-        assert found["watched"] == found["alone"]
-        assert found["full disk"] == found["alone"]
-        assert found["strict"].startswith("StoreError | cannot write")
+    for results in (zero, one):
+        assert results["watched"] == results["alone"]
+        assert results["full disk"] == results["alone"]
+        assert results["strict"].startswith("StoreError | cannot write")
     store = Trajectory(tmp_path / "run.zarr", "r")
     for name in ("norm", "divided"):
         steps, skipped = store.steps(name), store.attrs["skipped"].get(name, [])

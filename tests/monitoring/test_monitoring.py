@@ -1,68 +1,18 @@
-"""Loops other than Lightning's: training is bit-identical with the monitor, and its rows are those of its checkpoints."""
+"""Loops other than Lightning's: training is bit-identical with the monitor, and rows are those of the checkpoints."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from devmon import DevmonError, IdentityError, InstrumentError, Trajectory, Watch, every, observe
 from devmon.monitoring.loop import LoopMonitor
-from tests.callbacks.test_callbacks import FailsAt, same
 from tests.support.lightning_toys import Careless, Norm
+from tests.support.loops import FailsAt, after, same, seeded, train, trainer
 
 WATCHES = [Watch("careless", Careless(), every(1)), Watch("norm", Norm(), every(2))]
-
-
-class Toy(torch.nn.Module):
-    """Dropout, running statistics, and noise of Python and NumPy. Its loss stands where transformers' Trainer looks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(5, 16),
-            torch.nn.BatchNorm1d(16),
-            torch.nn.ReLU(),
-            torch.nn.Dropout(0.3),
-            torch.nn.Linear(16, 3),
-        )
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
-        noise = 0.01 * random.random() + 0.01 * float(np.random.rand())  # noqa: NPY002
-        out = self.net(x + noise)
-        return out if labels is None else {"loss": torch.nn.functional.cross_entropy(out, labels), "logits": out}
-
-
-def seeded() -> Toy:
-    torch.manual_seed(7)
-    random.seed(7)
-    np.random.seed(7)  # noqa: NPY002
-    return Toy()
-
-
-def after() -> tuple[Any, ...]:
-    return random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
-
-
-def train(monitor: LoopMonitor | None, model: Toy, steps: range = range(1, 13), accumulate: int = 1) -> Toy:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    if monitor is not None:
-        monitor.step(steps[0] - 1, model)
-    for step in steps:
-        for _ in range(accumulate):
-            x = torch.randn(8, 5)
-            (model(x, (x[:, 0] > 0).long())["loss"] / accumulate).backward()
-            if monitor is not None:
-                monitor.step(step - 1, model)  # between updates: the step that was seen
-        optimizer.step()
-        optimizer.zero_grad()
-        if monitor is not None:
-            monitor.step(step, model)
-    return model
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -102,17 +52,17 @@ def test_a_loop_that_resumes_supersedes_and_another_run_is_refused(tmp_path: Pat
 
 
 def test_what_fails_in_a_loop_is_recorded_or_ends_it(tmp_path: Path) -> None:
-    watches = [Watch("fails", FailsAt(3), every(1)), Watch("norm", Norm(), every(1))]
+    watches = [Watch("fails", FailsAt((3,)), every(1)), Watch("norm", Norm(), every(1))]
     with (
         pytest.warns(UserWarning, match="fails failed at step 3"),
         LoopMonitor(tmp_path / "run.zarr", watches) as monitor,
     ):
         train(monitor, seeded())
     store = Trajectory(tmp_path / "run.zarr", "r")
-    assert (store.failures("fails"), len(store.steps("norm"))) == ({3: "RuntimeError: no luck"}, 13)
+    assert (store.failures("fails"), len(store.steps("norm"))) == ({3: "RuntimeError: no luck at 3"}, 13)
     with pytest.raises(RuntimeError, match="no luck"):
         train(LoopMonitor(tmp_path / "strict.zarr", watches, strict=True), seeded())
-    misfit = [Watch("fails", FailsAt(0, InstrumentError), every(1))]
+    misfit = [Watch("fails", FailsAt((0,), InstrumentError), every(1))]
     with pytest.raises(InstrumentError, match="no luck"):
         train(LoopMonitor(tmp_path / "misfit.zarr", misfit), seeded())
 
@@ -120,30 +70,17 @@ def test_what_fails_in_a_loop_is_recorded_or_ends_it(tmp_path: Path) -> None:
 # ---- the Trainer of transformers ----
 
 
-def trainer(folder: Path, callbacks: list[Any], **options: Any) -> Any:
-    import transformers
-
-    x = torch.randn(96, 5, generator=torch.Generator().manual_seed(1))
-    data = [{"x": row, "labels": int(row[0] > 0)} for row in x]
-    given = {"max_steps": 8, "save_strategy": "no"} | options
-    args = transformers.TrainingArguments(
-        str(folder), per_device_train_batch_size=4, learning_rate=0.02, report_to=[], disable_tqdm=True, use_cpu=True,
-        seed=7, logging_strategy="no", dataloader_pin_memory=False, **given,
-    )  # fmt: skip
-    return transformers.Trainer(seeded(), args, train_dataset=data, callbacks=callbacks)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3}, {"bf16": True}], ids=str)
 def test_a_trainer_of_transformers_is_bit_identical_with_the_monitor(tmp_path: Path, options: dict[str, Any]) -> None:
     from devmon.callbacks import TrainerMonitor
 
-    found = []
+    results = []
     for callbacks in ([], [TrainerMonitor(tmp_path / "run.zarr", WATCHES)]):
         training = trainer(tmp_path / "out", callbacks, **options)
         training.train()
-        found.append((training.model, after()))
-    (alone, rest), (watched, other) = found
+        results.append((training.model, after()))
+    (alone, rest), (watched, other) = results
     assert same(alone, watched)
     assert rest == other
     store = Trajectory(tmp_path / "run.zarr", "r")

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import random
-import socket
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +19,12 @@ from devmon import DevmonError, InstrumentError, Snapshot, Trajectory, Watch, ev
 from devmon.callbacks import Monitor
 from devmon.instruments import LLC
 from devmon.monitoring.observe import observe
-from devmon.monitoring.ranks import ALONE, Ranks, _portable
+from devmon.monitoring.ranks import SINGLE, Ranks, _portable
 from devmon.sampling import classification_loss
-from devmon.snapshot import Divisible, Instrument, weights_digest
+from devmon.snapshot import Divisible, Instrument
 from tests.support.lightning_toys import Careless, Net, Norm, train
+from tests.support.two_ranks import Divided, Odd, after, raised, spawn_two
 
-LIMIT = 90  # seconds for everything that two processes do
 STEPS = {0, 5, 12}
 
 
@@ -83,11 +78,6 @@ def test_only_instruments_with_shares_are_divisible() -> None:
     assert not isinstance(Norm(), Divisible)
 
 
-class Odd(Exception):
-    def __init__(self, one: str, two: str) -> None:
-        super().__init__(f"{one}-{two}")
-
-
 class OddMisfit(Odd, InstrumentError):
     pass
 
@@ -99,41 +89,14 @@ def test_an_error_travels_as_itself_or_as_one_that_is_treated_alike() -> None:
     assert repr(_portable(OddMisfit("a", "b"))) == "DevmonError('OddMisfit: a-b')"
 
 
-def test_alone_is_a_plain_call() -> None:
-    assert Ranks.of_training() == ALONE
-    assert (ALONE.gather(max, 1, 2), ALONE.agree(max, 1, 2), ALONE.first(max, 1, 2)) == ([2], 2, 2)
+def test_a_single_process_makes_plain_calls() -> None:
+    assert Ranks.of_training() == SINGLE
+    assert (SINGLE.gather(max, 1, 2), SINGLE.agree(max, 1, 2), SINGLE.first(max, 1, 2)) == ([2], 2, 2)
     with pytest.raises(KeyError, match="as it came"):
-        ALONE.first(fail, KeyError("as it came"))
+        SINGLE.first(fail, KeyError("as it came"))
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Divided:
-    """`inner` on every rank; rank `rank` fails at `step` with the error `kind` (or returns what cannot be sent)."""
-
-    inner: Instrument
-    rank: int = -1
-    step: int = -1
-    kind: str = "RuntimeError"
-
-    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        return self.inner(snapshot)
-
-    def share(self, rank: int, ranks: int) -> Instrument:
-        def part(snapshot: Snapshot) -> xr.Dataset:
-            if (rank, snapshot.step) != (self.rank, self.step):
-                return self.inner(snapshot)
-            if self.kind == "unsendable":
-                return self.inner(snapshot).assign_attrs(local=lambda: None)
-            raise {"RuntimeError": RuntimeError("no luck"), "Odd": Odd("no", "luck"),
-                   "InstrumentError": InstrumentError("no fit")}[self.kind]  # fmt: skip
-
-        return part
-
-    def join(self, parts: list[xr.Dataset]) -> xr.Dataset:
-        return xr.concat(parts, "rank").mean("rank", keep_attrs=True)
 
 
 @dataclass(frozen=True)
@@ -162,35 +125,12 @@ def fail(error: Exception) -> None:
     raise error
 
 
-def raised(work: Callable[[], object]) -> str:
-    try:
-        work()
-    except Exception as error:
-        return " | ".join([type(error).__name__, str(error), *error.__notes__])
-    return "nothing"
-
-
-def after(module: L.LightningModule) -> list[str]:
-    """All that a measurement on this rank could have moved, its own running statistics included."""
-    return [weights_digest(module), str(random.random()), str(np.random.rand()), str(torch.rand(1).item())]  # noqa: NPY002
-
-
-def leave_together() -> None:
-    """End the process group on both ranks at once: a rank that exits while the other still listens may abort."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def two_processes(rank: int, port: int, folder: Path) -> None:
+def two_processes(rank: int, folder: Path) -> None:
     """What each of the two ranks does; its findings go to `folder`."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "ranks"}  # fmt: skip
-    torch.set_num_threads(1)
     if rank == 0:
         Trajectory(folder / "open.zarr")
     ddp: dict[str, Any] = {"strategy": "ddp", "devices": 2}
-    found: dict[str, Any] = {"alone": after(train([], **ddp))}
+    results: dict[str, Any] = {"alone": after(train([], **ddp))}
 
     watches = [
         Watch("llc", small_llc(), STEPS),
@@ -202,23 +142,22 @@ def two_processes(rank: int, port: int, folder: Path) -> None:
         Watch("unsendable", Divided(Norm(), rank=1, step=5, kind="unsendable"), every(1)),
     ]
     monitor = Monitor(folder / "run.zarr", watches)
-    found["watched"] = after(train([monitor, Keep(folder)], **ddp))
-    found["holds a trajectory"] = monitor.trajectory is not None
+    results["watched"] = after(train([monitor, Keep(folder)], **ddp))
+    results["holds a trajectory"] = monitor.trajectory is not None
 
     def watch(instrument: Instrument, store: Any = "strict.zarr", **options: Any) -> str:
         trajectory = folder / store if isinstance(store, str) else store
         return raised(lambda: train([Monitor(trajectory, [Watch("it", instrument, {2})], **options)], **ddp))
 
-    found["strict"] = watch(Divided(Norm(), rank=1, step=2), strict=True)
-    found["strict, on rank 0 only"] = watch(FailsOnRankZero(), "zero.zarr", strict=True)
+    results["strict"] = watch(Divided(Norm(), rank=1, step=2), strict=True)
+    results["strict, on rank 0 only"] = watch(FailsOnRankZero(), "zero.zarr", strict=True)
     both = Divided(FailsOnRankZero(), rank=1, step=2, kind="InstrumentError")  # the misfit decides, not the lower rank
-    found["misfit"] = watch(both, "misfit.zarr")
+    results["misfit"] = watch(both, "misfit.zarr")
     (folder / f"file-{rank}").write_text("")
-    found["store"] = watch(Norm(), "file-0")
-    found["open"] = watch(Norm(), Trajectory(folder / "open.zarr"))
-    found["identity"] = watch(Norm(), "zero.zarr")
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    leave_together()
+    results["store"] = watch(Norm(), "file-0")
+    results["open"] = watch(Norm(), Trajectory(folder / "open.zarr"))
+    results["identity"] = watch(Norm(), "zero.zarr")
+    (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
@@ -226,27 +165,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Both ranks' findings and the folder of their stores, from one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
     spawn_two(two_processes, folder)
-    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    return SimpleNamespace(folder=folder, found=found, store=Trajectory(folder / "run.zarr", "r"))
-
-
-def spawn_two(work: Callable[[int, int, Path], None], folder: Path) -> None:
-    """Run `work(rank, port, folder)` in two processes; fails where they do not end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(work, (port, folder), nprocs=2, join=False)
-    end = time.monotonic() + LIMIT
-    try:
-        while not context.join(timeout=max(0.1, end - time.monotonic())):
-            assert time.monotonic() < end, f"two processes did not end within {LIMIT} s: a rank waits for the other"
-    finally:
-        for process in context.processes:
-            process.kill()
+    results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return SimpleNamespace(folder=folder, results=results, store=Trajectory(folder / "run.zarr", "r"))
 
 
 def test_training_is_bit_identical_with_and_without_the_monitor_on_both_ranks(ranks: SimpleNamespace) -> None:
-    zero, one = ranks.found
+    zero, one = ranks.results
     assert zero["watched"] == zero["alone"]
     assert one["watched"] == one["alone"]
     assert zero["alone"][0] != one["alone"][0], "the running statistics of the ranks should differ, to be worth testing"
@@ -292,12 +216,12 @@ def test_what_ends_training_ends_it_on_both_ranks(ranks: SimpleNamespace) -> Non
         "strict, on rank 0 only": "RuntimeError | only here | on rank 0",
         "misfit": "InstrumentError | no fit | on rank 1",
     }.items():
-        assert [found[name] for found in ranks.found] == [text, text]
+        assert [results[name] for results in ranks.results] == [text, text]
     for name, text in {
         "store": "StoreError | .*file-0 exists",
         "identity": "IdentityError | .*'it' of another",
     }.items():
-        first, second = (found[name] for found in ranks.found)
+        first, second = (results[name] for results in ranks.results)
         kind, message = text.split(" | .*")
         assert first == second
         assert first.startswith(f"{kind} | ")
@@ -306,8 +230,8 @@ def test_what_ends_training_ends_it_on_both_ranks(ranks: SimpleNamespace) -> Non
 
 
 def test_only_rank_zero_holds_a_trajectory(ranks: SimpleNamespace) -> None:
-    assert [found["holds a trajectory"] for found in ranks.found] == [True, False]
-    assert [found["open"] for found in ranks.found] == ["nothing", "nothing"]
+    assert [results["holds a trajectory"] for results in ranks.results] == [True, False]
+    assert [results["open"] for results in ranks.results] == ["nothing", "nothing"]
     store = Trajectory(ranks.folder / "open.zarr", "r")
     assert (store.steps("it"), len(store["it"]["norm"])) == ([2], 1)
 

@@ -16,10 +16,8 @@ from devmon.offline.engines import ray as ray_engine
 from devmon.offline.engines import slurm as slurm_engine
 from devmon.offline.engines.processes import Ended
 from devmon.offline.plan import Plan
-from devmon.offline.study import Event
-from tests.offline.test_measure import PLAIN, own_path, plain, rows, same
-
-__all__ = ["own_path", "plain"]  # fixtures
+from devmon.offline.study import Progress
+from tests.support.offline_toys import PLAIN, rows, same
 
 PINNED = (
     PLAIN
@@ -148,12 +146,12 @@ class Cluster:
         self.going -= 1
         if 9 in steps:
             raise LookupError("gone\nwith a long trace")
-        return [Event("measured", step, "norm") for step in steps], Ended()
+        return [Progress("measured", step, "norm") for step in steps], Ended()
 
 
 @pytest.mark.parametrize(("workers", "size"), [(1, 4), (3, 3), (40, 1)])
 def test_tasks_are_kept_going_and_one_that_died_for_good_is_told(workers: int, size: int) -> None:
-    cluster, told = Cluster(), list[Event]()
+    cluster, told = Cluster(), list[Progress]()
     steps = list(range(36))
     lost = ray_engine._deal(cluster, cluster, Plan("s", "r", "x", workers=workers), steps, told.append)
     assert cluster.at_once == min(workers, 36 // size)

@@ -14,31 +14,13 @@ from safetensors.torch import save_file
 from devmon import DataError, Trajectory
 from devmon.checkpoints.series import Series
 from devmon.monitoring.fingerprint import describe
-from devmon.offline.plan import Plan, pairs
+from devmon.offline.plan import Plan
 from devmon.offline.probe_text import PIECE, Probe, read_probe
 from devmon.offline.study import Study
 from tests.anatomy.test_anatomy_sites import VOCAB, family
-from tests.offline.test_measure import measure
+from tests.support.offline_toys import measure, text_of
 
-WORDS = [f"w{n}" for n in range(VOCAB - 1)]
 TOKENS = torch.arange(40).reshape(4, 10)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One token a word, the last of the vocabulary at the end of a text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*WORDS, "<end>"])}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
-    return str(folder)
-
-
-def text_of(words: range) -> str:
-    return " ".join(WORDS[n % len(WORDS)] for n in words)
 
 
 def test_arrays_are_taken_as_they_are_or_their_first_part(tmp_path: Path) -> None:
@@ -170,17 +152,10 @@ def test_a_run_is_measured_on_text_that_is_frozen_and_hashed_into_it(saved: Path
     assert run["llc"].attrs["fields"]["data"] == describe(probe.examples)
     with pytest.raises(DataError, match="its settings are nbeta"):
         raise measure(*given(saved, tmp_path / "two.zarr"), "--llc", "gama=3").exception  # type: ignore[misc]
-    plan = Plan.read(None, {"series": str(saved / "hf"), "into": str(tmp_path / "one.zarr"), "preset": "economy",
-                            "tokens": str(saved / "text.txt"), "sequences": 4, "length": 12, "watch": ["loss"]})  # fmt: skip
+    probe_of = {"preset": "economy", "tokens": str(saved / "text.txt"), "sequences": 4, "length": 12}
+    places = {"series": str(saved / "hf"), "into": str(tmp_path / "one.zarr")}
+    plan = Plan.read(None, places | probe_of | {"watch": ["loss"]})
     frozen = Study(plan).frozen()
     assert Path(str(frozen.tokens)).parent == tmp_path / "one.zarr" / "_probe"
     assert Study(frozen).missing() == {}, "of another identity"
     assert sorted(Trajectory(tmp_path / "one.zarr", "r")) == ["llc", "loss"], "taken for a watch"
-
-
-def test_settings_are_literals_or_words() -> None:
-    assert pairs(["a=1", "b=1e-5", "c=word", "d={'x': 1}", "e=a=b"], "option") == {
-        "a": 1, "b": 1e-5, "c": "word", "d": {"x": 1}, "e": "a=b"}  # fmt: skip
-    for texts in (["a"], ["a=1", "a=2"], ["1a=2"]):
-        with pytest.raises(DataError, match="NAME=VALUE"):
-            pairs(texts, "option")

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from devmon import Trajectory
-from devmon.recipes import deep_linear, in_context_regression, superposition
+from devmon.recipes import deep_linear, in_context_regression, superposition, superposition_plateaus
 from devmon.testing.exact import deep_linear as deep_linear_llc
 from devmon.testing.superposition import plateau, plateau_at, plateaus, population_loss
 
@@ -111,7 +111,7 @@ def test_plateaus_are_named_under_noise_and_nothing_is_named_between_them() -> N
 
 
 def test_the_crossing_of_two_polygons_solves_the_free_energies() -> None:
-    crossings = superposition.predicted_crossings()
+    crossings = superposition_plateaus.predicted_crossings()
     assert set(crossings) == {"5 → 5+", "5 → 6"}  # 5+ and 6 have one λ: the lower loss wins at every n
     for pair, n in crossings.items():
         before, after = (plateau(int(name[0]), name.count("+"), 6) for name in pair.split(" → "))
@@ -123,7 +123,7 @@ def test_the_crossing_of_two_polygons_solves_the_free_energies() -> None:
 
 
 def test_ridge_is_the_posterior_mean_and_its_error_is_the_one_expected() -> None:
-    """By hand for one sequence, and as the error of its predictions over many; K = 16 would give .93, not 1.75 and less."""
+    """By hand for one sequence, and as the error of its predictions over many; K = 16 would give .93, not 1.75."""
     tokens, y = in_context_regression.sequences(40_000, torch.Generator().manual_seed(5))
     found = in_context_regression.ridge(tokens)
     x, noise = tokens[3, ::2, 1:].double().numpy(), in_context_regression.NOISE

@@ -1,4 +1,4 @@
-"""The recipes on grokking, induction, digits, an own instrument and three ways to train: their fast forms, and their parts."""
+"""The recipes on grokking, induction, digits, an own instrument and three ways to train: fast forms, and parts."""
 
 from __future__ import annotations
 

@@ -8,25 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from devmon import DevmonError, Trajectory, Watch, every
 from devmon.callbacks import Monitor
 from devmon.live import background as live_module
 from devmon.live.background import LivePage
-from devmon.live.server import live_page
+from devmon.live.page import live_page
 from tests.support.lightning_toys import Norm, train
+from tests.support.loops import LOOPS, fit, same
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*LeafSpec.*", "ignore:.*dataloader.*")
 
 
-def test_the_page_is_there_when_training_ends_and_training_is_untouched(tmp_path: Path) -> None:
-    def run(**options: Any) -> dict[str, torch.Tensor]:
-        store = tmp_path / f"{len(options)}.zarr"
-        return train([Monitor(store, [Watch("norm", Norm(), every(2))], **options)]).state_dict()
-
-    plain, watched = run(), run(live=tmp_path / "pages" / "report.html")
-    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_page_is_there_when_training_ends_and_training_is_untouched(tmp_path: Path, loop: str) -> None:
+    page = tmp_path / "pages" / "report.html"
+    watched = fit(loop, tmp_path / "run.zarr", [Watch("norm", Norm(), every(2))], live=page)
+    assert same(watched, fit(loop, None, []))
     text = (tmp_path / "pages" / "report.html").read_text(encoding="utf-8")
     assert "7 checkpoints from step 0 to 12" in text  # the last page holds the last step
     assert "Provisional: the run may still be written" in text

@@ -99,7 +99,7 @@ def test_rejected_points_are_hollow_off_the_line_and_off_the_scale() -> None:
     low, high = ax.get_ylim()
     assert 0 < low < 24 < 140 < high  # not stretched to the −400 of step 0
     assert np.all((np.asarray(marks.get_ydata()) >= low) & (np.asarray(marks.get_ydata()) <= high))
-    label = next(text for text in texts(ax) if "downhill" in text)
+    label = next(text for text in texts(ax) if "negative" in text)
     assert f"{bad.sum()}" in label
     assert "−39" in label or "−40" in label
 

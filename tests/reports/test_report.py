@@ -26,6 +26,7 @@ from devmon.analysis.series import Series
 from devmon.analysis.transitions.order import lags, main_event
 from devmon.analysis.transitions.stages import stages, transitions
 from devmon.analysis.wording import number
+from devmon.errors import StoreError
 from devmon.store.trajectory import Trajectory
 from tests.support.synthetic import STEPS, Run, induction_run, rise, traces, watch
 
@@ -213,11 +214,11 @@ def test_no_event_is_stated_as_a_result_and_weak_events_argue_nothing() -> None:
 
 
 def test_rejection_and_lack_of_data_have_their_own_names() -> None:
-    verdicts = {"llc": np.array(["downhill"] * 3 + ["diverged"])}
+    verdicts = {"llc": np.array(["negative"] * 3 + ["diverged"])}
     head, happened, _ = told(outcomes={"llc/llc": "SAMPLER REJECTED"}, verdicts=verdicts)
     assert head == "SAMPLER REJECTED"
-    assert "all 4 LLC estimates are rejected (downhill 3, diverged 1)" in happened
-    partly = {"llc": np.array(["downhill", "ok", "ok", "ok"])}
+    assert "all 4 LLC estimates are rejected (negative 3, diverged 1)" in happened
+    partly = {"llc": np.array(["negative", "ok", "ok", "ok"])}
     assert "1 of 4 LLC estimates are rejected" in told(outcomes={"llc/llc": "NO EVENT"}, verdicts=partly)[2]
     assert told(outcomes={"a/x": "UNRESOLVED"})[0] == "UNRESOLVED"
 
@@ -316,7 +317,7 @@ def test_page_tells_the_transition_that_was_put_in(made: tuple[Path, str]) -> No
     size, _, low, high = (float(group) for group in match.groups())
     assert low <= 640 <= high
     assert size == pytest.approx(0.72, abs=0.05)
-    assert "10 of 59 LLC estimates are rejected (downhill 10)" in text
+    assert "10 of 59 LLC estimates are rejected (negative 10)" in text
     assert text.count('<tr class="weak">') >= 10  # each rejected estimate is marked in the table
     assert "transition 1" in text
     assert "0123456789abcdef" in text
@@ -377,7 +378,7 @@ def test_a_failure_leaves_the_old_report_and_no_litter(tmp_path: Path, monkeypat
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StoreError, match="disk full"):
         write_report(Run({}), path)
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
     assert path.read_text() == "old"

@@ -120,7 +120,7 @@ def test_what_could_not_be_searched_is_not_counted_as_searched() -> None:
     text = " ".join(block.text for block in said.sections[0].blocks if isinstance(block, Text))
     assert "NO EVENT: in 1 series (1 more could not be searched)" in text
     (story,) = [block for block in said.sections[0].blocks if type(block).__name__ == "Story"]
-    assert "all 20 LLC estimates are rejected (downhill 20)" in story.sentences[0]
+    assert "all 20 LLC estimates are rejected (negative 20)" in story.sentences[0]
     assert "measure later checkpoints, or raise gamma (devmon calibrate)" in story.sentences[0]
 
 

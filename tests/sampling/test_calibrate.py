@@ -5,13 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 from torch import nn
 
 from devmon.analysis import llc
 from devmon.errors import InstrumentError
 from devmon.sampling import Settings, calibrate, classification_loss, estimate_llc, regression_loss, sample
-from devmon.sampling.calibration import _heat, largest_curvature, noise_heats
+from devmon.sampling.curvature import largest_curvature, noise_bias
 from devmon.testing import exact
 
 
@@ -27,8 +26,8 @@ def linear_regression(n=5000, d=8, noise=1.0):
 def test_largest_curvature_is_the_top_eigenvalue():
     model, (x, y) = linear_regression(n=400)
     top = torch.linalg.eigvalsh((x.T @ x / len(x)).double()).max().item()
-    found = largest_curvature(model, regression_loss, (x, y), Settings(lr=1.0, gamma=1.0), rounds=200)
-    assert found == pytest.approx(top, rel=1e-3)
+    curvature = largest_curvature(model, regression_loss, (x, y), Settings(), rounds=200)
+    assert curvature == pytest.approx(top, rel=1e-3)
 
 
 def test_regression_with_label_noise_unaided():
@@ -58,41 +57,38 @@ def test_the_interval_of_a_calibrated_level_knows_what_the_settings_leave():
     assert (alone["high"] - alone["low"]).item() / 2 == pytest.approx(1.6449 * alone["se"].item(), rel=1e-3)
 
 
-def test_heat_of_gradient_noise_is_read_off_two_batch_sizes():
-    """λ̂ = 4 (1 + 0.3 (1/B − 1/n)/(1/64 − 1/n)): the heat at B = 64 is 0.3, whatever the larger batch is."""
-    n = 100
-
-    def run(lr, gamma, steps, size, variates):
-        value = 4 * (1 + 0.3 * (1 / size - 1 / n) / (1 / 64 - 1 / n))
-        traces = xr.Dataset(
-            {"loss": (("chain", "draw"), np.full((2, 20), value)), "baseline": (("chain", "draw"), np.zeros((2, 20)))}
-        )
-        return [(traces.assign_attrs(nbeta=1.0, burn_in=0, shared_batches=0), xr.Dataset({"llc": value}))]
-
-    assert _heat(run, (1e-3, 1.0, 1), True, 64, n) == pytest.approx(0.3 * 4 / 4)
-    assert _heat(run, (1e-3, 1.0, 1), True, n, n) == 0.0
-
-
-def test_what_is_left_of_the_heat_is_small_beside_the_error():
-    """Label noise, small batches: at the largest stable step the chains would be a quarter too hot."""
+def test_what_is_left_of_the_noise_bias_is_small_beside_the_error():
+    """Label noise, small batches: at the largest stable step λ̂ would be a quarter too high."""
     model, data = linear_regression(n=1000, d=16)
-    start = Settings(lr=0.0, gamma=0.0, batch_size=16, sampler="baoab", draws=100, burn_in=50)
-    found = calibrate(model, regression_loss, data, start, tolerance=0.05, max_steps=1000)
+    start = Settings(batch_size=16, sampler="baoab", draws=100, burn_in=50)
+    calibration = calibrate(model, regression_loss, data, start, tolerance=0.05, max_steps=1000)
     values = [
-        llc(sample(model, regression_loss, data, replace(found.settings, seed=seed)))["llc"].item() for seed in range(6)
+        llc(sample(model, regression_loss, data, calibration.settings, seed=seed))["llc"].item() for seed in range(6)
     ]
     assert abs(np.mean(values) / 8 - 1) < 0.06
-    assert found.systematic < 0.1
+    assert calibration.systematic < 0.1
 
 
 def test_calibration_records_every_trial_and_its_reasons():
     model, data = linear_regression(n=500, d=4, noise=0.0)
-    found = calibrate(model, regression_loss, data, max_steps=800)
-    assert found.flat, found.reasons
-    assert not found.settings.control_variate
-    assert set(found.trials.data_vars) >= {"lr", "gamma", "model", "llc", "se", "verdict"}
-    assert found.settings.lr in found.trials["lr"].values
-    assert "plateau" in found.reasons or "tenth" in found.reasons
+    calibration = calibrate(model, regression_loss, data, max_steps=800)
+    settings, trials = calibration.settings, calibration.trials
+    assert calibration.flat, calibration.reasons
+    assert not settings.control_variate
+    assert set(trials.data_vars) >= {"lr", "gamma", "model", "llc", "se", "anharmonicity", "verdict"}
+    rows = list(zip(trials["lr"].values, trials["gamma"].values, trials["steps_per_draw"].values, strict=True))
+    assert (settings.lr, settings.gamma) in {row[:2] for row in rows}
+    assert len(set(rows)) < len(rows)  # with control variates and without
+    for sentence in (
+        "gives the λ̂ of a step three times smaller.",
+        f"lr is reduced to {settings.lr:.3g}, for the bias of minibatch noise.",
+        f"gamma {settings.gamma:.3g} lies on a plateau",
+        "Control variates do not pay.",
+        f"steps_per_draw {settings.steps_per_draw}.",
+        f"uncertain by {calibration.systematic:.1%}",
+    ):
+        assert sentence in calibration.reasons, sentence
+    assert not any(word in calibration.reasons for word in ("no plateau", "no two", "did not settle", "lr is lowered"))
 
 
 def test_given_settings_are_used_as_they_are():
@@ -106,15 +102,17 @@ def test_given_settings_are_used_as_they_are():
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_control_variates_are_chosen_where_the_noise_at_the_center_would_heat(noise):
+def test_control_variates_are_chosen_where_the_noise_at_the_center_would_bias(noise):
     model, data = linear_regression(n=5000, d=8, noise=noise)
     given = {"lr": 2e-5, "gamma": 1.0, "batch_size": 64, "draws": 10, "sampler": "sgld"}
     assert estimate_llc(model, regression_loss, data, **given).attrs["control_variate"] == bool(noise)
     settings = Settings(lr=2e-5, gamma=1.0, batch_size=64)
-    # in closed form: Cov(∇L_B) = noise² I / B, so 2e-5 · 587² · 8 / 64 / 8 = 0.108 against 0.01 · 8 / 2
-    assert noise_heats(model, regression_loss, data, settings) == bool(noise)
-    assert not noise_heats(model, regression_loss, data, replace(settings, lr=2e-6))
-    assert not noise_heats(model, regression_loss, data, replace(settings, batch_size=5000))
+    # Cov(∇L_B) = noise² I (1 / B − 1 / n), so lr nbeta² tr / 8 over 8 / 2 is 2e-5 · 587² · 8 / 64.8 / 8 / 4 = 0.0266;
+    # eight batches know a trace over eight directions to 19%
+    assert noise_bias(model, regression_loss, data, settings) == pytest.approx(0.0266 * noise**2, rel=0.6, abs=1e-9)
+    smaller = noise_bias(model, regression_loss, data, replace(settings, lr=2e-6))
+    assert smaller == pytest.approx(noise_bias(model, regression_loss, data, settings) / 10)
+    assert noise_bias(model, regression_loss, data, replace(settings, batch_size=5000)) == 0
 
 
 class Product(nn.Module):
@@ -132,9 +130,9 @@ def test_reduced_rank_unaided():
     """λ = 26 of 96 parameters: d / 2 = 48 and the generic stratum's 27 are the wrong answers at hand."""
     model = Product(exact.deep_linear_point([8, 6, 8], 3, np.random.default_rng(0)))
     x = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
-    data, start = (x, model(x).detach()), Settings(lr=0.0, gamma=0.0, batch_size=128, sampler="baoab")
-    found = calibrate(model, regression_loss, data, start, max_steps=800)
-    result = llc(sample(model, regression_loss, data, replace(found.settings, seed=1)))
+    data, start = (x, model(x).detach()), Settings(batch_size=128, sampler="baoab")
+    calibration = calibrate(model, regression_loss, data, start, max_steps=800)
+    result = llc(sample(model, regression_loss, data, calibration.settings, seed=1))
     assert result["verdict"].item() == "ok"
     assert result["se"].item() < 0.03 * 26
     assert result["llc"].item() == pytest.approx(26, rel=0.05), (result["llc"].item(), result["se"].item())
@@ -152,13 +150,15 @@ def test_a_small_classifier_unaided():
         optimizer.zero_grad()
         classification_loss(model, (x, y)).mean().backward()
         optimizer.step()
-    found = calibrate(model, classification_loss, (x, y), max_steps=400)
-    one, two = (llc(sample(model, classification_loss, (x, y), replace(found.settings, seed=seed))) for seed in (1, 2))
-    assert one["verdict"].item() == two["verdict"].item() == "ok"
-    assert one["valley"].item() > 0.75
-    assert 2 < one["llc"].item() < 146 / 2
-    spread = np.hypot(one["se"].item(), two["se"].item())
-    assert abs(one["llc"].item() - two["llc"].item()) < 3 * spread < 0.6 * one["llc"].item()
+    calibration = calibrate(model, classification_loss, (x, y), max_steps=400)
+    first, second = (
+        llc(sample(model, classification_loss, (x, y), calibration.settings, seed=seed)) for seed in (1, 2)
+    )
+    assert first["verdict"].item() == second["verdict"].item() == "ok"
+    assert first["anharmonicity"].item() > 0.75
+    assert 2 < first["llc"].item() < 146 / 2
+    spread = np.hypot(first["se"].item(), second["se"].item())
+    assert abs(first["llc"].item() - second["llc"].item()) < 3 * spread < 0.6 * first["llc"].item()
 
 
 def test_weights_that_are_flat_everywhere_set_no_scale():

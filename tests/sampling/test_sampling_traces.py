@@ -8,8 +8,9 @@ from torch import nn
 from devmon.analysis import llc
 from devmon.errors import InstrumentError
 from devmon.sampling import BAOAB, classification_loss, regression_loss
+from devmon.sampling.group import Group
 from devmon.testing import exact
-from tests.sampling.test_sampling import CURVATURE, net_and_data, run, slopes
+from tests.support.sampling_toys import CURVATURE, net_and_data, run, slopes
 
 
 def acceptance_of_sgld(lr, gamma, draws=400_000):
@@ -84,9 +85,16 @@ def test_singular_fluctuation_of_a_regular_model_is_half_its_parameters():
     model.weight.data = torch.linalg.lstsq(x.double(), y.double()).solution.T.float()
     options = {"lr": 5e-5, "gamma": 1.0, "nbeta": 2000.0, "sampler": "baoab", "batch_size": 64, "chains": 8}
     traces = run(
-        model, (x, y), regression_loss, control_variate=True, examples=2000, steps_per_draw=4, draws=150, burn_in=50,
+        model,
+        (x, y),
+        regression_loss,
+        control_variate=True,
+        examples=2000,
+        steps_per_draw=4,
+        draws=150,
+        burn_in=50,
         **options,
-    )  # fmt: skip
+    )
     result = llc(traces)
     residual = (y - model(x)).detach().double()[:, 0]
     inverse = torch.linalg.inv((x.T @ x / len(x)).double())
@@ -103,21 +111,19 @@ def test_traces_without_the_requests_say_so():
 
 
 def test_chains_that_do_not_fit_into_memory_run_in_smaller_groups(monkeypatch):
-    from devmon.sampling import chains
-
     net, data = net_and_data()
     settings = {"chains": 5, "draws": 4, "burn_in": 0, "lr": 1e-3, "loss": classification_loss}
-    expected, whole, tried = run(net, data, group=2, **settings), chains._run_group, []
+    expected, whole, tried = run(net, data, group=2, **settings), Group.run, []
 
-    def small(flat, evaluator, sampler, plan, group, *rest):
-        tried.append(len(group))
-        if len(group) > 2:
+    def small(self, chains):
+        tried.append(len(chains))
+        if len(chains) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(flat, evaluator, sampler, plan, group, *rest)
+        return whole(self, chains)
 
-    monkeypatch.setattr(chains, "_run_group", small)
+    monkeypatch.setattr(Group, "run", small)
     np.testing.assert_array_equal(run(net, data, **settings)["loss"], expected["loss"])
     assert tried == [5, 3, 2, 2, 1]
-    monkeypatch.setattr(chains, "_run_group", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    monkeypatch.setattr(Group, "run", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(torch.OutOfMemoryError):
         run(net, data, **settings)

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import xarray as xr
 
-from devmon import DevmonError, IdentityError, StoreError, Trajectory, cli
+from devmon import StoreError, Trajectory, cli
 from devmon.store import rows
+from tests.support.store import flip, row, unit
 
-WHO = {"instrument": "a.B", "fields": {"nbeta": "30"}, "fingerprint": "0", "doc": "Measures."}
 Damage = Callable[[Path], object]
-
-
-def row(value: float = 1.0) -> xr.Dataset:
-    return xr.Dataset({"total": ((), np.float64(value)), "verdict": ((), np.array("ok", dtype=object))})
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """Two watches: `fine` is never touched, `hurt` has folded rows 0, 5 and units 7, 9."""
-    store = Trajectory(tmp_path / "run.zarr", seed=3, settings={"width": 64}, title="a run")
-    for name in ("fine", "hurt"):
-        store.declare(name, WHO)
-        for step in (0, 5):
-            store.append(name, step, row(step), weights=f"w{step}")
-    store.fold()
-    for name in ("fine", "hurt"):
-        for step in (7, 9):
-            store.append(name, step, row(step), weights=f"w{step}")
-    return store.path
-
-
-def unit(path: Path) -> Path:
-    (found,) = path.glob("_units/hurt/*.rows")
-    return found
 
 
 def patch(file: Callable[[Path], Path] | str, change: Callable[[bytes], bytes]) -> Damage:
@@ -97,10 +70,6 @@ def a_row_of_objects(data: bytes) -> bytes:
     return data + b"".join([*rows.record(b"", [layout]), *rows.record(header, [pickle.dumps(Bomb())[:8].ljust(8)])])
 
 
-def flip(at: int) -> Callable[[bytes], bytes]:
-    return lambda data: data[:at] + bytes([data[at] ^ 0xFF]) + data[at % len(data) + 1 :]
-
-
 def loop(target: Path) -> None:
     target.symlink_to(target)
 
@@ -116,7 +85,10 @@ HURT = {  # the watch `hurt` is damaged, `fine` is not
     "a pickle in a row": (patch(unit, a_pickle_in_a_row), "a header is not readable"),
     "a row of Python objects": (patch(unit, a_row_of_objects), "a layout is not readable"),
     "a row without its step": (patch(unit, lambda d: d + b"".join(rows.record(b"{}", []))), "a header is not readable"),
-    "a header that is a list": (patch(unit, lambda d: d + b"".join(rows.record(b"[]", []))), "a header is not readable"),
+    "a header that is a list": (
+        patch(unit, lambda d: d + b"".join(rows.record(b"[]", []))),
+        "a header is not readable",
+    ),
     "a unit of an earlier devmon": (lambda p: (p / "_units/hurt/000000000007.npz").write_bytes(b""), "earlier devmon"),
     "a folder as a unit": (instead(unit, Path.mkdir), "cannot read"),
     "a symlink loop as a unit": (instead(unit, loop), "cannot read"),
@@ -125,10 +97,19 @@ HURT = {  # the watch `hurt` is damaged, `fine` is not
     "a truncated zarr.json of a watch": (patch("hurt/zarr.json", lambda d: d[: len(d) // 2]), "restore it"),
     "an empty zarr.json of a watch": (patch("hurt/zarr.json", lambda _: b""), "restore it"),
     "a list as zarr.json": (patch("hurt/zarr.json", lambda _: b"[]"), "restore it"),
-    "an array as zarr.json of a watch": (patch("hurt/zarr.json", lambda d: d.replace(b'"group"', b'"array"')), "no Zarr v3 group"),
-    "a watch of Zarr v2": (patch("hurt/zarr.json", lambda d: d.replace(b'"zarr_format": 3', b'"zarr_format": 2')), "no Zarr v3 group"),
+    "an array as zarr.json of a watch": (
+        patch("hurt/zarr.json", lambda d: d.replace(b'"group"', b'"array"')),
+        "no Zarr v3 group",
+    ),
+    "a watch of Zarr v2": (
+        patch("hurt/zarr.json", lambda d: d.replace(b'"zarr_format": 3', b'"zarr_format": 2')),
+        "no Zarr v3 group",
+    ),
     "a watch without metadata": (attributes("hurt/zarr.json", dict.clear), "says no instrument"),
-    "a truncated zarr.json of an array": (patch("hurt/total/zarr.json", lambda d: d[: len(d) // 2]), "restore it from a copy"),
+    "a truncated zarr.json of an array": (
+        patch("hurt/total/zarr.json", lambda d: d[: len(d) // 2]),
+        "restore it from a copy",
+    ),
     "a truncated chunk": (patch("hurt/total/c/0", lambda d: d[: len(d) // 2]), "hurt/total/c/0 is damaged"),
     "another chunk": (patch("hurt/total/c/0", lambda _: b"thesis"), "hurt/total/c/0 is damaged"),
     "an empty chunk": (patch("hurt/total/c/0", lambda _: b""), "hurt/total/c/0 is damaged"),
@@ -137,11 +118,14 @@ HURT = {  # the watch `hurt` is damaged, `fine` is not
     "a chunk of steps that is gone": (lambda p: (p / "hurt/step/c/0").unlink(), "hurt/step/c/0 is gone"),
     "a variable that is gone": (lambda p: shutil.rmtree(p / "hurt" / "total"), "hurt holds no total any more"),
     "steps that are gone": (lambda p: shutil.rmtree(p / "hurt" / "step"), "hurt holds no step any more"),
-    "arrays that are all gone": (lambda p: [shutil.rmtree(f) for f in (p / "hurt").iterdir() if f.is_dir()], "holds no"),
+    "arrays that are all gone": (
+        lambda p: [shutil.rmtree(f) for f in (p / "hurt").iterdir() if f.is_dir()],
+        "holds no",
+    ),
     "fewer rows than were written": (cut_to_one_row, "hurt holds 1 rows, 2 were written"),
     "an array of steps that is gone": (instead("hurt/step/zarr.json", lambda _: None), "restore it from a copy"),
     "weights that are gone": (lambda p: shutil.rmtree(p / "hurt" / "weights"), "restore it from a copy"),
-}  # fmt: skip
+}
 RUN = {  # the run as a whole cannot be opened
     "a truncated zarr.json": (patch("zarr.json", lambda d: d[: len(d) // 2]), "cannot be read"),
     "a binary zarr.json": (patch("zarr.json", lambda _: b"\xff\xfe\x00"), "cannot be read"),
@@ -149,14 +133,20 @@ RUN = {  # the run as a whole cannot be opened
     "no zarr.json": (lambda p: (p / "zarr.json").unlink(), "there is no trajectory at"),
     "a folder as zarr.json": (instead("zarr.json", Path.mkdir), "there is no trajectory at"),
     "a symlink loop as zarr.json": (instead("zarr.json", loop), "there is no trajectory at"),
-    "attributes that are a list": (patch("zarr.json", lambda _: b'{"zarr_format": 3, "node_type": "group", "attributes": []}'), "cannot be read"),
+    "attributes that are a list": (
+        patch("zarr.json", lambda _: b'{"zarr_format": 3, "node_type": "group", "attributes": []}'),
+        "cannot be read",
+    ),
     "no metadata of devmon": (attributes("zarr.json", dict.clear), "no trajectory of devmon"),
     "no run_id": (attributes("zarr.json", lambda a: a.pop("run_id")), "says no run_id"),
     "no seed": (attributes("zarr.json", lambda a: a.pop("seed")), "says no seed"),
     "a newer schema": (attributes("zarr.json", lambda a: a.update(schema=99)), "install devmon >="),
-    "a newer schema without versions": (attributes("zarr.json", lambda a: (a.update(schema=99), a.pop("versions"))), "install devmon"),
+    "a newer schema without versions": (
+        attributes("zarr.json", lambda a: (a.update(schema=99), a.pop("versions"))),
+        "install devmon",
+    ),
     "a schema in words": (attributes("zarr.json", lambda a: a.update(schema="two")), "has schema two"),
-}  # fmt: skip
+}
 
 
 def at_the_command_line(*words: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -203,13 +193,20 @@ def test_a_damaged_run_is_named(
     assert Trajectory(path)["hurt"]["total"].values.tolist() == [0.0, 5.0, 7.0, 9.0]
 
 
-@pytest.mark.parametrize("make, said", [
-    (lambda p: None, "there is no trajectory at"),
-    (lambda p: p.write_text("thesis"), "there is no trajectory at"),
-    (loop, "there is no trajectory at"),
-    (lambda p: (p.mkdir(), (p / "thesis.tex").write_text("…")), "there is no trajectory at"),
-    (lambda p: xr.Dataset({"a": ("x", [1.0])}).to_zarr(p, zarr_format=3, consolidated=False), "no trajectory of devmon"),
-], ids=["nothing", "a file", "a symlink loop", "another folder", "another Zarr group"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda p: None, "there is no trajectory at"),
+        (lambda p: p.write_text("thesis"), "there is no trajectory at"),
+        (loop, "there is no trajectory at"),
+        (lambda p: (p.mkdir(), (p / "thesis.tex").write_text("…")), "there is no trajectory at"),
+        (
+            lambda p: xr.Dataset({"a": ("x", [1.0])}).to_zarr(p, zarr_format=3, consolidated=False),
+            "no trajectory of devmon",
+        ),
+    ],
+    ids=["nothing", "a file", "a symlink loop", "another folder", "another Zarr group"],
+)
 def test_what_is_no_run_is_told_and_left_alone(
     tmp_path: Path, make: Damage, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,149 +218,3 @@ def test_what_is_no_run_is_told_and_left_alone(
         with pytest.raises(StoreError):
             Trajectory(place)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    "name", ["..", ".", "", "../other", "a/b", "/etc/x", "a\\b", "_units", "-x", "a b", "a\n", "zarr.json"]
-)
-def test_a_name_that_leads_elsewhere_is_refused(path: Path, name: str) -> None:
-    store = Trajectory(path)
-    before = sorted(p for p in path.parent.rglob("*"))
-    for call in (lambda: store.declare(name, WHO), lambda: store.append(name, 1, row(), weights="w"),
-                 lambda: store.fail(name, 1, "no")):  # fmt: skip
-        with pytest.raises(StoreError, match="cannot name a watch"):
-            call()
-    with pytest.raises(KeyError):
-        _ = store[name]
-    assert sorted(p for p in path.parent.rglob("*")) == before
-
-
-def test_another_run_is_refused(path: Path) -> None:
-    for words, said in [
-        ({"seed": 4}, "seed: stored 3, now 4"),
-        ({"settings": {"width": 9}}, "width: stored 64, now 9"),
-    ]:
-        with pytest.raises(IdentityError, match=said):
-            Trajectory(path, **words)  # type: ignore[arg-type]
-    store = Trajectory(path)
-    for step in (5, 9):  # folded, and not
-        with pytest.raises(IdentityError, match="another run"):
-            store.append("hurt", step, row(), weights="of another run")
-    with pytest.raises(StoreError, match="declare it first"):
-        store.append("unknown", 1, row(), weights="w")
-
-
-def test_half_a_row_is_none_and_zeros_of_a_power_cut_are_none(path: Path) -> None:
-    whole = unit(path).read_bytes()
-    for data in (whole[:-1], whole[:-30], whole[:10], b"", whole + bytes(5000)):
-        unit(path).write_bytes(data)
-        held = Trajectory(path)["hurt"]["step"].values.tolist()
-        assert held == [0, 5, *[7, 9][: max(0, 2 - (len(data) < len(whole)) - (len(data) <= 10))]], len(data)
-    store = Trajectory(path)
-    store.append("hurt", 9, row(9.0), weights="w9")
-    store.fold()
-    assert store["hurt"]["total"].values.tolist() == [0.0, 5.0, 7.0, 9.0]
-
-
-def test_no_file_of_a_group_can_be_lost_cut_or_changed_unseen(tmp_path: Path) -> None:
-    store = Trajectory(tmp_path / "run.zarr")
-    store.declare("all", WHO)
-    for step in (0, 1):  # zeros, NaN and False are fill values: Zarr alone would write no chunk of them
-        store.append("all", step, xr.Dataset(
-            {"zero": ("head", np.zeros(3)), "nan": ((), np.nan), "no": ((), np.bool_(False)), "int": ((), np.int32(0)),
-             "text": ("head", np.array(["a", "", "c"], dtype=object))},
-            {"head": np.array(["x", "y", "z"], dtype=object), "layer": 0.0}), weights=f"w{step}")  # fmt: skip
-    store.fold()
-    right = store["all"]
-    files = [file for file in (store.path / "all").rglob("*") if file.is_file() and file.parent.name != "all"]
-    assert len(files) == 2 * len(right.variables)
-    for file in files:
-        data = file.read_bytes()
-        changes = [None, b"", data[:-1], data[: len(data) // 2]]
-        if file.name != "zarr.json":  # of metadata, a changed unit or label is not seen
-            changes += [flip(at)(data) for at in range(len(data))]
-        for change in changes:
-            file.unlink() if change is None else file.write_bytes(change)
-            with pytest.raises(StoreError, match=f"all.*{file.parent.relative_to(store.path / 'all').parts[0]}"):
-                store._place.folded("all")
-            file.write_bytes(data)
-    xr.testing.assert_identical(Trajectory(store.path)["all"], right)
-
-
-def test_a_lost_chunk_of_a_large_array_or_an_earlier_attempt_is_named(tmp_path: Path) -> None:
-    store = Trajectory(tmp_path / "run.zarr")
-    store.declare("trace", WHO)
-    for step in (0, 1):
-        store.append("trace", step, xr.Dataset({"loss": ("draw", np.zeros(2**22))}), weights=f"w{step}")
-    store.supersede(after=0)
-    store.append("trace", 1, xr.Dataset({"loss": ("draw", np.zeros(2**22))}), weights="w1")
-    store.fold()
-    chunks = sorted(file for file in store.path.glob("trace/loss/c/*/*"))
-    assert len(chunks) > 10
-    chunks[7].unlink()
-    with pytest.raises(StoreError, match=rf"{chunks[7].relative_to(tmp_path)} is gone"):
-        _ = store["trace"]
-    assert store.steps("trace") == [0, 1]
-    assert store.attempts()["_attempts/0/trace"]["step"].values.tolist() == [1]
-    next(store.path.glob("_attempts/0/trace/loss/c/0/0")).unlink()
-    with pytest.raises(StoreError, match="_attempts/0/trace/loss/c/0/0 is gone"):
-        store.attempts()
-
-
-def no_room(*_: object, **__: object) -> Any:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("where", ["os.fsync", "os.rename", "os.replace", "open", "devmon.store.groups.write"])
-def test_a_full_disk_is_told_and_costs_nothing_that_was_stored(
-    path: Path, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as full:
-        store = Trajectory(path)
-        for name in ["devmon.files.open", "devmon.store.units.open"] if where == "open" else [where]:
-            full.setattr(name, no_room, raising=False)
-        calls: list[Callable[[], object]] = [store.fold]
-        if where in ("os.fsync", "open"):
-            calls.append(lambda: store.append("hurt", 11, row(11.0), weights="w11"))
-        if where in ("os.fsync", "os.replace", "open"):
-            calls.append(lambda: store.record(x=1))
-        for call in calls:
-            with pytest.raises(StoreError, match="No space left on device.*"):
-                call()
-    again = Trajectory(path)
-    for name in ("fine", "hurt"):
-        assert again[name]["total"].values.tolist() == [0.0, 5.0, 7.0, 9.0]
-    again.append("hurt", 11, row(11.0), weights="w11")
-    again.fold()
-    assert again["hurt"]["step"].values.tolist() == [0, 5, 7, 9, 11]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
-@pytest.mark.parametrize("file", ["zarr.json", "hurt/zarr.json", "_units/hurt", ".lock", "."])
-def test_no_permission_is_told(path: Path, file: str) -> None:
-    (path / file).chmod(0)
-    try:
-        with pytest.raises(DevmonError, match="permission"):
-            Trajectory(path).append("hurt", 11, row(), weights="w")
-    finally:
-        (path / file).chmod(0o700)
-
-
-def test_dtypes_that_a_store_cannot_hold_are_refused(path: Path) -> None:
-    odd = xr.Dataset({"total": ((), np.zeros((), dtype="V2"))})
-    with pytest.raises(StoreError, match="cast it to float32"):
-        Trajectory(path).append("hurt", 11, odd, weights="w")
-
-
-def test_checksums_are_of_the_bytes() -> None:
-    head, header, *payload = rows.record(b"{}", [b"abc", memoryview(b"def")])
-    assert rows.HEAD.unpack(head)[3:5] == (zlib.crc32(b"{}"), 0x53BCEFF1)
-    assert (header, b"".join(payload)) == (b"{}", b"abcdef")
-
-
-def test_rows_of_earlier_checksums_are_sound() -> None:
-    payload = bytes(range(256)) * 5000
-    assert rows.sound(payload, zlib.crc32(payload))
-    assert rows.sound(payload, rows.checksum(payload))
-    assert rows.checksum(payload[700:], rows.checksum(payload[:700])) == rows.checksum(payload)
-    assert not rows.sound(payload[:-1] + b"x", zlib.crc32(payload))

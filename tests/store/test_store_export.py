@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from devmon import StoreError, Trajectory
 from devmon.cli.root import app
-from devmon.store.export import KINDS, compact, export, table
+from devmon.store.compact import compact
+from devmon.store.export import KINDS, export, table
 
 WHO = {"instrument": "a.B", "fields": {"nbeta": "30"}, "fingerprint": "0", "doc": "Measures."}
 
@@ -28,10 +29,22 @@ def run(tmp_path: Path) -> Trajectory:
     store.declare("trace", WHO)
     for step in (0, 5, 7):
         labels = np.array(["L0H0", "L1H0"], dtype=object)
-        store.append("heads", step, xr.Dataset(
-            {"score": ("head", np.full(2, float(step)), {"units": "nats"}), "loss": ((), step + 0.25, {"units": "nats"}),
-             "loss_se": ((), 0.5), "count": ((), np.int64(step)), "verdict": ((), np.array("ok", dtype=object)),
-             "converged": ((), np.bool_(step > 0))}, {"head": labels}), weights=f"w{step}")  # fmt: skip
+        store.append(
+            "heads",
+            step,
+            xr.Dataset(
+                {
+                    "score": ("head", np.full(2, float(step)), {"units": "nats"}),
+                    "loss": ((), step + 0.25, {"units": "nats"}),
+                    "loss_se": ((), 0.5),
+                    "count": ((), np.int64(step)),
+                    "verdict": ((), np.array("ok", dtype=object)),
+                    "converged": ((), np.bool_(step > 0)),
+                },
+                {"head": labels},
+            ),
+            weights=f"w{step}",
+        )
         loss = np.random.default_rng(step).standard_normal((4, 50, 2000), dtype=np.float32)
         store.append("trace", step, xr.Dataset({"loss": (("chain", "draw", "example"), loss)}), weights=f"w{step}")
     store.supersede(after=5)
@@ -113,9 +126,13 @@ def test_the_llc_of_traces_is_in_the_table_with_error_and_verdict() -> None:
     rng = np.random.default_rng(0)
     loss = 1.0 + 0.01 * rng.standard_normal((2, 4, 300))
     dataset = xr.Dataset(
-        {"loss": (("step", "chain", "draw"), loss), "baseline": 0.9 * xr.ones_like(xr.DataArray(loss, dims=("step", "chain", "draw")))}, {"step": [0, 5]},
+        {
+            "loss": (("step", "chain", "draw"), loss),
+            "baseline": 0.9 * xr.ones_like(xr.DataArray(loss, dims=("step", "chain", "draw"))),
+        },
+        {"step": [0, 5]},
         attrs={"kind": "llc", "nbeta": 30.0},
-    )  # fmt: skip
+    )
     frame, derived = table({"llc": dataset}), llc(dataset)
     np.testing.assert_array_equal(frame[frame["variable"] == "llc"]["value"], derived["llc"])
     np.testing.assert_array_equal(frame[frame["variable"] == "llc"]["se"], derived["se"])
@@ -207,6 +224,11 @@ def test_an_empty_run_gives_an_empty_table(tmp_path: Path) -> None:
 
 
 def test_the_bench_runs(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "benchmarks/store.py", "--quick", "--json", str(tmp_path / "x.json")],
-                          cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "benchmarks/store.py", "--quick", "--json", str(tmp_path / "x.json")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Any order of appends, crashes, resumptions, folds, second writers and copies: the store holds what a plain dict holds."""
+"""Any order of appends, crashes, resumptions, folds, second writers, copies: the store holds what a dict holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from devmon import IdentityError, Trajectory
-from devmon.store.export import compact
+from devmon.store.compact import compact
 
 WHO = {"instrument": "a.B", "fields": {}, "fingerprint": "0", "doc": "Measures."}
 NAMES = ("scalars", "trace")
@@ -193,9 +193,13 @@ class Store(RuleBasedStateMachine):
 
 TestStore = Store.TestCase
 TestStore.settings = settings(
-    max_examples=20, stateful_step_count=15, deadline=None, derandomize=True, database=None,
+    max_examples=20,
+    stateful_step_count=15,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("at", range(1, 16))

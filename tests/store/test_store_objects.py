@@ -19,15 +19,19 @@ from zarr.storage import ObjectStore
 
 from devmon import IdentityError, StoreError, Trajectory
 from devmon.cli.root import app
-from devmon.store.export import compact
-from devmon.store.objects import Objects, ObjectUnits
+from devmon.store.bucket import Bucket
+from devmon.store.compact import compact
+from devmon.store.object_units import ObjectUnits
+from devmon.store.objects import Objects
 
 WHO = {"instrument": "a.B", "fields": {"nbeta": "30"}, "fingerprint": "0", "doc": "Measures."}
 
 
 def row(value: float, n: int = 2) -> xr.Dataset:
-    return xr.Dataset({"score": ("head", np.full(n, float(value)), {"units": "nats"}), "word": ((), np.array("ok", dtype=object))},
-                      {"head": np.array([f"L{i}" for i in range(n)], dtype=object)})  # fmt: skip
+    return xr.Dataset(
+        {"score": ("head", np.full(n, float(value)), {"units": "nats"}), "word": ((), np.array("ok", dtype=object))},
+        {"head": np.array([f"L{i}" for i in range(n)], dtype=object)},
+    )
 
 
 def fill(store: Trajectory, name: str, steps: list[int]) -> None:
@@ -50,7 +54,7 @@ def store(memory: MemoryStore) -> Trajectory:
 
 def keys(store: Trajectory, prefix: str = "") -> list[str]:
     assert isinstance(store._place, Objects)
-    return list(store._place.keys(prefix))
+    return list(store._place.bucket.keys(prefix))
 
 
 def scores(store: Trajectory, name: str = "llc") -> list[float]:
@@ -62,11 +66,18 @@ def test_a_folder_and_an_object_store_hold_the_same(store: Trajectory, memory: M
     for name in ("llc", "llc2"):
         folder.declare(name, WHO)
     acts: list[Callable[[Trajectory], object]] = [
-        lambda t: fill(t, "llc", [20, 0, 10]), lambda t: fill(t, "llc2", [5]), lambda t: t.fail("llc", 15, "NaN"), lambda t: t.fold(),
-        lambda t: fill(t, "llc", [10, 30]), lambda t: t.fail("llc2", 7, "no"), lambda t: t.supersede(after=10),
-        lambda t: t.append("llc", 20, row(-1), weights="again", seconds=0.0), lambda t: t.fold(), lambda t: t.supersede(after=2),
+        lambda t: fill(t, "llc", [20, 0, 10]),
+        lambda t: fill(t, "llc2", [5]),
+        lambda t: t.fail("llc", 15, "NaN"),
+        lambda t: t.fold(),
+        lambda t: fill(t, "llc", [10, 30]),
+        lambda t: t.fail("llc2", 7, "no"),
+        lambda t: t.supersede(after=10),
+        lambda t: t.append("llc", 20, row(-1), weights="again", seconds=0.0),
+        lambda t: t.fold(),
+        lambda t: t.supersede(after=2),
         lambda t: t.record(title="a run"),
-    ]  # fmt: skip
+    ]
     for act in acts:
         for one in (store, folder):
             act(one)
@@ -80,8 +91,12 @@ def test_a_folder_and_an_object_store_hold_the_same(store: Trajectory, memory: M
             for group, rows in again.attempts().items():
                 xr.testing.assert_equal(rows, folder.attempts()[group])
     assert [a["rows"] for a in store.attrs["attempts"]] == [{"llc": [20, 30]}, {"llc": [10, 20], "llc2": [5]}]
-    for wrong in (lambda t: Trajectory(memory, seed=4), lambda t: t.declare("llc", WHO | {"fingerprint": "1"}),
-                  lambda t: t.append("llc", 0, row(0), weights="x"), lambda t: t.append("llc", 1, row(0, 3), weights="x")):  # fmt: skip
+    for wrong in (
+        lambda t: Trajectory(memory, seed=4),
+        lambda t: t.declare("llc", WHO | {"fingerprint": "1"}),
+        lambda t: t.append("llc", 0, row(0), weights="x"),
+        lambda t: t.append("llc", 1, row(0, 3), weights="x"),
+    ):
         with pytest.raises(IdentityError):
             wrong(store)
 
@@ -118,7 +133,7 @@ def test_a_kill_between_any_two_requests_loses_nothing(store: Trajectory, memory
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Objects, "put", counted(Objects.put))
+        patch.setattr(Bucket, "put", counted(Bucket.put))
         patch.setattr(obstore, "delete", counted(obstore.delete))
         patch.setattr(ObjectStore, "set", counted(ObjectStore.set))
         try:
@@ -171,7 +186,7 @@ def test_of_two_writers_of_a_step_the_second_is_told(store: Trajectory, memory: 
 
 
 def test_a_fold_that_was_overtaken_begins_anew(store: Trajectory, memory: MemoryStore) -> None:
-    other, write, keys, replace = Trajectory(memory), Objects._write, Objects.keys, Objects.replace
+    other, write, keys, replace = Trajectory(memory), Objects._write, Bucket.keys, Objects.replace
 
     def overtake(step: int) -> None:
         patch.undo()
@@ -182,10 +197,10 @@ def test_a_fold_that_was_overtaken_begins_anew(store: Trajectory, memory: Memory
         write(*args)
         overtake(1)
 
-    def slow_keys(place: Objects, prefix: str) -> Any:  # and before this one, which has published, deletes what is old
+    def slow_keys(bucket: Bucket, prefix: str) -> Any:  # and before this one, which has published, deletes what is old
         if prefix == "_folds/llc":
             overtake(3)
-        return keys(place, prefix)
+        return keys(bucket, prefix)
 
     def slow_replace(*args: Any) -> bool:  # before this one writes what it has read
         overtake(5)
@@ -198,7 +213,7 @@ def test_a_fold_that_was_overtaken_begins_anew(store: Trajectory, memory: Memory
     assert scores(store) == scores(other) == scores(Trajectory(memory)) == [0.0, 1.0]
     fill(store, "llc", [2])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Objects, "keys", slow_keys)
+        patch.setattr(Bucket, "keys", slow_keys)
         store.fold()
     assert scores(store) == scores(other) == scores(Trajectory(memory)) == [0.0, 1.0, 2.0, 3.0]
     fill(store, "llc", [4])
@@ -286,7 +301,7 @@ def test_a_finished_run_is_copied_to_an_object_store(tmp_path: Path, memory: Mem
         compact(run, memory)
     obstore.delete(memory, "thesis.tex")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Objects, "put", lambda *_: 1 / 0)  # killed before the last object
+        patch.setattr(Bucket, "put", lambda *_: 1 / 0)  # killed before the last object
         with pytest.raises(ZeroDivisionError):
             compact(run, memory)
     with pytest.raises(StoreError, match="no trajectory of devmon"):
@@ -307,6 +322,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, memory: MemoryStore, monkeypa
     with pytest.raises(StoreError, match="no conditional puts"):
         store.record(x=1)
     monkeypatch.setitem(sys.modules, "obstore", None)
-    monkeypatch.delitem(sys.modules, "devmon.store.objects")
+    for name in ("objects", "object_units", "bucket"):
+        monkeypatch.delitem(sys.modules, f"devmon.store.{name}")
     with pytest.raises(StoreError, match=r'pip install "devmon\[cloud\]"'):
         Trajectory("s3://bucket/run.zarr")

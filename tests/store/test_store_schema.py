@@ -28,8 +28,11 @@ def node(path: Path, attrs: dict[str, Any]) -> None:
 
 
 def row(value: float) -> xr.Dataset:
-    return xr.Dataset({"score": ("head", np.full(2, value), {"units": "nats"}), "verdict": ((), np.array("ok", dtype=object))},
-                      {"head": np.array(["L0H0", "L1H0"], dtype=object)}, {"headline": ["score"]})  # fmt: skip
+    return xr.Dataset(
+        {"score": ("head", np.full(2, value), {"units": "nats"}), "verdict": ((), np.array("ok", dtype=object))},
+        {"head": np.array(["L0H0", "L1H0"], dtype=object)},
+        {"headline": ["score"]},
+    )
 
 
 def npz(path: Path, dataset: xr.Dataset, **header: Any) -> None:
@@ -48,13 +51,23 @@ def npz(path: Path, dataset: xr.Dataset, **header: Any) -> None:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A run of schema 1: steps 0 and 5 folded, 7 and a failure at 9 in .npz files, a fold of another watch half done."""
+    """A run of schema 1: steps 0 and 5 folded, 7 and a failure at 9 in .npz files, another watch half folded."""
     path = tmp_path / "run.zarr"
-    node(path, {"schema": 1, "run_id": "abc", "seed": 3, "created": "2026-01-01T00:00:00+00:00", "settings": {},
-                "versions": {"devmon": "0.1.0"}})  # fmt: skip
+    node(
+        path,
+        {
+            "schema": 1,
+            "run_id": "abc",
+            "seed": 3,
+            "created": "2026-01-01T00:00:00+00:00",
+            "settings": {},
+            "versions": {"devmon": "0.1.0"},
+        },
+    )
     shape = {"score": "float64 (head=2)", "verdict": "text ()", "head": "text (head=2) ['L0H0', 'L1H0']"}
     folded = xr.concat([row(0.0), row(5.0)], "step", data_vars="all").assign_coords(
-        step=[0, 5], weights=("step", np.array(["w0", "w5"], dtype=object)), seconds=("step", [0.5, 0.5]))  # fmt: skip
+        step=[0, 5], weights=("step", np.array(["w0", "w5"], dtype=object)), seconds=("step", [0.5, 0.5])
+    )
     attrs = WHO | {"shape": shape, "headline": ["score"], "failures": {"3": "NaN"}}
     folded.assign_attrs(attrs).to_zarr(path / "heads", zarr_format=3, consolidated=False)
     assert len(list(path.glob("heads/score/c/*/*"))) == 1
@@ -147,11 +160,14 @@ def test_damage_of_an_old_row_is_named_and_nothing_is_converted(old: Path) -> No
     assert Trajectory(old).steps("heads") == [0, 5]
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"schema": SCHEMA + 1}, "install devmon >= 0.1.0"),
-    ({"schema": 0}, "has schema 0"),
-    ({"schema": SCHEMA + 1, "migrated": [{"to": SCHEMA + 1, "devmon": "7.8"}]}, "install devmon >= 7.8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"schema": SCHEMA + 1}, "install devmon >= 0.1.0"),
+        ({"schema": 0}, "has schema 0"),
+        ({"schema": SCHEMA + 1, "migrated": [{"to": SCHEMA + 1, "devmon": "7.8"}]}, "install devmon >= 7.8"),
+    ],
+)
 def test_a_run_of_another_devmon_is_refused_with_what_to_install(old: Path, change: dict[str, Any], said: str) -> None:
     file = old / "zarr.json"
     file.write_text(json.dumps((found := json.loads(file.read_text())) | {"attributes": found["attributes"] | change}))

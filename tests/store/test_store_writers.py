@@ -16,6 +16,7 @@ import pytest
 from benchmarks import store_kills
 from devmon import IdentityError, Trajectory
 from devmon.files import exclusive
+from devmon.store.stored import StoredWatch
 
 ROOT = Path(__file__).parents[2]
 ROW = store_kills.row
@@ -23,8 +24,13 @@ ROW = store_kills.row
 
 def start(code: str, *words: object) -> subprocess.Popen[str]:
     head = "import sys; from benchmarks.store_kills import *; path = Path(sys.argv[1]); "
-    return subprocess.Popen([sys.executable, "-c", head + code, *map(str, words)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", head + code, *map(str, words)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[str]:
@@ -99,7 +105,7 @@ def test_a_row_written_while_another_folds_is_kept(tmp_path: Path, monkeypatch: 
     store.declare("row", store_kills.WHO)
     store.append("row", 0, ROW(0), weights="w0")
     other: list[subprocess.Popen[str]] = []
-    real = store._replace
+    real = StoredWatch._replace
 
     def slow(*words: object) -> None:
         other.append(start("write(path, 1, 1, 1, 0)", store.path))
@@ -107,7 +113,7 @@ def test_a_row_written_while_another_folds_is_kept(tmp_path: Path, monkeypatch: 
         assert other[0].poll() is None  # it waits
         real(*words)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(store, "_replace", slow)
+    monkeypatch.setattr(StoredWatch, "_replace", slow)
     store.fold()
     finish(*other)
     assert store.steps("row") == [0, 1]
@@ -196,7 +202,7 @@ def test_setting_aside_twice_never_writes_over_an_earlier_attempt(
     for step in (0, 10, 20):
         _child(store, step)
     with monkeypatch.context() as patch:
-        patch.setattr("devmon.store.trajectory._now", lambda: 1 / 0)  # killed before the attempt is noted
+        patch.setattr("devmon.store.trajectory.now", lambda: 1 / 0)  # killed before the attempt is noted
         with pytest.raises(ZeroDivisionError):
             store.supersede(after=10)
     _child(store, 20)
@@ -206,8 +212,13 @@ def test_setting_aside_twice_never_writes_over_an_earlier_attempt(
 
 def test_killed_writers_lose_no_acknowledged_row(tmp_path: Path) -> None:
     out = tmp_path / "kills.json"
-    done = subprocess.run([sys.executable, "benchmarks/store_kills.py", "--kills", "3", "--writers", "1", "--json", str(out)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "benchmarks/store_kills.py", "--kills", "3", "--writers", "1", "--json", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert all(phase["acknowledged"] for phase in found["phases"].values()), found

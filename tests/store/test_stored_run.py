@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
-from devmon import IdentityError, Trajectory, Watch, observe
+from devmon import IdentityError, Snapshot, Trajectory, Watch, observe
 from devmon.monitoring.fingerprint import identity
 from tests.support.stored_run import STEPS, STORED, model, watches
 
@@ -53,3 +54,31 @@ def test_it_continues_and_refuses_another_configuration(tmp_path: Path) -> None:
     llc = next(watch for watch in watches() if watch.name == "llc")
     with pytest.raises(IdentityError, match="gamma"):
         observe(6, model(6), [Watch("llc", replace(llc.instrument, gamma=20.0), llc.steps)], run)
+
+
+class Replicated:
+    """A mean and, from this version on, the same by groups of items."""
+
+    def __init__(self, groups: bool) -> None:
+        self._groups = groups  # a private field: no part of the identity
+
+    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        by_group = np.arange(4.0) + snapshot.step
+        dataset = xr.Dataset({"score": ((), by_group.mean())}, attrs={"headline": ["score"]})
+        if self._groups:
+            dataset["score_replicates"] = ("replicate", by_group.astype(np.float32))
+        return dataset
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_run_goes_on_with_replicates_or_without_as_it_began(tmp_path: Path, first: bool, reopened: bool) -> None:
+    run = Trajectory(tmp_path / "run.zarr", "a")
+    observe(0, model(0), [Watch("score", Replicated(first), range(9))], run)
+    if reopened:
+        run = Trajectory(tmp_path / "run.zarr", "a")
+    for step in (1, 2):
+        observe(step, model(step), [Watch("score", Replicated(True), range(9))], run)
+    rows = run["score"]
+    assert ("score_replicates" in rows) is first
+    assert rows["score"].values.tolist() == [1.5, 2.5, 3.5]

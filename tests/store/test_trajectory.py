@@ -15,10 +15,14 @@ WHO = {"instrument": "a.B", "fields": {"nbeta": "30"}, "fingerprint": "0", "doc"
 
 def row(value: float = 1.0, heads: tuple[str, ...] = ("L0H0", "L1H0")) -> xr.Dataset:
     return xr.Dataset(
-        {"score": ("head", np.full(len(heads), value), {"units": "nats"}), "total": ((), np.float64(value)),
-         "verdict": ((), np.array("ok", dtype=object))},
-        coords={"head": np.array(heads, dtype=object)}, attrs={"headline": ["total"]},
-    )  # fmt: skip
+        {
+            "score": ("head", np.full(len(heads), value), {"units": "nats"}),
+            "total": ((), np.float64(value)),
+            "verdict": ((), np.array("ok", dtype=object)),
+        },
+        coords={"head": np.array(heads, dtype=object)},
+        attrs={"headline": ["total"]},
+    )
 
 
 @pytest.fixture
@@ -69,8 +73,16 @@ def test_a_held_step_is_left_as_it_is_and_other_weights_are_refused(store: Traje
         store.fold()
 
 
-@pytest.mark.parametrize("other", [row(heads=("L1H0", "L0H0")), row(heads=("L0H0",)), row().drop_vars("total"),
-                                   row().assign(score=row()["score"].astype("float32")), row().rename(head="layer")])  # fmt: skip
+@pytest.mark.parametrize(
+    "other",
+    [
+        row(heads=("L1H0", "L0H0")),
+        row(heads=("L0H0",)),
+        row().drop_vars("total"),
+        row().assign(score=row()["score"].astype("float32")),
+        row().rename(head="layer"),
+    ],
+)
 def test_another_form_is_refused(store: Trajectory, other: xr.Dataset) -> None:
     fill(store, [0])
     with pytest.raises(IdentityError, match="differs in form"):

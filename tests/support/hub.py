@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub on this machine: the requests that huggingface_hub makes, answered from folders."""
+"""A stand-in of the Hugging Face hub on this machine: the requests of huggingface_hub, answered from folders."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import hashlib
 import http.server
 import json
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import huggingface_hub
+import pytest
 
 
 class Hub:
     """One repository, `lab/model`: a folder a revision; `branches` and `tags` are listed, with a folder or without.
 
-    As the hub does it, a weights file is named by its SHA-256 in its ETag. `requests` are the paths that were asked for.
+    As the hub does it, a weights file is named by its SHA-256 in its ETag. `requests` are the paths asked for.
     """
 
     def __init__(self, folder: Path, branches: Sequence[str], tags: Sequence[str] = ()) -> None:
@@ -85,3 +88,21 @@ class Hub:
 
 def commit(name: str) -> str:
     return hashlib.sha1(name.encode()).hexdigest()
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Hub], Hub]]:
+    """Puts a stand-in in the hub's place: what talks to it is huggingface_hub itself."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with ExitStack() as stack:
+
+        def start(hub: Hub) -> Hub:
+            url = stack.enter_context(hub.serving())
+            monkeypatch.setattr(constants, "ENDPOINT", url)
+            monkeypatch.setattr(
+                constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+            )
+            return hub
+
+        yield start

@@ -1,4 +1,4 @@
-"""The server that worker processes are forks of: begun before anything else is imported, it imports while its caller does."""
+"""The server that worker processes are forks of: started before other imports, it imports while its caller does."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ MODEL = ["transformers.models.auto.modeling_auto", "transformers.modeling_layers
 
 
 def start(plan: Plan) -> Any:
-    """The context of the processes. On Linux they are forks of a server that has imported what they need, once, and has
-    started nothing (no CUDA, no threads)."""
+    """The context that processes are started from.
+
+    On Linux they are forks of a server that has imported what they need, once, and has started nothing (no CUDA, no
+    threads).
+    """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

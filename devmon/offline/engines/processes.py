@@ -14,17 +14,17 @@ import torch
 from devmon.errors import DevmonError
 from devmon.offline.engines.forkserver import start
 from devmon.offline.plan import Plan
-from devmon.offline.study import Event, Study
+from devmon.offline.study import Progress, Study
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The last that is heard of a process: its work is done, or what ended it."""
+    """The final message of a worker: its work is done, or `error` ended it."""
 
     error: str | None = None
 
 
-def part(plan: Plan, steps: Iterable[int], tell: Callable[[Event], None]) -> Ended:
+def part(plan: Plan, steps: Iterable[int], tell: Callable[[Progress], None]) -> Ended:
     """What one process of any engine does: what is missing at `steps`, with one thread where nothing else is asked."""
     try:
         Study(replace(plan, threads=plan.threads or 1)).measure(steps, tell)
@@ -40,14 +40,15 @@ def gpus() -> list[str]:
     return [str(i) for i in range(count)] if named is None else [part.strip() for part in named.split(",")][:count]
 
 
-def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = lambda event: None) -> list[str]:
+def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Progress], None] = lambda news: None) -> list[str]:
     """Do what is missing of `plan` at `steps` in `plan.workers` processes (each with one thread on a CPU, or one GPU).
 
-    Each takes the next step when it begins with the one before, so that a slow process takes fewer; the numbers do not
-    depend on who measures (with the same number of threads). Returns the processes that died: what they had not measured
-    is still missing, and the next call does it. Raises DevmonError, after all have ended, where one met what would end
-    a single one.
+    Each takes its next step when it begins to measure the last, so that a slow process takes fewer; the numbers do not
+    depend on who measures (with the same number of threads). Returns the processes that died: what they had not
+    measured is still missing, and the next call does it. Raises DevmonError, after all have ended, for what would end a
+    single process.
     """
+    # start the processes, each with a pipe of its own and a GPU where there are any
     context = start(plan)
     devices = gpus() if plan.device in (None, "cuda") else []
     todo, ended = iter(steps), dict[int, Ended]()
@@ -61,17 +62,18 @@ def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = la
         there.close()  # so that its end is seen here when the process dies
         workers[here] = worker
         processes.append(process)
+    # deal the steps as they are asked for, until every pipe is closed
     try:
         while workers:
             for here in cast(list[Connection], wait(list(workers))):
                 try:
                     message = here.recv()
                     if message is None:  # it asks for a step
-                        here.send(None if any(one.error for one in ended.values()) else next(todo, None))
+                        here.send(None if any(end.error for end in ended.values()) else next(todo, None))
                 except (EOFError, OSError):
                     del workers[here]
                     continue
-                if isinstance(message, Event):
+                if isinstance(message, Progress):
                     tell(message)
                 elif isinstance(message, Ended):
                     ended[workers[here]] = message
@@ -81,9 +83,10 @@ def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = la
         for process in processes:
             if process.is_alive():
                 process.terminate()
-    if errors := [one.error for one in ended.values() if one.error is not None]:
+    # a process without a final message was killed
+    if errors := [end.error for end in ended.values() if end.error is not None]:
         raise DevmonError(errors[0])
-    return [f"worker {n} died (exit code {one.exitcode})" for n, one in enumerate(processes) if n not in ended]
+    return [f"worker {n} died (exit code {dead.exitcode})" for n, dead in enumerate(processes) if n not in ended]
 
 
 def _work(plan: Plan, device: str | None, connection: Connection) -> None:

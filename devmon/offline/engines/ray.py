@@ -8,17 +8,17 @@ from typing import Any
 from devmon.errors import DevmonError
 from devmon.offline.engines.processes import Ended, part
 from devmon.offline.plan import Plan, pairs
-from devmon.offline.study import Event
+from devmon.offline.study import Progress
 
 PIECE = 4  # checkpoints of a task: all but the first are read while the one before is measured
 
 
-def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = lambda event: None) -> list[str]:
+def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Progress], None] = lambda news: None) -> list[str]:
     """Do what is missing of `plan` at `steps`, in `plan.workers` tasks of a few checkpoints at a time.
 
     A task has one CPU and, where the cluster has GPUs, one GPU, which Ray chooses; `plan.options` are other options of
-    `ray.remote` (num_gpus=0.5, max_retries=5). A task whose process dies is done again by Ray, without the rows that it had
-    written. Returns the tasks that Ray gave up; raises DevmonError for what would end a single process.
+    `ray.remote` (num_gpus=0.5, max_retries=5). A task whose process dies is done again by Ray, without the rows that it
+    had written. Returns the tasks that Ray gave up; raises DevmonError for what would end a single process.
     """
     try:
         import ray
@@ -34,15 +34,17 @@ def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = la
         held = ray.cluster_resources()
         for key, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU")):  # Ray would wait for them for ever
             if options.get(key, 0) > held.get(kind, 0):
-                raise DevmonError(f"a task asks for {key}={options[key]} and the whole Ray cluster has {held.get(kind, 0):g}: "
-                                  f"give less, as in --option {key}=1, or add a node")  # fmt: skip
+                raise DevmonError(
+                    f"a task asks for {key}={options[key]} and the whole Ray cluster has {held.get(kind, 0):g}: give "
+                    f"less, as in --option {key}=1, or add a node"
+                )
         return _deal(ray, ray.remote(**options)(_task), plan, steps, tell)
     finally:
         if mine:
             ray.shutdown()
 
 
-def _deal(ray: Any, task: Any, plan: Plan, steps: Sequence[int], tell: Callable[[Event], None]) -> list[str]:
+def _deal(ray: Any, task: Any, plan: Plan, steps: Sequence[int], tell: Callable[[Progress], None]) -> list[str]:
     """Keep `plan.workers` tasks going until all steps are done."""
     size = max(1, min(PIECE, len(steps) // (4 * plan.workers)))
     todo = [list(steps[i : i + size]) for i in range(0, len(steps), size)]
@@ -56,13 +58,13 @@ def _deal(ray: Any, task: Any, plan: Plan, steps: Sequence[int], tell: Callable[
         (done,), _ = ray.wait(list(going))
         piece = going.pop(done)
         try:
-            events, ended = ray.get(done)
+            heard, ended = ray.get(done)
         except ray.exceptions.RayError as error:
             what = f"{type(error).__name__}: {error}".partition("\n")[0]
             lost.append(f"the task of steps {', '.join(map(str, piece))} died ({what})")
             continue
-        for event in events:
-            tell(event)
+        for news in heard:
+            tell(news)
         if ended.error is not None:
             errors.append(ended.error)
     if errors:
@@ -70,6 +72,6 @@ def _deal(ray: Any, task: Any, plan: Plan, steps: Sequence[int], tell: Callable[
     return lost
 
 
-def _task(plan: Plan, steps: Sequence[int]) -> tuple[list[Event], Ended]:
-    events: list[Event] = []
-    return events, part(plan, steps, events.append)
+def _task(plan: Plan, steps: Sequence[int]) -> tuple[list[Progress], Ended]:
+    news: list[Progress] = []
+    return news, part(plan, steps, news.append)

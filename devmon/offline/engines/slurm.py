@@ -10,18 +10,19 @@ from typing import Any
 from devmon.errors import DevmonError
 from devmon.offline.engines.processes import Ended, part
 from devmon.offline.plan import Plan, pairs
-from devmon.offline.study import Event
+from devmon.offline.study import Progress
+from devmon.store.place import store_path
 from devmon.store.trajectory import Trajectory
 
 SOON, SELDOM = 0.5, 15.0  # seconds between looks at the run: at first, and as hours go by
 
 
 class Job:
-    """What a job of the array does; submitit hands it in again when SLURM ends it early (its time is up, preemption)."""
+    """What a job of the array does; submitit hands it in again when SLURM ends it early (time limit, preemption)."""
 
-    def __call__(self, plan: Plan, steps: Sequence[int]) -> tuple[list[Event], Ended]:
-        events: list[Event] = []
-        return events, part(plan, steps, events.append)
+    def __call__(self, plan: Plan, steps: Sequence[int]) -> tuple[list[Progress], Ended]:
+        news: list[Progress] = []
+        return news, part(plan, steps, news.append)
 
     def checkpoint(self, plan: Plan, steps: Sequence[int]) -> Any:
         from submitit.helpers import DelayedSubmission
@@ -29,7 +30,7 @@ class Job:
         return DelayedSubmission(self, plan, steps)
 
 
-def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = lambda event: None) -> list[str]:
+def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Progress], None] = lambda news: None) -> list[str]:
     """Do what is missing of `plan` at `steps` in an array of `plan.workers` jobs, and wait for them.
 
     `plan.options` are parameters of `submitit.AutoExecutor` (timeout_min=240, gpus_per_node=1, slurm_partition=gpu,
@@ -56,29 +57,30 @@ def measure(plan: Plan, steps: Sequence[int], tell: Callable[[Event], None] = la
         return _wait(jobs, plan, tell)
     except KeyboardInterrupt:
         names = sorted({job.job_id.partition("_")[0] for job in jobs})
-        raise DevmonError(f"the jobs go on (scancel {' '.join(names)} ends them): give the command again for what is "
-                          "then missing") from None  # fmt: skip
+        raise DevmonError(
+            f"the jobs go on (scancel {' '.join(names)} ends them): give the command again for what is then missing"
+        ) from None
 
 
-def _wait(jobs: Sequence[Any], plan: Plan, tell: Callable[[Event], None]) -> list[str]:
+def _wait(jobs: Sequence[Any], plan: Plan, tell: Callable[[Progress], None]) -> list[str]:
     """Tell of new rows until all jobs have ended, and of what they could not measure."""
-    news, lost, errors = _news(plan), list[str](), list[str]()
-    next(news)
+    written, lost, errors = _written(plan), list[str](), list[str]()
+    next(written)  # the rows of earlier commands
     waiting, pause = list(jobs), SOON
     while waiting:
         done = [job for job in waiting if job.done()]
-        for event in next(news):
-            tell(event)
+        for news in next(written):
+            tell(news)
         for job in done:
             waiting.remove(job)
             try:
-                events, ended = job.result()
+                heard, ended = job.result()
             except Exception as error:  # of submitit: the job gave no result
                 lost.append(f"job {job.job_id} died ({type(error).__name__}; its log: {Path(job.paths.stderr)})")
                 continue
-            for event in events:
-                if event.kind != "measured":
-                    tell(event)
+            for news in heard:
+                if news.kind != "measured":
+                    tell(news)
             if ended.error is not None:
                 errors.append(ended.error)
         if waiting and not done:
@@ -89,17 +91,11 @@ def _wait(jobs: Sequence[Any], plan: Plan, tell: Callable[[Event], None]) -> lis
     return lost
 
 
-def _news(plan: Plan) -> Iterator[list[Event]]:
-    """The rows that were written since it was asked before, by whoever wrote them; first those that are there."""
-    from devmon.offline.study import store_of
-
-    trajectory, seen = Trajectory(store_of(plan.into), "r"), set[tuple[int, str]]()
+def _written(plan: Plan) -> Iterator[list[Progress]]:
+    """The rows written since the last look, whoever wrote them; at the first look all that the run holds."""
+    trajectory, seen = Trajectory(store_path(plan.into), "r"), set[tuple[int, str]]()
     while True:
-        now = {
-            (step, name)
-            for name in trajectory
-            if not plan.watch or name in plan.watch
-            for step in trajectory.steps(name)
-        }
-        yield [Event("measured", step, name) for step, name in sorted(now - seen)]
+        names = [name for name in trajectory if not plan.watch or name in plan.watch]
+        now = {(step, name) for name in names for step in trajectory.steps(name)}
+        yield [Progress("measured", step, name) for step, name in sorted(now - seen)]
         seen |= now

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass
-class State:
+class BAOABState:
     """Positions and velocities (chain, parameter)."""
 
     position: Tensor
@@ -22,10 +22,11 @@ class State:
 class BAOAB:
     """Kick v ← v − h F, drift w ← w + (h/2) v, v ← c v + √(1 − c²) N(0, 1), drift w ← w + (h/2) v.
 
-    F = nbeta ∇L_B + gamma (w − w*), c is `momentum` and h = √lr, unit mass, so that `lr` means what it means for SGLD at momentum c = 0 (there this is the scheme of
-    Leimkuhler and Matthews 2013). The positions before each kick follow BAOAB's: on a quadratic their variance is
-    exactly 1 / aᵢ, aᵢ = nbeta hᵢ + gamma, for every lr aᵢ < 4. `momentum` near 1 crosses flat directions sooner;
-    gradient noise heats this kernel as it heats SGLD, and the more the longer the momentum remembers it.
+    F = nbeta ∇L_B + gamma (w − w*), c is `momentum` and h = √lr, unit mass, so that `lr` means what it means for SGLD
+    at momentum c = 0 (there this is the scheme of Leimkuhler and Matthews 2013). The positions before each kick follow
+    BAOAB's: on a quadratic their variance is exactly 1 / aᵢ, aᵢ = nbeta hᵢ + gamma, for every lr aᵢ < 4. `momentum`
+    near 1 crosses flat directions sooner; minibatch noise widens the law as it widens that of SGLD, and the more the
+    longer the momentum remembers it.
     """
 
     lr: float
@@ -34,11 +35,11 @@ class BAOAB:
     prior: float = 0.0
     momentum: float = 0.5
 
-    def init(self, position: Tensor, center: Tensor) -> State:
+    def init(self, position: Tensor, center: Tensor) -> BAOABState:
         """The state at `position`, which the steps will overwrite, at rest."""
-        return State(position, center, torch.zeros_like(position))
+        return BAOABState(position, center, torch.zeros_like(position))
 
-    def step(self, state: State, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> State:
+    def step(self, state: BAOABState, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> BAOABState:
         """One step; see `devmon.sampling.kernels.sgld.SGLD.step`."""
         h = math.sqrt(self.lr)
         drift = grad.mul_(self.nbeta)

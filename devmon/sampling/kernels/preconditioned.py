@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass
-class State:
+class PreconditionedState:
     """Positions and squared gradients (chain, parameter), the preconditioner M once frozen, and the steps taken."""
 
     position: Tensor
@@ -25,8 +25,8 @@ class PreconditionedSGLD:
 
     V is the running mean of the squared drift nbeta ∇L_B + gamma (w − w*) over the first `adapt` steps, which take M as
     it is then; afterwards M is frozen and the stationary law is that of SGLD with lr M per coordinate (a changing M
-    would need the Γ term that Li et al. 2016 leave out; here it is zero). Let burn-in be longer than `adapt`. `eps` is relative to
-    the root mean square of the drift: it bounds M for parameters without a gradient.
+    would need the Γ term that Li et al. 2016 leave out; here it is zero). Let burn-in be longer than `adapt`. `eps` is
+    relative to the root mean square of the drift: it bounds M for parameters without a gradient.
     """
 
     lr: float
@@ -36,14 +36,17 @@ class PreconditionedSGLD:
     adapt: int = 50
     eps: float = 0.1
 
-    def init(self, position: Tensor, center: Tensor) -> State:
+    def init(self, position: Tensor, center: Tensor) -> PreconditionedState:
         """The state at `position`, which the steps will overwrite; M starts at 1."""
-        return State(position, center, torch.zeros_like(position), torch.ones_like(position), 0)
+        return PreconditionedState(position, center, torch.zeros_like(position), torch.ones_like(position), 0)
 
-    def step(self, state: State, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> State:
+    def step(
+        self, state: PreconditionedState, grad: Tensor, noise: Tensor, mask: Tensor | None = None
+    ) -> PreconditionedState:
         """One step; see `devmon.sampling.kernels.sgld.SGLD.step`."""
         drift = grad.mul_(self.nbeta)
         drift.add_(state.position, alpha=self.gamma + self.prior).add_(state.center, alpha=-self.gamma)
+        # While M is learned the law is not yet the right one; from `adapt` steps on nothing here depends on the path.
         if state.taken < self.adapt:
             state.taken += 1
             state.square.lerp_(drift.square(), 1 / state.taken)

@@ -11,7 +11,7 @@ from devmon.errors import InstrumentError
 
 
 @dataclass
-class State:
+class SGLDState:
     """Where the chains are: `position` and `center` (w*) broadcast to (chain, parameter)."""
 
     position: Tensor
@@ -32,11 +32,11 @@ class SGLD:
     gamma: float
     prior: float = 0.0
 
-    def init(self, position: Tensor, center: Tensor) -> State:
+    def init(self, position: Tensor, center: Tensor) -> SGLDState:
         """The state at `position`, which the steps will overwrite."""
-        return State(position, center)
+        return SGLDState(position, center)
 
-    def step(self, state: State, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> State:
+    def step(self, state: SGLDState, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> SGLDState:
         """One step from the gradient of the mean loss and standard normals, all (chain, parameter); the state given,
         the gradient and the noise are used up. Where `mask` is 0 a parameter rests."""
         if mask is not None:

@@ -1,4 +1,4 @@
-"""The stochastic gradient Nosé-Hoover thermostat: friction that adapts until the temperature is 1."""
+"""The stochastic gradient Nosé-Hoover thermostat: friction that adapts until the kinetic temperature is 1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass
-class State:
+class SGNHTState:
     """Positions and velocities (chain, parameter), and the friction of a step (chain, 1)."""
 
     position: Tensor
@@ -21,13 +21,14 @@ class State:
 
 @dataclass(frozen=True)
 class SGNHT:
-    """BAOAB whose friction z follows the temperature: z ← z + (‖v‖²/d − 1) / (2 inertia), before and after the noise.
+    """BAOAB whose friction z adapts: z ← z + (‖v‖²/d − 1) / (2 inertia), before and after the noise.
 
     Ding et al. 2014, in the symmetric order of Leimkuhler and Shang 2016. The noise of a step is that of BAOAB at
-    `momentum` for z = −log momentum, where z starts; gradient noise raises z until the velocities, at the moment of
-    the noise, have temperature 1 again. So heat that is the same in all directions is taken away unknown, up to terms
-    in √lr; heat in a few directions is shared out among all. One thermostat a chain, d the parameters that move. `lr`
-    is that of BAOAB, and on a quadratic the law is BAOAB's. A small `inertia` follows fast and shakes the friction.
+    `momentum` for z = −log momentum, where z starts; minibatch noise raises z until the velocities, at the moment of
+    the noise, have kinetic temperature ‖v‖²/d = 1 again. So isotropic gradient noise is removed without knowing its
+    size, up to terms in √lr; noise in a few directions is shared out among all. One thermostat a chain, d the
+    parameters that move. `lr` is that of BAOAB, and on a quadratic the law is BAOAB's. A small `inertia` follows fast
+    and shakes the friction.
     """
 
     lr: float
@@ -37,12 +38,12 @@ class SGNHT:
     momentum: float = 0.5
     inertia: float = 30.0
 
-    def init(self, position: Tensor, center: Tensor) -> State:
+    def init(self, position: Tensor, center: Tensor) -> SGNHTState:
         """The state at `position`, which the steps will overwrite, with velocities 0."""
         friction = position.new_full((len(position), 1), -math.log(self.momentum))
-        return State(position, center, torch.zeros_like(position), friction)
+        return SGNHTState(position, center, torch.zeros_like(position), friction)
 
-    def step(self, state: State, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> State:
+    def step(self, state: SGNHTState, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> SGNHTState:
         """One step; see `devmon.sampling.kernels.sgld.SGLD.step`."""
         h, start = math.sqrt(self.lr), -math.log(self.momentum)
         drift = grad.mul_(self.nbeta)
@@ -54,6 +55,8 @@ class SGNHT:
         velocity = state.velocity.add_(drift, alpha=-h)
         state.position.add_(velocity, alpha=h / 2)
         friction = state.friction + (velocity.square().sum(1, keepdim=True) / moving - 1) / (2 * self.inertia)
+        # The noise of an Ornstein-Uhlenbeck step with this friction has variance (1 − exp(−2z)) / z times the rate at
+        # the start; the quotient is 2 in the limit z = 0, where it would be 0 / 0.
         small = friction.abs() < 1e-6
         spread = -torch.expm1(-2 * friction) / torch.where(small, 1.0, friction)
         spread = torch.where(small, 2.0, spread) * start

@@ -1,0 +1,76 @@
+"""Which layout fits a model, and the module that it is relative to."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from devmon.anatomy.layout import LAYOUTS, Layout
+from devmon.errors import InstrumentError
+
+
+def find(model: nn.Module, layout: Layout | None, who: str) -> tuple[Layout, nn.Module, bool]:
+    """The layout that fits, the module that holds the blocks' list, and whether only names speak for it.
+
+    Raises InstrumentError where a declared layout names what is not there, or no known layout fits.
+    """
+    # 1. A declaration, the caller's or the first that a module makes of itself. Where it does not fit, nothing else is
+    # tried: it was meant, so what it lacks is told.
+    if layout is None:
+        own = next((m for m in model.modules() if isinstance(getattr(m, "anatomy", None), Layout)), None)
+        layout = None if own is None else own.anatomy  # type: ignore[assignment]
+    if layout is not None:
+        for module in model.modules():
+            if not _lacks(module, layout):
+                return layout, module, False
+        where = next((m for m in model.modules() if not _lacks_blocks(m, layout)), model)
+        raise InstrumentError(
+            f"{who}: the layout of {type(model).__name__} names {_lacks(where, layout)!r}, which "
+            f"{type(where).__name__} does not have: correct that path"
+        )
+
+    # 2. The family of transformers that a module says it belongs to; modules inside may have a config of their own.
+    for module in model.modules():
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        for known in [LAYOUTS[kind]] if kind in LAYOUTS else []:
+            if not _lacks(module, known):
+                return known, module, False
+
+    # 3. Any layout whose paths all exist, that with the most paths first. Names do not say how the parts are put
+    # together, so this is a guess, and `Anatomy` tries it.
+    fitting = {known: m for known in LAYOUTS.values() for m in model.modules() if not _lacks(m, known)}
+    if fitting:
+        best = max(fitting, key=lambda known: len(known.in_block))
+        return best, fitting[best], True
+    raise InstrumentError(
+        f"{who} does not know where the parts of {type(model).__name__} are: give its class an attribute "
+        'anatomy = Layout(blocks="blocks", query="attention.q", key="attention.k", value="attention.v", '
+        'out="attention.out", neurons="mlp.down", heads=4, norm="norm", unembed="unembed") with its own paths '
+        "(devmon.anatomy.Layout)"
+    )
+
+
+def _lacks_blocks(module: nn.Module, layout: Layout) -> str:
+    """The path of the list of blocks where the module lacks it, "" else."""
+    try:
+        blocks = module.get_submodule(layout.blocks)
+    except AttributeError:
+        return layout.blocks
+    return "" if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) else layout.blocks
+
+
+def _lacks(module: nn.Module, layout: Layout) -> str:
+    """The first path of the layout that the module lacks, "" for none."""
+    if missing := _lacks_blocks(module, layout):
+        return missing
+    for block in module.get_submodule(layout.blocks).children():
+        for path in layout.in_block:
+            try:
+                block.get_submodule(path)
+            except AttributeError:
+                return path
+    for path in (layout.embed, layout.norm, layout.unembed):
+        try:
+            module.get_submodule(path)
+        except AttributeError:
+            return path
+    return ""

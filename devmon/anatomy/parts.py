@@ -1,0 +1,229 @@
+"""The modules of one transformer by what they do, and its weights by head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from devmon.anatomy.find import find
+from devmon.anatomy.forward import original
+from devmon.anatomy.frozen_norm import FrozenNorm
+from devmon.anatomy.layout import Layout
+from devmon.errors import InstrumentError
+
+
+class Parts:
+    """The modules of `model` that a layout names, how many heads and layers they make, weights, norms.
+
+    - `layout`, and `guessed`: whether nothing but the names of modules speaks for it
+    - `body`: the module that the layout is relative to; `blocks`: its layers
+    - `layers`, `heads`, `kv_heads` (fewer with grouped attention), `d_model`, `d_head`
+    - `parallel`: attention and MLP read the same stream
+
+    Weights are matrices that a row vector is multiplied with, (in, out). Raises InstrumentError as `find` does, and
+    where the heads do not share the width of the output map evenly.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout | None = None, who: str = "Parts") -> None:
+        self.model, self.who = original(model), who
+        self.layout, self.body, self.guessed = find(self.model, layout, who)
+        self.blocks = list(self.body.get_submodule(self.layout.blocks).children())
+        self.layers = len(self.blocks)
+        self.parallel = bool(self._setting(self.layout.parallel))
+
+        # Sizes are those of the weights, not of a config, which families spell differently: heads side by side are
+        # what `out` reads, and what a fused map or `key` writes more than that belongs to keys and values.
+        self.heads = int(self._setting(self.layout.heads))
+        width, self.d_model = self._matrix(0, "out").shape
+        self.d_head = width // self.heads
+        if self.d_head * self.heads != width:
+            raise InstrumentError(
+                f"{who}: {self.layout.out!r} reads {width} numbers, no multiple of {self.heads} heads: declare `heads`"
+            )
+        grouped = self._fused_widths(0)[1] if self.layout.qkv else self._matrix(0, "key").shape[1]
+        self.kv_heads = grouped // self.d_head
+
+    # -- modules -----------------------------------------------------------------------------------------------------
+
+    def module(self, layer: int | None, part: str) -> nn.Module:
+        """The module that the layout names as `part` of a layer, or of the model (None: "embed", "norm", "unembed").
+
+        Raises InstrumentError where the layout names none.
+        """
+        module = self.optional(layer, part)
+        if module is None:
+            raise InstrumentError(
+                f"{self.who} needs the {part!r} of {type(self.model).__name__}: declare it in its layout"
+            )
+        return module
+
+    def optional(self, layer: int | None, part: str) -> nn.Module | None:
+        """As `module`, or None."""
+        path = getattr(self.layout, part)
+        if not path:
+            return None
+        return (self.body if layer is None else self.blocks[layer]).get_submodule(path)
+
+    @property
+    def unembedding(self) -> nn.Module:
+        """The linear map to logits."""
+        module = self._output_embeddings
+        module = self.optional(None, "unembed") if module is None else module
+        if module is None:
+            raise InstrumentError(
+                f"{self.who} needs an unembedding; {type(self.model).__name__} shows none: declare `unembed`"
+            )
+        return module
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the model has an unembedding."""
+        return self._output_embeddings is not None or bool(self.layout.unembed)
+
+    def need_sum(self) -> None:
+        """Raises InstrumentError unless the final stream is the sum of what layers add and the unembedding reads it."""
+        name, layout = type(self.model).__name__, self.layout
+        if layout.post_norm or not layout.direct:
+            why = "passes a norm after each addition" if layout.post_norm else "is not what its unembedding reads"
+            raise InstrumentError(
+                f"{self.who} needs a residual stream that is summed up and unembedded; that of {name} {why}: leave "
+                "this instrument out, or probe the stream (LinearProbe)"
+            )
+        _ = self.unembedding
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def W_Q(self, layer: int) -> Tensor:
+        """(head, d, d_head), as `W_K` and `W_V` are with `kv_heads` heads repeated for each head of their group."""
+        return self._input_weight(layer, 0)
+
+    def W_K(self, layer: int) -> Tensor:
+        """As `W_Q`."""
+        return self._input_weight(layer, 1)
+
+    def W_V(self, layer: int) -> Tensor:
+        """As `W_Q`."""
+        return self._input_weight(layer, 2)
+
+    def W_O(self, layer: int) -> Tensor:
+        """(head, d_head, d)."""
+        return self._matrix(layer, "out").unflatten(0, (self.heads, self.d_head))
+
+    def W_out(self, layer: int) -> Tensor:
+        """(neuron, d)."""
+        return self._matrix(layer, "neurons")
+
+    @property
+    def W_E(self) -> Tensor:
+        """(vocab, d), unscaled where a family scales its embeddings."""
+        weight: Any = self.module(None, "embed").weight
+        return weight
+
+    @property
+    def W_U(self) -> Tensor:
+        """(d, vocab)."""
+        return _matrix(self.unembedding)
+
+    def bias(self, layer: int, part: str) -> Tensor:
+        """The bias (d,) of the linear map "out" or "neurons"; zeros where it has none."""
+        bias = getattr(self.module(layer, part), "bias", None)
+        return self._matrix(layer, part).new_zeros(self.d_model) if bias is None else bias
+
+    def bias_in(self, layer: int, which: int) -> Tensor | None:
+        """The bias (head, d_head) of queries (0), keys (1) or values (2), not repeated; None where there is none."""
+        fused = bool(self.layout.qkv)
+        bias = getattr(self.module(layer, "qkv" if fused else ("query", "key", "value")[which]), "bias", None)
+        if bias is None:
+            return None
+        return self.split(layer, bias)[which] if fused else bias.unflatten(0, (-1, self.d_head))
+
+    def split(self, layer: int, fused: Tensor) -> list[Tensor]:
+        """q, k, v (…, head, d_head) from what the fused map writes (…, all)."""
+        if self.layout.fused == "heads":
+            return list(fused.unflatten(-1, (self.heads, 3, self.d_head)).unbind(-2))
+        return [part.unflatten(-1, (-1, self.d_head)) for part in fused.split(self._fused_widths(layer), -1)]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split`."""
+        if self.layout.fused == "heads":
+            return torch.stack(list(parts), -2).flatten(-3)
+        return torch.cat([part.flatten(-2) for part in parts], -1)
+
+    # -- norms and ends ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def final_norm(self) -> FrozenNorm:
+        """The norm before the unembedding; the identity where there is none."""
+        return FrozenNorm(self.optional(None, "norm"), self.d_model, like=self._matrix(0, "out"))
+
+    def end_norm(self, layer: int, part: str) -> FrozenNorm:
+        """The norm or scale between what `part` ("attention" or "mlp") writes and the residual stream."""
+        module = None if self.layout.post_norm else self.optional(layer, f"{part}_end")
+        return FrozenNorm(module, self.d_model, like=self._matrix(0, "out"))
+
+    def norm_in(self, layer: int, part: str) -> Callable[[Tensor], Tensor]:
+        """What the stream passes on its way into `part` ("attention" or "mlp"), as a function of tensors (…, d)."""
+        module = self.optional(layer, f"{part}_norm")
+        if module is None and part == "mlp" and self.parallel:
+            # Parallel parts may share one norm (Phi, GPT-J), which their layouts name for attention alone.
+            module = self.optional(layer, "attention_norm")
+        return (lambda x: x) if module is None else module
+
+    def capped(self, unembedded: Tensor) -> Tensor:
+        """Logits from what the unembedding writes: c tanh(x / c) where the model caps them at ±c."""
+        cap = self._setting(self.layout.cap, None)
+        return cap * torch.tanh(unembedded / cap) if cap else unembedded
+
+    # -- private -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _output_embeddings(self) -> nn.Module | None:
+        """The unembedding that a model of transformers shows: that of the outermost model that holds the blocks."""
+        for module in self.model.modules():
+            if hasattr(module, "get_output_embeddings") and any(inner is self.body for inner in module.modules()):
+                return module.get_output_embeddings()  # type: ignore[operator]
+        return None
+
+    def _matrix(self, layer: int, part: str) -> Tensor:
+        return _matrix(self.module(layer, part))
+
+    def _fused_widths(self, layer: int) -> list[int]:
+        """The widths of q, k, v in a fused map: queries as wide as what `out` reads, keys and values share the rest."""
+        total, width = self._matrix(layer, "qkv").shape[1], self._matrix(layer, "out").shape[0]
+        rest = (total - width) // 2
+        return [width, rest, rest]
+
+    def _input_weight(self, layer: int, which: int) -> Tensor:
+        if self.layout.qkv:
+            weight = self.split(layer, self._matrix(layer, "qkv"))[which]
+        else:
+            weight = self._matrix(layer, ("query", "key", "value")[which]).unflatten(-1, (-1, self.d_head))
+        weight = weight.transpose(0, 1)  # (d, head, d_head) before
+        return weight if len(weight) == self.heads else weight.repeat_interleave(self.heads // self.kv_heads, 0)
+
+    def _setting(self, value: Any, default: Any = ...) -> Any:
+        """A number or flag of the layout, looked up where it is the path of an attribute of a block or of the body."""
+        if not isinstance(value, str):
+            return value
+        for attribute in (self.blocks[0], self.body):
+            setting: Any = attribute
+            for name in value.split("."):
+                setting = getattr(setting, name, ...)
+            if setting is not ...:
+                return setting
+        if default is not ...:
+            return default
+        raise InstrumentError(
+            f"{self.who}: {type(self.body).__name__} has no {value!r}: declare `heads` as a number, or its path"
+        )
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear map as (in, out), which is how a Conv1D of transformers holds it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight if type(module).__name__ == "Conv1D" else weight.T

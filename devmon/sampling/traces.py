@@ -1,0 +1,207 @@
+"""Stored traces: what decides them, and how they are made from a model, a loss and data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from devmon.errors import InstrumentError
+from devmon.sampling.acceptance import Proposal
+from devmon.sampling.chains import run_chains
+from devmon.sampling.data import Examples, as_examples, map_tree
+from devmon.sampling.group import OnDraw, Traces
+from devmon.sampling.kernels.baoab import BAOAB
+from devmon.sampling.kernels.preconditioned import PreconditionedSGLD
+from devmon.sampling.kernels.sampler import Sampler
+from devmon.sampling.kernels.sgld import SGLD, check_settings
+from devmon.sampling.kernels.sgnht import SGNHT
+from devmon.sampling.losses import Loss
+from devmon.sampling.masks import as_mask
+from devmon.sampling.schedule import Schedule
+from devmon.snapshot import derive_seed
+
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "sgld": SGLD,
+    "preconditioned": PreconditionedSGLD,
+    "baoab": BAOAB,
+    "sgnht": SGNHT,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything but model, loss, data and seed that decides the traces of one estimate.
+
+    - `nbeta`: inverse temperature times sample size; None for n / log n with n examples
+    - `gamma`: precision of the Gaussian around w*; `prior`: of one around 0. Both enter the exponent with a half
+    - `lr`: variance of the noise of a step, which moves by lr/2 times the gradient of the log density
+    - `chains` independent chains of `burn_in + draws` draws of `steps_per_draw` steps on `batch_size` examples
+    - `sampler`: a name of `SAMPLERS`, or a kernel that brings its own lr, nbeta, gamma and prior
+    - `control_variate`: move by ∇L_B(w) − ∇L_B(w*) + ∇L(w*), about twice the cost of a step
+    - `shared_batches`: all chains meet the same minibatches; `replacement`: drawn with replacement
+    - `mask`: restricts what is sampled (`devmon.sampling.masks.as_mask`)
+    - `examples`: trace the losses of so many single examples; `acceptance`: trace that of a Metropolis-adjusted step
+    - `float64`: sample in double precision
+    """
+
+    nbeta: float | None = None
+    gamma: float = 300.0
+    lr: float = 1e-4
+    chains: int = 4
+    draws: int = 200
+    burn_in: int = 100
+    batch_size: int = 32
+    steps_per_draw: int = 1
+    sampler: str | Sampler = "sgld"
+    control_variate: bool = False
+    shared_batches: bool = False
+    replacement: bool = False
+    prior: float = 0.0
+    mask: Any = None
+    examples: int = 0
+    acceptance: bool = False
+    float64: bool = False
+
+    def nbeta_for(self, n: int) -> float:
+        """`nbeta`, or n / log n (Watanabe 2013) where it is None."""
+        return n / math.log(max(n, 2)) if self.nbeta is None else self.nbeta
+
+
+def sample(
+    model: nn.Module,
+    loss: Loss,
+    data: Any,
+    settings: Settings,
+    *,
+    seed: int = 0,
+    chains: Sequence[int] | None = None,
+    stacked: bool | None = None,
+    group: int | None = None,
+    probe: OnDraw | None = None,
+) -> xr.Dataset:
+    """The stored traces (chain, draw) of `settings`, burn-in included; see `devmon.instruments.LLC`.
+
+    `chains` picks some of the chains (a rank's share); `stacked` and `group` choose how they are run, not the numbers.
+    `probe(model, chain, draw)` sees the weights at the start of each draw. A kernel given as an object brings its own
+    lr, nbeta, gamma and prior, which then stand in the attrs. Raises InstrumentError for settings that cannot be run
+    and a loss that is not finite at w*.
+    """
+    examples = as_examples(data)
+    settings, kernel = _with_kernel(settings, examples.n)
+    schedule = Schedule(
+        draws=settings.burn_in + settings.draws,
+        batch_size=settings.batch_size,
+        steps_per_draw=settings.steps_per_draw,
+        seed=seed,
+        control_variate=settings.control_variate,
+        shared_batches=settings.shared_batches,
+        replacement=settings.replacement,
+        proposal=Proposal(settings.lr, settings.nbeta_for(examples.n), settings.gamma, settings.prior)
+        if settings.acceptance
+        else None,
+        stacked=stacked,
+        group=group,
+    )
+    numbers = list(range(settings.chains)) if chains is None else list(chains)
+    dtype = torch.float64 if settings.float64 else torch.float32
+    mask = as_mask(settings.mask, model)
+    followed = Followed(examples, loss, settings, numbers, seed) if settings.examples else None
+    on_draw = [call for call in (probe, followed) if call is not None]
+    traces, sampled = run_chains(
+        model, loss, examples, kernel, schedule, numbers, dtype=dtype, mask=mask, on_draw=on_draw
+    )
+    # The attrs hold every setting that a later reader needs to repeat the traces; what only adds variables is seen in
+    # the variables. Booleans become integers, which netCDF can hold. lr and gamma stay in front: the
+    # order of attrs is part of the bytes of a stored row.
+    attrs: dict[str, Any] = {"lr": settings.lr, "gamma": settings.gamma}
+    attrs |= {field.name: getattr(settings, field.name) for field in fields(Settings)} | {"seed": seed}
+    attrs |= {
+        "kind": "llc",
+        "nbeta": float(settings.nbeta_for(examples.n)),
+        "n": examples.n,
+        "parameters": sampled,
+        "kernel": settings.sampler if isinstance(settings.sampler, str) else repr(settings.sampler),
+        "mask": "" if mask is None else str(mask),
+        "units": "the loss's own, mean per example; nbeta times it is without unit",
+        "headline": ["llc"],
+    }
+    for name in ("sampler", "examples", "acceptance"):
+        del attrs[name]
+    attrs = {name: int(value) if isinstance(value, bool) else value for name, value in attrs.items()}
+    return _dataset(traces, settings, numbers, followed).assign_attrs(attrs)
+
+
+def _with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
+    """The settings with what their kernel brings, and the kernel. Raises InstrumentError where they cannot be run."""
+    kernel = settings.sampler
+    if not isinstance(kernel, str):
+        own = {name: getattr(kernel, name) for name in ("lr", "nbeta", "gamma", "prior") if hasattr(kernel, name)}
+        settings = replace(settings, **own)
+    nbeta = settings.nbeta_for(n)
+    check_settings(settings.lr, nbeta, settings.gamma, settings.prior)
+    for name, least in (("chains", 1), ("draws", 1), ("burn_in", 0), ("steps_per_draw", 1), ("examples", 0)):
+        if (value := getattr(settings, name)) < least:
+            raise InstrumentError(f"{name} must be at least {least}, got {value}")
+    if settings.examples > n:
+        raise InstrumentError(f"examples must be at most the {n} of the data, got {settings.examples}")
+    if isinstance(kernel, str):
+        if kernel not in SAMPLERS:
+            raise InstrumentError(f"sampler must be one of {sorted(SAMPLERS)} or a kernel, got {kernel!r}")
+        kernel = SAMPLERS[kernel](lr=settings.lr, nbeta=nbeta, gamma=settings.gamma, prior=settings.prior)
+    return settings, kernel
+
+
+def _dataset(traces: Traces, settings: Settings, chains: Sequence[int], followed: Followed | None) -> xr.Dataset:
+    names = {
+        "loss": ("mean loss of the minibatch at w", "loss"),
+        "baseline": ("mean loss of the same examples at w*", "loss"),
+        "distance": ("root mean square distance from w*", "weight"),
+        "slope": ("gradient at w times the displacement from w*", "loss"),
+        "linear": ("first-order noise of the score", "loss"),
+        "acceptance": ("acceptance of a Metropolis-adjusted step", "1"),
+    }
+    left_out = {"linear": not settings.control_variate, "acceptance": not settings.acceptance}
+    variables: dict[str, Any] = {
+        name: (("chain", "draw"), getattr(traces, name).numpy(), {"long_name": text, "units": units})
+        for name, (text, units) in names.items()
+        if not left_out.get(name)
+    }
+    coords: dict[str, Any] = {"chain": np.array(chains), "draw": np.arange(settings.burn_in + settings.draws)}
+    if followed is not None:
+        words = {"long_name": "loss of single examples at the start of a draw", "units": "loss"}
+        variables["example_loss"] = (("chain", "draw", "example"), followed.losses, words)
+        coords["example"] = followed.index.numpy()
+    return xr.Dataset(variables, coords)
+
+
+class Followed:
+    """Called at each draw: keeps the losses of `settings.examples` single examples, (chain, draw, example), float32.
+
+    Which ones follows from the seed alone, so they are the same at every checkpoint.
+    """
+
+    def __init__(self, examples: Examples, loss: Loss, settings: Settings, chains: Sequence[int], seed: int) -> None:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "examples"))
+        self.index = torch.randperm(examples.n, generator=generator)[: settings.examples].sort().values
+        self.examples, self.loss, self.size = examples, loss, settings.batch_size
+        self.rows = {chain: row for row, chain in enumerate(chains)}
+        shape = (len(chains), settings.burn_in + settings.draws, settings.examples)
+        self.losses = np.full(shape, np.nan, np.float32)
+
+    def __call__(self, model: nn.Module, chain: int, draw: int) -> None:
+        like = next(model.parameters())
+        losses = []
+        for part in self.index.split(self.size):
+            batch = map_tree(
+                lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None),
+                self.examples.batch(part),
+            )
+            losses.append(self.loss(model, batch).float().cpu())
+        self.losses[self.rows[chain], draw] = torch.cat(losses).numpy()

@@ -1,0 +1,130 @@
+"""Every variable that an instrument returns is a bullet of its docstring, with its dims and units, and no other is.
+
+    - `name` (dims), unit: meaning [Null: …]
+
+`devmon instruments NAME` prints these bullets as a table. The dims of a scalar are left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+import torch
+import xarray as xr
+
+import devmon.instruments
+from devmon.data import broken_repeats, random_tokens
+from devmon.instruments import (
+    LLC,
+    ActivationPatching,
+    Composition,
+    Curvature,
+    FourierSpectrum,
+    HeadAblation,
+    RestrictedLoss,
+    Sketch,
+)
+from devmon.snapshot import Snapshot
+from tests.anatomy.test_anatomy_sites import VOCAB
+from tests.instruments.test_instruments_families import INSTRUMENTS, LENGTH, OUTSIDE, instrument_of, model_of
+
+BULLET = re.compile(r"- `(?P<name>\w+)`(?: \((?P<dims>\w+(?:, \w+)*)\))?, (?P<units>[^:]+): (?P<meaning>\S.*)")
+P = 5
+
+
+class Adder(torch.nn.Module):
+    """Logits (batch, P) of x + y modulo P."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.unembed = torch.nn.Embedding(P, 4), torch.nn.Linear(8, P)
+
+    def forward(self, pairs: torch.Tensor) -> torch.Tensor:
+        return self.unembed(self.embed(pairs).flatten(1))
+
+
+def adder() -> Snapshot:
+    torch.manual_seed(0)
+    return Snapshot(0, Adder().eval())
+
+
+def gpt2() -> Snapshot:
+    return Snapshot(0, model_of("gpt2"))
+
+
+def returned(name: str) -> dict[str, xr.DataArray]:
+    """What an instrument returns, over all settings that add variables."""
+    text = 3 + random_tokens(VOCAB - 3, 4, 8, seed=0)
+    cases = [case for case in INSTRUMENTS if case.name == name]
+    measured = [instrument_of(case, "gpt2")(gpt2()) for case in cases]
+    measured += [instrument(snapshot()) for instrument, snapshot in MORE[name](text)] if name in MORE else []
+    return {str(key): values for dataset in measured for key, values in dataset.data_vars.items()}
+
+
+MORE: dict[str, Any] = {
+    "HeadAblation": lambda x: [(HeadAblation(VOCAB, 8, LENGTH, exclude=OUTSIDE, groups=2), gpt2)],
+    "Composition": lambda x: [(Composition(pair=((0, 1), (1, 2)), draws=16), gpt2)],
+    "ActivationPatching": lambda x: [
+        (
+            ActivationPatching(broken_repeats(VOCAB, 8, 4, exclude=OUTSIDE), exact=2, paths=((0, 1, "q", 1, 2),)),
+            gpt2,
+        )
+    ],
+    "LLC": lambda x: [
+        (LLC(x, draws=5, chains=2, gamma=1.0, batch_size=3, control_variate=True, examples=2, acceptance=True), gpt2)
+    ],
+    "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
+    "FourierSpectrum": lambda x: [(FourierSpectrum(P, ("embed.weight",)), adder)],
+    "Sketch": lambda x: [(Sketch(x, outputs=True), gpt2)],
+    "RestrictedLoss": lambda x: [(RestrictedLoss(torch.rand(P, P) < 0.5), adder)],
+}
+
+
+def bullets(kind: type) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Name to dims and units of the bullets of a class; wrapped lines are indented by two signs."""
+    text = re.sub(r"\n {2,}(?=\S)", " ", inspect.getdoc(kind) or "")
+    entries = [BULLET.fullmatch(line) for line in text.split("\n") if line.startswith("- ")]
+    assert all(entries), [line for line in text.split("\n") if line.startswith("- ") and not BULLET.fullmatch(line)]
+    names = [entry["name"] for entry in entries if entry]
+    assert len(set(names)) == len(names), f"twice in {kind.__name__}: {names}"
+    return {e["name"]: (tuple((e["dims"] or "").split(", ")) if e["dims"] else (), e["units"]) for e in entries if e}
+
+
+@pytest.mark.parametrize("name", devmon.instruments.__all__)
+def test_every_variable_is_a_bullet_with_its_dims_and_units(name: str) -> None:
+    written = bullets(getattr(devmon.instruments, name))
+    data = returned(name)
+    assert data, f"add a case for {name}"
+    assert sorted(written) == sorted(data)
+    assert written == {key: (tuple(map(str, v.dims)), v.attrs["units"]) for key, v in data.items()}
+
+
+@pytest.mark.parametrize("name", devmon.instruments.__all__)
+def test_the_first_paragraph_is_a_sentence(name: str) -> None:
+    """It is stored with every run, and is the line of an instrument in the list of all."""
+    first = (inspect.getdoc(getattr(devmon.instruments, name)) or "").split("\n\n")[0]
+    assert first.endswith(".")
+    assert "\n" not in first, first
+
+
+def test_a_bullet_is_told_from_what_only_looks_like_it() -> None:
+    class Form:
+        """A form.
+
+        - `a` (layer, head), nats per token: what it is,
+          on two lines. Null: `b`.
+        - `b`, 1: a scalar.
+        """
+
+    class Bare:
+        """A form.
+
+        - `a` (layer): no unit.
+        """
+
+    assert bullets(Form) == {"a": (("layer", "head"), "nats per token"), "b": ((), "1")}
+    with pytest.raises(AssertionError, match="no unit"):
+        bullets(Bare)

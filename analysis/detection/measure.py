@@ -56,7 +56,7 @@ class Ruler:
             kind, step, (low, high), size, (min(small, size), max(large, size)), width, span,
             p_value(link.of.evidence, self.null), None, inside >= 3, note, self.name,
             tuple(float(q) for q in np.quantile(steps, np.arange(1, 100) / 100)), p_abrupt,
-            p_abrupt is not None and p_abrupt <= self.alpha and (kind == "jump" or inside >= 3),
+            p_abrupt is not None and p_abrupt <= self.alpha and self._lasts(k, link, inside),
         )  # fmt: skip
         return event, steps
 
@@ -122,19 +122,26 @@ class Ruler:
         start, end = np.interp(ends, self.chain.x, np.arange(len(self.chain.x)))
         return abruptness(self.chain.values, start, end)
 
+    def _lasts(self, k: int, link: Link, inside: int) -> bool:
+        """Whether a change is more than one or two checkpoints that leave and come back."""
+        if link.role == "turn":
+            return inside >= 3
+        turns = [self.chain.links[j] for j in self._turns_beside(k) if 0 <= j < len(self.chain.links)]
+        return all(abs(turn.index - link.index) >= 2.5 for turn in turns)
+
     def _bump(self, k: int, link: Link) -> tuple[float, float] | None:
         """The ends, at half its height, of a turn of some size that comes back about as far as it went within NARROW
         decades."""
         sides = [abs(link.value - self.chain.level(j)) for j in self._turns_beside(k)]
         if min(sides) < max(SHARE, 0.5 * max(sides)):
             return None
-        low_enough = np.flatnonzero(link.sign * (link.value - self.chain.values) >= 0.5 * min(sides))
-        before, after = (
-            low_enough[part] for part in (self.chain.x[low_enough] < link.x, self.chain.x[low_enough] > link.x)
-        )
-        if not (len(before) and len(after)) or self.chain.x[after[0]] - self.chain.x[before[-1]] > NARROW:
+        x, below = self.chain.x, np.flatnonzero(link.sign * (link.value - self.chain.values) >= 0.5 * min(sides))
+        before, after = below[x[below] < link.x], below[x[below] > link.x]
+        if not (len(before) and len(after)) or x[after[0]] - x[before[-1]] > NARROW:
             return None
-        return float(self.chain.x[before[-1]]), float(self.chain.x[after[0]])
+        # half height lies between the last place below it and the first above
+        low, high = int(before[-1]), int(after[0])
+        return float(x[low : low + 2].mean()), float(x[high - 1 : high + 1].mean())
 
     def _part(self, link: Link, top: int, span: tuple[float, float]) -> bool:
         """Whether a link is a flank or a foot of the bump at link `top`."""

@@ -46,7 +46,9 @@ class Windows:
         self.x, self.counts, self.noise = x, counts, NoiseModel(x, counts)
         n, sizes = len(x), _sizes(len(x))
         slopes = {m: self._slopes(m) for m in {*sizes, *(2 * m - 1 for m in sizes)} if m <= n}
-        blocks: list[tuple[int, NDArray[np.int64], int, Array]] = []  # order, first places, split after, weights (windows, m)
+        blocks: list[
+            tuple[int, NDArray[np.int64], int, Array]
+        ] = []  # order, first places, split after, weights (windows, m)
         for m in sizes:
             starts = _starts(n, m, m // 6)
             blocks.append((SLOPE, starts, m - 1, slopes[m][starts]))

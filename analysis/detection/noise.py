@@ -87,25 +87,25 @@ class NoiseModel:
     def fit(self, values: Array, phi: float | None = None) -> tuple[Array, Array]:
         """Log likelihood (phi, series) and noise sd (phi, places, series) of `values` (places, series); of one `phi`
         alone if it is given."""
-        which = range(len(PHIS)) if phi is None else [PHIS.index(phi)]
-        series, d = values.shape[1], self.length - 2
-        loglik, sd = np.zeros((len(which), series)), np.empty((len(which), len(self.starts), series))
+        which = slice(None) if phi is None else slice(PHIS.index(phi), PHIS.index(phi) + 1)
+        d, number, series = self.length - 2, len(np.array(PHIS)[which]), values.shape[1]
+        loglik, sd = np.zeros((number, series)), np.empty((number, len(self.starts), series))
         tiny = 1e-300 + (EXACT * np.ptp(values, axis=0)) ** 2
         cost = np.log(self.odd.shape[-1]) + 0.5 * np.log(d)  # prior odds of each rise and point, and its own parameter
         for i, a in enumerate(self.starts):
             z = values[a : a + self.length] - values[a : a + self.length].mean(0)
-            for o, p in enumerate(which):
-                left = np.matmul(self.whiten[i, p], z)  # (share, d, series)
-                rss = np.sum(left**2, axis=1) + d * tiny
-                gain = np.square(np.matmul(np.swapaxes(self.odd[i, p], -1, -2), left)).max(1)
-                less = np.maximum(rss - gain, 1e-12 * rss) + d * tiny
-                freed = 0.5 * d * np.log(rss / d) - 0.5 * (d - 1) * np.log(less / (d - 1)) - cost
-                logs = np.maximum(freed, 0) - 0.5 * self.logdet[i, p][:, None] - 0.5 * d * np.log(rss / d)
-                size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, p][:, None]
-                best = logs.max(0)
-                weights = np.exp(logs - best)
-                loglik[o] += best
-                sd[o, i] = np.sum(weights * size, axis=0) / weights.sum(0)
+            left = np.matmul(self.whiten[i, which], z)  # (phi, share, d, series)
+            rss = np.sum(left**2, axis=2) + d * tiny
+            # the rise or point that takes most off the sum of squares, where it is worth its cost
+            gain = np.square(np.matmul(np.swapaxes(self.odd[i, which], -1, -2), left)).max(2)
+            less = np.maximum(rss - gain, 1e-12 * rss) + d * tiny
+            freed = 0.5 * d * np.log(rss / d) - 0.5 * (d - 1) * np.log(less / (d - 1)) - cost
+            logs = np.maximum(freed, 0) - 0.5 * self.logdet[i, which][..., None] - 0.5 * d * np.log(rss / d)
+            size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, which][..., None]
+            best = logs.max(1)
+            weights = np.exp(logs - best[:, None])
+            loglik += best
+            sd[:, i] = np.sum(weights * size, axis=1) / weights.sum(1)
         return loglik / self.overlap, np.matmul(self.mix, np.sqrt(sd)) ** 2
 
 

@@ -32,7 +32,8 @@ NARROW = 0.6  # decades at half height up to which a rise that comes back is a b
 POWERS = tuple(10.0**k for k in range(-2, 11))  # prior variances of the third derivative over a window of length 1
 GRID = 96  # places within a window at which the curve is evaluated
 DRAWS = 200  # posterior draws: the ends of a 90% interval are its 10th draws
-DRAWN = 0.8  # spread of places over that of new noise upon a curve that has its own: without it 90% held 96 to 99%
+FREE = 1e4  # prior variance of the parabola within a window, for values of range 1: it is free
+RESOLVED = 1e-3  # share of the range to which a curve is drawn: splines round a step between two checkpoints
 
 # Abruptness (abrupt.py).
 LONGEST = 1.2  # decades from t10 to t90: what takes longer is development, not a jump

@@ -6,7 +6,7 @@ import numpy as np
 
 from devmon.analysis.detection.abrupt import abruptness
 from devmon.analysis.detection.chain import BEGIN, END, Chain, Link
-from devmon.analysis.detection.constants import DRAWN, DRAWS, LONGEST, NARROW, SHARE, SPIKE
+from devmon.analysis.detection.constants import DRAWS, LONGEST, NARROW, SHARE, SPIKE
 from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.windows import p_value
 from devmon.analysis.series import Array
@@ -71,8 +71,7 @@ class Ruler:
             gap = max(gap, 0.5 * (self.chain.x[near + 1] - self.chain.x[near - 1]))
         elif link.role == "plateau":
             gap = max(gap, link.curve.x[link.rest[1]] - link.curve.x[link.rest[0]])
-        places = link.curve.x[link.inside][best] + gap * self.rng.uniform(-0.5, 0.5, DRAWS)
-        return np.median(places) + DRAWN * (places - np.median(places))
+        return link.curve.x[link.inside][best] + gap * self.rng.uniform(-0.5, 0.5, DRAWS)
 
     def _levels(self, k: int) -> Array:
         """Draws of the curve at link k, or at an end of the data."""

@@ -10,10 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from devmon.analysis.detection.constants import DRAWS, GRID, POWERS
+from devmon.analysis.detection.constants import DRAWS, FREE, GRID, POWERS
 from devmon.analysis.series import Array
-
-FREE = 1e4  # prior variance of the parabola, for values of range 1
 
 
 class Spline:

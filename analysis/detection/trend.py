@@ -7,11 +7,9 @@ from collections.abc import Callable
 import numpy as np
 from scipy.stats import norm
 
-from devmon.analysis.detection.constants import SPAN
+from devmon.analysis.detection.constants import RESOLVED, SPAN
 from devmon.analysis.detection.spline import Spline
 from devmon.analysis.series import Array
-
-RESOLVED = 1e-3  # share of the range to which a curve is drawn: splines round a step between two checkpoints
 
 
 def trend(

@@ -66,6 +66,7 @@ class Detector:
         return [self._fit(one) for one in series]
 
     def _fit(self, series: Series) -> Fit:
+        # what is missing, and what can be said without a search
         notes: list[str] = []
         settings = asdict(self)
         t, y, se = checked(series.steps, series.values, series.se, series.name)
@@ -161,6 +162,7 @@ class Search:
 
     def fit(self) -> Fit:
         detector = self.detector
+        # what surely alternates, and the curve between any two places
         extrema = {order: self.windows.extrema(self.statistics, order, self._threshold()) for order in (SLOPE, CHANGE)}
         splines: dict[tuple[int, int], Spline] = {}
         correlations = covariance(self.points, self.phi)
@@ -176,6 +178,7 @@ class Search:
                 splines[start, end] = Spline(self.x[j], self.values[j], noise, detector.seed)
             return splines[start, end]
 
+        # what of it is large enough to name, and what is said of that
         chain = Chain(self.x, self.values, spline, [*extrema[SLOPE], *extrema[CHANGE]], self.smallest)
         ruler = Ruler(
             chain, self.sd, self.null, level=detector.level, alpha=detector.alpha, first=self.first, scale=self.scale,
@@ -183,6 +186,7 @@ class Search:
         )  # fmt: skip
         found = tuple((event, draws) for event, draws in ruler.events() if event.kind in detector.kinds)
         events: tuple[Event, ...] = tuple(event for event, _ in found)
+        # what else a fit says: the p-values of all tests, the noise, the smoothed curve
         p_values = {name: self._p_values(order, extrema[order]) for name, order in (("turn", SLOPE), ("slope", CHANGE))}
         noise = Noise(self.scale * float(np.median(self.sd)), self.phi, self.source)
         back = trend(self.x, self.values, self.sd, spline, detector.level)

@@ -33,6 +33,7 @@ class Ruler:
 
     def _event(self, k: int, link: Link, bump: tuple[float, float] | None) -> tuple[Event, Array]:
         kind = "bump" if bump else {"turn": "turn", "rise": "jump", "plateau": "plateau"}[link.role]
+        # place and size with their intervals, then the span
         steps = np.sort(self._back(self._places(link)))
         tail = (1 - self.level) / 2
         low, high = (float(q) for q in np.quantile(steps, [tail, 1 - tail]))

@@ -44,6 +44,7 @@ class Windows:
 
     def __init__(self, x: Array, counts: Array) -> None:
         self.x, self.counts, self.noise = x, counts, NoiseModel(x, counts)
+        # slopes over every size from every place; then the windows that are used: hops of a sixth of their length
         n, sizes = len(x), _sizes(len(x))
         slopes = {m: self._slopes(m) for m in {*sizes, *(2 * m - 1 for m in sizes)} if m <= n}
         blocks: list[
@@ -52,6 +53,7 @@ class Windows:
         for m in sizes:
             starts = _starts(n, m, m // 6)
             blocks.append((SLOPE, starts, m - 1, slopes[m][starts]))
+        # pairs of windows of equal length, and one twice as long as the other
         for p, q in sorted({pair for m in sizes for pair in ((m, m), (m, 2 * m - 1), (2 * m - 1, m))}):
             if (m := p + q - 1) <= n:
                 starts = _starts(n, m, min(p, q) // 4)
@@ -59,6 +61,7 @@ class Windows:
                 change[:, :p] -= slopes[p][starts]
                 change[:, p - 1 :] += slopes[q][starts + p - 1]
                 blocks.append((CHANGE, starts, p - 1, change))
+        # all of them as one sparse matrix, with the weights of each place's variance in each contrast
         self.order = np.concatenate([np.full(len(starts), order) for order, starts, _, _ in blocks])
         self.first = np.concatenate([starts for _, starts, _, _ in blocks])
         self.split = np.concatenate([starts + after for _, starts, after, _ in blocks])
@@ -113,6 +116,7 @@ class Windows:
 
     def extrema(self, statistics: Array, order: int, threshold: float) -> list[Extremum]:
         """The extrema between windows of alternating sign beyond `threshold` and their penalty, from left to right."""
+        # the windows beyond the threshold, and of these the earliest of each sign in turn
         pick = np.flatnonzero((self.order == order) & (np.abs(statistics) - self.penalty > threshold))
         first, split, last = self.first[pick], self.split[pick], self.last[pick]
         sign, beyond = np.sign(statistics[pick]).astype(int), np.abs(statistics[pick]) - self.penalty[pick]
@@ -123,6 +127,7 @@ class Windows:
             )
             if after:
                 runs.append(int(k))
+        # how far beyond it is the most significant window of each run
         best = []
         for i, k in enumerate(runs):
             mine = sign == sign[k]

@@ -34,9 +34,20 @@ class ReadOnce:
             self._read[name] = self._run[name]
         return self._read[name]
 
+    def failed(self, name: str) -> int | None:
+        """How many measurements of a watch failed; None for a run that does not keep them."""
+        failures = getattr(self._run, "failures", None)
+        return None if failures is None else len(failures(name))
+
     def ends(self) -> ReadOnce:
         """The same run with the first and the last row of each watch alone."""
         short = ReadOnce(self)
-        short._read = {name: self[name].isel(step=sorted({0, max(self[name].sizes["step"] - 1, 0)})[: self[name].sizes["step"]])
-                       for name in self._names}  # fmt: skip
+        for name in self._names:
+            rows = self[name].sizes["step"]
+            short._read[name] = self[name].isel(step=sorted({0, rows - 1}) if rows else [])
         return short
+
+
+def has_rows(data: xr.Dataset) -> bool:
+    """Whether anything of a watch was measured yet."""
+    return data.sizes.get("step", 0) > 0

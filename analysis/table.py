@@ -20,7 +20,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """`look` is "" (numbers), "long" (words in the first and last column), "glance" (words in the last) or "text" (names and values)."""
+    """Columns by name and rows of text.
+
+    `look` is "" (numbers), "long" (words in the first and last column), "glance" (words in the last) or "text" (names
+    and values).
+    """
 
     block: ClassVar[str] = "table"
     columns: list[str]
@@ -42,9 +46,9 @@ def table_html(table: Table) -> str:
     from markupsafe import escape
 
     head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
-    rows = "".join(
-        f"<tr{' style=opacity:.55' if row.weak else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row.cells)}</tr>"
-        for row in table.rows
-    )
+    rows = ""
+    for row in table.rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row.cells)
+        rows += f"<tr{' style=opacity:.55' if row.weak else ''}>{cells}</tr>"
     note = f"<p>{escape(table.note)}</p>" if table.note else ""
     return (f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>" if table.rows else "") + note

@@ -36,13 +36,13 @@ def probability(p: float) -> str:
     return "> 0.99" if p > 0.99 else f"{p:.2f}"
 
 
-def count(n: int, one: str, many: str = "") -> str:
+def count(n: int, singular: str, plural: str = "") -> str:
     """A number of things.
 
     >>> count(1, "event"), count(2, "event"), count(2, "series", "series")
     ('1 event', '2 events', '2 series')
     """
-    return f"{n} {one if n == 1 else many or one + 's'}"
+    return f"{n} {singular if n == 1 else plural or singular + 's'}"
 
 
 def listed(items: Sequence[str] | map[str], *, last: bool = True) -> str:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.detection.events import Fit
 from devmon.analysis.detection.results import Detection
+from devmon.analysis.reports.findings import examine
 from devmon.analysis.reports.report import content_of
 from devmon.analysis.reports.writers import as_html
 from devmon.analysis.run import RunData
@@ -92,9 +93,8 @@ def making(run: RunData, page: Path) -> dict[str, float]:
     """Write the page of a run in which nothing was searched, to `page`."""
     fits = {one.name: Fit("NO EVENT", series=one.name) for one in series_of(run)}
     cpu, wall = time.process_time(), time.perf_counter()
-    page.write_text(
-        as_html(content_of(run, detection=Detection(fits, (), len(fits), {"n_null": 199}))), encoding="utf-8"
-    )
+    findings = examine(run, detection=Detection(fits, (), len(fits), {"n_null": 199}))
+    page.write_text(as_html(content_of(findings)), encoding="utf-8")
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return {"cpu": round(cpu, 2), "wall": round(wall, 2), "megabytes": round(page.stat().st_size / 1e6, 2)}
 

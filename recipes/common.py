@@ -20,6 +20,7 @@ from rich.table import Table
 
 from devmon import DevmonError, Trajectory, Watch, observe
 from devmon.analysis import Detection
+from devmon.analysis.reports.findings import examine
 from devmon.analysis.reports.report import content_of
 from devmon.analysis.reports.writers import WRITERS
 from devmon.callbacks import CheckpointSeries, Monitor, checkpoints, latest
@@ -132,7 +133,7 @@ def measure_checkpoints(
 
 def write_report(run: Trajectory, out: Path, detection: Detection) -> None:
     """OUT/report.html and OUT/figures/ of a run whose events are known already."""
-    content = content_of(run, figures=out / "figures", detection=detection)
+    content = content_of(examine(run, detection=detection), figures=out / "figures")
     write_whole(out / "report.html", WRITERS[".html"](content, figures="figures").encode())
 
 

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FOLDERS = {
-    "devmon": "devmon",
-    "devmon.analysis": "analysis",
-    "devmon.callbacks": "callbacks",
-    "devmon.recipes": "recipes",
-}
+from tests.support.rooms import ROOT, imports, modules
+
 TORCH = {"torch", "lightning", "transformers", "devinterp"}
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    for package, folder in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            if not any(parent.is_symlink() for parent in path.parents):
-                parts = path.relative_to(ROOT / folder).with_suffix("").parts
-                yield ".".join([package, *(part for part in parts if part != "__init__")]), path
-
-
-def imports(path: Path, *, top_level: bool = False) -> set[str]:
-    """Names of imported modules, anywhere in the file (or at its top level only), but for those under TYPE_CHECKING."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(n)
-        for c in ast.walk(tree)
-        if isinstance(c, ast.If) and ast.unparse(c.test) == "TYPE_CHECKING"
-        for n in ast.walk(c)
-    }
-    found = set()
-    for node in tree.body if top_level else ast.walk(tree):
-        if id(node) not in skipped and isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif id(node) not in skipped and isinstance(node, ast.ImportFrom):
-            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-ALL = dict(modules())
+ALL = modules()
 
 
 def offenders(inside: str, forbidden: set[str]) -> list[str]:
@@ -94,8 +60,8 @@ def test_instruments_stand_alone() -> None:
 
 def test_only_the_demo_command_reaches_recipes() -> None:
     others = {o for o in offenders("devmon", {"devmon.recipes"}) if not o.startswith("devmon.recipes.")}
-    assert others == {
-        "devmon.cli.instruments imports devmon.recipes.language_model", "devmon.cli.instruments imports devmon.recipes.language_model.app"}  # fmt: skip
+    model = "devmon.recipes.language_model"
+    assert others == {f"devmon.cli.instruments imports {target}" for target in (model, f"{model}.app")}
     assert not any("recipes" in target for target in imports(ALL["devmon.cli"], top_level=True))
 
 
@@ -137,3 +103,18 @@ def test_public_names_are_not_hidden_by_modules_of_their_name():
         "assert not [name for name in devmon.__all__ if isinstance(getattr(devmon, name), type(devmon))]"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_importing_the_package_is_light_and_names_stay_functions() -> None:
+    code = (
+        "import sys, devmon.analysis as a\n"
+        "heavy = {'torch', 'matplotlib', 'scipy', 'pandas', 'jinja2'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import devmon.analysis.reports.report, devmon.analysis.detection.search, devmon.analysis.transitions.stages\n"
+        "assert a.report.__name__ == 'report' and callable(a.report) and callable(a.detect) and callable(a.stages)\n"
+        "from devmon.analysis import Event, Detector, report, plots, llc, series_of, Series, lead_lag, Fit, Detection\n"
+        "assert callable(report) and plots.plot_series\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(dir(a)) >= {'report', 'detect', 'plots'}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

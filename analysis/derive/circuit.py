@@ -12,13 +12,17 @@ from devmon.errors import DataError
 def circuit_overlap(dataset: xr.Dataset, k: int | None = None, edges: int | None = None) -> xr.Dataset:
     """Jaccard overlap |A ∩ B| / |A ∪ B| of the `k` highest-ranked edges at each two steps.
 
-    `dataset` is what `devmon.instruments.Circuit` stores: `edge_id` (step, edge) in order of rank, -1 where there are no
-    more; `k` is at most the number stored (default: all of them), `edges` the number of edges of the graph (default:
-    what the attrs say). Returns over step and other_step
-    jaccard: 1 for the same set, whatever the order; to_last(step): with the last step; to_next(step): with the step
-    after, NaN at the last; chance: the expected overlap of two random sets of this size, the null (NaN where the number
-    of edges is not known). A high overlap says that the same edges are used, not that they do the same.
-    Raises DataError without steps or edges, or for a `k` that was not stored.
+    `dataset` is what `devmon.instruments.Circuit` stores: `edge_id` (step, edge) in order of rank, -1 where there are
+    no more; `k` is at most the number stored (default: all of them), `edges` the number of edges of the graph (default:
+    what the attrs say). The result has, as shares of 1,
+
+    - `jaccard` (step, other_step): 1 for the same set, whatever the order
+    - `to_last` (step): with the last step; `to_next` (step): with the step after, NaN at the last
+    - `chance`: the expected overlap of two random sets of this size, the null; NaN where the number of edges is not
+      known
+
+    A high overlap says that the same edges are used, not that they do the same. Raises DataError without steps or
+    edges, or for a `k` that was not stored.
     """
     if "edge_id" not in dataset or set(dataset["edge_id"].dims) != {"step", "edge"} or not dataset.sizes["step"]:
         raise DataError("circuit_overlap needs edge_id over (step, edge), as the watch of a Circuit stores it")

@@ -26,66 +26,75 @@ def essential_dynamics(
 ) -> xr.Dataset:
     """Principal components over time of outputs on fixed inputs, and where their path turns, beside random walks.
 
-    `values` is (step, ...): outputs at each step, such as `trajectory["sketch"]["outputs"]` of a `Sketch(outputs=True)`;
-    `steps` are optimizer steps, by default the coordinate `step`. Hoogland et al. 2024 (2402.02364): with all other
-    dimensions as one, γ(t) are the scores of the first `components`, smoothed by a Gaussian of `smoothing` checkpoints.
+    `values` is (step, ...): outputs at each step, such as `trajectory["sketch"]["outputs"]` of a
+    `Sketch(outputs=True)`; `steps` are optimizer steps, by default the coordinate `step`. Hoogland et al. 2024
+    (2402.02364): with all other dimensions taken as one, γ(t) are the scores of the first `components`, smoothed by a
+    Gaussian of `smoothing` checkpoints. The result has
 
-    pc(step, component): γ, in the units of the values times √size; raw_pc: unsmoothed; explained(component): share of the
-    variance over time. In the plane of the first two: speed(step): distance between the neighbours of a checkpoint over
-    the steps between them; radius(step) and centre(step, axis) of the osculating circle, through the checkpoint and its
-    neighbours (infinite and NaN on a straight stretch, NaN at both ends); turning(step): the angle in [0, π] between the
-    chords that lead to and from the checkpoint over `window` (an attribute) checkpoints: 0 straight on, π straight back.
-    A cusp of γ has a small radius and a large turning.
+    - `pc` (step, component): γ, in the units of the values times √size; `raw_pc` (step, component): unsmoothed
+    - `explained` (component): share of the variance over time
+    - `speed` (step): distance, in the plane of the first two components, between the neighbours of a checkpoint over
+      the steps between them
+    - `radius` (step) and `centre` (step, axis) of the osculating circle in that plane, through the checkpoint and its
+      neighbours; infinite and NaN on a straight stretch, NaN at both ends
+    - `turning` (step): the angle in [0, π] between the chords that lead to and from the checkpoint over `window` (an
+      attribute) checkpoints: 0 straight on, π straight back. A cusp of γ has a small radius and a large turning.
 
-    PCA of a random walk draws cosines: component k of one in many dimensions is cos(π k (i + ½) / n) with a share of
-    6 / (π k)² of the variance (Antognini & Sohl-Dickstein 2018, 1806.08805), with turns of its own. So everything is
-    compared with `walks` simulated Brownian walks of as many checkpoints, with the lengths of the observed moves and as
-    many dimensions as the *random* part of the moves has (attribute `dimension`: from how alike the differences of
-    successive moves are, which leave out what is smooth):
-    explained_p(component): share of walks that explain as much; cosine(component): R² of γ on that cosine, cosine_p:
-    share of walks that follow it no better, small where the path is no walk; both with explained_reference and
-    cosine_reference, means over the walks. turning_p(step): share of walks whose largest turning (each place in standard
-    deviations of the walks there) reaches that of this checkpoint: corrected for the number of checkpoints. cusp(step):
-    turning_p <= `level` and no larger turning within the window. Without walks all of these are NaN and false.
+    PCA of a random walk draws cosines: component k of a walk in many dimensions is cos(π k (i + ½) / n) with a share
+    of 6 / (π k)² of the variance (Antognini & Sohl-Dickstein 2018, 1806.08805), with turns of its own. So everything
+    is compared with `walks` simulated Brownian walks of as many checkpoints, with the lengths of the observed moves
+    and as many dimensions as the *random* part of the moves has (attribute `dimension`: from how alike the differences
+    of successive moves are, which leave out what is smooth). Without walks all of these are NaN and false:
 
-    Walks whose moves keep their direction over several checkpoints (momentum) explain more and follow cosines less well:
-    a small explained_p says that the path is no Brownian walk, not that it has stages.
-    The number of checkpoints and how they are spaced shape γ: on log-spaced steps the start fills the picture. Each PCA is
-    of one run; joint ones need the runs stacked in the other dimensions. What is tested is the *shape* of the path;
-    that it moves at all is `drift`'s to say.
+    - `explained_p` (component): share of walks that explain as much; `explained_reference`: their mean
+    - `cosine` (component): R² of γ on that cosine; `cosine_p`: share of walks that follow it no better, small where
+      the path is no walk; `cosine_reference`: their mean
+    - `turning_p` (step): share of walks whose largest turning (each place in standard deviations of the walks there)
+      reaches that of this checkpoint: corrected for the number of checkpoints
+    - `cusp` (step): turning_p <= `level` and no larger turning within the window
+
+    Walks whose moves keep their direction over several checkpoints (momentum) explain more and follow cosines less
+    well: a small explained_p says that the path is no Brownian walk, not that it has stages. The number of checkpoints
+    and how they are spaced shape γ: on log-spaced steps the start fills the picture. Each PCA is of one run; joint ones
+    need the runs stacked in the other dimensions. What is tested is the *shape* of the path; that it moves at all is
+    `drift`'s to say.
+
     Raises DataError for fewer than 8 steps, steps that do not increase, values that are not finite and paths at rest.
     """
     path, steps = _checked(values, steps)
     count = len(path)
     if not (1 <= components < count and smoothing >= 0 and walks >= 0):
         raise DataError(
-            f"essential_dynamics needs 1 <= components < {count} steps, smoothing >= 0 and walks >= 0; got {components}, "
-            f"{smoothing}, {walks}"
+            f"essential_dynamics needs 1 <= components < {count} steps, smoothing >= 0 and walks >= 0; got "
+            f"{components}, {smoothing}, {walks}"
         )
+    # the plane of the first two components is always needed; a chord spans the smoothing on either side
     components = max(components, 2)
     window = max(1, round(2 * smoothing))
-    found = _shape(path @ path.T, components, smoothing, window)
+    shape = _shape(path @ path.T, components, smoothing, window)
+    # walks with moves as long as these, in as many dimensions as their random part has
     moves = np.diff(path, axis=0)
     dimension = _dimension(moves)
     lengths = np.linalg.norm(moves, axis=1)
     generator = np.random.default_rng(seed)
     null = [_shape(_walk(lengths, dimension, generator), components, smoothing, window) for _ in range(walks)]
-    speed, radius, centre = _circles(found.smooth[:, :2], steps)
-    p = _compare(found, null, window)
-    cusp = (p["turning_p"] <= level) & (found.turning >= _neighbourhood(np.nan_to_num(found.turning), window))
-    one = {"units": "1"}
+    speed, radius, centre = _circles(shape.smooth[:, :2], steps)
+    p = _compare(shape, null, window)
+    # of neighbouring checkpoints that turn together only the sharpest is a cusp
+    cusp = (p["turning_p"] <= level) & (shape.turning >= _neighbourhood(np.nan_to_num(shape.turning), window))
+    ratio = {"units": "1"}
     place = {"units": "output"}
     result = xr.Dataset(
         {
-            "pc": (("step", "component"), found.smooth, {"long_name": "smoothed principal component"} | place),
-            "raw_pc": (("step", "component"), found.raw, {"long_name": "principal component"} | place),
-            "explained": ("component", found.explained, {"long_name": "share of the variance"} | one),
-            "cosine": ("component", found.cosine, {"long_name": "R² on the cosine of a random walk"} | one),
+            "pc": (("step", "component"), shape.smooth, {"long_name": "smoothed principal component"} | place),
+            "raw_pc": (("step", "component"), shape.raw, {"long_name": "principal component"} | place),
+            "explained": ("component", shape.explained, {"long_name": "share of the variance"} | ratio),
+            "cosine": ("component", shape.cosine, {"long_name": "R² on the cosine of a random walk"} | ratio),
             "speed": ("step", speed, {"long_name": "speed in the first two components", "units": "output per step"}),
             "radius": ("step", radius, {"long_name": "radius of the osculating circle"} | place),
             "centre": (("step", "axis"), centre, {"long_name": "centre of the osculating circle"} | place),
-            "turning": ("step", found.turning, {"long_name": "change of direction", "units": "rad"}),
-            "cusp": ("step", cusp, {"long_name": "a turn that random walks do not make"} | one),
+            "turning": ("step", shape.turning, {"long_name": "change of direction", "units": "rad"}),
+            "cusp": ("step", cusp, {"long_name": "a turn that random walks do not make"} | ratio),
         },
         coords={"step": steps, "component": np.arange(1, components + 1), "axis": [1, 2]},
         attrs={"window": window, "dimension": dimension, "walks": walks, "seed": seed},
@@ -93,7 +102,7 @@ def essential_dynamics(
     for name, numbers in p.items():
         dims = "step" if name == "turning_p" else "component"
         long_name = "p-value against random walks" if name.endswith("_p") else "mean over random walks"
-        result[name] = (dims, numbers, {"long_name": long_name} | one)
+        result[name] = (dims, numbers, {"long_name": long_name} | ratio)
     return result
 
 
@@ -147,11 +156,11 @@ def _shape(gram: Array, components: int, smoothing: float, window: int) -> _Shap
 
 def _turning(curve: Array, window: int) -> Array:
     """Angle between the chords before and after each point, NaN where there is none on both sides."""
-    found = np.full(len(curve), np.nan)
+    turning = np.full(len(curve), np.nan)
     before, after = curve[window:-window] - curve[: -2 * window], curve[2 * window :] - curve[window:-window]
     cross = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
-    found[window:-window] = np.abs(np.arctan2(cross, (before * after).sum(1)))
-    return found
+    turning[window:-window] = np.abs(np.arctan2(cross, (before * after).sum(1)))
+    return turning
 
 
 def _circles(curve: Array, steps: Array) -> tuple[Array, Array, Array]:
@@ -195,24 +204,24 @@ def _walk(lengths: Array, dimension: int, generator: np.random.Generator) -> Arr
     return path @ path.T
 
 
-def _compare(found: _Shape, null: list[_Shape], window: int) -> dict[str, Array]:
-    """p-values of what was found against the shapes of the walks, and the walks' means."""
+def _compare(shape: _Shape, null: list[_Shape], window: int) -> dict[str, Array]:
+    """p-values of the path's shape against the shapes of the walks, and the walks' means."""
     if not null:
-        nothing = np.full(len(found.explained), np.nan)
+        nothing = np.full(len(shape.explained), np.nan)
         names = ("explained_reference", "explained_p", "cosine_reference", "cosine_p")
-        return dict.fromkeys(names, nothing) | {"turning_p": np.full(len(found.turning), np.nan)}
-    explained, cosine = (np.array([getattr(one, name) for one in null]) for name in ("explained", "cosine"))
-    turning = np.array([one.turning for one in null])[:, window:-window]
+        return dict.fromkeys(names, nothing) | {"turning_p": np.full(len(shape.turning), np.nan)}
+    explained, cosine = (np.array([getattr(walk, name) for walk in null]) for name in ("explained", "cosine"))
+    turning = np.array([walk.turning for walk in null])[:, window:-window]
     mean, sd = turning.mean(0), np.maximum(turning.std(0), 1e-12)
     largest = ((turning - mean) / sd).max(1)
-    own = np.full(len(found.turning), np.nan)
-    own[window:-window] = (found.turning[window:-window] - mean) / sd
+    own = np.full(len(shape.turning), np.nan)
+    own[window:-window] = (shape.turning[window:-window] - mean) / sd
     exceeded = (largest[:, None] >= own).sum(0)
     return {
         "explained_reference": explained.mean(0),
-        "explained_p": (1 + (explained >= found.explained).sum(0)) / (1 + len(null)),
+        "explained_p": (1 + (explained >= shape.explained).sum(0)) / (1 + len(null)),
         "cosine_reference": cosine.mean(0),
-        "cosine_p": np.where(np.isnan(found.cosine), np.nan, (1 + (cosine <= found.cosine).sum(0)) / (1 + len(null))),
+        "cosine_p": np.where(np.isnan(shape.cosine), np.nan, (1 + (cosine <= shape.cosine).sum(0)) / (1 + len(null))),
         "turning_p": np.where(np.isnan(own), np.nan, (1 + exceeded) / (1 + len(null))),
     }
 

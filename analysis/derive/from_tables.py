@@ -12,11 +12,11 @@ import pandas as pd
 from devmon.analysis.series import Series
 from devmon.errors import DataError
 
-ERROR = "_se"  # column `loss_se` holds the standard errors of column `loss`
-STEP = "step"
+ERROR_SUFFIX = "_se"  # column `loss_se` holds the standard errors of column `loss`
+STEP_COLUMN = "step"
 
 
-def series_of_table(table: pd.DataFrame, *, step: str = STEP) -> list[Series]:
+def series_of_table(table: pd.DataFrame, *, step: str = STEP_COLUMN) -> list[Series]:
     """Every series of a table with a column of steps, in one of two forms.
 
     Wide: each other numeric column is a series, and `x_se` the standard errors of `x`. Long: a column `value`, with the
@@ -35,10 +35,10 @@ def series_of_table(table: pd.DataFrame, *, step: str = STEP) -> list[Series]:
         raise DataError(
             f"a table needs a column of steps named {step!r}, got {', '.join(columns) or 'none'}: rename it"
         )
-    found = _long(table, step) if "value" in columns else _wide(table, step)
-    if not found:
+    series = _long(table, step) if "value" in columns else _wide(table, step)
+    if not series:
         raise DataError(f"the table holds no numbers beside {step!r}; its columns are {', '.join(columns)}")
-    return found
+    return series
 
 
 def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -70,9 +70,9 @@ def numbers(table: pd.DataFrame, column: str, what: str = "") -> np.ndarray:
 def _wide(table: pd.DataFrame, step: str) -> list[Series]:
     steps = numbers(table, step)
     names = [c for c in table.columns if c != step and pd.api.types.is_numeric_dtype(table[c])]
-    errors = {c for c in names if c.endswith(ERROR) and c.removesuffix(ERROR) in names}
+    errors = {c for c in names if c.endswith(ERROR_SUFFIX) and c.removesuffix(ERROR_SUFFIX) in names}
     return [
-        Series(c, steps, numbers(table, c), numbers(table, c + ERROR) if c + ERROR in errors else None)
+        Series(c, steps, numbers(table, c), numbers(table, c + ERROR_SUFFIX) if c + ERROR_SUFFIX in errors else None)
         for c in names
         if c not in errors
     ]
@@ -83,7 +83,7 @@ def _long(table: pd.DataFrame, step: str) -> list[Series]:
     groups: list[tuple[Any, pd.DataFrame]] = (
         list(table.groupby(keys, sort=False, dropna=False)) if keys else [(("value",), table)]
     )
-    found = []
+    series = []
     for key, rows in groups:
         se = numbers(rows, "se") if "se" in rows.columns and rows["se"].notna().any() else None
         rejected = None
@@ -92,7 +92,7 @@ def _long(table: pd.DataFrame, step: str) -> list[Series]:
             rejected = (~verdicts.isin(["ok", ""])).to_numpy() if (verdicts != "").any() else None
         units = str(rows["units"].iloc[0]) if "units" in rows.columns and rows["units"].notna().any() else ""
         name = "/".join(map(str, key))
-        found.append(
+        series.append(
             Series(name, numbers(rows, step), numbers(rows, "value"), se, "" if units == "1" else units, rejected)
         )
-    return found
+    return series

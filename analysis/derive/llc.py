@@ -55,8 +55,8 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
       and ν of which give the gap between training and test loss). Its error is that between chains.
     - `wbic`: n E[L(w)], an estimate of the free energy where nbeta = n / log n (Watanabe 2013)
     - `verdict`: "non-finite" (a chain met NaN or infinity; λ̂ is NaN), "diverged" (distances still grow, temperature
-      above 2, or λ̂ above the number of parameters), "negative" (λ̂ or E[∇L·(w−w*)] below 0 by more than its error: w* is
-      no minimum), "not mixed" (R̂ above 1.1 or ESS below 10), else "ok"
+      above 2, or λ̂ above the number of parameters), "negative" (λ̂ or E[∇L·(w−w*)] below 0 by more than its error: w*
+      is no minimum), "not mixed" (R̂ above 1.1 or ESS below 10), else "ok"
 
     With steps there are also, from traces that are paired because noise and batches are common to all steps,
 

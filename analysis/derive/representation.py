@@ -38,20 +38,25 @@ def cka_test(x: Any, y: Any, *, sequence: Any = None, permutations: int = 500, s
     """
     x, y = _states(x, "x"), _states(y, "y")
     k, lam = (_centred(_gram(v), True) for v in (x, y))
-    found = (k * lam).sum()
+    hsic = (k * lam).sum()
     null = [(k * lam[np.ix_(order, order)]).sum() for order in _orders(len(x), sequence, permutations, seed)]
-    return cka(x, y), (1 + sum(value >= found for value in null)) / (1 + permutations)
+    return cka(x, y), (1 + sum(value >= hsic for value in null)) / (1 + permutations)
 
 
 def drift(dataset: xr.Dataset, *, variable: str = "sketch") -> xr.Dataset:
     """How far the representation of each step is from that of the last step, and from that of the step before.
 
     `dataset` holds `variable` over (step, item, feature) and perhaps layer, as a trajectory's watch of `Sketch` does.
-    drift(step[, layer]) = 1 - debiased CKA(this step, last step), 0 at the last; change(step[, layer]) =
-    1 - debiased CKA(the step before, this step), NaN at the first. `_se`: a jackknife over 10 groups of sequences (of
-    items where there is no coordinate `sequence`). CKA sees no rotation, and no scale: see `spread` for that.
-    A drift that is 1 from the start means nothing is shared with the end, as between two random networks with
-    untied inputs; two networks that embed the same tokens share that, so compare with step 0.
+    The result has
+
+    - `drift` (step[, layer]): 1 - debiased CKA(this step, last step), 0 at the last
+    - `change` (step[, layer]): 1 - debiased CKA(the step before, this step), NaN at the first
+    - `drift_se`, `change_se`: a jackknife over 10 groups of sequences (of items where there is no coordinate
+      `sequence`)
+
+    CKA sees no rotation, and no scale: see `spread` for that. A drift that is 1 from the start means nothing is shared
+    with the end, as between two random networks with untied inputs; two networks that embed the same tokens share that,
+    so compare with step 0.
     Sketches of `dims` < d are compared half against half, which is right on average and noisy: their CKA may leave
     [-1, 1] a little, by the same accident of the random directions at all steps. NaN where such noise is all there is.
     Raises DataError without the variable, with fewer than two steps or too few items.
@@ -62,18 +67,18 @@ def drift(dataset: xr.Dataset, *, variable: str = "sketch") -> xr.Dataset:
     halves = _halves(array)
     columns = []
     for states in array.values.astype(np.float64):  # (step, item, feature)
-        grams = np.array([[_gram(half) for half in np.split(one, halves, axis=1)] for one in states])
-        left_out = [np.flatnonzero(group != one) for one in np.unique(group)]
+        grams = np.array([[_gram(half) for half in np.split(layer, halves, axis=1)] for layer in states])
+        left_out = [np.flatnonzero(group != label) for label in np.unique(group)]
         each = np.array([_drifts(grams[..., rest, :][..., rest]) for rest in left_out])
         columns.append([_drifts(grams), np.sqrt((len(each) - 1) * each.var(0))])
-    found = np.array(columns)  # (layer, value or error, drift or change, step)
+    drifts = np.array(columns)  # (layer, value or error, drift or change, step)
     result = xr.Dataset(
         coords={"step": array["step"], "layer": array["layer"]}, attrs={"headline": ["drift", "change"]}
     )
     names = {"drift": "1 - CKA with the last step", "change": "1 - CKA with the step before"}
     for i, (name, long_name) in enumerate(names.items()):
         for j, (key, text) in enumerate(((name, long_name), (f"{name}_se", "jackknife standard error"))):
-            result[key] = (("step", "layer"), found[:, j, i].T, {"long_name": text, "units": "1"})
+            result[key] = (("step", "layer"), drifts[:, j, i].T, {"long_name": text, "units": "1"})
         result[name].attrs["smallest_change"] = 0.05
     return result if "layer" in dataset[variable].dims else result.isel(layer=0, drop=True)
 
@@ -86,11 +91,14 @@ def similarity(
     permutations: int = 0,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Debiased CKA of all pairs of steps, cka(layer, step, other_step), or of layers, cka(step, layer, other_layer).
+    """Debiased CKA of all pairs of steps, or of layers. The result has
 
-    With `permutations`, p of the same shape: the share of permutations of the sequences (see `cka_test`), the observed
-    order counted as one, whose CKA is as large: the smallest possible is 1 / (1 + permutations). They are not corrected
-    for the number of pairs. The biased CKA, which many papers show, is larger the fewer the items.
+    - `cka` (layer, step, other_step) between steps, or (step, layer, other_layer) between layers
+    - `p` of the same shape, with `permutations`: the share of permutations of the sequences (see `cka_test`), the
+      observed order counted as one of them, whose CKA is as large. The smallest possible is 1 / (1 + permutations);
+      they are not corrected for the number of pairs.
+
+    The biased CKA, which many papers show, is larger the fewer the items.
     """
     if between not in ("steps", "layers"):
         raise DataError(f"similarity is between 'steps' or 'layers', got {between!r}")
@@ -102,7 +110,7 @@ def similarity(
     halves = _halves(array)
     values, shares = [], []
     for block in array.values.astype(np.float64):
-        kernels = np.array([[_centred(_gram(h), True) for h in np.split(one, halves, axis=1)] for one in block])
+        kernels = np.array([[_centred(_gram(h), True) for h in np.split(states, halves, axis=1)] for states in block])
         product = _products(kernels, kernels)
         size = np.diagonal(product)
         values.append(_ratio(product, size[:, None], size))
@@ -164,8 +172,8 @@ def _centred(gram: Array, debiased: bool) -> Array:
     return gram
 
 
-def _ratio(product: Any, one: Any, other: Any) -> Any:
-    size = np.sqrt(np.maximum(one, 0) * np.maximum(other, 0))  # of halves it can come out negative
+def _ratio(product: Any, size_x: Any, size_y: Any) -> Any:
+    size = np.sqrt(np.maximum(size_x, 0) * np.maximum(size_y, 0))  # of halves it can come out negative
     return np.divide(product, size, out=np.full(np.shape(product), np.nan), where=size > 0)
 
 
@@ -174,23 +182,23 @@ def _halves(array: xr.DataArray) -> int:
     return int(array.attrs.get("halves", 1))
 
 
-def _products(one: Array, other: Array) -> Array:
+def _products(x: Array, y: Array) -> Array:
     """HSIC up to a factor of all pairs of two lists of kernels (set, half, item, item).
 
     Inner products of one half with the other half: within a half the same random directions stand on both sides, which
     adds (Σλ)² / dims to Σλ² and so lowers the CKA of everything but equal states.
     """
-    a, b = (values.reshape(*values.shape[:2], -1) for values in (one, other))
+    a, b = (values.reshape(*values.shape[:2], -1) for values in (x, y))
     return (a[:, 0] @ b[:, -1].T + a[:, -1] @ b[:, 0].T) / 2
 
 
 def _drifts(grams: Array) -> Array:
     """(2, step): 1 - CKA with the last, and with the one before, from the kernels (step, half, item, item)."""
     kernels = np.array([[_centred(gram, True) for gram in halves] for halves in grams])
-    size = np.array([_products(one[None], one[None])[0, 0] for one in kernels])
+    size = np.array([_products(kernel[None], kernel[None])[0, 0] for kernel in kernels])
     last = 1 - _ratio(_products(kernels, kernels[-1:])[:, 0], size, size[-1])
     pairs = zip(kernels[:-1], kernels[1:], strict=True)
-    before = np.array([_products(one[None], next_one[None])[0, 0] for one, next_one in pairs])
+    before = np.array([_products(kernel[None], after[None])[0, 0] for kernel, after in pairs])
     return np.array([last, np.append(np.nan, 1 - _ratio(before, size[1:], size[:-1]))])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis.derive.llc import llc
-from devmon.analysis.run import RunData
+from devmon.analysis.run import RunData, has_rows
 from devmon.analysis.series import Series
 
 MAX_ELEMENTS = 64  # an array with more elements than this is followed by its maximum only
@@ -22,37 +22,51 @@ def series_of(
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 
     LLC traces give `llc/llc` with its standard error, points whose verdict is not "ok" marked as rejected. Any other
-    watch gives its headline variables: a scalar as `watch/variable`, an array as `watch/variable max` (the largest
-    element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each.
-    An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series' `smallest`.
-    Without `each`, arrays give their maximum alone. With `costs`, each watch gives `watch/seconds` too: what its observations took.
+    watch gives the variables that are `followed`: a scalar as `watch/variable`, an array as `watch/variable max` (the
+    largest element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]`
+    each. An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series'
+    `smallest`.
 
-    With `scheduled_only`, the points that were measured only because an alarm was up (`attrs["densified"]`) are left out.
-    They lie where something seemed to happen; a p-value that must not depend on that choice is one without them.
+    - `costs`: each watch gives `watch/seconds` too, what its observations took
+    - `each`: without it, arrays give their maximum alone
+    - `scheduled_only`: the points that were measured only because an alarm was up (`attrs["densified"]`) are left out.
+      They lie where something seemed to happen; a p-value that must not depend on that choice is one without them.
+
+    Raises DataError where the traces of an LLC are malformed (see `llc`).
     """
-    found: list[Series] = []
+    series: list[Series] = []
     densified = trajectory.attrs.get("densified", {}) if scheduled_only else {}
     for name in trajectory.names():
         dataset = trajectory[name]
         if name in densified:
             dataset = dataset.isel(step=~np.isin(dataset["step"].values, densified[name]))
-        if dataset.sizes.get("step", 0) == 0:
-            continue
-        found += _llc_series(name, dataset) if is_llc(dataset) else _plain_series(name, dataset, each)
-        if costs and "seconds" in dataset.coords:
-            found.append(_series(f"{name}/seconds", dataset["seconds"].assign_attrs(units="s"), None))
-    return found
+        if has_rows(dataset):
+            series += series_of_watch(name, dataset, costs=costs, each=each)
+    return series
+
+
+def series_of_watch(
+    name: str, dataset: xr.Dataset, *, costs: bool = False, each: bool = True, estimate: xr.Dataset | None = None
+) -> list[Series]:
+    """The series of one watch, from its rows; `estimate` is `llc(dataset)`, where that is known already."""
+    if is_llc(dataset):
+        series = _llc_series(name, llc(dataset) if estimate is None else estimate)
+    else:
+        series = _plain_series(name, dataset, each)
+    if costs and "seconds" in dataset.coords:
+        series.append(_series(f"{name}/seconds", dataset["seconds"].assign_attrs(units="s"), None))
+    return series
 
 
 def numbers_of(dataset: xr.Dataset) -> dict[str, float]:
-    """The headline scalars of one observation (no `step` dimension); of LLC traces λ̂ as `llc`, its standard error `se`
+    """The followed scalars of one observation (no `step` dimension); of LLC traces λ̂ as `llc`, its standard error `se`
     and `accepted`, 1 where the verdict is "ok"."""
     if is_llc(dataset):
         derived = llc(dataset)
         accepted = float(str(derived["verdict"].item()) == "ok")
         return {"llc": float(derived["llc"]), "se": float(derived["se"]), "accepted": accepted}
     row = dataset.expand_dims("step")
-    return {name: float(dataset[name]) for name in headline(row) if dataset[name].ndim == 0}
+    return {name: float(dataset[name]) for name in followed(row) if dataset[name].ndim == 0}
 
 
 def is_llc(dataset: xr.Dataset) -> bool:
@@ -60,7 +74,7 @@ def is_llc(dataset: xr.Dataset) -> bool:
     return dataset.attrs.get("kind") == "llc"
 
 
-def headline(dataset: xr.Dataset) -> list[str]:
+def followed(dataset: xr.Dataset) -> list[str]:
     """The variables that are followed: `attrs["headline"]`, else every float scalar that is no error or reference."""
     named = dataset.attrs.get("headline")
     if named is None:
@@ -94,27 +108,26 @@ def elements(array: xr.DataArray) -> Iterator[tuple[str, xr.DataArray]]:
         yield label, array.isel(where)
 
 
-def _llc_series(name: str, dataset: xr.Dataset) -> list[Series]:
-    derived = llc(dataset)
-    rejected = np.asarray(derived["verdict"].values).astype(str) != "ok"
-    return [_series(f"{name}/llc", derived["llc"], derived["se"], rejected)]
+def _llc_series(name: str, estimate: xr.Dataset) -> list[Series]:
+    rejected = np.asarray(estimate["verdict"].values).astype(str) != "ok"
+    return [_series(f"{name}/llc", estimate["llc"], estimate["se"], rejected)]
 
 
 def _plain_series(name: str, dataset: xr.Dataset, each: bool) -> list[Series]:
-    found = []
-    for variable in headline(dataset):
+    series = []
+    for variable in followed(dataset):
         array = dataset[variable].transpose("step", ...)
         error = dataset.get(f"{variable}_se")
         error = error.transpose(*array.dims) if error is not None and set(error.dims) == set(array.dims) else None
         if array.ndim == 1:
-            found.append(_series(f"{name}/{variable}", array, error))
+            series.append(_series(f"{name}/{variable}", array, error))
         elif array[0].size > 0:
-            found.append(_series(f"{name}/{variable} max", *_largest(array, error)))
+            series.append(_series(f"{name}/{variable} max", *_largest(array, error)))
             if each and array[0].size <= MAX_ELEMENTS:
-                errors = [None] * array[0].size if error is None else [one for _, one in elements(error)]
-                for (label, element), one in zip(elements(array), errors, strict=True):
-                    found.append(_series(f"{name}/{variable}[{label}]", element, one))
-    return found
+                errors = [None] * array[0].size if error is None else [se for _, se in elements(error)]
+                for (label, element), se in zip(elements(array), errors, strict=True):
+                    series.append(_series(f"{name}/{variable}[{label}]", element, se))
+    return series
 
 
 def _series(name: str, values: xr.DataArray, se: xr.DataArray | None, rejected: np.ndarray | None = None) -> Series:

@@ -69,6 +69,7 @@ def _trials(ax: Axes, table: dict[str, np.ndarray], lines: Sequence[np.ndarray],
     values, half = table["llc"].astype(float), Z90 * np.nan_to_num(table["se"].astype(float), posinf=0, neginf=0)
     verdicts = table["verdict"].astype(str)
     good = (verdicts == "ok") & np.isfinite(values)
+    # the axis is that of the accepted trials; a rejected trial beyond it is drawn at the edge
     scale = good if good.any() else np.isfinite(values)
     low, high = (float((values - half)[scale].min()), float((values + half)[scale].max())) if scale.any() else (0, 1)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
@@ -76,6 +77,7 @@ def _trials(ax: Axes, table: dict[str, np.ndarray], lines: Sequence[np.ndarray],
     at = np.clip(np.nan_to_num(values, nan=low, posinf=high, neginf=low), low - margin, high + margin)
     others = sorted({table[fixed][i] for line in lines for i in line})
     handles: dict[str, Any] = {}
+    # a line joins the trials of one checkpoint; checkpoints are set a few points apart, so that none hides another
     for line in lines:
         model, other = int(table["model"][line[0]]), table[fixed][line[0]]
         label = ("late checkpoint", "middle checkpoint")[model] if model < 2 else f"checkpoint {model}"
@@ -88,6 +90,7 @@ def _trials(ax: Axes, table: dict[str, np.ndarray], lines: Sequence[np.ndarray],
         label += f", {fixed} {other:.3g}" if len(others) > 1 else ""
         aside = offset_copy(ax.transData, figure_of(ax), x=4 * model, units="points")
         fits = line[good[line]]
+        # of trials of the same settings the last was the longest: the earlier ones are faint
         last = np.append(table[along][fits][1:] != table[along][fits][:-1], True)[: len(fits)]
         for here, faint in ((fits[~last], {"alpha": 0.35, "ls": ""}), (fits[last], {})):
             bars: dict[str, Any] = look | faint | {"capsize": 2, "elinewidth": 1, "transform": aside}
@@ -99,8 +102,9 @@ def _trials(ax: Axes, table: dict[str, np.ndarray], lines: Sequence[np.ndarray],
             ax.plot(
                 table[along][i], at[i], mec=look["color"], mew=1.4, clip_on=False, zorder=5, transform=aside, **hollow
             )
-            told = f"rejected, {verdicts[i]}"
-            handles[told] = Line2D([], [], mec="#555555", label=told, **hollow)
+            label = f"rejected, {verdicts[i]}"
+            handles[label] = Line2D([], [], mec="#555555", label=label, **hollow)
+    # the chosen setting may lie outside the trials of this axis, which reaches as far as it
     tried = np.array([table[along][i] for line in lines for i in line] + [attrs[along]] * (along in attrs), dtype=float)
     if along in attrs:
         ax.axvline(attrs[along], color="#333333", lw=1, ls=":", zorder=1)

@@ -78,18 +78,18 @@ def plot_overview(
 ) -> tuple[Figure, list[Axes]]:
     """Series stacked on one axis of steps. An event is shaded in its own panel; its line goes through all of them."""
     fig, axes = panels_on(ax, len(series), 1.2)
-    shown = {one.name for one in series}
+    shown = {each.name for each in series}
     handles: dict[str, Any] = {}
-    for i, (panel, one) in enumerate(zip(axes, series, strict=True)):
-        curve = draw_curve(panel, one, verdicts=None, colour=COLOURS[0])
-        own = [event for event in events if event.series == one.name]
+    for i, (panel, each) in enumerate(zip(axes, series, strict=True)):
+        curve = draw_curve(panel, each, verdicts=None, colour=COLOURS[0])
+        own = [event for event in events if event.series == each.name]
         for event in events:
-            if event.series in shown and event.series != one.name:
+            if event.series in shown and event.series != each.name:
                 panel.axvline(event.step, color=EVENT_COLOURS.get(event.kind, "#555555"), lw=0.7, alpha=0.45, zorder=0)
         for handle in curve + draw_strips(panel, own):
             handles.setdefault(str(handle.get_label()).partition(":")[0], handle)
-        panel.set_title(brief(one.name, 90), fontsize=9.5, pad=3)
-        panel.set_ylabel(brief(one.units, 18), fontsize=8.5)
+        panel.set_title(brief(each.name, 90), fontsize=9.5, pad=3)
+        panel.set_ylabel(brief(each.units, 18), fontsize=8.5)
         step_axis(panel, np.concatenate([s.steps for s in series]), label=i == len(axes) - 1)
     for label, handle in handles.items():
         handle.set_label(label)
@@ -108,6 +108,7 @@ def plot_layers(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) -
     pick = thin(array.sizes["step"], MAX_POINTS)
     steps = array["step"].values[pick]
     handles: list[Any] = []
+    # a line a layer with its band and its control, each under an id by which the page hides it
     for i, layer in enumerate(array["layer"].values if "layer" in array.coords else range(array.sizes["layer"])):
         look: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markevery": max(1, len(pick) // 25)}
         values = array.values[pick, i].astype(float)
@@ -126,6 +127,7 @@ def plot_layers(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) -
                 lw=1.1,
                 gid=f"layer-{i}-control",
             )
+    # what the layers are compared with has one entry for all
     if f"control_{variable}" in dataset:
         handles.append(Line2D([], [], color="#555555", ls="--", lw=1.1, label="control task (dashed)"))
     if variable == "accuracy" and "majority" in dataset and "step" in dataset["majority"].dims:
@@ -164,25 +166,25 @@ def plot_position_loss(
 
 @styled
 def plot_runs(runs: Mapping[str, Sequence[Series]], *, ax: Sequence[Axes] | None = None) -> tuple[Figure, list[Axes]]:
-    """The same series of several runs, one panel a series and one colour a run; never averaged. Rejected points are left out."""
-    names = list(dict.fromkeys(one.name for series in runs.values() for one in series))
+    """The same series of several runs, a panel a series and a colour a run; never averaged, without rejected points."""
+    names = list(dict.fromkeys(each.name for series in runs.values() for each in series))
     fig, axes = panels_on(ax, len(names), 1.4)
-    steps = np.concatenate([one.steps for series in runs.values() for one in series])
+    steps = np.concatenate([each.steps for series in runs.values() for each in series])
     handles = [Line2D([], [], color=COLOURS[i % 7], ls=LINES[i // 7 % 4], label=run) for i, run in enumerate(runs)]
     for panel, name in zip(axes, names, strict=True):
         for i, series in enumerate(runs.values()):
-            for one in series:
-                if one.name == name:
-                    values = np.asarray(one.values, dtype=float)
-                    good = np.isfinite(values) & (True if one.rejected is None else ~np.asarray(one.rejected, bool))
+            for each in series:
+                if each.name == name:
+                    values = np.asarray(each.values, dtype=float)
+                    good = np.isfinite(values) & (True if each.rejected is None else ~np.asarray(each.rejected, bool))
                     panel.plot(
-                        one.steps[good],
+                        each.steps[good],
                         values[good],
                         color=COLOURS[i % 7],
                         ls=LINES[i // 7 % 4],
                         gid=f"run-{i}-{axes.index(panel)}",
                     )
-                    panel.set_ylabel(one.units, fontsize=8.5)
+                    panel.set_ylabel(each.units, fontsize=8.5)
         panel.set_title(name, fontsize=9.5, pad=3)
         step_axis(panel, steps, label=panel is axes[-1])
     if ax is None:

@@ -45,10 +45,22 @@ def plot_events(
     """
     fig, ax = axes_on(ax, height=1.15 + 0.24 * max(len(events), 2))
     rows = in_order(events)
-    for i, one in enumerate(transitions, 1):
-        ax.axvspan(*one.span, color="#000000", alpha=0.09, lw=0, zorder=0)
-        ax.annotate(str(i), (one.step, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3), fontsize=9, gid=f"at-step-{i}",
-                    textcoords="offset points", ha="center", fontweight="bold", annotation_clip=False)  # fmt: skip
+    # behind the rows: the spans of transitions as strips, with their numbers above
+    for i, change in enumerate(transitions, 1):
+        ax.axvspan(*change.span, color="#000000", alpha=0.09, lw=0, zorder=0)
+        ax.annotate(
+            str(i),
+            (change.step, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=9,
+            fontweight="bold",
+            ha="center",
+            annotation_clip=False,
+            gid=f"at-step-{i}",
+        )
+    # a row an event: span thin, interval thick, estimate a mark, and its q (or p) at the right
     for y, event in enumerate(rows):
         sure = event.q_value is None or event.q_value <= 0.05
         colour = EVENT_COLOURS.get(event.kind, "#555555")
@@ -58,16 +70,27 @@ def plot_events(
         ax.plot(
             event.step, y, EVENT_MARKS.get(event.kind, "o"), ms=6, mec=colour, mfc=colour if sure else "white", mew=1.4
         )
-        told = f"q = {event.q_value:.3g}" if event.q_value is not None else f"p = {event.p_value:.3g}"
-        ax.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
+        chance = f"q = {event.q_value:.3g}" if event.q_value is not None else f"p = {event.p_value:.3g}"
+        ax.annotate(
+            chance, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False
+        )
     ax.set_yticks(range(len(rows)), [f"{brief(event.series)} ({event.kind})" for event in rows], fontsize=8.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
+    # marks are explained in words, only those that are there
     marks = ", ".join(f"{MARK_NAMES[kind]}: {kind}" for kind in EVENT_MARKS if any(e.kind == kind for e in rows))
     ax.set_title("Events with 90% intervals", pad=32)
-    ax.annotate(f"{marks}; hollow: q > 0.05", (0, 1), xycoords="axes fraction", xytext=(0, 17), textcoords="offset points",
-                fontsize=8.5, color="#555555", annotation_clip=False)  # fmt: skip  # between the title and the numbers
+    ax.annotate(  # between the title and the numbers
+        f"{marks}; hollow: q > 0.05",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 17),
+        textcoords="offset points",
+        fontsize=8.5,
+        color="#555555",
+        annotation_clip=False,
+    )
     if steps is None:
-        spans = [event.span or event.interval for event in rows] + [one.span for one in transitions]
+        spans = [event.span or event.interval for event in rows] + [change.span for change in transitions]
         steps = np.array([x for event in rows for x in (event.step, *event.interval)] + [x for s in spans for x in s])
     step_axis(ax, steps)
     return fig, ax
@@ -103,24 +126,26 @@ def plot_matched(matched: Sequence[Matched], *, ax: Axes | None = None) -> tuple
 
     A colour and a height within the row is a run, the same in all rows; the number of runs stands on the right.
     """
-    runs = list(dict.fromkeys(run for one in matched for run in one.events))
+    runs = list(dict.fromkeys(run for match in matched for run in match.events))
     alone = ax is None
     fig, ax = axes_on(ax, height=1.3 + 0.34 * max(len(matched), 2))
-    for y, one in enumerate(matched):
-        for run, event in one.events.items():
+    for y, match in enumerate(matched):
+        for run, event in match.events.items():
             i = runs.index(run)
             at, colour = y + 0.6 * ((i + 0.5) / len(runs) - 0.5), COLOURS[i % 7]
             ax.plot(event.interval, [at, at], color=colour, lw=1.6, alpha=0.6, solid_capstyle="butt")
             ax.plot(event.step, at, "o", ms=3.5, color=colour)
-        ax.plot(one.step, y, "D", ms=5.5, mfc="none", mec="#222222", mew=1.2)
-        told = f"{len(one.events)} of {one.of} runs"
-        ax.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
-    labels = [f"{brief(one.series)} ({one.kind}, {'up' if one.sign > 0 else 'down'})" for one in matched]
+        ax.plot(match.step, y, "D", ms=5.5, mfc="none", mec="#222222", mew=1.2)
+        share = f"{len(match.events)} of {match.of} runs"
+        ax.annotate(
+            share, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False
+        )
+    labels = [f"{brief(match.series)} ({match.kind}, {'up' if match.sign > 0 else 'down'})" for match in matched]
     ax.set_yticks(range(len(matched)), labels, fontsize=8.5)
     ax.set_ylim(len(matched) - 0.4, -0.6)
     ax.set_title("Events matched across runs")
     draw_note(ax, "diamond: median")
-    step_axis(ax, np.array([x for one in matched for e in one.events.values() for x in (e.step, *e.interval)]))
+    step_axis(ax, np.array([x for match in matched for e in match.events.values() for x in (e.step, *e.interval)]))
     handles = [Line2D([], [], color=COLOURS[i % 7], marker="o", ms=3.5, label=run) for i, run in enumerate(runs[:7])]
     if alone:
         fig.legend(handles=handles, loc="outside lower center", ncols=4)

@@ -35,6 +35,7 @@ def plot_heads(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) ->
     rows = [(short(label), element.values) for label, element in elements(array)]
     values = np.array([row for _, row in rows], dtype=float)
     fig, ax = axes_on(ax, height=1.2 + 0.2 * min(max(len(rows), 4), 60))
+    # values of both signs have colours around 0; others begin at 0, where that is near
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if low < 0 < high:
@@ -49,6 +50,7 @@ def plot_heads(dataset: xr.Dataset, variable: str, *, ax: Axes | None = None) ->
     bar.set_label(units or variable.replace("_", " "))
     bar.outline.set_visible(False)
     ax.grid(False)
+    # as many rows and columns are named as can be read
     named = thin(len(rows), 48)
     ax.set_yticks(named, [brief(rows[i][0]) for i in named], fontsize=8 if len(rows) <= 24 else 6.5)
     steps = array["step"].values
@@ -112,8 +114,8 @@ def plot_pairs(dataset: xr.Dataset, *, most: int = 20, ax: Axes | None = None) -
     chosen = [int(i) for i in np.argsort(-height, kind="stable")[:most] if np.isfinite(height[i])]
     where = np.unravel_index(chosen, [dataset.sizes[d] for d in dims])
     names = [dataset[d].values[i] if d in dataset.coords else i for d, i in zip(dims, where, strict=True)]
-    told = ["{} L{}H{} from L{}H{}".format(*name) for name in zip(*names, strict=True)]
-    data = xr.Dataset({"excess": flat.isel(pair=chosen).assign_coords(pair=told)})
+    labels = ["{} L{}H{} from L{}H{}".format(*name) for name in zip(*names, strict=True)]
+    data = xr.Dataset({"excess": flat.isel(pair=chosen).assign_coords(pair=labels)})
     data["excess"].attrs |= {"long_name": "composition score above its null", "units": "1"}
     fig, ax = plot_heads(data, "excess", ax=ax)
     ax.set_title(f"Composition above its null, the {len(chosen)} pairs of heads that rise highest")

@@ -127,6 +127,7 @@ def draw_curve(ax: Axes, series: Series, *, verdicts: np.ndarray | None, colour:
         if good.any():
             ax.fill_between(steps[drawn], (values - half)[drawn], (values + half)[drawn], color=colour, alpha=0.2, lw=0)
             handles.append(Patch(color=colour, alpha=0.2, lw=0, label="±1.64 standard errors"))
+    # rejected points do not stretch the axis: it is that of the accepted ones with their errors
     scale = good if good.any() else np.isfinite(values)
     if not scale.any():
         ax.set_ylim(0, 1)
@@ -151,19 +152,18 @@ def _rejected(ax: Axes, steps: np.ndarray, values: np.ndarray, mask: np.ndarray,
     look: dict[str, Any] = {"marker": REJECTED.get(name, "o"), "ls": "", "mfc": "white", "mec": "#555555", "ms": 5.5}
     ax.plot(steps[mask][shown], at[shown], clip_on=False, zorder=5, **look)
     out = values[mask][(values[mask] < low) | (values[mask] > high)]
-    told = (
-        f"\noff scale: {out.min():.4g} to {out.max():.4g}"
-        if len(out) > 1
-        else f"\noff scale: {out[0]:.4g}"
-        if len(out)
-        else ""
-    )
+    # what lies off the scale is drawn at its edge, and the legend says where it is
+    off_scale = ""
+    if len(out):
+        off_scale = (
+            f"\noff scale: {out[0]:.4g}" if len(out) == 1 else f"\noff scale: {out.min():.4g} to {out.max():.4g}"
+        )
     label = name if name == "rejected" else f"rejected, {name}"
-    return Line2D([], [], label=f"{label}: {int(mask.sum())}{told}".replace(" -", " −"), **look)
+    return Line2D([], [], label=f"{label}: {int(mask.sum())}{off_scale}".replace(" -", " −"), **look)
 
 
 def draw_strips(ax: Axes, events: Sequence[Event]) -> list[Any]:
-    """Each event's interval shaded with a line at its estimate; what lasts (a plateau, a bump) has a bar over its span."""
+    """Each event's interval shaded, with a line at its estimate; what lasts (plateau, bump) has a bar over its span."""
     handles: dict[str, Any] = {}
     for event in events:
         colour = EVENT_COLOURS.get(event.kind, "#555555")

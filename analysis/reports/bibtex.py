@@ -24,32 +24,32 @@ def bibtex(references: Iterable[str]) -> str:
     """
     entries: dict[str, str] = {}
     for reference in references:
-        found = _FORM.fullmatch(reference)
-        if found is None:
+        parts = _FORM.fullmatch(reference)
+        if parts is None:
             raise ValueError(f'a reference reads "Authors (year), Title. Venue", got {reference!r}')
-        key = base = _key(found)
+        key = base = _key(parts)
         while key in entries:
             key = f"{base}{chr(ord('a') + sum(known.startswith(base) for known in entries))}"
-        fields = {"author": _authors(found["authors"]), "title": f"{{{_tex(found['title'])}}}", "year": found["year"]}
+        fields = {"author": _authors(parts["authors"]), "title": f"{{{_tex(parts['title'])}}}", "year": parts["year"]}
         kind = "misc"
-        if found["venue"].startswith("arXiv:"):
-            fields |= {"eprint": found["venue"].removeprefix("arXiv:"), "archivePrefix": "arXiv"}
-        elif "University Press" in found["venue"]:
-            kind, fields["publisher"] = "book", _tex(found["venue"])
-        elif volume := re.fullmatch(r"(.+?) (\d+)(?:\((\d+)\))?", found["venue"]):
+        if parts["venue"].startswith("arXiv:"):
+            fields |= {"eprint": parts["venue"].removeprefix("arXiv:"), "archivePrefix": "arXiv"}
+        elif "University Press" in parts["venue"]:
+            kind, fields["publisher"] = "book", _tex(parts["venue"])
+        elif volume := re.fullmatch(r"(.+?) (\d+)(?:\((\d+)\))?", parts["venue"]):
             kind = "article"
             fields |= {"journal": _tex(volume[1]), "volume": volume[2]} | ({"number": volume[3]} if volume[3] else {})
         else:
-            fields["howpublished"] = _tex(found["venue"])
+            fields["howpublished"] = _tex(parts["venue"])
         lines = [f"  {name} = {{{value}}}," for name, value in fields.items()]
         entries[key] = "\n".join([f"@{kind}{{{key},", *lines, "}\n"])
     return "\n".join(entries.values())
 
 
-def _key(found: re.Match[str]) -> str:
-    words = [word for word in re.findall(r"[a-z]+", found["title"].lower()) if len(word) > 3]
-    author = re.sub(r"[^a-z]", "", re.split(r"[ ,&]", found["authors"])[0].lower())
-    return f"{author}{found['year']}{words[0] if words else ''}"
+def _key(parts: re.Match[str]) -> str:
+    words = [word for word in re.findall(r"[a-z]+", parts["title"].lower()) if len(word) > 3]
+    author = re.sub(r"[^a-z]", "", re.split(r"[ ,&]", parts["authors"])[0].lower())
+    return f"{author}{parts['year']}{words[0] if words else ''}"
 
 
 def _authors(text: str) -> str:

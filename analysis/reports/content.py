@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
+from devmon.analysis.series import Series
 from devmon.analysis.table import Table
 
 
@@ -13,9 +16,9 @@ class Panel:
     """One pair of axes of a figure, in the coordinates of its SVG, so that a script can say what lies under the mouse.
 
     `group` is the SVG id of its parts; `box` is left, top, right, bottom; `limits` are the steps at left and right.
-    `scale` is that of the axis of steps: "linear", "log", "symlog" (linear up to `threshold`, with 0.35 decades for it),
-    or "columns" where each of `steps` is a column, as wide as the others ("square": and a row). `lines` names series of
-    the run; other panels have `rows` of labels instead, and a heat map `values` (row, step) in `unit`s, of
+    `scale` is that of the axis of steps: "linear", "log", "symlog" (linear up to `threshold`, with 0.35 decades for
+    it), or "columns" where each of `steps` is a column, as wide as the others ("square": and a row). `lines` names
+    series of the run; other panels have `rows` of labels instead, and a heat map `values` (row, step) in `unit`s, of
     which the largest value has three digits.
     """
 
@@ -46,7 +49,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraph:
     """A paragraph; `look` is "", "soft", "note", "lead" or "outcome"."""
 
     block: ClassVar[str] = "text"
@@ -55,7 +58,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Story:
+class Prose:
     block: ClassVar[str] = "story"
     sentences: list[str]
 
@@ -97,7 +100,7 @@ class Fold:
     opened: bool = False
 
 
-Block = Table | Figure | Text | Story | Heading | Items | Terms | Code | Fold
+Block = Table | Figure | Paragraph | Prose | Heading | Items | Terms | Code | Fold
 
 
 @dataclass(frozen=True)
@@ -117,3 +120,19 @@ class Content:
     sections: list[Section]
     series: list[dict[str, Any]]
     events: list[dict[str, Any]]
+
+
+def curve_numbers(series: Series) -> dict[str, Any]:
+    """A series to five digits and its errors to three, null where a value is missing or infinite."""
+    return {
+        "name": series.name,
+        "units": series.units,
+        "steps": [int(s) for s in series.steps],
+        "values": [_rounded(float(v), 5) for v in series.values],
+        "se": None if series.se is None else [_rounded(float(v), 3) for v in series.se],
+        "rejected": [] if series.rejected is None else np.flatnonzero(series.rejected).tolist(),
+    }
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    return float(f"{value:.{digits}g}") if np.isfinite(value) else None

@@ -35,14 +35,10 @@ class Where(NamedTuple):
 
 @dataclass
 class Page:
-    """Turns drawings into figures of the report and, where a folder is given, into PNG files.
-
-    `left` says how many more panels of plain series may be drawn: a run may hold more than a page can show.
-    """
+    """Turns drawings into figures of the report and, where a folder is given, into PNG files."""
 
     folder: Path | None
     names: set[str] = field(default_factory=set)
-    left: int = 72
 
     def add(
         self,
@@ -62,7 +58,7 @@ class Page:
         with plots.style():
             image = io.BytesIO()
             drawing.savefig(image, format="svg")
-            panels = [_panel(drawing, one, prefix) for one in where]
+            panels = [_panel(drawing, axes, prefix) for axes in where]
             if self.folder is not None:
                 png = io.BytesIO()
                 drawing.savefig(png, format="png")
@@ -73,7 +69,7 @@ class Page:
 
 def curves(ax: Axes, series: Sequence[Series]) -> Where:
     """Axes with lines over steps."""
-    return Where(ax, ax.get_xscale(), [one.name for one in series])
+    return Where(ax, ax.get_xscale(), [each.name for each in series])
 
 
 def rows_over_steps(ax: Axes, rows: Sequence[str]) -> Where:
@@ -82,7 +78,7 @@ def rows_over_steps(ax: Axes, rows: Sequence[str]) -> Where:
 
 
 def heat(ax: Axes, steps: Sequence[float], rows: list[str], *, square: bool = False) -> Where:
-    """Axes with a heat map, one column a step. A `square` one has steps upward, too, and its first row is the lowest."""
+    """Axes with a heat map, one column a step. A `square` map has steps upward, too: its first row is the lowest."""
     values: Any = np.ma.filled(np.ma.asarray(ax.images[0].get_array(), dtype=float), np.nan)
     peak = float(np.max(np.abs(values), where=np.isfinite(values), initial=0.0))
     unit = float(f"1e{int(np.floor(np.log10(peak))) - 2}") if peak else 1.0
@@ -91,30 +87,26 @@ def heat(ax: Axes, steps: Sequence[float], rows: list[str], *, square: bool = Fa
     return Where(ax, scale, steps=list(steps), rows=rows[::-1] if square else rows, values=table, unit=unit)
 
 
-def rounded(value: float, digits: int = 4) -> float | None:
-    return float(f"{value:.{digits}g}") if np.isfinite(value) else None
-
-
 def rounded_to(value: float, unit: float) -> int | None:
     """How many units; a page holds many thousands of these."""
     return round(value / unit) if np.isfinite(value) else None
 
 
-def _panel(drawing: Drawing, one: Where, prefix: str) -> Panel:
+def _panel(drawing: Drawing, where: Where, prefix: str) -> Panel:
     """The axes in the coordinates of the SVG: points from the left, points from the top."""
     width, height = drawing.get_size_inches() * 72
-    box = one.ax.get_position()
+    box = where.ax.get_position()
     corners = [box.x0 * width, (1 - box.y1) * height, box.x1 * width, (1 - box.y0) * height]
-    scale: Any = one.ax.xaxis.get_transform()
+    scale: Any = where.ax.xaxis.get_transform()
     return Panel(
-        group=f"{prefix}-axes_{drawing.axes.index(one.ax) + 1}",
+        group=f"{prefix}-axes_{drawing.axes.index(where.ax) + 1}",
         box=[round(float(v), 2) for v in corners],
-        scale=one.scale,
-        limits=[float(f"{v:.8g}") for v in one.ax.get_xlim()],
-        threshold=float(scale.linthresh) if one.scale == "symlog" else 0.0,
-        lines=one.lines,
-        steps=[float(f"{s:.6g}") for s in one.steps],
-        rows=one.rows,
-        values=one.values,
-        unit=one.unit,
+        scale=where.scale,
+        limits=[float(f"{v:.8g}") for v in where.ax.get_xlim()],
+        threshold=float(scale.linthresh) if where.scale == "symlog" else 0.0,
+        lines=where.lines,
+        steps=[float(f"{s:.6g}") for s in where.steps],
+        rows=where.rows,
+        values=where.values,
+        unit=where.unit,
     )

@@ -14,11 +14,13 @@ GLOSSARY = (
     ("turn", "A maximum or minimum: the smoothed curve certainly rises before it and falls after it, or the reverse. "
      "Its size is the prominence (+ maximum, − minimum)."),
     ("plateau", "A time in which a series that moves before and after stays level, or moves far more slowly."),
-    ("bump", "A passing rise (or dip) that comes back: it leaves the level before it much as it found it. Its size is its height."),
-    ("transition", "Jumps of several series that go on at the same time, taken as one change of the run. Those whose interval is wider "
-     "than a factor of 2 do not place it, unless all are."),
+    ("bump", "A passing rise (or dip) that comes back: it leaves the level before it much as it found it. Its size is "
+     "its height."),
+    ("transition", "Jumps of several series that go on at the same time, taken as one change of the run. Those whose "
+     "interval is wider than a factor of 2 do not place it, unless all are."),
     ("Type A or B", "Of a transition with a loss and an LLC: in Type A the loss falls and λ̂ rises (fit is bought with "
-     "complexity), in Type B λ̂ falls while the loss falls or stays (Hoogland et al. 2024). In brackets: the probability."),
+     "complexity), in Type B λ̂ falls while the loss falls or stays (Hoogland et al. 2024). In brackets: the "
+     "probability."),
     ("90% interval", "Given the model of the curve and of its noise, the step (or size) lies within it with "
      "probability 0.9. Bands around a curve are ±1.64 standard errors of each value."),
     ("p", "The share of simulated series without the event (same steps and kind of noise) that show one as prominent, "
@@ -33,8 +35,8 @@ GLOSSARY = (
     ("UNRESOLVED", "Too few checkpoints to tell a transition from noise."),
     ("SAMPLER REJECTED", "No estimate of the series passed its own health check."),
     ("verdict", "The health of one LLC estimate. ok: accepted. not mixed: the chains disagree or hold too few "
-     "independent draws. negative: the point is no minimum, so λ̂ is no learning coefficient (usual early in training). "
-     "diverged: chains ran away. non-finite: NaN or infinity was met."),
+     "independent draws. negative: the point is no minimum, so λ̂ is no learning coefficient (usual early in "
+     "training). diverged: chains ran away. non-finite: NaN or infinity was met."),
 )  # fmt: skip
 
 TOPICS = (  # sections of a report: key, title, and the instruments whose watches belong to it
@@ -50,25 +52,26 @@ TOPICS = (  # sections of a report: key, title, and the instruments whose watche
 
 def methods(watches: Mapping[str, Mapping[str, Any]], detection: Detection) -> list[tuple[str, str]]:
     """How each watch measured (the first paragraph of its instrument) and how events were found."""
-    told = [(name, str(attrs["doc"])) for name, attrs in watches.items() if attrs.get("doc")]
+    terms = [(name, str(attrs["doc"])) for name, attrs in watches.items() if attrs.get("doc")]
     for name, attrs in watches.items():
         if attrs.get("kind") == "llc":
             keys = ("nbeta", "gamma", "lr", "batch_size", "n", "burn_in", "steps_per_draw", "kernel")
             used = ", ".join(f"{key} {attrs[key]}" for key in keys if key in attrs)
-            told.append((
+            terms.append((
                 f"{name}: estimate",
                 "λ̂ = nβ (E[L(w)] − L(w*)), with L the mean loss and w drawn from exp(−nβ L(w) − (γ/2)‖w − w*‖²); each "
                 f"draw and w* are scored on the same examples. {used}.",
             ))  # fmt: skip
     settings = detection.settings
-    told.append((
+    terms.append((
         "events",
-        "Each series is a curve over log step and noise, measured by replicates or estimated beside the curve. Slopes, and "
-        "changes of slope, on windows of all sizes are compared at once with their largest value in "
-        f"{settings.get('n_null', '?')} simulated series of noise: a window that surely rises and a later one that surely falls "
-        "hold a maximum; a slope that surely grows and then falls is the steepest place of a rise; the reverse its flattest, a "
-        "plateau. p is that of the event being there. A rise is a jump where it is also abrupt: larger, against changes over as "
-        "many checkpoints elsewhere in the curve, than random walks and correlated noise show. Intervals are at level "
+        "Each series is a curve over log step and noise, measured by replicates or estimated beside the curve. Slopes, "
+        "and changes of slope, on windows of all sizes are compared at once with their largest value in "
+        f"{settings.get('n_null', '?')} simulated series of noise: a window that surely rises and a later one that "
+        "surely falls hold a maximum; a slope that surely grows and then falls is the steepest place of a rise; the "
+        "reverse its flattest, a plateau. p is that of the event being there. A rise is a jump where it is also abrupt: "
+        "larger, against changes over as many checkpoints elsewhere in the curve, than random walks and correlated "
+        "noise show. Intervals are at level "
         f"{settings.get('level', 0.9)}; q-values are over {detection.family} series.",
     ))  # fmt: skip
-    return told
+    return terms

@@ -82,5 +82,5 @@ _DETECTION = (
 
 def references(instruments: Iterable[str]) -> list[str]:
     """Whom to cite for these instrument classes and for the detection of events."""
-    found = [one for name in instruments for one in CITED.get(name.rpartition(".")[2], ())]
-    return sorted({*found, *_DETECTION})
+    cited = {reference for name in instruments for reference in CITED.get(name.rpartition(".")[2], ())}
+    return sorted(cited | set(_DETECTION))

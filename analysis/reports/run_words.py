@@ -17,25 +17,29 @@ def skipped(attrs: Mapping[str, Any]) -> str:
 
 def steps_of(by_watch: Any) -> str:
     """How many steps each watch has, and from where to where; empty where there are none."""
-    found = {name: steps for name, steps in by_watch.items() if steps} if isinstance(by_watch, Mapping) else {}
+    held = {name: steps for name, steps in by_watch.items() if steps} if isinstance(by_watch, Mapping) else {}
     return ", ".join(
         f"{name} at {len(steps)} step{'s' * (len(steps) > 1)} ({min(steps)}{f' to {max(steps)}' * (len(steps) > 1)})"
-        for name, steps in found.items()
+        for name, steps in held.items()
     )
 
 
 def alarms(attrs: Mapping[str, Any]) -> list[str]:
     """What the alarms during training were, a line each, and where they added points.
 
-    >>> alarms({"alarms": [{"series": "a/b", "kind": "jump", "step": 99.6, "low": 90, "high": 110.2, "p_value": 0.0004,
-    ...                     "raised_at": 120, "status": "settled", "ended_at": 230}], "densified": {"a": [126, 133]}})
-    ['alarm at step 120 of a jump of a/b near step 100 (90 to 110), p = 0.0004: settled at step 230', 'measured only because an alarm was up: a at 2 steps (126 to 133)']
+    >>> alarm = {"series": "a/b", "kind": "jump", "step": 99.6, "low": 90, "high": 110.2, "p_value": 0.0004,
+    ...          "raised_at": 120, "status": "settled", "ended_at": 230}
+    >>> for line in alarms({"alarms": [alarm], "densified": {"a": [126, 133]}}):
+    ...     print(line)
+    alarm at step 120 of a jump of a/b near step 100 (90 to 110), p = 0.0004: settled at step 230
+    measured only because an alarm was up: a at 2 steps (126 to 133)
     """
-    told = []
-    for one in attrs.get("alarms") or ():
-        ended = "" if one["ended_at"] is None else f" at step {one['ended_at']}"
-        told.append(f"alarm at step {one['raised_at']} of a {one['kind']} of {one['series']} near step {one['step']:.0f} "
-                    f"({one['low']:.0f} to {one['high']:.0f}), p = {one['p_value']:.2g}: {one['status']}{ended}")  # fmt: skip
+    lines = []
+    for alarm in attrs.get("alarms") or ():
+        what = f"alarm at step {alarm['raised_at']} of a {alarm['kind']} of {alarm['series']}"
+        where = f"near step {alarm['step']:.0f} ({alarm['low']:.0f} to {alarm['high']:.0f})"
+        ended = "" if alarm["ended_at"] is None else f" at step {alarm['ended_at']}"
+        lines.append(f"{what} {where}, p = {alarm['p_value']:.2g}: {alarm['status']}{ended}")
     if densified := steps_of(attrs.get("densified")):
-        told.append(f"measured only because an alarm was up: {densified}")
-    return told
+        lines.append(f"measured only because an alarm was up: {densified}")
+    return lines

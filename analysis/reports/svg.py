@@ -11,50 +11,52 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-KEPT = re.compile(r"axes_\d+|layer-\d+(-band|-control)?|run-\d+-\d+|at-step-\d+")  # ids that a page's script asks for
+KEPT_IDS = re.compile(
+    r"axes_\d+|layer-\d+(-band|-control)?|run-\d+-\d+|at-step-\d+"
+)  # ids that a page's script asks for
 
 
 def compact(svg: str, prefix: str) -> str:
     """One line, without prologue and time of drawing; numbers to a hundredth of a point, ids short and with a prefix.
 
-    Ids that nothing refers to go, except those of `KEPT`; a tick of the axis of steps becomes `class="xtick"`.
+    Ids that nothing refers to go, except those of `KEPT_IDS`; a tick of the axis of steps becomes `class="xtick"`.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(?<=data:image/png;base64,)[^"]*', lambda found: _palette(found[0]), svg)
-    svg = re.sub(r'\bd="[^"]*"', lambda found: _path(found[0]), svg)
+    svg = re.sub(r'(?<=data:image/png;base64,)[^"]*', lambda match: _palette(match[0]), svg)
+    svg = re.sub(r'\bd="[^"]*"', lambda match: _path(match[0]), svg)
     svg = re.sub(r'\b(x|y)="(-?\d+\.\d\d)\d+"', r'\1="\2"', svg)
     svg = re.sub(r' transform="rotate\(-?0 [^"]*\)"', "", svg)
     svg = re.sub(r">\s+<", "><", svg)
     used = dict.fromkeys(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg))
     short = {name: f"{prefix}{i:x}" for i, name in enumerate(a or b for a, b in used)}
 
-    def renamed(found: re.Match[str]) -> str:
-        name = found[1]
+    def renamed(match: re.Match[str]) -> str:
+        name = match[1]
         if name in short:
             return f' id="{short[name]}"'
         if name.startswith("xtick_"):
             return ' class="xtick"'
-        return f' id="{prefix}-{name}"' if KEPT.fullmatch(name) else ""
+        return f' id="{prefix}-{name}"' if KEPT_IDS.fullmatch(name) else ""
 
     svg = re.sub(r'\sid="([^"]*)"', renamed, svg)
-    svg = re.sub(r'href="#([^"]+)"', lambda found: f'href="#{short[found[1]]}"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{short[found[1]]})", svg)
+    svg = re.sub(r'href="#([^"]+)"', lambda match: f'href="#{short[match[1]]}"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", lambda match: f"url(#{short[match[1]]})", svg)
     head, rest = svg.split(">", 1)
     return re.sub(r'\s(width|height)="[^"]*"', "", head) + ">" + rest
 
 
 def share_styles(drawings: Sequence[str]) -> tuple[list[str], str]:
     """The drawings with every style that occurs twice or more as a class, and the style sheet of these classes."""
-    found = re.compile(r'\sstyle="([^"]*)"')
-    counts = Counter(style for svg in drawings for style in found.findall(svg))
-    names = {style: f"s{i:x}" for i, (style, n) in enumerate(counts.most_common()) if n > 1 and "url(" not in style}
+    style = re.compile(r'\sstyle="([^"]*)"')
+    counts = Counter(look for svg in drawings for look in style.findall(svg))
+    names = {look: f"s{i:x}" for i, (look, n) in enumerate(counts.most_common()) if n > 1 and "url(" not in look}
 
     def classed(match: re.Match[str]) -> str:
         return f' class="{names[match[1]]}"' if match[1] in names else match[0]
 
-    rules = "\n".join(f".{name} {{ {style} }}" for style, name in names.items())
-    return [found.sub(classed, svg) for svg in drawings], rules
+    rules = "\n".join(f".{name} {{ {look} }}" for look, name in names.items())
+    return [style.sub(classed, svg) for svg in drawings], rules
 
 
 def _palette(text: str) -> str:

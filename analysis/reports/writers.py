@@ -22,12 +22,12 @@ from devmon.analysis.reports.content import (
     Fold,
     Heading,
     Items,
-    Story,
+    Paragraph,
+    Prose,
     Terms,
-    Text,
 )
 from devmon.analysis.reports.svg import share_styles
-from devmon.analysis.table import Table
+from devmon.analysis.table import Row, Table
 
 OWN = ("page.css",), ("page_steps.js", "page_any.js", "page.js")  # style and script of the page
 
@@ -71,11 +71,18 @@ def as_markdown(content: Content, *, figures: str | None = None, refresh: int | 
 def as_json(content: Content, *, figures: str | None = None, refresh: int | None = None) -> str:
     """Title, outcome, events and series as numbers, and the sections with each block's kind; without drawings."""
     sections = [
-        {"key": one.key, "title": one.title, "blocks": [_block_json(block) for block in one.blocks]}
-        for one in content.sections
+        {"key": section.key, "title": section.title, "blocks": [_block_json(block) for block in section.blocks]}
+        for section in content.sections
     ]
-    body = {"devmon": version("devmon"), "title": content.title, "subtitle": content.subtitle,
-            "outcome": content.outcome, "events": content.events, "series": content.series, "sections": sections}  # fmt: skip
+    body = {
+        "devmon": version("devmon"),
+        "title": content.title,
+        "subtitle": content.subtitle,
+        "outcome": content.outcome,
+        "events": content.events,
+        "series": content.series,
+        "sections": sections,
+    }
     return json.dumps(_finite(body), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -83,7 +90,7 @@ WRITERS: dict[str, Callable[..., str]] = {".html": as_html, ".htm": as_html, ".m
 
 
 def _numbers(content: Content) -> dict[str, Any]:
-    """What the page's script needs: every series, the steps that they share, events, and where each figure shows what."""
+    """What the page's script needs: every series, the steps they share, events, and where each figure shows what."""
     drawn = {
         figure.name: {"panels": [asdict(panel) for panel in figure.panels], "parts": figure.parts}
         for section in content.sections
@@ -91,16 +98,16 @@ def _numbers(content: Content) -> dict[str, Any]:
         if figure.panels
     }
     grids: dict[tuple[int, ...], int] = {}
-    series = [one | {"steps": grids.setdefault(tuple(one["steps"]), len(grids))} for one in content.series]
+    series = [each | {"steps": grids.setdefault(tuple(each["steps"]), len(grids))} for each in content.series]
     events = [
         {
-            "series": f"{one['run']}: {one['series']}" if "run" in one else one["series"],
-            "kind": one["kind"],
-            "step": one["step"],
-            "q": one["q_value"],
+            "series": f"{event['run']}: {event['series']}" if "run" in event else event["series"],
+            "kind": event["kind"],
+            "step": event["step"],
+            "q": event["q_value"],
         }
-        | dict(zip(("low", "high"), one["interval"], strict=True))
-        for one in content.events
+        | dict(zip(("low", "high"), event["interval"], strict=True))
+        for event in content.events
     ]
     return {"grids": list(map(list, grids)), "series": series, "events": events, "figures": drawn}
 
@@ -137,7 +144,7 @@ def _finite(value: Any) -> Any:
 
 def _block_json(block: Any) -> Any:
     if isinstance(block, Fold):
-        return {"block": "fold", "title": block.title, "inside": [_block_json(one) for one in block.inside]}
+        return {"block": "fold", "title": block.title, "inside": [_block_json(inner) for inner in block.inside]}
     fields: dict[str, Any] = {"block": block.block} | asdict(block)
     for drawing in ("svg", "panels", "parts", "opened"):
         fields.pop(drawing, None)
@@ -146,9 +153,9 @@ def _block_json(block: Any) -> Any:
 
 def _block_md(block: Block, figures: str | None) -> list[str]:
     match block:
-        case Text(text, look):
+        case Paragraph(text, look):
             return [f"**{_md(text)}**" if look == "outcome" else _md(text)]
-        case Story(sentences):
+        case Prose(sentences):
             return [_md(sentence) for sentence in sentences]
         case Heading(text):
             return [f"### {_md(text)}"]
@@ -165,17 +172,25 @@ def _block_md(block: Block, figures: str | None) -> list[str]:
             image = f"![{_md(block.name)}]({figures}/{block.name}.png)" if figures else ""
             return [image, f"*{_md(block.caption)}*", *(_table_md(block.data) if block.data and not image else [])]
         case Fold(title, inside):
-            return [f"**{_md(title)}**", *(line for one in inside for line in _block_md(one, figures))]
+            return [f"**{_md(title)}**", *(line for block in inside for line in _block_md(block, figures))]
 
 
 def _table_md(table: Table) -> list[str]:
     if not table.rows:
         return [_md(table.note)]
-    rows = [table.columns, ["---"] * len(table.columns)]
-    lines = ["| " + " | ".join(cell if row is rows[1] else _md(cell) for cell in row) + " |" for row in rows]
-    lines += ["| " + " | ".join(_md(cell) + (" (weak)" if row.weak and not i else "") for i, cell in enumerate(row.cells)) + " |"
-              for row in table.rows]  # fmt: skip
+    rows = [
+        list(map(_md, table.columns)),
+        ["---"] * len(table.columns),
+        *map(_cells, table.rows),
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
     return ["\n".join(lines), _md(table.note)]
+
+
+def _cells(row: Row) -> list[str]:
+    """The cells of a row; the first of a weak row says that it is weak."""
+    first, *rest = map(_md, row.cells)
+    return [first + " (weak)" * row.weak, *rest]
 
 
 def _md(text: str) -> str:

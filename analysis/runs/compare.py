@@ -23,7 +23,7 @@ from devmon.analysis.transitions.agreement import SHIFTS, log_extent, most_cover
 from devmon.errors import DataError
 
 WITHIN = 0.1  # decades by which an extent is widened on either side (a factor of 1.26)
-ENOUGH = "not enough runs"
+NOT_ENOUGH = "not enough runs"
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,17 @@ class RunsComparison:
 
         Of a series given by name, the jump found in most runs counts (the earlier one of equals).
         """
-        first, second = (self._of(one) for one in (a, b))
+        first, second = self._of(a), self._of(b)
         lags = {run: second.events[run].step - first.events[run].step for run in first.events if run in second.events}
         return sign_test(lags, alpha=alpha)
 
-    def _of(self, one: str | Matched) -> Matched:
-        if isinstance(one, Matched):
-            return one
-        mine = [m for m in self.matched if m.series == one and m.kind == "jump"]
+    def _of(self, series: str | Matched) -> Matched:
+        if isinstance(series, Matched):
+            return series
+        mine = [m for m in self.matched if m.series == series and m.kind == "jump"]
         if not mine:
             known = ", ".join(sorted({m.series for m in self.matched if m.kind == "jump"})) or "none"
-            raise DataError(f"no run has a jump of series {one!r}; jumps were found in {known}")
+            raise DataError(f"no run has a jump of series {series!r}; jumps were found in {known}")
         return max(mine, key=lambda m: (len(m.events), -m.step))
 
 
@@ -126,16 +126,16 @@ def compare_runs(
         raise DataError(f"within is a number of decades of at least 0, got {within}")
     detections = {run: data if isinstance(data, Detection) else detect(data, detector) for run, data in runs.items()}
     if len(detections) < 2:
-        return RunsComparison(detections, (), ENOUGH, within)
+        return RunsComparison(detections, (), NOT_ENOUGH, within)
     matched = []
     for series in dict.fromkeys(name for detection in detections.values() for name in detection.fits):
         searched = {run: d for run, d in detections.items() if _searched(d, series)}
         if searched:
             matched += _match(series, searched, within, shifts, seed)
     family = [m.p_value for m in matched if len(m.events) > 1]
-    told = [replace(m, q_value=benjamini_hochberg(m.p_value, family)) if len(m.events) > 1 else m for m in matched]
-    told.sort(key=lambda m: (-len(m.events), m.step, m.series))
-    return RunsComparison(detections, tuple(told), "EVENTS" if told else "NO EVENT", within)
+    matched = [replace(m, q_value=benjamini_hochberg(m.p_value, family)) if len(m.events) > 1 else m for m in matched]
+    matched.sort(key=lambda m: (-len(m.events), m.step, m.series))
+    return RunsComparison(detections, tuple(matched), "EVENTS" if matched else "NO EVENT", within)
 
 
 def sign_test(lags: Mapping[str, float], *, alpha: float = 0.05) -> SignTest:
@@ -147,7 +147,7 @@ def sign_test(lags: Mapping[str, float], *, alpha: float = 0.05) -> SignTest:
     n = a_first + b_first
     p = float(binomtest(a_first, n, 0.5).pvalue) if n else 1.0
     if 2 * 0.5**n > alpha:
-        outcome = ENOUGH
+        outcome = NOT_ENOUGH
     elif p <= alpha:
         outcome = "a first" if a_first > b_first else "b first"
     else:
@@ -179,7 +179,8 @@ def _searched(detection: Detection, series: str) -> bool:
 
 
 def _match(series: str, searched: Mapping[str, Detection], within: float, shifts: int, seed: int) -> list[Matched]:
-    names, found = list(searched), []
+    """The events of one series, matched: the place where most runs have one first, then the next among those left."""
+    names, matched = list(searched), []
     sure = {run: [e for e in d.events if e.series == series and e.sure] for run, d in searched.items()}
     trends = [trend.steps for d in searched.values() if (trend := d.fits[series].trend) is not None]
     ends = log_extent((min(float(t[0]) for t in trends), max(float(t[-1]) for t in trends)))
@@ -190,8 +191,8 @@ def _match(series: str, searched: Mapping[str, Detection], within: float, shifts
             _, members = most_covered([_extents(events, within) for events in left])
             events = {names[i]: left[i][j] for i, j in sorted(members.items())}
             left = [[e for j, e in enumerate(own) if members.get(i) != j] for i, own in enumerate(left)]
-            found.append(_matched(series, kind, sign, events, len(names), null))
-    return found
+            matched.append(_matched(series, kind, sign, events, len(names), null))
+    return matched
 
 
 def _matched(series: str, kind: str, sign: int, events: dict[str, Event], of: int, null: np.ndarray) -> Matched:

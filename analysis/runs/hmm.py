@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from devmon.analysis.series import Array
 
-FLOOR = 0.05  # smallest standard deviation of a state, in standard deviations of the series
+MIN_SD = 0.05  # smallest standard deviation of a state, in standard deviations of the series
 PRIOR = 0.1  # added to each count of a start or a transition, so that none has probability 0
 STAY = 0.9  # probability of staying in a state, to begin with
-ROUNDS = 200
-TOLERANCE = 1e-5  # gain of the objective, per observation, below which EM ends
+ROUNDS = 200  # of EM at most
+MIN_GAIN = 1e-5  # gain of the objective, per observation, below which EM ends
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ def fit(
     others at values drawn as k-means++ does.
     """
     used = np.ones((1, len(y))) if used is None else np.asarray(used, dtype=np.float64)
+    # all starts of all folds are fitted together, as one stack of models
     first = [_starts(y[row > 0], states, restarts, np.random.default_rng([seed, states])) for row in used]
     chain = Chain(*(np.concatenate(part) for part in zip(*first, strict=True)))
     weights = np.repeat(used, restarts, axis=0)  # (F * restarts, R)
-    enough = TOLERANCE * max(float(np.isfinite(y).sum()) / len(y), 1.0)
+    enough = MIN_GAIN * max(float(np.isfinite(y).sum()) / len(y), 1.0)
     course: list[Array] = []
+    # a model whose objective gains too little is left as it is; the others go on
     going = np.arange(len(weights))
     while len(going) and len(course) < ROUNDS:
         updated, objective = _round(y, chain[going], weights[going], prior)
@@ -64,6 +66,7 @@ def fit(
         course.append(before.copy())
         course[-1][going] = objective
         going = going[objective - before[going] >= enough]
+    # of each fold the start that came highest
     rows = np.arange(len(used))
     history = np.array(course).reshape(len(course), len(used), restarts)
     best = history[-1].argmax(1)
@@ -111,17 +114,20 @@ def viterbi(chain: Chain, y: Array) -> NDArray[np.int64]:
 
 def _round(y: Array, chain: Chain, weights: Array, prior: float) -> tuple[Chain, Array]:
     """One round of EM for each fit: the new models, and the objective of the old ones (fit,)."""
+    # E: the likelihood of each run by the forward and the backward pass, and the objective before this round
     density = log_density(chain, y)
     alpha, beta = _forward(chain, density), _backward(chain, density)
     total = _log_sum(alpha[..., -1, :])  # (fit, run)
     log_moves = _log(chain.transition)
     regular = prior * (_log(chain.start).sum(-1) + log_moves.sum((-1, -2))) if prior else 0.0
     objective = (weights * total).sum(-1) + regular
+    # expected states at each time and moves between them, weighted by whether the run counts
     state = np.exp(alpha + beta - total[..., None, None]) * weights[..., None, None]  # (fit, run, time, state)
     after = (density + beta)[..., 1:, None, :]
     move = np.exp(alpha[..., :-1, :, None] + log_moves[:, None, None] + after - total[..., None, None, None])
     moves = (move * weights[..., None, None, None]).sum((1, 2)) + prior
     start = state[:, :, 0].sum(1) + prior
+    # M: moments of each state over the values that are known; a state that holds none keeps its own
     known = np.isfinite(y).astype(np.float64)
     value = np.where(known > 0, y, 0.0)
     mass = np.einsum("frtk,rtd->fkd", state, known)
@@ -130,7 +136,7 @@ def _round(y: Array, chain: Chain, weights: Array, prior: float) -> tuple[Chain,
     mean = np.where(held, np.einsum("frtk,rtd->fkd", state, value) / safe, chain.mean)
     apart = np.square(value[None, :, :, None] - mean[:, None, None]) * known[None, :, :, None]
     variance = np.einsum("frtk,frtkd->fkd", state, apart) / safe
-    sd = np.where(held, np.sqrt(np.maximum(variance, FLOOR**2)), chain.sd)
+    sd = np.where(held, np.sqrt(np.maximum(variance, MIN_SD**2)), chain.sd)
     row = moves.sum(-1, keepdims=True)
     transition = np.where(row > 0, moves / np.where(row > 0, row, 1.0), chain.transition)
     return Chain(start / start.sum(-1, keepdims=True), transition, mean, sd), objective

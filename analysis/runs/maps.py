@@ -18,20 +18,20 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from devmon.analysis.runs import hmm
-from devmon.analysis.runs.compare import ENOUGH, median_interval
+from devmon.analysis.runs.compare import NOT_ENOUGH, median_interval
 from devmon.analysis.series import Array, Series, checked
 from devmon.errors import DataError
 
-FEWEST = 5  # runs
+MIN_RUNS = 5  # runs of which a map is made; with fewer, leaving one out says nothing
 FOLDS = 10  # at most; with more runs, groups of them are left out together
 FORMS = ("levels", "differences")
-SURE = 0.9  # posterior probability of a state that counts as certain
+CERTAIN = 0.9  # posterior probability of a state that counts as certain
 
 Path = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class State:
+class MapState:
     """A latent state: where it lies (`mean` and `sd` of each series in its own units) and when runs enter it.
 
     `entry` maps each run that visits it to the first step of its path there; `step` is their median, `interval` the
@@ -71,16 +71,18 @@ class Order:
 
 @dataclass(frozen=True)
 class TrainingMap:
-    """`outcome`: "MAP", "ONE STATE" (no map explains runs left out better) or "not enough runs".
+    """The states that runs pass through, in the order of their median entry.
 
-    `paths` hold each run's likeliest state at each of `steps`; `certain` is the share of them whose state has a
-    posterior probability of at least SURE. States are numbered in the order of their median entry. `detours` are states
-    that only some of the runs visit.
+    - `outcome`: "MAP", "ONE STATE" (no map explains runs left out better) or "not enough runs"
+    - `paths`: each run's likeliest state at each of `steps`; `certain`: the share of them whose state has a posterior
+      probability of at least CERTAIN
+    - `edges`: the moves between states; `orders`: how well each number of states explains runs left out
+    - `detours`: the states that only some of the runs visit
     """
 
     outcome: str
     steps: Array
-    states: tuple[State, ...]
+    states: tuple[MapState, ...]
     edges: tuple[Edge, ...]
     paths: Mapping[str, Path]
     certain: float
@@ -122,9 +124,10 @@ def training_map(
         raise DataError(
             f"a map needs a series, a state and a start at least, got {list(series)}, {most_states}, {restarts}"
         )
-    if len(runs) < FEWEST:
-        note = f"{len(runs)} runs, a map needs at least {FEWEST}"
-        return TrainingMap(ENOUGH, np.empty(0), (), (), {}, float("nan"), (), tuple(series), settings, note)
+    if len(runs) < MIN_RUNS:
+        note = f"{len(runs)} runs, a map needs at least {MIN_RUNS}"
+        return TrainingMap(NOT_ENOUGH, np.empty(0), (), (), {}, float("nan"), (), tuple(series), settings, note)
+    # the runs as one array in standard units; a series that never moves would have none
     steps, values = _cube(runs, series)
     if form == "differences":
         steps, values = steps[1:], np.diff(values, axis=1)
@@ -135,12 +138,14 @@ def training_map(
     if flat:
         raise DataError(f"{', '.join(flat)} never change{'s' if len(flat) == 1 else ''} in any run: leave out")
     y = (values - centre) / scale
+    # the fewest states that explain runs left out about as well as the best, then one fit to all runs
     orders = choose_order(y, most_states, restarts=restarts, seed=seed)
     states = _fewest(orders)
     chains, _ = hmm.fit(y, states, restarts=2 * restarts, seed=seed)
     chain, names = chains[0], list(runs)
     chain, paths = in_order(chain, hmm.viterbi(chain, y), steps)
-    certain = float((hmm.posterior(chain, y).max(-1) >= SURE).mean())
+    certain = float((hmm.posterior(chain, y).max(-1) >= CERTAIN).mean())
+    # states by the median step of their entry, with what they mean in the units of the series
     described = [
         _state(k, chain, dict(zip(names, paths, strict=True)), steps, series, centre, scale) for k in range(states)
     ]
@@ -169,7 +174,7 @@ def choose_order(y: Array, most: int, *, restarts: int = 8, seed: int = 0) -> tu
 
 
 def in_order(chain: hmm.Chain, paths: Path, steps: Array) -> tuple[hmm.Chain, Path]:
-    """A model and its paths with the states numbered by the median, over the runs that visit them, of their first step."""
+    """A model and its paths, states numbered by the median, over the runs that visit them, of their first step."""
     order = np.argsort([_entry(paths, steps, k) for k in range(len(chain.start))], kind="stable")
     return chain.ordered(order), np.argsort(order)[paths]
 
@@ -181,19 +186,19 @@ def _fewest(orders: Sequence[Order]) -> int:
 
 def _cube(runs: Mapping[str, Sequence[Series]], series: Sequence[str]) -> tuple[Array, Array]:
     """Steps (T,) that all series of all runs share, and the values (R, T, D) there, NaN where missing or rejected."""
-    found: list[list[dict[float, float]]] = []
+    measured: list[list[dict[float, float]]] = []
     for run, members in runs.items():
-        by_name = {one.name: one for one in members}
+        by_name = {each.name: each for each in members}
         missing = [name for name in series if name not in by_name]
         if missing:
             raise DataError(f"run {run!r} has no series {', '.join(missing)}; it has {', '.join(by_name) or 'none'}")
-        found.append([_points(by_name[name]) for name in series])
-    shared = sorted(set.intersection(*(set(points) for row in found for points in row)))
+        measured.append([_points(by_name[name]) for name in series])
+    shared = sorted(set.intersection(*(set(points) for row in measured for points in row)))
     if len(shared) < 8:
         raise DataError(
             f"a map needs at least 8 steps that all series of all runs share, got {len(shared)}: measure them alike"
         )
-    values = np.array([[[points[step] for points in row] for step in shared] for row in found])
+    values = np.array([[[points[step] for points in row] for step in shared] for row in measured])
     return np.array(shared), values
 
 
@@ -220,12 +225,12 @@ def _state(
     series: Sequence[str],
     centre: Array,
     scale: Array,
-) -> State:
+) -> MapState:
     entry = {run: float(steps[(path == k).argmax()]) for run, path in paths.items() if (path == k).any()}
     step, interval, coverage = median_interval(np.array(list(entry.values())))
     mean = dict(zip(series, (centre + scale * chain.mean[k]).tolist(), strict=True))
     sd = dict(zip(series, (scale * chain.sd[k]).tolist(), strict=True))
-    return State(k, mean, sd, entry, step, interval, coverage)
+    return MapState(k, mean, sd, entry, step, interval, coverage)
 
 
 def _edges(paths: Mapping[str, Path]) -> tuple[Edge, ...]:
@@ -233,11 +238,11 @@ def _edges(paths: Mapping[str, Path]) -> tuple[Edge, ...]:
         run: Counter((int(a), int(b)) for a, b in zip(path[:-1], path[1:], strict=True) if a != b)
         for run, path in paths.items()
     }
-    found = []
+    edges = []
     for a, b in sorted({edge for counts in taken.values() for edge in counts}):
         runs = tuple(run for run, counts in taken.items() if counts[a, b])
         test = binomtest(len(runs), len(paths))
         ci = test.proportion_ci(0.90, method="exact")
         times = sum(counts[a, b] for counts in taken.values())
-        found.append(Edge(a, b, runs, len(runs) / len(paths), (float(ci.low), float(ci.high)), times))
-    return tuple(found)
+        edges.append(Edge(a, b, runs, len(runs) / len(paths), (float(ci.low), float(ci.high)), times))
+    return tuple(edges)

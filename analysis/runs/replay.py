@@ -25,10 +25,10 @@ from devmon.analysis.derive.from_tables import numbers, read_table
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event, Fit
 from devmon.analysis.series import Array
+from devmon.analysis.transitions.agreement import SHIFTS
 from devmon.errors import DataError
 
-TOLERANCE = 0.10  # of the step
-SHIFTS = 999
+STEP_TOLERANCE = 0.10  # share of the step by which an event may be off
 PICKLES = (".pkl", ".pickle")
 
 
@@ -36,10 +36,12 @@ PICKLES = (".pkl", ".pickle")
 class Replay:
     """Every seed searched (`fits`), and one row of `table` for each seed and boundary, and for each event beside them.
 
-    Columns: `seed`; `boundary` (None for an event that belongs to none); `found`; of the event given to the boundary
-    (each to one at most) `kind`, `step`, the interval `low` to `high`, `p_value`, `off` = step / boundary - 1; and
-    whether the boundary lies `inside` the interval. `hits` of `of` boundaries are found over all seeds, where turned
-    events find `expected`; `p_value` is the share of turns with as many (None without boundaries or events).
+    - columns of `table`: `seed`; `boundary` (None for an event that belongs to none); `found`; of the event given to
+      the boundary (each to one at most) `kind`, `step`, the interval `low` to `high`, `p_value`, `off` = step /
+      boundary - 1; and whether the boundary lies `inside` the interval
+    - `hits` of `of` boundaries are found over all seeds, `further` events beside them
+    - `expected`: how many turned events find; `p_value`: the share of turns with as many (None without boundaries or
+      events)
     """
 
     fits: Mapping[str, Fit]
@@ -76,7 +78,7 @@ def replay(
     error: str | None = None,
     boundaries: Sequence[float] = (),
     where: Mapping[str, Any] | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float = STEP_TOLERANCE,
     detector: Detector | None = None,
     allow_pickle: bool = False,
 ) -> Replay:
@@ -93,23 +95,23 @@ def replay(
     detector = Detector() if detector is None else detector
     table = _rows(read(path, allow_pickle=allow_pickle), where or {})
     fits, ends, rows = {}, {}, []
-    for name, one in _by_seed(table, seed):
-        steps, values, se = _columns(one, step, value, error, name)
+    for name, rows_of_seed in _by_seed(table, seed):
+        steps, values, se = _columns(rows_of_seed, step, value, error, name)
         fits[name] = detector.fit(steps, values, se, name=name)
         ends[name] = float(steps[0]), float(steps[-1])
         rows += _compare(name, fits[name].events(), bounds, tolerance)
-    found = pd.DataFrame(
+    compared = pd.DataFrame(
         rows, columns=["seed", "boundary", "found", "kind", "step", "low", "high", "p_value", "off", "inside"]
     )
-    hits, of = int(found["found"].sum()), len(bounds) * len(fits)
-    further = int(found["boundary"].isna().sum())
+    hits, of = int(compared["found"].sum()), len(bounds) * len(fits)
+    further = int(compared["boundary"].isna().sum())
     expected, p = _by_chance(fits, ends, bounds, tolerance)
     columns = {"step": step, "value": value, "seed": seed, "error": error}
     provenance = {
         "file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "columns": columns,
         "where": dict(where or {}), "tolerance": tolerance, "detector": asdict(detector), "devmon": version("devmon"),
     }  # fmt: skip
-    return Replay(fits, found, hits, of, further, expected, p, provenance)
+    return Replay(fits, compared, hits, of, further, expected, p, provenance)
 
 
 def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> pd.DataFrame:
@@ -118,8 +120,8 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> pd.Data
         return read_table(path)
     if not allow_pickle:
         raise DataError(
-            f"{path} is a pickle, and unpickling runs code that the file holds: allow it (allow_pickle=True, --allow-pickle) "
-            "if you trust the file, or save it as CSV"
+            f"{path} is a pickle, and unpickling runs code that the file holds: allow it (allow_pickle=True, "
+            "--allow-pickle) if you trust the file, or save it as CSV"
         )
     if not Path(path).is_file():
         raise DataError(f"no file {path}")
@@ -172,8 +174,8 @@ def _columns(
     if len(twice):
         which = f"seed {name}" if name else "the table"
         raise DataError(
-            f"{which} has more than one row for step {steps[order][twice[0]]:g}: name the column that tells them apart as "
-            "seed, or choose rows with where"
+            f"{which} has more than one row for step {steps[order][twice[0]]:g}: name the column that tells them apart "
+            "as seed, or choose rows with where"
         )
     se = None if error is None else numbers(table, error, "standard errors")[order]
     return steps[order], numbers(table, value, "values")[order], se

@@ -16,7 +16,7 @@ from devmon.analysis.detection.results import Detection
 from devmon.analysis.series import Array, run_level
 from devmon.errors import DataError
 
-SHIFTS = 999
+SHIFTS = 999  # simulated turns of the tracks: the smallest p-value is 1 / (1 + SHIFTS)
 Interval = tuple[float, float]
 
 
@@ -67,8 +67,8 @@ def most_covered(tracks: Sequence[Sequence[Interval]]) -> tuple[float, dict[int,
     """
     best: tuple[int, float, float] | None = None  # how many, minus the length of the common part, minus where it begins
     for low, _ in (interval for track in tracks for interval in track):
-        here = [[one for one in track if one[0] <= low <= one[1]] for track in tracks]
-        ends = [max(one[1] for one in found) for found in here if found]
+        here = [[interval for interval in track if interval[0] <= low <= interval[1]] for track in tracks]
+        ends = [max(end for _, end in covering) for covering in here if covering]
         key = len(ends), low - min(ends), -low
         best = key if best is None else max(best, key)
     if best is None:
@@ -76,7 +76,7 @@ def most_covered(tracks: Sequence[Sequence[Interval]]) -> tuple[float, dict[int,
     place = -best[2] - best[1] / 2
     members = {}
     for i, track in enumerate(tracks):
-        inside = [j for j, one in enumerate(track) if one[0] <= place <= one[1]]
+        inside = [j for j, (start, end) in enumerate(track) if start <= place <= end]
         if inside:
             members[i] = min(inside, key=lambda j: abs(sum(track[j]) / 2 - place))
     return place, members
@@ -90,7 +90,7 @@ def shifted(
         raise DataError(f"a circle of log step needs a length above 0, got {first:g} to {last:g}")
     length = last - first
     owner = np.array([i for i, track in enumerate(tracks) for _ in track])
-    low, high = np.array([one for track in tracks for one in track], dtype=np.float64).reshape(-1, 2).T
+    low, high = np.array([interval for track in tracks for interval in track], dtype=np.float64).reshape(-1, 2).T
     turn = np.random.default_rng([seed, 0xA9]).uniform(0, length, (shifts, len(tracks)))[:, owner]
     start: Array = (low - first + turn) % length
     # the cover of a place only grows where an interval begins: (shifts, place, interval)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import xarray as xr
 
-from devmon.analysis.derive.watch_series import elements, headline, is_llc
+from devmon.analysis.derive.watch_series import elements, followed, is_llc
 from devmon.analysis.detection.events import Event, meet
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.run import RunData
@@ -56,10 +56,10 @@ def twins_of(run: RunData, among: Collection[str] | None = None) -> dict[str, st
     Of arrays, the maximum goes with the twin's maximum and each element with the same element of the twin; where the
     twin is a scalar, all go with it. With `among`, only series of these names (those of `detection.fits`).
     """
-    found = {}
+    twins = {}
     for watch in run.names():
         dataset = run[watch]
-        for variable in [] if is_llc(dataset) else headline(dataset):
+        for variable in [] if is_llc(dataset) else followed(dataset):
             if not (declared := dataset[variable].attrs.get("continuous_twin")):
                 continue
             other, _, name = str(declared).rpartition("/")
@@ -67,8 +67,8 @@ def twins_of(run: RunData, among: Collection[str] | None = None) -> dict[str, st
             source = run[other] if other in run.names() else None
             scalar = source is not None and name in source and source[name].dims == ("step",)
             for suffix in _suffixes(dataset[variable]):
-                found[f"{watch}/{variable}{suffix}"] = f"{other}/{name}{'' if scalar else suffix}"
-    return {name: twin for name, twin in found.items() if among is None or name in among}
+                twins[f"{watch}/{variable}{suffix}"] = f"{other}/{name}{'' if scalar else suffix}"
+    return {name: twin for name, twin in twins.items() if among is None or name in among}
 
 
 def _suffixes(array: xr.DataArray) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from devmon.analysis.detection.events import Event, LeadLag, lead_lag
+from devmon.analysis.detection.events import Event, lead_lag
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.series import run_level
 
@@ -34,15 +34,14 @@ def main_event(events: Iterable[Event]) -> Event | None:
     return min(sure, key=lambda event: (event.p_value, -_clarity(event), event.step), default=None)
 
 
-def lags(detection: Detection) -> list[Lag]:
-    """Every other sure event against the main one, run-level series first, each by its lag."""
-    main = main_event(detection.events)
+def lags(detection: Detection, main: Event | None) -> list[Lag]:
+    """Every other sure event against `main` (see `main_event`), run-level series first, each by its lag."""
     if main is None:
         return []
     rows = []
     for event in detection.events:
         if event is not main and event.sure:
-            lag: LeadLag = lead_lag(detection.posterior(main), detection.posterior(event))
+            lag = lead_lag(detection.posterior(main), detection.posterior(event))
             settled = event.resolved and main.resolved and not lag.interval[0] <= 0 <= lag.interval[1]
             rows.append(Lag(event, lag.lag, lag.interval, 1 - lag.first, settled))
     return sorted(rows, key=lambda row: (not run_level(row.event.series), row.steps))

@@ -26,7 +26,7 @@ from devmon.errors import DataError
 
 SETTLED = 0.9  # probability from which a type is named
 EQUAL = 0.01  # share of the loss's range over the run that counts as no change, where the loss names no other
-DRAWS = 20_000
+CROSSING_DRAWS = 20_000  # of both changes, for the crossing's median and interval: two digits
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,26 @@ def phase_types(
     of: str = "transition",
     kinds: Collection[str] = ("jump",),
 ) -> list[PhaseType]:
-    """The type of every transition of a run (`stages`, with these `kinds` of events), in order, or of every stage between
-    them (`of="stage"`, as in the published tables). `loss` and `llc` name the series to compare.
+    """The type of every transition of a run (`stages`, with these `kinds` of events), in order, or of every stage
+    between them (`of="stage"`, as in the published tables). `loss` and `llc` name the series to compare.
 
     Without names they are the only series called `…/loss` and `…/llc`. A series without standard errors has that of the
     noise which the detector found in it.
     """
-    one, other = _pick(series, loss, "loss"), _pick(series, llc, "llc")
+    compared = _pick(series, loss, "loss"), _pick(series, llc, "llc")
     if of not in ("transition", "stage"):
         raise DataError(f"of is 'transition' or 'stage', got {of!r}")
-    parts: list[Stage] = [part for part in stages(series, detection, kinds) if part.kind == of]
-    fits = [detection.fits.get(s.name) for s in (one, other)]
+    parts = [part for part in stages(series, detection, kinds) if part.kind == of]
+    return types_of(parts, *compared, detection, equal=equal)
+
+
+def types_of(
+    parts: Sequence[Stage], loss: Series, llc: Series, detection: Detection, *, equal: float | None = None
+) -> list[PhaseType]:
+    """The type of the change over each of these parts of a run; a series without errors has that of its own noise."""
+    fits = [detection.fits.get(series.name) for series in (loss, llc)]
     sd = [None if fit is None or fit.noise is None else fit.noise.sd for fit in fits]
-    return types_between(one, other, [(p.start, p.end) for p in parts], equal=equal, noise=(sd[0], sd[1]))
+    return types_between(loss, llc, [(p.start, p.end) for p in parts], equal=equal, noise=(sd[0], sd[1]))
 
 
 def types_between(
@@ -107,11 +114,11 @@ def types_between(
         equal = loss.smallest or (EQUAL * float(np.ptp(finite)) if len(finite) else 0.0)
     if not equal >= 0:
         raise DataError(f"equal is a change of the loss that counts as none, at least 0, got {equal}")
-    found = []
+    types = []
     for start, end in boundaries:
         changes = [_with_error(change_over(s, start, end), sd) for s, sd in zip((loss, llc), noise, strict=True)]
-        found.append(_typed(start, end, changes[0], changes[1], equal))
-    return found
+        types.append(_typed(start, end, changes[0], changes[1], equal))
+    return types
 
 
 def type_probabilities(
@@ -147,10 +154,10 @@ def critical_n(d_loss: Array | float, d_llc: Array | float) -> Array:
 def crossing(
     d_loss: float, loss_se: float, d_llc: float, llc_se: float, *, level: float = 0.90, seed: int = 0
 ) -> Crossing:
-    """`critical_n` with the errors of both changes, by DRAWS independent normal draws of each."""
+    """`critical_n` with the errors of both changes, by CROSSING_DRAWS independent normal draws of each."""
     generator = np.random.default_rng([seed, 0xC2])
-    loss = d_loss + loss_se * generator.standard_normal(DRAWS)
-    n = critical_n(loss, d_llc + llc_se * generator.standard_normal(DRAWS))
+    loss = d_loss + loss_se * generator.standard_normal(CROSSING_DRAWS)
+    n = critical_n(loss, d_llc + llc_se * generator.standard_normal(CROSSING_DRAWS))
     exists = np.isfinite(n)
     preferred = "after" if np.mean(loss[exists] < 0 if exists.any() else loss < 0) >= 0.5 else "before"
     if not exists.any():
@@ -187,11 +194,11 @@ def _with_error(change: Change | None, sd: float | None) -> Change | None:
 
 def _pick(series: Sequence[Series], name: str | None, what: str) -> Series:
     if name is None:
-        found = [s for s in series if s.name == what or s.name.endswith(f"/{what}")]
+        matching = [s for s in series if s.name == what or s.name.endswith(f"/{what}")]
     else:
-        found = [s for s in series if s.name == name]
-    if len(found) != 1:
-        known = ", ".join(s.name for s in found or series)
+        matching = [s for s in series if s.name == name]
+    if len(matching) != 1:
+        known = ", ".join(s.name for s in matching or series)
         asked = f"called …/{what}" if name is None else f"{name!r}"
-        raise DataError(f"expected one series {asked}, found {len(found)}: choose with {what}=..., from {known}")
-    return found[0]
+        raise DataError(f"expected one series {asked}, found {len(matching)}: choose with {what}=..., from {known}")
+    return matching[0]

@@ -15,16 +15,16 @@ from devmon.errors import DataError
 
 REACH = 0.3  # decades around the extent of an event in which it is sought again
 BANDWIDTHS = (0.05, 0.08, 0.12, 0.2, 0.3, 0.5)  # decades: half-widths of the local regression, of which one is chosen
-PLACES = 400
+PLACES = 400  # at which the local regression is taken within the window
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """An event in each variant of its analysis. `steps` has the variant's name and its step, None where it was not found.
+    """An event in each variant of its analysis: the step of each by its name, None where it was not found.
 
     `band` is the least and the largest step over the event itself and all variants that found it; `found` of
-    `len(steps)` did. The variants are "even" and "odd" (every other checkpoint, by the detector), "local regression" (by
-    shape alone, no test) and each other series by its name.
+    `len(steps)` did. The variants are "even" and "odd" (every other checkpoint, by the detector), "local regression"
+    (by shape alone, no test) and each other series by its name.
     """
 
     event: Event
@@ -51,8 +51,8 @@ def robustness(
             raise DataError(f"two variants are named {other.name!r}: give each other series its own name")
         variants[other.name] = other
     steps: dict[str, float | None] = {}
-    for name, one in variants.items():
-        steps[name] = _again(event, detect(one, detector).events)
+    for name, variant in variants.items():
+        steps[name] = _again(event, detect(variant, detector).events)
     steps["local regression"] = _by_shape(series, event)
     known = [event.step, *(step for step in steps.values() if step is not None)]
     return Robustness(event, steps, (min(known), max(known)))
@@ -78,8 +78,8 @@ def _again(event: Event, events: Iterable[Event]) -> float | None:
 
 def _by_shape(series: Series, event: Event) -> float | None:
     """The place in the window where the local-regression curve has the event's shape; None where it lies at an end."""
-    one = series.where(series.good)
-    steps, y = np.asarray(one.steps, dtype=np.float64), np.asarray(one.values, dtype=np.float64)
+    good = series.where(series.good)
+    steps, y = np.asarray(good.steps, dtype=np.float64), np.asarray(good.values, dtype=np.float64)
     if not np.any(steps > 0):
         return None
     origin = float(steps[steps > 0][0])
@@ -120,8 +120,8 @@ def bandwidth(x: Array, y: Array) -> float:
     """The half-width that best predicts each point from the others."""
 
     def error(width: float) -> float:
-        left = [y[i] - local_regression(np.delete(x, i), np.delete(y, i), x[i : i + 1], width)[0][0]
-                for i in range(1, len(x) - 1)]  # fmt: skip
-        return float(np.mean(np.square(left)))
+        left_out = range(1, len(x) - 1)
+        fits = [local_regression(np.delete(x, i), np.delete(y, i), x[i : i + 1], width)[0][0] for i in left_out]
+        return float(np.mean(np.square(y[1:-1] - fits)))
 
     return min(BANDWIDTHS, key=error)

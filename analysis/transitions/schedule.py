@@ -82,15 +82,15 @@ def schedule_check(
 def schedule_of(run: RunData, series: Sequence[Series]) -> Series | list[float] | None:
     """The learning rates that a run holds (a series called …/learning_rate or …/lr), else the steps that its settings
     tell: `warm_up`, the end of the warm-up, and `kinks`, others at which the rate bends or jumps."""
-    for one in series:
-        if one.name.rpartition("/")[2] in RATES and len(one.steps) >= 6:
-            return one
+    for each in series:
+        if each.name.rpartition("/")[2] in RATES and len(each.steps) >= 6:
+            return each
     settings = run.attrs.get("settings")
     if not isinstance(settings, Mapping):
         return None
     kinks = settings.get("kinks")
-    told = [settings.get("warm_up"), *(kinks if isinstance(kinks, list | tuple) else [])]
-    return [float(one) for one in told if isinstance(one, int | float) and one > 0] or None
+    steps = [settings.get("warm_up"), *(kinks if isinstance(kinks, list | tuple) else [])]
+    return [float(step) for step in steps if isinstance(step, int | float) and step > 0] or None
 
 
 def kinks_of(schedule: Series) -> tuple[Kink, ...]:
@@ -114,13 +114,13 @@ def kinks_of(schedule: Series) -> tuple[Kink, ...]:
     bend = np.min([_bend(x, y) for x, y in _axes(steps, rates)], axis=0)
     for i in jumps:  # a jump bends the slopes of its neighbours, too
         bend[max(i - 2, 0) : i + 4] = 0
-    found = [Kink(float(steps[i + 1]), float(steps[i]), float(steps[i + 1]), "reset") for i in jumps]
+    kinks = [Kink(float(steps[i + 1]), float(steps[i]), float(steps[i + 1]), "reset") for i in jumps]
     above = np.flatnonzero(bend > ABRUPT)
     for group in np.split(above, np.flatnonzero(np.diff(above) > 2) + 1):
         if len(group):
             i = group[np.argmax(bend[group])]
-            found.append(Kink(float(steps[i]), float(steps[i - 1]), float(steps[i + 1]), "kink"))
-    return tuple(sorted(found, key=lambda kink: kink.step))
+            kinks.append(Kink(float(steps[i]), float(steps[i - 1]), float(steps[i + 1]), "kink"))
+    return tuple(sorted(kinks, key=lambda kink: kink.step))
 
 
 def chance_of(own: tuple[float, float], kinks: Sequence[Kink], first: float, last: float) -> float:
@@ -176,10 +176,10 @@ def _slope(x: Array, y: Array, way: int) -> Array:
     """(n,) slope at each point of the parabola through it and the next two on one side; 0 where there are not two."""
     n, slope = len(x), np.zeros(len(x))
     inner = np.arange(2, n - 2)
-    one, two = inner + way, inner + 2 * way
-    a = (y[one] - y[inner]) / (x[one] - x[inner])
-    b = (y[two] - y[one]) / (x[two] - x[one])
-    slope[inner] = a - (b - a) * (x[one] - x[inner]) / (x[two] - x[inner])
+    near, far = inner + way, inner + 2 * way
+    a = (y[near] - y[inner]) / (x[near] - x[inner])
+    b = (y[far] - y[near]) / (x[far] - x[near])
+    slope[inner] = a - (b - a) * (x[near] - x[inner]) / (x[far] - x[inner])
     return slope
 
 

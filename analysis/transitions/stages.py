@@ -1,7 +1,7 @@
 """`stages(series, detection)`: the run cut at its transitions, and how much each series changed in each part.
 
-The transitions are the jumps of the series. With `kinds=("turn", "plateau")` stages end at the critical points of smooth
-curves instead, as in Hoogland et al. (2024, arXiv:2402.02364).
+The transitions are the jumps of the series. With `kinds=("turn", "plateau")` stages end at the critical points of
+smooth curves instead, as in Hoogland et al. (2024, arXiv:2402.02364).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Change:
 class Transition:
     """Events of several series that belong together.
 
-    `step` is the median of their estimates, `interval` spans their 90% intervals, `span` their t10 to t90; events with a wide
-    interval count for these only where all have one.
+    `step` is the median of their estimates, `interval` spans their 90% intervals, `span` their t10 to t90; events with
+    a wide interval count for these only where all have one.
     """
 
     step: float
@@ -56,28 +56,27 @@ def transitions(events: Iterable[Event], kinds: Collection[str] = ("jump",)) -> 
 
     Beginning with the best located event, another joins it when the 90% interval of each meets the extent of the other.
     The extent of a jump is its interval together with its t10-t90 span: two rises that go on at the same time are one
-    transition even where their midpoints are told apart. An event with a wide interval places a transition only where all of
-    its events are wide.
+    transition even where their midpoints are told apart. An event with a wide interval places a transition only where
+    all of its events are wide.
     """
     left = sorted(
         (event for event in events if event.kind in kinds and event.sure and run_level(event.series)),
         key=lambda event: (np.log((event.interval[1] + 1) / (event.interval[0] + 1)), event.step, event.series),
     )
-    found = []
+    clusters = []
     while left:
         members = [event for event in left if _together(left[0], event)]
         left = [event for event in left if event not in members]
         placed = [event for event in members if not event.wide] or members
-        extents = [event.extent for event in placed]
-        found.append(
+        clusters.append(
             Transition(
                 step=float(np.median([event.step for event in placed])),
                 interval=(min(e.interval[0] for e in placed), max(e.interval[1] for e in placed)),
-                span=(min(low for low, _ in extents), max(high for _, high in extents)),
+                span=(min(e.extent[0] for e in placed), max(e.extent[1] for e in placed)),
                 events=tuple(members),
             )
         )
-    return sorted(found, key=lambda transition: transition.step)
+    return sorted(clusters, key=lambda transition: transition.step)
 
 
 def stages(series: Sequence[Series], detection: Detection, kinds: Collection[str] = ("jump",)) -> list[Stage]:
@@ -86,27 +85,34 @@ def stages(series: Sequence[Series], detection: Detection, kinds: Collection[str
     Changes are those of the run-level series, from the first to the last accepted checkpoint within the part. A
     transition reaches from the checkpoint before its span to the one after it; two that overlap meet halfway.
     """
-    shown = [one for one in series if run_level(one.name) and len(one.steps)]
+    return stages_between(series, transitions(detection.events, kinds))
+
+
+def stages_between(series: Sequence[Series], changes: Sequence[Transition]) -> list[Stage]:
+    """`stages`, where the transitions are known already."""
+    shown = [each for each in series if run_level(each.name) and len(each.steps)]
     if not shown:
         return []
-    grid = np.unique(np.concatenate([one.steps for one in shown]))
-    found = transitions(detection.events, kinds)
-    ends: list[int] = []  # start and end of each transition, as indices of the grid
-    for i, one in enumerate(found):
-        low = max(int(np.searchsorted(grid, one.span[0], side="right")) - 1, 0)
-        high = min(int(np.searchsorted(grid, one.span[1], side="left")), len(grid) - 1)
+    grid = np.unique(np.concatenate([each.steps for each in shown]))
+    # start and end of each transition, as indices of the grid; one that begins before the last has ended shares its
+    # overlap with it, and neither loses its start
+    ends: list[int] = []
+    for i, change in enumerate(changes):
+        low = max(int(np.searchsorted(grid, change.span[0], side="right")) - 1, 0)
+        high = min(int(np.searchsorted(grid, change.span[1], side="left")), len(grid) - 1)
         if i and low < ends[-1]:
             low = ends[-1] = max((low + ends[-1]) // 2, ends[-2])
         ends += [low, max(high, low)]
-    cuts = [0, *ends, len(grid) - 1]
+    # the parts between these cuts are a stage and a transition in turn; a stage without room between two transitions
+    # is left out
     parts = []
-    for i, (a, b) in enumerate(pairwise(cuts)):
+    for i, (a, b) in enumerate(pairwise([0, *ends, len(grid) - 1])):
         start, end = int(grid[a]), int(grid[b])
-        if i % 2 == 0 and start == end and found:  # no room for a stage between two transitions
+        if i % 2 == 0 and start == end and changes:
             continue
-        changes = {one.name: change for one in shown if (change := change_over(one, start, end)) is not None}
-        kind, transition = ("transition", found[i // 2]) if i % 2 else ("stage", None)
-        parts.append(Stage(kind, start, end, changes, transition))
+        moved = {each.name: moved_by for each in shown if (moved_by := change_over(each, start, end)) is not None}
+        kind, transition = ("transition", changes[i // 2]) if i % 2 else ("stage", None)
+        parts.append(Stage(kind, start, end, moved, transition))
     return parts
 
 

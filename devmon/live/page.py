@@ -23,6 +23,7 @@ def live_page(run: str, refresh: int | None, nulls: int = 99) -> str:
     """
     from devmon.analysis import Detector, series_of
     from devmon.analysis import detect as search
+    from devmon.analysis.reports.findings import examine
     from devmon.analysis.reports.report import content_of
     from devmon.analysis.reports.writers import as_html
     from devmon.store.trajectory import Trajectory
@@ -33,5 +34,5 @@ def live_page(run: str, refresh: int | None, nulls: int = 99) -> str:
         f"Provisional: the run may still be written. Only series of the whole run are searched, with {nulls} nulls, "
         "and every look is another chance of a false alarm; devmon report makes the final page."
     )
-    content = content_of(trajectory, detection=search(series, Detector(n_null=nulls)), note=note)
-    return as_html(content, refresh=refresh)
+    findings = examine(trajectory, detection=search(series, Detector(n_null=nulls)))
+    return as_html(content_of(findings, note=note), refresh=refresh)

@@ -25,7 +25,7 @@ from devmon.analysis.runs.compare import RunsComparison, compare_runs
 from devmon.cli.root import app
 from devmon.live.page import live_report
 from devmon.live.server import Live, server, waiting
-from tests.reports.test_report import detection, jump
+from tests.support.reports import detection, jump
 from tests.support.synthetic import STEPS, Run, induction_run, watch
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})

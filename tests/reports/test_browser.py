@@ -6,78 +6,21 @@ import base64
 import inspect
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from devmon.analysis.derive.watch_series import series_of
-from devmon.analysis.reports.comparison import runs_content
-from devmon.analysis.reports.report import content_of
-from devmon.analysis.reports.writers import as_html
-from tests.cli.test_live_and_compare import runs_compared
-from tests.reports.test_report import TEN, detection, jump, small_run
-from tests.support.browser import NEEDS_BROWSER, Browser
-from tests.support.synthetic import STEPS, Run, induction_run, traces, watch
-
-EVIL = "<img src=x onerror=document.title='evil'><script>document.title='evil'</script>"
-LARGE = np.unique(np.r_[0, np.geomspace(1, 1e6, 2900).astype(int)])[:2000]
-ALARM = {"series": "loss/loss", "kind": "jump", "step": 640, "low": 600, "high": 700, "raised_at": 800, "status": "up"}
-
-
-def with_events() -> tuple[Run, list[Any]]:
-    run = small_run()
-    found = [jump("loss/loss", 640, size=-0.25), jump("induction/prefix_matching max", 600),
-             replace(jump("llc/llc", 650), kind="bump"), replace(jump("loss/loss", 300), kind="plateau", span=(200, 400)),
-             replace(jump("llc/llc", 100), kind="turn", span=None)]  # fmt: skip
-    return Run(run.data, run.attrs | {"alarms": [ALARM]}), found
-
-
-def large() -> Run:
-    walk = np.random.default_rng(0).standard_normal((500, len(LARGE))).cumsum(1)
-    return Run({f"w{i}": watch(LARGE, {f"v{k}": walk[50 * i + k] for k in range(50)}, None, "Mine") for i in range(10)})
-
-
-def evil() -> Run:
-    data = watch(TEN, {f"x{EVIL}": np.sin(TEN), "y": np.where(TEN == 0, np.nan, np.cos(TEN))}, None, EVIL)
-    data.attrs |= {"doc": EVIL, "fields": {EVIL: EVIL}}
-    data[f"x{EVIL}"].attrs["units"] = EVIL
-    return Run(
-        {f"w{EVIL}": data},
-        {"title": EVIL, "model": EVIL, "skipped": {EVIL: [1]}, "alarms": [ALARM | {"series": EVIL, "status": EVIL}]},
-    )
-
-
-CASES = {
-    "events": with_events(),
-    "one series": (Run({"mine": watch(STEPS, {"x": np.log1p(STEPS)}, None, "Mine")}), []),
-    "no event": (Run(induction_run(flat=True).data), []),
-    "rejected": (Run({"llc": traces(STEPS[:20], np.full(20, -300.0), np.random.default_rng(0))}), []),
-    "markup": (evil(), [replace(jump(f"w{EVIL}/x{EVIL}", 50), note=EVIL, resolved=False)]),
-    "heads": (Run({name: induction_run()[name] for name in ("loss", "induction")}), []),
-    "large": (large(), [jump("w3/v30", 5000, half=500, span=2000)]),
-}  # fmt: skip
+from tests.support.browser import NEEDS_BROWSER, OVERVIEW, PANELS, Browser, cursors, drawing, inside, marks, panels
+from tests.support.pages import CASES, EVIL, LARGE, write_pages
+from tests.support.reports import TEN
+from tests.support.synthetic import STEPS
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("pages")
-    made = {}
-    for name, (run, events) in CASES.items():
-        found = {event.series for event in events}
-        outcome = "SAMPLER REJECTED" if name == "rejected" else "NO EVENT"
-        silent = {one.name: outcome for one in series_of(run) if one.name not in found}
-        said = content_of(run, detection=detection(*events, outcomes=silent))
-        made[name] = folder / f"{name}.html"
-        made[name].write_text(as_html(said), encoding="utf-8")
-    made["compared"] = folder / "compared.html"
-    made["compared"].write_text(as_html(runs_content(*runs_compared())), encoding="utf-8")
-    made["live"] = folder / "live.html"
-    run, events = CASES["events"]
-    made["live"].write_text(as_html(content_of(run, detection=detection(*events)), refresh=3600), encoding="utf-8")
-    return made
+    return write_pages(tmp_path_factory.mktemp("pages"))
 
 
 @pytest.fixture(scope="module")
@@ -85,40 +28,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     made = Browser(tmp_path_factory.mktemp("profile"))
     yield made
     made.driver.quit()
-
-
-OVERVIEW = 'figure[data-name="overview"]'
-PANELS = """
-const group = (panel) => document.getElementById(panel.group);
-const figures = JSON.parse(document.getElementById('numbers').textContent).figures;
-"""
-
-
-def panels(browser: Browser, figure: str) -> list[dict[str, Any]]:
-    return browser.run(f"{PANELS} return figures[arguments[0]].panels", figure)
-
-
-def marks(browser: Browser, panel: dict[str, Any]) -> list[float]:
-    """The x of the points on the line of a panel, in their order."""
-    script = "return [...document.getElementById(arguments[0]).querySelectorAll('[clip-path] > use')].map((node) => Number(node.getAttribute('x')))"
-    return [x for x in browser.run(script, panel["group"]) if x]
-
-
-def cursors(browser: Browser, figure: str) -> list[float | None]:
-    script = f"""{PANELS} return figures[arguments[0]].panels.map((panel) => {{
-        const line = group(panel).querySelector('.cursor');
-        return getComputedStyle(line).visibility === 'visible' ? Number(line.getAttribute('x1')) : null; }})"""
-    return browser.run(script, figure)
-
-
-def inside(panel: dict[str, Any], x: float) -> float:
-    """Where x is in the panel: 0 at its left side, 1 at its right."""
-    return (x - panel["box"][0]) / (panel["box"][2] - panel["box"][0])
-
-
-def drawing(browser: Browser) -> list[str]:
-    return browser.run("return [...document.querySelectorAll('figure svg')].map((svg) => [...svg.querySelectorAll('[x], path')].filter("
-                       "(node) => !node.closest('#any')).map((node) => (node.getAttribute('x') ?? '') + (node.getAttribute('d') ?? '')).join())")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*CASES, "live", "compared"])
@@ -193,7 +102,11 @@ def test_a_heat_map_says_its_cell_and_zooms_with_the_others(browser: Browser, pa
     places = dict(zip(STEPS.tolist(), marks(browser, overview), strict=True))
     browser.pointer(OVERVIEW, (places[550], overview["box"][1] + 9), (places[900], overview["box"][1] + 9), drag=True)
     shown = [s for s in STEPS.tolist() if 550 <= s <= 900]
-    image = browser.run("const image = document.querySelector(arguments[0] + ' image'); return [Number(image.getAttribute('x')), Number(image.getAttribute('width'))]", figure)  # fmt: skip
+    script = (
+        "const image = document.querySelector(arguments[0] + ' image'); "
+        "return [Number(image.getAttribute('x')), Number(image.getAttribute('width'))]"
+    )
+    image = browser.run(script, figure)
     column = (right - left) / len(shown)
     assert image[1] == pytest.approx(column * len(STEPS), rel=0.01)
     assert image[0] == pytest.approx(left - column * STEPS.tolist().index(shown[0]), abs=2)
@@ -221,7 +134,8 @@ def test_dragging_zooms_every_panel_to_the_same_steps_and_back(browser: Browser,
                 s,
             )
     ticks = browser.run(
-        f"{PANELS} return [...group(figures['llc-llc'].panels[0]).querySelectorAll('.ticks text')].map((text) => text.textContent)"
+        f"{PANELS} return [...group(figures['llc-llc'].panels[0]).querySelectorAll('.ticks text')]"
+        ".map((text) => text.textContent)"
     )
     assert {"600", "700", "800"} <= set(ticks)
     assert "steps 5" in browser.run("return document.getElementById('said').textContent")
@@ -289,7 +203,11 @@ def test_keys_read_values_zoom_and_turn(browser: Browser, pages: dict[str, Path]
     browser.keys("body", "l")
     assert browser.find("#tools button").text == "Steps: linear"
     assert browser.run("return document.querySelector('#figure-overview svg').tabIndex") == 0
-    assert browser.run("return document.getElementById(document.querySelector('#figure-overview svg').getAttribute('aria-describedby')).textContent").startswith("In a figure")  # fmt: skip
+    described = (
+        "return document.getElementById(document.querySelector('#figure-overview svg')"
+        ".getAttribute('aria-describedby')).textContent"
+    )
+    assert browser.run(described).startswith("In a figure")
 
 
 def test_any_series_can_be_chosen_and_follows_the_zoom(browser: Browser, pages: dict[str, Path]) -> None:

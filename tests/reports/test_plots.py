@@ -70,7 +70,10 @@ def test_band_is_1_645_standard_errors_and_step_0_has_its_place() -> None:
     assert ax.get_ylabel() == "nats"
 
 
-@pytest.mark.parametrize(("steps", "scale"), [(range(0, 100, 10), "symlog"), (range(10, 5000, 70), "log"), (range(1000, 4000, 50), "linear")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "scale"),
+    [(range(0, 100, 10), "symlog"), (range(10, 5000, 70), "log"), (range(1000, 4000, 50), "linear")],
+)
 def test_axis_of_steps_fits_the_steps(steps: range, scale: str) -> None:
     array = np.array(steps)
     _, ax = plots.plot_series(Series("a/b", array, np.ones(len(array))))

@@ -1,4 +1,4 @@
-"""Plateaus and bumps beside jumps and turns: each has a mark, a word and a legend entry; what a page draws and leaves out."""
+"""Plateaus and bumps beside jumps and turns have a mark, a word, a legend entry; what a page draws and leaves out."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from devmon.analysis import plots
+from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.plots.style import EVENT_COLOURS, EVENT_LINES, EVENT_MARKS, brief, outline
-from devmon.analysis.reports.content import Figure, Text
+from devmon.analysis.reports.content import Figure, Paragraph
+from devmon.analysis.reports.findings import Findings, examine
 from devmon.analysis.reports.glossary import GLOSSARY
 from devmon.analysis.reports.svg import compact
 from devmon.analysis.reports.tables import transitions_table
+from devmon.analysis.reports.watches import panels_each
 from devmon.analysis.series import Series
 from devmon.analysis.table import Table
 from devmon.analysis.transitions.stages import transitions
-from tests.reports.test_report import jump, told
-from tests.reports.test_report_forms import content, figures
+from tests.support.reports import content, detection, figures, jump, told
 from tests.support.synthetic import STEPS, Run, traces, watch
+
+
+def examine_quiet(run: Run) -> Findings:
+    return examine(run, detection=detection(outcomes={series.name: "NO EVENT" for series in series_of(run)}))
+
 
 KINDS = ("jump", "turn", "plateau", "bump")
 
@@ -106,8 +113,8 @@ def test_the_table_of_transitions_counts_and_orders() -> None:
 def test_the_page_opens_with_outcome_transitions_and_timeline() -> None:
     run = Run({"a": watch(STEPS, {"x": np.log1p(STEPS)}, None, "Mine")})
     story = content(run, jump("a/x", 600)).sections[0].blocks
-    assert [type(block).__name__ for block in story[:4]] == ["Text", "Text", "Table", "Figure"]
-    assert isinstance(story[1], Text)
+    assert [type(block).__name__ for block in story[:4]] == ["Paragraph", "Paragraph", "Table", "Figure"]
+    assert isinstance(story[1], Paragraph)
     assert story[1].text == "Between steps 0 and 2000 the run went through 1 transition."
     quiet = content(run)
     assert not any(isinstance(block, Table | Figure) for block in quiet.sections[0].blocks)
@@ -117,9 +124,9 @@ def test_what_could_not_be_searched_is_not_counted_as_searched() -> None:
     data = {"llc": traces(STEPS[:20], np.full(20, -300.0), np.random.default_rng(0)),
             "a": watch(STEPS[:20], {"x": np.ones(20)}, None, "Mine")}  # fmt: skip
     said = content(Run(data), outcomes={"llc/llc": "SAMPLER REJECTED"})
-    text = " ".join(block.text for block in said.sections[0].blocks if isinstance(block, Text))
+    text = " ".join(block.text for block in said.sections[0].blocks if isinstance(block, Paragraph))
     assert "NO EVENT: in 1 series (1 more could not be searched)" in text
-    (story,) = [block for block in said.sections[0].blocks if type(block).__name__ == "Story"]
+    (story,) = [block for block in said.sections[0].blocks if type(block).__name__ == "Prose"]
     assert "all 20 LLC estimates are rejected (negative 20)" in story.sentences[0]
     assert "measure later checkpoints, or raise gamma (devmon calibrate)" in story.sentences[0]
 
@@ -157,11 +164,21 @@ def test_a_page_draws_a_bounded_number_of_panels_and_says_what_it_left_out() -> 
     )
     made = content(run, jump("w0/v19", 15), jump("w19/v7", 15))
     drawn = [line for figure in figures(made).values() for panel in figure.panels for line in panel.lines]
-    assert len(drawn) == 6 + 72  # the overview, and the page's room for series
-    assert "w0/v19" in drawn[6:]  # one with an event goes before the others
-    notes = [b.text for s in made.sections for b in s.blocks if isinstance(b, Text) and b.look == "note"]
-    assert "8 of 20 series of w0 are not drawn here: choose them under Any series." in notes
+    assert len(drawn) == 6 + 20 * 3  # the overview, and for each watch its share of the page's 72
+    assert {"w0/v19", "w19/v7"} < set(drawn[6:])  # those with an event go before the others, in the last watch too
+    notes = [b.text for s in made.sections for b in s.blocks if isinstance(b, Paragraph) and b.look == "note"]
+    assert {f"17 of 20 series of w{i} are not drawn here: choose them under Any series." for i in range(20)} <= set(
+        notes
+    )
     assert len(made.series) == 400  # their numbers are there
+
+
+def test_a_watch_of_few_series_leaves_its_room_to_the_others() -> None:
+    few = {f"w{i}": watch(np.arange(30), {"x": np.arange(30.0)}, None, "Mine") for i in range(48)}
+    many = watch(np.arange(30), {f"v{k}": np.arange(30.0) for k in range(20)}, None, "Mine")
+    assert panels_each(examine_quiet(Run(few | {"large": many}))) == 12  # 48 + 12 fit
+    assert panels_each(examine_quiet(Run(few | {"a": many, "b": many, "c": many}))) == 8  # 48 + 3 * 8
+    assert panels_each(examine_quiet(Run({f"u{i}": many for i in range(100)}))) == 1
 
 
 # ---- the shape of the library ----

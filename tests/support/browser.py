@@ -92,11 +92,12 @@ class Browser:
         from selenium.webdriver import ActionChains
 
         svg = self.find(f"{figure} svg")
-        self.run("scrollBy(0, arguments[0].getScreenCTM().d * arguments[1] + arguments[0].getScreenCTM().f - innerHeight / 2)",
-                 svg, places[0][1])  # fmt: skip
-        where = self.run(
-            "const m = arguments[0].getScreenCTM(); return arguments[1].map(([x, y]) => [m.a * x + m.e, m.d * y + m.f])",
-            svg, places)  # fmt: skip
+        to_the_middle = "const m = arguments[0].getScreenCTM(); scrollBy(0, m.d * arguments[1] + m.f - innerHeight / 2)"
+        self.run(to_the_middle, svg, places[0][1])
+        on_screen = (
+            "const m = arguments[0].getScreenCTM(); return arguments[1].map(([x, y]) => [m.a * x + m.e, m.d * y + m.f])"
+        )
+        where = self.run(on_screen, svg, places)
         chain = ActionChains(self.driver, duration=0)
         for i, (x, y) in enumerate(where):
             chain.w3c_actions.pointer_action.move_to_location(round(x), round(y))
@@ -117,3 +118,46 @@ class Browser:
         self.driver.execute_cdp_cmd(
             "Emulation.setEmulatedMedia", {"media": features.get("print", ""), "features": named}
         )
+
+
+OVERVIEW = 'figure[data-name="overview"]'
+PANELS = """
+const group = (panel) => document.getElementById(panel.group);
+const figures = JSON.parse(document.getElementById('numbers').textContent).figures;
+"""
+
+
+def panels(browser: Browser, figure: str) -> list[dict[str, Any]]:
+    """What the page knows of the axes of a figure."""
+    return browser.run(f"{PANELS} return figures[arguments[0]].panels", figure)
+
+
+def marks(browser: Browser, panel: dict[str, Any]) -> list[float]:
+    """The x of the points on the line of a panel, in their order."""
+    script = (
+        "return [...document.getElementById(arguments[0]).querySelectorAll('[clip-path] > use')]"
+        ".map((node) => Number(node.getAttribute('x')))"
+    )
+    return [x for x in browser.run(script, panel["group"]) if x]
+
+
+def cursors(browser: Browser, figure: str) -> list[float | None]:
+    """The x of the cursor in each panel of a figure, None where it is hidden."""
+    script = f"""{PANELS} return figures[arguments[0]].panels.map((panel) => {{
+        const line = group(panel).querySelector('.cursor');
+        return getComputedStyle(line).visibility === 'visible' ? Number(line.getAttribute('x1')) : null; }})"""
+    return browser.run(script, figure)
+
+
+def inside(panel: dict[str, Any], x: float) -> float:
+    """Where x is in the panel: 0 at its left side, 1 at its right."""
+    return (x - panel["box"][0]) / (panel["box"][2] - panel["box"][0])
+
+
+def drawing(browser: Browser) -> list[str]:
+    """Where everything of each figure lies, to tell whether it moved."""
+    return browser.run(
+        "return [...document.querySelectorAll('figure svg')].map((svg) => [...svg.querySelectorAll('[x], path')]"
+        ".filter((node) => !node.closest('#any'))"
+        ".map((node) => (node.getAttribute('x') ?? '') + (node.getAttribute('d') ?? '')).join())"
+    )

@@ -1,0 +1,102 @@
+"""The figures of one watch: its layers, heads, positions, pairs of steps, pairs of heads, and the path of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from devmon.analysis import plots
+from devmon.analysis.derive.watch_series import elements
+from devmon.analysis.plots.heatmaps import short
+from devmon.analysis.plots.style import MAX_COLUMNS, thin
+from devmon.analysis.reports.content import Figure
+from devmon.analysis.reports.drawing import Page, curves, heat
+from devmon.analysis.reports.figures import bands
+from devmon.analysis.reports.tables import numbers_table
+from devmon.analysis.series import Series
+from devmon.analysis.table import Row, Table, thinned
+from devmon.analysis.wording import number
+
+
+def layers_figure(page: Page, name: str, data: xr.Dataset, variable: str, own: Sequence[Series]) -> Figure:
+    """A line a layer, each with a switch."""
+    drawing, ax = plots.plot_layers(data, variable)
+    each = [series for series in own if "[" in series.name]
+    parts = [
+        (f"layer {layer}", [f"layer-{i}", f"layer-{i}-band", f"layer-{i}-control"])
+        for i, layer in enumerate(data["layer"].values if "layer" in data.coords else range(data.sizes["layer"]))
+    ]
+    caption = f"{name}: {variable} of each layer.{bands(own)}"
+    where = [curves(ax, each)] if each else []
+    return page.add(f"{name}-{variable}", drawing, caption, numbers_table(own), where, parts if len(parts) > 1 else [])
+
+
+def heads_figure(page: Page, name: str, data: xr.Dataset, variable: str, own: Sequence[Series]) -> Figure:
+    """A heat map with a row for each element of an array."""
+    array = data[variable].transpose("step", ...)
+    drawing, ax = plots.plot_heads(data, variable)
+    others = ", ".join(str(dim) for dim in array.dims if dim != "step")
+    caption = f"{name}: {variable} at each checkpoint, one row for each {others}."
+    rows = [short(label) for label, _ in elements(array.isel(step=slice(0, 1)))]
+    where = [heat(ax, array["step"].values[thin(array.sizes["step"], MAX_COLUMNS)].tolist(), rows)]
+    return page.add(f"{name}-{variable}", drawing, caption, numbers_table(own), where)
+
+
+def square_figure(page: Page, name: str, data: xr.Dataset, variable: str, caption: str) -> Figure:
+    """A heat map of all pairs of steps; the numbers behind it are each step against the last and the one before."""
+    drawing, ax = plots.plot_similarity(data, variable)
+    array = data[variable].transpose("step", "other_step")
+    steps = array["step"].values
+    columns = ["step", "with the last step", "with the step before"]
+    rows = [
+        Row([str(int(s)), number(float(array.values[i, -1])), number(float(array.values[i, i - 1]) if i else None)])
+        for i, s in enumerate(steps)
+    ]
+    shown = steps[thin(len(steps), MAX_COLUMNS)]
+    where = [heat(ax, shown.tolist(), [f"with step {int(s)}" for s in shown], square=True)]
+    return page.add(name, drawing, caption, thinned(columns, rows), where)
+
+
+def pairs_figure(page: Page, name: str, data: xr.Dataset) -> Figure:
+    """A heat map of the composition of the pairs of heads that rise highest; their first and last value behind it."""
+    drawing, ax = plots.plot_pairs(data)
+    steps = data["step"].values[thin(data.sizes["step"], MAX_COLUMNS)]
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    caption = (
+        f"{name}: how much more a head reads what an earlier one wrote (Q, K or V) than random weights would, for the "
+        "pairs that rise highest. Chosen by their height, so their maxima lean upward."
+    )
+    where = heat(ax, steps.tolist(), rows)
+    ends = np.ma.filled(np.ma.asarray(ax.images[0].get_array(), dtype=float), np.nan)[:, [0, -1]].tolist()
+    table = [Row([label, *map(number, both)]) for label, both in zip(rows, ends, strict=True)]
+    return page.add(f"{name}-pairs", drawing, caption, Table(["pair", "first", "last"], table), [where])
+
+
+def essential_figure(page: Page, name: str, dynamics: xr.Dataset) -> Figure:
+    """The path of the outputs in their first components (`essential_dynamics`)."""
+    drawing, _ = plots.plot_essential(dynamics)
+    share = ", ".join(f"{float(x):.0%}" for x in dynamics["explained"].values)
+    cosines = zip(dynamics["cosine"].values, dynamics["cosine_p"].values, strict=True)
+    cosine = ", ".join(f"{float(x):.2f} (p {number(float(p), 2)})" for x, p in cosines)
+    caption = (
+        f"{name}: essential dynamics of the outputs on fixed inputs, by checkpoint. Components explain {share} of the "
+        f"variance; R² on the cosine that a random walk of as many checkpoints draws: {cosine}. The spacing of "
+        "checkpoints shapes the path; a star would mark a turn that no random walk makes."
+    )
+    steps, path = dynamics["step"].values, dynamics["pc"].transpose("step", "component").values
+    rows = [Row([str(int(s)), *(number(float(v)) for v in row)]) for s, row in zip(steps, path, strict=True)]
+    columns = ["step", *(f"component {int(c)}" for c in dynamics["component"].values)]
+    return page.add(f"{name}-essential", drawing, caption, thinned(columns, rows))
+
+
+def positions_figure(page: Page, name: str, data: xr.Dataset) -> Figure:
+    """The loss at each position of a sequence, a line a checkpoint."""
+    drawing, ax = plots.plot_position_loss(data)
+    lines = ax.get_lines()
+    positions = np.asarray(lines[0].get_xdata()).astype(int)
+    values = np.array([line.get_ydata() for line in lines], dtype=float).T
+    rows = [Row([str(pos), *(number(float(v)) for v in row)]) for pos, row in zip(positions, values, strict=True)]
+    table = thinned(["position", *(str(line.get_label()) for line in lines)], rows)
+    return page.add(f"{name}-positions", drawing, f"{name}: loss by position at up to six checkpoints.", table)

@@ -1,0 +1,135 @@
+"""What speaks for and against a transition: which led, its type, the schedule, thresholded scores; whom to cite."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from devmon.analysis.detection.results import Detection
+from devmon.analysis.reports.bibtex import bibtex
+from devmon.analysis.reports.evidence import Evidence, type_in_words
+from devmon.analysis.reports.references import CITED, references
+from devmon.analysis.reports.story import tell
+from devmon.analysis.reports.writers import as_html, as_markdown
+from devmon.analysis.series import Series
+from devmon.analysis.transitions.phases import types_between
+from devmon.analysis.transitions.schedule import schedule_of
+from devmon.analysis.transitions.stages import transitions
+from tests.support.reports import TEN, content, detection, findings, jump, sketches
+from tests.support.synthetic import Run, watch
+
+
+def evidence(measured: list[Series], searched: Detection, run: Run | None = None) -> Sequence[Evidence]:
+    return findings(measured, searched, run).evidence
+
+
+def series(name: str, before: float, after: float, se: float | None) -> Series:
+    steps = np.arange(0, 1001, 50)
+    return Series(name, steps, np.where(steps < 600, before, after), None if se is None else np.full(21, se))
+
+
+@pytest.mark.parametrize(
+    ("lam", "loss", "kind"),
+    [((20, 60), (3.0, 2.5), "Type A"), ((60, 20), (3.0, 2.5), "Type B"), ((20, 60), (2.5, 3.0), "Neither")],
+)
+def test_the_type_is_told_with_both_changes(lam: Any, loss: Any, kind: str) -> None:
+    one, other = series("loss/loss", *loss, 0.01), series("llc/llc", *lam, 1.0)
+    found = detection(jump("loss/loss", 600, span=100), jump("llc/llc", 600, span=100))
+    (row,) = evidence([one, other], found)
+    told = " ".join(row.sentences)
+    assert f"{kind} " in told
+    assert "probability > 0.99" in told
+    assert f"the loss changes by {'−' if loss[1] < loss[0] else '+'}0.5" in told
+    assert f"λ̂ by {'+' if lam[1] > lam[0] else '−'}40" in told
+    assert ("lower free energy" in told) == (kind == "Type A")
+    (rejected,) = types_between(
+        one, Series("l", other.steps, other.values, other.se, "", np.ones(21, bool)), [(500, 700)]
+    )
+    assert "cannot be told: λ lacks two accepted values" in type_in_words(rejected)
+
+
+def test_without_an_llc_no_type_is_told() -> None:
+    (row,) = evidence([series("loss/loss", 3, 2, None)], detection(jump("loss/loss", 600)))
+    assert not any("Type" in words for words in row.sentences)
+
+
+def test_which_led_within_a_transition_and_when_none_did() -> None:
+    early, late = jump("a/x", 600, span=100), jump("b/x", 640, span=100)
+    (row,) = evidence([], detection(late, early))
+    assert row.sentences == ["Within it a/x led, 40 steps before b/x (probability > 0.99)."]
+    blurred = jump("c/x", 500, span=150, resolved=False)
+    (row,) = evidence([], detection(blurred, early))
+    assert "no series certainly led (earliest: c/x" in row.sentences[0]
+    (row,) = evidence([], detection(jump("b/x", 601), early))
+    assert "no series certainly led (earliest: a/x" in row.sentences[0]
+
+
+def test_schedule_mirage_and_resolution_argue_against() -> None:
+    data = watch(TEN, {"accuracy": np.ones(10), "nll": np.ones(10)}, ["accuracy", "nll"], "Mine")
+    data["accuracy"].attrs["continuous_twin"] = "nll"
+    run = Run({"w": data}, {"settings": {"warm_up": 600}})
+    steps = np.arange(0, 5001, 50)
+    every = [Series("w/accuracy", steps, steps * 1.0)]
+    thresholded = jump("w/accuracy", 610, resolved=False, note="abruptness unresolved: measure step 605")
+    (row,) = evidence(every, detection(thresholded, outcomes={"w/nll": "NO EVENT"}), run)
+    text = " ".join(row.against)
+    assert "learning-rate schedule: kink at step 600" in text
+    assert "w/accuracy jumps only as a thresholded score: w/nll has no jump there" in text
+    assert "measure step 605" in text
+    (clean,) = evidence(every, detection(jump("w/accuracy", 610), jump("w/nll", 612)), Run({"w": data}))
+    two = detection(jump("w/accuracy", 610), jump("w/accuracy", 3000), jump("w/nll", 612))
+    first, second = evidence(every, two, Run({"w": data}))
+    assert first.against == []
+    assert "only as a thresholded score" in second.against[0]
+    assert clean.against == []
+    assert "w/accuracy jumps with its continuous twin w/nll." in clean.sentences
+
+
+def test_kinks_that_the_settings_tell_are_those_of_the_schedule() -> None:
+    for settings, expected in (
+        ({"kinks": [500, 900]}, [500.0, 900.0]),
+        ({"warm_up": 20, "kinks": [500]}, [20.0, 500.0]),
+        ({"kinks": []}, None),
+        ({"warm_up": 0, "kinks": "no"}, None),
+        ({}, None),
+    ):
+        assert schedule_of(Run({}, {"settings": settings}), []) == expected
+
+
+def test_evidence_stands_with_its_own_transition() -> None:
+    found = [jump("a/x", 100, span=10), jump("b/x", 2000, span=10, resolved=False, note="measure step 1999")]
+    steps = np.arange(0, 3000, 100)
+    made = content(Run({"a": watch(steps, {"x": steps * 1.0}, None, "Mine")}), *found)
+    assert len(transitions(found)) == 2
+    lines = as_markdown(made).splitlines()
+    assert any(line.startswith("- Transition 2: ") and "measure step 1999" in line for line in lines)
+    assert not any(line.startswith("- Transition 1") for line in lines)
+    both = findings([Series("a/x", steps, steps * 1.0)], detection(*found))
+    beside = [Evidence(["Of the one."]), Evidence(["Of the other."])]
+    story = tell(replace(both, evidence=beside))
+    assert story.happened[0].endswith("2 transitions, at about steps 100, 2000.")
+    assert [words.rpartition(". ")[2] for words in story.happened[1:3]] == ["Of the one.", "Of the other."]
+
+
+def test_every_reference_is_a_bibtex_entry_with_its_own_key() -> None:
+    cited = references(CITED)
+    text = bibtex(cited)
+    keys = re.findall(r"^@\w+\{(\w+),$", text, re.M)
+    assert len(keys) == len(set(keys)) == len(cited)
+    assert text.count("{") == text.count("}")
+    numbers = [one.rpartition("arXiv:")[2] for one in cited if "arXiv:" in one]
+    assert re.findall(r"eprint = \{(.*)\}", text) == numbers
+    assert "author = {Olsson and others}" in text
+    assert "author = {Hewitt and Liang}" in text
+    assert re.search(r"@article\{vehtari.*?volume = \{16\},\n  number = \{2\}", text, re.S)
+
+
+def test_the_report_cites_only_what_was_used() -> None:
+    html = as_html(content(Run({"sketch": sketches()})))
+    assert "eprint = {1905.00414}" in html
+    assert "2209.11895" not in html

@@ -1,0 +1,53 @@
+"""Figures of one watch: pairs of steps, the path of outputs, pairs of heads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from devmon.analysis import circuit_overlap, essential_dynamics, plots
+from devmon.analysis.derive.representation import similarity
+from tests.support.reports import LONG, circuits, sketches
+from tests.support.synthetic import watch
+
+
+def test_similarity_has_blocks_and_its_last_row_on_top() -> None:
+    found = similarity(sketches())
+    _, ax = plots.plot_similarity(found.isel(layer=0))
+    shown = np.asarray(ax.images[0].get_array())
+    early, late = LONG < 100, LONG >= 100
+    assert shown[np.ix_(early, early)].min() > 0.9
+    assert shown[np.ix_(early, late)].max() < 0.5
+    assert ax.images[0].origin == "lower"
+    assert ax.images[0].get_clim() == (0, 1)
+    assert np.asarray(plots.plot_similarity(found.isel(layer=1))[1].images[0].get_array()).min() > 0.9
+    _, ax = plots.plot_similarity(circuit_overlap(circuits()), "jaccard")
+    assert ax.get_title(loc="right").startswith("by chance: 0.023")
+
+
+def test_path_goes_from_ring_to_square_and_marks_cusps() -> None:
+    found = essential_dynamics(sketches()["outputs"], walks=50)
+    found["cusp"][:] = found["step"].values == found["step"].values[12]
+    _, ax = plots.plot_essential(found)
+    marks = {line.get_marker(): line for line in ax.lines if line.get_marker() in "os*"}
+    path = found["pc"].values
+    for marker, at in (("o", 0), ("s", -1), ("*", 12)):
+        np.testing.assert_allclose(np.column_stack(marks[marker].get_data())[0], path[at, :2])
+    assert f"({float(found['explained'][0]):.0%} of the variance)" in ax.get_xlabel()
+    found["cusp"][:] = False
+    assert "no turn sharper" in plots.plot_essential(found)[1].get_title(loc="right")
+
+
+def test_pairs_that_rise_highest_come_first_above_their_null() -> None:
+    values = np.full((4, 3, 2, 2, 2, 2), np.nan)
+    values[:, :, 1, :, 0, :] = 0.1
+    values[:, 1, 1, 0, 0, 1] = [0.1, 0.2, 0.9, 0.5]
+    values[:, 2, 1, 1, 0, 0] = 0.8
+    dims = ("step", "kind", "layer", "head", "layer_from", "head_from")
+    null = np.tile([0.1, 0.1, 0.75], (4, 1))
+    data = watch(
+        np.array([0, 1, 10, 100]), {"composition": (dims, values), "null": (("step", "kind"), null)}, [], "Composition"
+    )
+    data = data.assign_coords(kind=np.array(["Q", "K", "V"], dtype=object))
+    _, ax = plots.plot_pairs(data, most=3)
+    assert [label.get_text() for label in ax.get_yticklabels()][:2] == ["K L1H0 from L0H1", "V L1H1 from L0H0"]
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array())[0], [0.0, 0.1, 0.8, 0.4], atol=1e-12)

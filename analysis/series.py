@@ -19,7 +19,9 @@ class Series:
 
     `steps` (n,) optimizer steps; `values` (n,) in `units`; `se` (n,) the standard error of each value, or None;
     `rejected` (n,) true where the instrument's own health check refused the value, or None. `smallest` is the smallest
-    change of interest, in `units`: a run's search notes an event below it, and does not report it.
+    change of interest, in `units`: nothing below it is an event. `replicates` (R, n) is the same quantity on R fixed
+    groups of items, or by R chains, the same at every step: what its changes over steps vary by from one to the next is
+    their error.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Series:
     units: str = ""
     rejected: NDArray[Any] | None = None
     smallest: float = 0.0
+    replicates: NDArray[Any] | None = None
 
     @property
     def good(self) -> NDArray[np.bool_]:
@@ -40,7 +43,8 @@ class Series:
         """The series at some of its points."""
         se, rejected = (None if part is None else np.asarray(part)[chosen] for part in (self.se, self.rejected))
         steps, values = np.asarray(self.steps)[chosen], np.asarray(self.values)[chosen]
-        return replace(self, steps=steps, values=values, se=se, rejected=rejected)
+        replicates = None if self.replicates is None else np.asarray(self.replicates)[:, chosen]
+        return replace(self, steps=steps, values=values, se=se, rejected=rejected, replicates=replicates)
 
 
 def checked(steps: Any, values: Any, se: Any = None, name: str = "") -> tuple[Array, Array, Array | None]:
@@ -72,20 +76,24 @@ def checked(steps: Any, values: Any, se: Any = None, name: str = "") -> tuple[Ar
     return t[keep], y[keep], None if s is None else s[keep]
 
 
+def checked_replicates(series: Series, kept: Array) -> Array | None:
+    """(R, n) replicates at the steps `kept`; raises DataError unless there are two or more, finite, one value a step."""
+    if series.replicates is None:
+        return None
+    label = f"series {series.name!r}: " if series.name else ""
+    steps = np.asarray(series.steps, dtype=np.float64)
+    array = np.asarray(series.replicates, dtype=np.float64)
+    if array.ndim != 2 or len(array) < 2 or array.shape[1] != len(steps):
+        raise DataError(f"{label}replicates have shape (R >= 2, {len(steps)}), got {array.shape}")
+    array = array[:, np.isin(steps, kept)]
+    if not np.all(np.isfinite(array)):
+        raise DataError(f"{label}replicates must be finite where the value is: set the value to NaN")
+    return array
+
+
 def run_level(name: str) -> bool:
     """Whether a series speaks for the run: a scalar or the maximum of an array, not one of the array's elements."""
     return "[" not in name
-
-
-def blocks(values: Array, size: int) -> Array:
-    """Means of consecutive blocks; what does not fill the last one is left out."""
-    return values[: len(values) // size * size].reshape(-1, size).mean(1)
-
-
-def straightness(t: Array, unit: Array) -> float:
-    """Root mean square distance from the straight line in log step, for values of range 1."""
-    x = np.log10(t + t[t > 0][0])
-    return float(np.sqrt(np.mean(np.square(unit - np.polyval(np.polyfit(x, unit, 1), x)))))
 
 
 def floored(se: Array | None, notes: list[str]) -> Array | None:

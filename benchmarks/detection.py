@@ -1,21 +1,23 @@
-"""False alarms, F1 and coverage of the detector on series of known truth, beside what others would use.
+"""False alarms, F1, coverage and speed of the detector on series of known truth, beside what others would use.
 
-    python benchmarks/detection.py --out benchmarks/detection.json          # everything, about an hour on two cores
-    python benchmarks/detection.py --quick
+    python benchmarks/detection.py --out benchmarks/detection.json          # everything, some twenty minutes on one
+    core python benchmarks/detection.py --quick
+    python benchmarks/detection.py --parts there --null-runs 100
 
-- nulls: the share of series in which any event is reported (family-wise over kinds), over 20, 60 and 200 checkpoints,
-  log-spaced and even. The nominal rate is 5%. Baselines run on fewer series.
+- there: the share of series without an event in which one is said to be there: power law, exponential decay in log
+step and a
+  constant, each with white noise, AR .5 and AR .8, on 20, 60 and 200 checkpoints, with 8 replicates and without.
+  Nominal 5%.
+- abrupt: the share of series of every null family, random walks too, that have an abrupt event, log-spaced and even;
+the
+  share with any event beside it (a random walk has maxima, so there that is no false alarm).
 - positives: one event a series, with white noise. An event counts as found within 10% of its log-step. F1 is that of
-  all series of a family (jump, turn, plateau, bump); baselines at their usual settings, and those with a penalty also
-  with the penalty raised until no null family has more than 6% false alarms ("held to 6%"). Coverage is that of the
-  90% intervals, where SNR >= 3 and there are at least 60 checkpoints.
-- coverage: the same intervals on more series, each with noise of its own, and of all events of the right kind, wherever
-  they lie (within 10% of the step a wide interval can hardly miss).
-- published: shapes and noise like two published learning-coefficient curves, whose slope has a corner or is smooth where it
-  is zero; how many boundaries are found within 10% of the step, and how many events lie beside them.
-- limit: how many jumps a likelihood ratio could find that knows that the noise of a jump is white, at 3% false alarms on
-  white, AR(1) and other noise without drift.
-- speed: seconds a series, and how the time grows with the number of checkpoints.
+all series
+  of a family; baselines at their usual settings.
+- coverage: of the 90% intervals, against the place of the noise-free curve, with 8 replicates.
+- published: shapes and noise like two published learning-coefficient curves.
+- alarms: runs of three series without an abrupt event, followed from the start: the share with an alarm.
+- speed: seconds a series.
 """
 
 from __future__ import annotations
@@ -30,14 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detection_baselines import BASELINES, STRICTER, Baseline
-from detection_families import FORMS, NULLS, POSITIVES, STAGES, grid, staged
+from detection_baselines import BASELINES, Baseline
+from detection_families import FORMS, NULLS, POSITIVES, SHAPES, SMOOTH, STAGES, ar1, grid, replicated, staged
 
+from devmon.analysis.detection.alarms import Looks, provisional
 from devmon.analysis.detection.detector import Detector
-from devmon.analysis.detection.null_model import Grid
-from devmon.analysis.detection.scan import Scan
 from devmon.analysis.detection.search import detect
-from devmon.analysis.detection.shapes import PULSE
 from devmon.analysis.series import Array, Series
 
 TOLERANCE = 0.10
@@ -46,7 +46,7 @@ Found = list[tuple[float, tuple[float, float] | None, str]]  # step, interval, k
 
 
 def ours(steps: Array, many: Sequence[Array]) -> list[Found]:
-    fits = Detector().fit_all([(steps, y, None, "") for y in many])
+    fits = Detector().fit_all([Series("", steps, y) for y in many])
     return [[(event.step, event.interval, event.kind) for event in fit.events()] for fit in fits]
 
 
@@ -54,67 +54,57 @@ def theirs(baseline: Baseline, strict: float = 1.0) -> Callable[[Array, Sequence
     return lambda steps, many: [[(step, None, "") for step in baseline(steps, y, strict)] for y in many]
 
 
-def nulls(runs: int, baseline_runs: int, seed: int) -> dict[str, Any]:
+def there(runs: int, seed: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
-    settings = [(kind, points) for kind in ("log", "linear") for points in POINTS]
-    for name, family in NULLS.items():
-        counts: dict[str, int] = {}
-        alarms = total = 0
-        by_points = dict.fromkeys(POINTS, 0.0)
-        others = dict.fromkeys(BASELINES, 0)
-        asked = 0
-        for kind, points in settings:
-            steps, each = grid(kind, points), -(-runs // len(settings))
-            many = [family(np.random.default_rng([seed, i, points, kind == "log"]), steps) for i in range(each)]
-            for found in ours(steps, many):
-                alarms += bool(found)
-                by_points[points] += bool(found) / (2 * each)
-                for what in {event[2] for event in found}:
-                    counts[what] = counts.get(what, 0) + 1
-            total += each
-            few = many[: -(-baseline_runs // len(settings))]
-            asked += len(few)
-            for other, baseline in BASELINES.items():
-                others[other] += sum(bool(found) for found in theirs(baseline)(steps, few))
-        rate = alarms / total
-        rows[name] = {
-            "runs": total, "any": rate, "se": float(np.sqrt(rate * (1 - rate) / total)),
-            "kinds": {what: n / total for what, n in sorted(counts.items())},
-            "by points": {str(points): round(share, 4) for points, share in by_points.items()},
-            "baselines": {other: n / asked for other, n in others.items()},
-        }  # fmt: skip
-        print(
-            f"{name:14s} {rate:.3f} ± {rows[name]['se']:.3f}  {rows[name]['kinds']} {rows[name]['by points']}",
-            flush=True,
-        )
-        print(f"{'':14s} {rows[name]['baselines']}", flush=True)
+    for (name, curve), rho, replicates in itertools.product(SMOOTH.items(), (0.0, 0.5, 0.8), (0, 8)):
+        row: dict[str, float] = {}
+        for points in POINTS:
+            steps, alarms = grid("log", points), 0
+            for i in range(runs):
+                rng = np.random.default_rng([seed, 1, i, points])
+                y = curve(rng, steps)
+                values = replicated(rng, y, replicates, rho) if replicates else y + ar1(rng, len(steps), rho)
+                given = values if replicates else None
+                alarms += bool(
+                    Detector().fit(steps, values.mean(0) if replicates else values, replicates=given).events()
+                )
+            row[f"{points} points"] = round(alarms / runs, 3)
+        rows[f"{name}, AR {rho:g}, {f'{replicates} replicates' if replicates else 'no replicates'}"] = row
+        print(name, rho, replicates, row, flush=True)
     return rows
 
 
-def held(runs: int, seed: int) -> dict[str, float | None]:
-    """The least strictness (among powers of two) at which a baseline has at most 6% false alarms on every null."""
-    series = [
-        (steps, [family(np.random.default_rng([seed, 7, i]), steps) for i in range(runs)])
-        for family in NULLS.values()
-        for steps in (grid("log", 60),)
-    ]
-    found: dict[str, float | None] = {}
-    for name, most in STRICTER.items():
-        strict = 1.0
-        while strict <= most and any(
-            np.mean([bool(f) for f in theirs(BASELINES[name], strict)(steps, many)]) > 0.06 for steps, many in series
-        ):
-            strict *= 2 if most < 1e6 else 100
-        found[name] = strict if strict <= most else None
-    print("held to 6% at strictness", found, flush=True)
-    return found
+def abrupt(runs: int, baseline_runs: int, seed: int) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    settings = [(kind, points) for kind in ("log", "linear") for points in POINTS]
+    for name, family in NULLS.items():
+        alarms = any_event = asked = 0
+        others = dict.fromkeys(BASELINES, 0)
+        each = -(-runs // len(settings))
+        for kind, points in settings:
+            steps = grid(kind, points)
+            many = [family(np.random.default_rng([seed, i, points, kind == "log"]), steps) for i in range(each)]
+            for y in many:
+                events = Detector().fit(steps, y).events()
+                alarms += any(event.abrupt for event in events)
+                any_event += bool(events)
+            few = many[: -(-baseline_runs // len(settings))] if baseline_runs else []
+            asked += len(few)
+            for other, baseline in BASELINES.items() if few else ():
+                others[other] += sum(bool(found) for found in theirs(baseline)(steps, few))
+        total = each * len(settings)
+        rate = alarms / total
+        rows[name] = {
+            "runs": total, "abrupt": round(rate, 4), "se": round(float(np.sqrt(rate * (1 - rate) / total)), 4),
+            "any event": round(any_event / total, 4),
+            "baselines": {other: round(n / asked, 3) for other, n in others.items()} if asked else {},
+        }  # fmt: skip
+        print(name, rows[name], flush=True)
+    return rows
 
 
-def positives(runs: int, strict: dict[str, float | None], seed: int) -> dict[str, Any]:
+def positives(runs: int, seed: int) -> dict[str, Any]:
     searches = {"devmon": ours} | {name: theirs(baseline) for name, baseline in BASELINES.items()}
-    searches |= {
-        f"{name}, held to 6%": theirs(BASELINES[name], s) for name, s in strict.items() if s not in (None, 1.0)
-    }
     table: dict[str, Any] = {}
     for family, variants in POSITIVES.items():
         scores = {name: np.zeros(3) for name in searches}  # hits, misses, false
@@ -151,23 +141,35 @@ def positives(runs: int, strict: dict[str, float | None], seed: int) -> dict[str
 
 def coverage(runs: int, seed: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
-    for family, variants in POSITIVES.items():
-        held: dict[int, list[bool]] = {points: [] for points in POINTS if points >= 60}
-        for (number, (variant, make)), points in itertools.product(enumerate(variants.items()), held):
-            if variant.endswith("SNR 1"):
-                continue
+    for family, shapes in SHAPES.items():
+        held: list[bool] = []
+        asked = 0
+        for (number, shape), points, snr in itertools.product(enumerate(shapes), (60, 200), (5, 10, 30)):
             steps = grid("log", points)
-            drawn = [make(np.random.default_rng([seed, 3, number, i, points]), steps) for i in range(runs)]
-            for found, (_, truth) in zip(ours(steps, [y for y, _ in drawn]), drawn, strict=True):
-                away = {abs(np.log(max(event[0], 0.5) / truth[0])): event[1] for event in found if event[2] == family}
-                if away and (interval := away[min(away)]):
-                    held[points].append(interval[0] <= truth[0] <= interval[1])
-        rows[family] = {
-            "all": round(float(np.mean([*itertools.chain(*held.values())])), 3),
-            **{f"{points} points": round(float(np.mean(one)), 3) for points, one in held.items()},
-            "intervals": sum(map(len, held.values())),
-        }
+            for i in range(runs):
+                rng = np.random.default_rng([seed, 3, number, i, points, snr])
+                curve, truth = shape(rng, steps)
+                values = replicated(rng, snr * curve, 8, 0.0)
+                events = Detector().fit(steps, values.mean(0), replicates=values).events()
+                asked += 1
+                same = [event for event in events if event.kind in (family, "turn" if family == "bump" else family)]
+                if same:
+                    best = min(same, key=lambda event: abs(np.log((event.step + 1) / (truth + 1))))
+                    held.append(best.interval[0] <= truth <= best.interval[1])
+        rows[family] = {"coverage": round(float(np.mean(held)), 3), "intervals": len(held), "series": asked}
         print(family, rows[family], flush=True)
+    return rows
+
+
+def alarms(runs: int, seed: int) -> dict[str, Any]:
+    steps, looks, count = grid("log", 60), Looks(), 0
+    for i in range(runs):
+        rng = np.random.default_rng([seed, 6, i])
+        noises = ar1(rng, len(steps), 0.0), ar1(rng, len(steps), 0.6), np.cumsum(rng.standard_normal(len(steps)))
+        found = provisional([Series(str(k), steps, y) for k, y in enumerate(noises)], looks=looks)
+        count += bool(found.alarms)
+    rows = {"runs": runs, "share of runs with an alarm": round(count / runs, 4), "nominal": 0.05}
+    print(rows, flush=True)
     return rows
 
 
@@ -182,7 +184,8 @@ def published(
             row: dict[str, Any] = {}
             for who, search in {"devmon": ours, **{b: theirs(BASELINES[b]) for b in others}}.items():
                 hits, extra, all_found = [], [], 0
-                for found, (_, truth) in zip(search(steps, [y for y, _ in drawn]), drawn, strict=True):
+                for events, (_, truth) in zip(search(steps, [y for y, _ in drawn]), drawn, strict=True):
+                    found = [event for event in events if event[2] in ("", "turn", "plateau")]  # what ends a stage
                     hit = [any(abs(np.log(max(e[0], 1) / t)) < np.log1p(TOLERANCE) for e in found) for t in truth]
                     hits.append(np.mean(hit))
                     extra.append(len(found) - sum(hit))
@@ -192,36 +195,6 @@ def published(
             rows[f"{name}, {form}, {len(steps)} points"] = row
             print(name, form, len(steps), row, flush=True)
     return rows
-
-
-def limit(runs: int, seed: int) -> dict[str, Any]:
-    noises = [name for name in NULLS if name[:5] in ("white", "AR(1)", "rando", "growi", "t4 no")]
-    rows: dict[str, Any] = {}
-    for points in (20, 60):
-        scan = Scan(Grid(grid("log", points)), 1, 0)
-
-        def seeded(i: int, points: int = points) -> np.random.Generator:
-            return np.random.default_rng([seed, 9, i, points])
-
-        nulls = [[ratio(scan, NULLS[name](seeded(i), scan.grid.steps)) for i in range(runs)] for name in noises]
-        level = np.quantile(nulls, 0.97, axis=1).max()
-        rows[f"{points} points"] = {
-            variant: round(
-                float(np.mean([ratio(scan, make(seeded(i), scan.grid.steps)[0]) > level for i in range(runs)])), 2
-            )
-            for variant, make in POSITIVES["jump"].items()
-            if not variant.endswith("SNR 10")
-        }
-    print(rows, flush=True)
-    return rows
-
-
-def ratio(scan: Scan, y: Array) -> float:
-    """Log likelihood ratio of a rise in white noise against drift and noise of any kind without one."""
-    white = [k for k, t in enumerate(scan.grid.thetas) if (t.rho, t.amplitude, t.shape) == (0, 0, "flat")]
-    nothing = scan.shapes[np.zeros(len(scan.shapes.centre), dtype=bool)]
-    risen = scan.loglik(y, scan.null, nothing)[white] + scan.against
-    return float(risen[:, scan.shapes.form != PULSE].max() - scan.null.loglik(scan.null.rss(y)).max())
 
 
 def speed(rounds: int, seed: int) -> dict[str, Any]:
@@ -266,30 +239,29 @@ def near(step: float, truth: float) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["nulls", "positives", "coverage", "published", "limit", "speed"])
-    parser.add_argument("--null-runs", type=int, default=1002)
-    parser.add_argument("--runs", type=int, default=15, help="series for each variant and number of checkpoints")
+    names = ["there", "abrupt", "positives", "coverage", "published", "alarms", "speed"]
+    parser.add_argument("--parts", nargs="+", default=names, choices=names)
+    parser.add_argument("--null-runs", type=int, default=60, help="series of each null family and setting of it")
+    parser.add_argument("--runs", type=int, default=8, help="series for each variant and number of checkpoints")
+    parser.add_argument("--baseline-runs", type=int, default=12)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    null_runs, runs = (60, 4) if options.quick else (options.null_runs, options.runs)
+    null_runs, runs = (10, 2) if options.quick else (options.null_runs, options.runs)
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     result |= {"machine": platform.platform(), "numpy": np.__version__, "alpha": Detector().alpha}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "there": lambda: there(null_runs, options.seed),
+        "abrupt": lambda: abrupt(6 * null_runs, options.baseline_runs, options.seed),
+        "positives": lambda: positives(runs, options.seed),
+        "coverage": lambda: coverage(runs, options.seed),
+        "published": lambda: published(runs, options.seed),
+        "alarms": lambda: alarms(4 * runs, options.seed),
+        "speed": lambda: speed(3 if options.quick else 9, options.seed),
+    }
     for part in options.parts:
-        if part == "nulls":
-            result[part] = nulls(null_runs, min(null_runs, 60), options.seed)
-        if part == "positives":
-            strict = held(8 if options.quick else 30, options.seed)
-            result |= {"strictness held to 6%": strict, part: positives(runs, strict, options.seed)}
-        if part == "coverage":
-            result[part] = coverage(4 if options.quick else 25, options.seed)
-        if part == "published":
-            result[part] = published(4 if options.quick else 8, options.seed)
-        if part == "limit":
-            result[part] = limit(20 if options.quick else 200, options.seed)
-        if part == "speed":
-            result[part] = speed(3 if options.quick else 9, options.seed)
+        result[part] = parts[part]()
         if options.out:
             options.out.write_text(json.dumps(result, indent=1) + "\n")
 

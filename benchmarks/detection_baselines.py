@@ -24,7 +24,8 @@ Baseline = Callable[[Array, Array, float], list[float]]
 
 
 def pelt(model: str) -> Baseline:
-    """Optimal segmentation (Killick et al. 2012) with a BIC-like penalty; noise by the median difference of neighbours."""
+    """Optimal segmentation (Killick et al. 2012) with a BIC-like penalty; noise by the median difference of
+    neighbours."""
 
     def search(steps: Array, values: Array, strict: float = 1.0) -> list[float]:
         y, n = values / noise_of(values), len(values)
@@ -34,6 +35,17 @@ def pelt(model: str) -> Baseline:
         return _between(steps, [b - 1 for b in breaks[:-1]])
 
     return search
+
+
+def window(steps: Array, values: Array, strict: float = 1.0) -> list[float]:
+    """Sliding windows of a tenth of the points, mean before against mean after (ruptures), with the same penalty as
+    PELT l2."""
+    y, n = values / noise_of(values), len(values)
+    width = max(4, 2 * (n // 20))
+    if n <= width + 2:
+        return []
+    found = ruptures.Window(width=width, model="l2", jump=1).fit(y[:, None]).predict(pen=2 * np.log(n) * strict)
+    return _between(steps, [b - 1 for b in found[:-1]])
 
 
 def largest_step(steps: Array, values: Array, strict: float = 1.0) -> list[float]:
@@ -78,8 +90,8 @@ def hidden_markov(steps: Array, values: Array, strict: float = 1.0) -> list[floa
 
 
 def bayesian_online(steps: Array, values: Array, strict: float = 1.0) -> list[float]:
-    """Bayesian online change points (Adams & MacKay 2007): normal data of unknown mean and variance, hazard 1/n; a change
-    where the most probable run length falls back."""
+    """Bayesian online change points (Adams & MacKay 2007): normal data of unknown mean and variance, hazard 1/n; a
+    change where the most probable run length falls back."""
     y, n = (values - np.median(values)) / noise_of(values), len(values)
     hazard = 1 / (n * strict)
     mean, kappa, alpha, beta = np.zeros(1), np.full(1, 0.05), np.ones(1), np.ones(1)
@@ -106,6 +118,7 @@ BASELINES: dict[str, Baseline] = {
     "PELT l2": pelt("l2"),
     "PELT linear": pelt("linear"),
     "PELT rbf": pelt("rbf"),
+    "window l2": window,
     "GP slope extremes": slopes,
     "GP slope minima": slope_minima,
     "hidden Markov": hidden_markov,

@@ -66,7 +66,8 @@ def schedule_kink(rng: Rng, steps: Array) -> Array:
 
 
 def spikes(rng: Rng, steps: Array) -> Array:
-    """Smooth decay with one to three outliers of 5 to 50 noise sd, each one or two checkpoints long, apart from each other."""
+    """Smooth decay with one to three outliers of 5 to 50 noise sd, each one or two checkpoints long, apart from each
+    other."""
     y = power_law(rng, steps)
     for at in 1 + 5 * rng.choice((len(y) - 3) // 5, rng.integers(1, 4), replace=False) + rng.integers(0, 2):
         y[at : at + rng.integers(1, 3)] += 10 ** rng.uniform(0.7, 1.7)
@@ -178,8 +179,8 @@ FORMS = (
 def staged(
     name: str, steps: Array, rng: Rng, form: str = "corner", sd: float = 0.1, rho: float = 0.8
 ) -> tuple[Array, list[float]]:
-    """A curve that comes to rest at each boundary, with AR(1) noise: estimates with one seed and the same batches at all
-    checkpoints differ by about 0.1 from one to the next."""
+    """A curve that comes to rest at each boundary, with AR(1) noise: estimates with one seed and the same batches at
+    all checkpoints differ by about 0.1 from one to the next."""
     boundaries, values = STAGES[name]
     curve = at_rest(np.log10(boundaries), np.asarray(values, dtype=float), form == "smooth")
     x = np.log10(np.clip(steps, boundaries[0], boundaries[-1]))
@@ -199,3 +200,47 @@ def at_rest(x: Array, values: Array, smooth: bool) -> BPoly:
 
 def _steps(x: Array, steps: Array, centre: float) -> list[float]:
     return [float(10**centre - steps[steps > 0][0])]
+
+
+# smooth curves without an event, and shapes of range 1 of which the place of the event is known exactly
+
+
+def replicated(rng: Rng, curve: Array, count: int, rho: float) -> Array:
+    """(count, points) the curve on groups of items: each with a level of its own and AR(1) noise, whose mean has sd
+    1."""
+    noise = np.stack([ar1(rng, len(curve), rho) for _ in range(count)]) * np.sqrt(count)
+    return curve + noise + 3 * rng.standard_normal((count, 1))
+
+
+def _power(rng: Rng, steps: Array) -> Array:
+    return (1 + steps / (steps[steps > 0][0] * 10)) ** -rng.uniform(0.1, 1.0) * 10 ** rng.uniform(0.5, 2.5)
+
+
+def _decay(rng: Rng, steps: Array) -> Array:
+    x = log_of(steps)
+    return np.exp(-rng.uniform(0.2, 1.0) * (x - x[0])) * 10 ** rng.uniform(0.5, 2.5)
+
+
+SMOOTH: dict[str, Null] = {"power law": _power, "smooth decay": _decay, "constant": lambda rng, steps: 0 * steps}
+
+
+Shape = Callable[[Rng, Array], tuple[Array, float]]
+
+
+def _placed(form: Callable[[Array], Array], margin: float) -> Shape:
+    """A form of x - centre, its centre anywhere but within a share `margin` of the axis from its ends."""
+
+    def shape(rng: Rng, steps: Array) -> tuple[Array, float]:
+        x = log_of(steps)
+        centre = rng.uniform(x[0] + margin * np.ptp(x), x[-1] - margin * np.ptp(x))
+        return form(x - centre), _steps(x, steps, centre)[0]
+
+    return shape
+
+
+SHAPES: dict[str, list[Shape]] = {
+    "jump": [_placed(lambda u, w=w: rise(u, 0.0, w), 0.25) for w in (0.1, 0.3, 0.6)],  # type: ignore[misc]
+    "turn": [_placed(lambda u, w=w: np.exp(-0.5 * (u / w) ** 2), 0.3) for w in (0.4, 0.8)],  # type: ignore[misc]
+    "plateau": [_placed(lambda u, w=w: np.tanh(u / w) ** 3 + 0.3 * u, 0.35) for w in (0.5, 0.8)],  # type: ignore[misc]
+    "bump": [_placed(lambda u, w=w: np.exp(-4 * np.log(2) * (u / w) ** 2), 0.3) for w in (0.2, 0.4)],  # type: ignore[misc]
+}

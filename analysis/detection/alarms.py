@@ -1,12 +1,14 @@
 """`provisional(run)`: alarms while a run is still measured, with a false-alarm rate for the run as a whole.
 
-Each run-level series is looked at when its count of accepted points first reaches one of the sizes in `Looks`, a schedule
-that is fixed beforehand, and each look sees exactly that many points. An event raises an alarm where its p-value is at most
+Each run-level series is looked at when its count of accepted points first reaches one of the sizes in `Looks`, a
+schedule that is fixed beforehand, and each look sees exactly that many points. An event raises an alarm where its
+p-value is at most
 
     alpha / (number of looks * number of series)
 
 (Bonferroni over looks and series), so a run without events has an alarm with probability alpha at most as far as the
-detector's p-values hold. Points that were measured because of an alarm (`attrs["densified"]`) are left out of the looks:
+detector's p-values hold. The p-value of a jump or a bump is the larger of its two: an alarm is for what is there and
+abrupt. Points that were measured because of an alarm (`attrs["densified"]`) are left out of the looks:
 when a point is looked at never depends on the data.
 """
 
@@ -18,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from devmon.analysis.detection.constants import LEAST
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event, meet
-from devmon.analysis.detection.scan import LEAST
 from devmon.analysis.detection.search import detect
 from devmon.analysis.series import Series, run_level
 from devmon.errors import DataError
@@ -55,10 +57,12 @@ class Looks:
 
 @dataclass(frozen=True)
 class Alarm:
-    """An event that began lately, as the last look saw it. `low` and `high` bound its extent: interval and t10-t90 span.
+    """An event that began lately, as the last look saw it. `low` and `high` bound its extent: interval and t10-t90
+    span.
 
-    `p_value` is that of the look that raised it, at step `raised_at`. `status` is "up"; "withdrawn" where a later look no
-    longer found it; "settled" once training had passed `high` by a factor LATELY. `ended_at` is the step of the latter two.
+    `p_value` is that of the look that raised it, at step `raised_at`. `status` is "up"; "withdrawn" where a later
+    look no longer found it; "settled" once training had passed `high` by a factor LATELY. `ended_at` is the step of
+    the latter two.
     """
 
     series: str
@@ -77,7 +81,8 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Provisional:
-    """What has been seen of a run: its alarms in the order they were raised, and the count of points looked at, by series."""
+    """What has been seen of a run: its alarms in the order they were raised, and the count of points looked at, by
+    series."""
 
     alarms: tuple[Alarm, ...] = ()
     seen: Mapping[str, int] = field(default_factory=dict)
@@ -104,11 +109,10 @@ def provisional(run: Any, detector: Detector | None = None, looks: Looks | None 
     if not followed:
         return before
     share = alpha / (looks.count * len(followed))
-    least = max(detector._adjusted(LEAST, search) for search in detector.searches)
-    if share < least:
+    if share < LEAST:
         raise DataError(
             f"alpha={alpha} over {looks.count} looks and {len(followed)} series is {share:.2g} a test, and no p-value "
-            f"is below {least:.2g}: follow at most {int(alpha / looks.count / least)} series (series=...)"
+            f"is below {LEAST:.2g}: follow at most {int(alpha / looks.count / LEAST)} series (series=...)"
         )
     alarms: dict[str, list[Alarm]] = {one.name: [a for a in before.alarms if a.series == one.name] for one in followed}
     seen = dict(before.seen)
@@ -118,11 +122,15 @@ def provisional(run: Any, detector: Detector | None = None, looks: Looks | None 
             continue
         found = detect([one.where(np.arange(len(one.steps)) < size) for one in due], detector).events
         for one in due:
-            events = [event for event in found if event.series == one.name and event.p_value <= share]
+            events = [event for event in found if event.series == one.name and _chance(event) <= share]
             alarms[one.name] = _looked(_settled(alarms[one.name], one.steps[:size]), events, int(one.steps[size - 1]))
             seen[one.name] = size
     told = [alarm for one in followed for alarm in _settled(alarms[one.name], one.steps)]
     return Provisional(tuple(sorted(told, key=lambda alarm: (alarm.raised_at, alarm.series, alarm.step))), seen)
+
+
+def _chance(event: Event) -> float:
+    return max(event.p_value, event.p_abrupt or 0.0)
 
 
 def _followed(run: Any, names: Iterable[str] | None) -> list[Series]:
@@ -156,7 +164,7 @@ def _looked(alarms: Sequence[Alarm], events: Sequence[Event], last: int) -> list
         if alarm.status == "up":
             same = [event for event in left if meet(event.extent, (alarm.low, alarm.high))]
             if same:
-                event = min(same, key=lambda event: event.p_value)
+                event = min(same, key=_chance)
                 low, high = event.extent
                 left = [event for event in left if event not in same]
                 alarm = replace(alarm, kind=event.kind, step=event.step, low=low, high=high)
@@ -167,5 +175,5 @@ def _looked(alarms: Sequence[Alarm], events: Sequence[Event], last: int) -> list
         low, high = event.extent
         known = any(alarm.status == "settled" and meet((low, high), (alarm.low, alarm.high)) for alarm in alarms)
         if last <= LATELY * max(high, 1.0) and not known:
-            found.append(Alarm(event.series, event.kind, event.step, low, high, event.p_value, last))
+            found.append(Alarm(event.series, event.kind, event.step, low, high, _chance(event), last))
     return found

@@ -1,71 +1,48 @@
-"""`Detector`: the search of one series for jumps, bumps, turns and plateaus, each with its errors and its null."""
+"""`Detector`: the search of one series for turns, plateaus, rises and bumps that are there, and whether they are
+abrupt.
+
+The steps, each a file: places on the axis of log step (axis), the noise (noise), signs of slope and curvature on
+windows of all sizes (windows), what of them is large enough to name (chain), places, sizes and intervals (measure),
+abruptness (abrupt).
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student
 
-from devmon.analysis.detection.curve import MANY, Curve
-from devmon.analysis.detection.events import Event, Fit, Noise, Trend, part_of
-from devmon.analysis.detection.jumps import JumpSearch, find_jumps, joined
-from devmon.analysis.detection.null_model import Grid
-from devmon.analysis.detection.plateaus import Plateau, find_plateaus
-from devmon.analysis.detection.scan import Path, Scan
-from devmon.analysis.detection.shapes import BRIEF, PULSE, Jump, with_shapes
-from devmon.analysis.detection.turns import Turn, find_turns, is_flank
-from devmon.analysis.series import Array, blocks, checked, floored, straightness
+from devmon.analysis.detection.axis import averaged, bins, counts, log_axis
+from devmon.analysis.detection.chain import Chain
+from devmon.analysis.detection.constants import EXACT, FEWEST, JITTER, SMALLEST, SPAN, TAIL
+from devmon.analysis.detection.events import Event, Fit, Noise, Trend
+from devmon.analysis.detection.measure import Ruler
+from devmon.analysis.detection.noise import correlation, covariance, of_replicates, spikes
+from devmon.analysis.detection.spline import Spline
+from devmon.analysis.detection.trend import trend
+from devmon.analysis.detection.windows import CHANGE, SLOPE, Extremum, Windows, p_value, windows_of
+from devmon.analysis.series import Array, Series, checked, checked_replicates, floored
 from devmon.errors import DataError
 
-FEWEST = 8  # finite points below which nothing is said
-MOST_CHECKPOINTS = 600  # more are averaged in blocks of neighbours
-EXACT = 1e-10  # distance from a straight line, as a share of the range, that is rounding
-FLANK = 0.0025  # p-value up to which a jump stands beside a turn of which it is the flank
-SURE = 0.80  # share of the posterior in which a plateau is slow
-SEARCHES = {"scan": ("jump", "bump"), "turn": ("turn",), "plateau": ("plateau",)}
-PRICES = {"scan": 3.0, "turn": 8.0, "plateau": 12.0}  # what a p-value is multiplied by where all three are made
-CALM = 0.125  # of these prices where the noise is plainly white
-KINDS = tuple(kind for kinds in SEARCHES.values() for kind in kinds)
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A checked series: steps, values shifted by `offset` and divided by `scale`, errors or None, notes so far."""
-
-    steps: Array
-    unit: Array
-    se: Array | None
-    offset: float
-    scale: float
-    notes: tuple[str, ...]
-    name: str
+KINDS = ("jump", "bump", "turn", "plateau")
 
 
 @dataclass(frozen=True)
 class Detector:
-    """Settings of the search. `alpha` is the false-alarm rate of one series, over all kinds; `level` that of the
-    intervals.
-
-    Jumps and bumps are sought by one search, turns by another and plateaus by a third. Every p-value is multiplied by
-    the price of its search (a weighted Bonferroni correction), so that a series without events shows one with
-    probability alpha at most; turns pay for the scan too, whose shapes imply them. The inverse prices add up to thirteen
-    twenty-fourths: now and then a random walk looks like a smooth curve with little noise, and the rest of the budget pays for
-    that (benchmarks/detection.py). Where there are MANY checkpoints and their noise is plainly white, which a random walk's
-    is not, the prices are CALM times as high, and at least 1.
-    `n_null` series are simulated per test; p-values below 1 / (n_null + 1) come from the tail of the simulated ones
-    (`scan.tail_p`). At most `most` jumps and bumps are sought.
+    """Settings of the search. `alpha` is the false-alarm rate of one series, over all places, sizes and kinds, for
+    "is it there" and again for "is it abrupt"; `level` that of the intervals. Of the events only `kinds` are
+    reported. The null is simulated `n_null` times.
     """
 
     alpha: float = 0.05
     kinds: tuple[str, ...] = KINDS
-    n_null: int = 199
+    n_null: int = 299
     seed: int = 0
     level: float = 0.90
-    most: int = 4
 
     def __post_init__(self) -> None:
         unknown = set(self.kinds) - set(KINDS)
@@ -77,209 +54,159 @@ class Detector:
         if self.alpha * (self.n_null + 1) < 1:
             raise DataError(f"n_null={self.n_null} simulated nulls cannot show alpha={self.alpha}: raise n_null")
 
-    @property
-    def searches(self) -> tuple[str, ...]:
-        return tuple(search for search, kinds in SEARCHES.items() if set(kinds) & set(self.kinds))
+    def fit(self, steps: Any, values: Any, se: Any = None, replicates: Any = None, *, name: str = "",
+            smallest: float = 0.0) -> Fit:  # fmt: skip
+        """Search one series; NaN values are missing points. `replicates` (R, n) is the same quantity on R groups of
+        items or by R chains; nothing smaller than `smallest` is an event. Raises DataError on malformed input (see
+        series.py)."""
+        return self._fit(Series(name, steps, values, se, smallest=smallest, replicates=replicates))
 
-    def fit(self, steps: Any, values: Any, se: Any = None, *, name: str = "") -> Fit:
-        """Search one series; NaN values are missing points. Raises DataError on malformed input (see series.py)."""
-        return self.fit_all([(steps, values, se, name)])[0]
+    def fit_all(self, series: Sequence[Series]) -> list[Fit]:
+        """Search many series; those measured at the same steps share their windows and nulls."""
+        return [self._fit(one) for one in series]
 
-    def fit_all(self, series: Sequence[tuple[Any, Any, Any, str]]) -> list[Fit]:
-        """Search many series (steps, values, se, name); what those measured at the same steps share is done once."""
-        checked_series = [self._ready(*one) for one in series]
-        fits = {i: one for i, one in enumerate(checked_series) if isinstance(one, Fit)}
-        ready = {i: one for i, one in enumerate(checked_series) if isinstance(one, Ready)}
-        alike: dict[bytes, list[int]] = {}
-        for i, one in ready.items():
-            if one.se is None:
-                alike.setdefault(one.steps.tobytes(), []).append(i)
-        for steps, which in alike.items():
-            scan = _shared(steps, self.most, self.seed)
-            units = np.stack([scan.grid.average(ready[i].unit) for i in which], axis=1)
-            path = scan.path(units)
-            for n, i in enumerate(which):
-                fits[i] = self._fit(ready[i], scan, path.of(n))
-        for i, one in ready.items():
-            if one.se is not None:
-                scan = _own(one.steps.tobytes(), one.se.tobytes(), self.most, self.seed)
-                fits[i] = self._fit(one, scan, None)
-        return [fits[i] for i in range(len(checked_series))]
-
-    def _ready(self, steps: Any, values: Any, se: Any, name: str) -> Ready | Fit:
-        t, y, s = checked(steps, values, se, name)
+    def _fit(self, series: Series) -> Fit:
+        # what is missing, and what can be said without a search
+        notes: list[str] = []
         settings = asdict(self)
-        missing = np.size(values) - len(t)
-        notes = [f"{missing} of {np.size(values)} points are NaN: skipped"] if missing else []
-        if len(t) == 0 and np.size(values) > 0:
-            return Fit("SAMPLER REJECTED", notes=("no finite value",), settings=settings, series=name)
+        t, y, se = checked(series.steps, series.values, series.se, series.name)
+        replicates = checked_replicates(series, t)
+        total = np.size(series.values)
+        if len(t) < total:
+            notes.append(f"{total - len(t)} of {total} points are NaN: skipped")
+        if len(t) == 0 and total > 0:
+            return Fit("SAMPLER REJECTED", notes=("no finite value",), settings=settings, series=series.name)
         if len(t) < FEWEST:
             note = f"{len(t)} finite points, at least {FEWEST} are needed: measure more checkpoints"
-            return Fit("UNRESOLVED", notes=(note, *notes), settings=settings, series=name)
-        if len(t) > MOST_CHECKPOINTS:
-            block = -(-len(t) // MOST_CHECKPOINTS)
-            notes.append(f"{len(t)} checkpoints averaged in blocks of {block}")
-            t, y, s = blocks(t, block), blocks(y, block), None if s is None else blocks(s, block)
-        s = floored(s, notes)
-        offset, scale = float(np.mean(y)), float(np.ptp(y))
-        if scale <= 1e-12 * max(abs(offset), 1e-300):
-            return _plain(t, y, (*notes, "all values are equal"), settings, name)
-        unit = (y - offset) / scale
-        if straightness(t, unit) < EXACT:
-            return _plain(t, y, (*notes, "an exact straight line in log step"), settings, name)
-        return Ready(t, unit, s, offset, scale, tuple(notes), name)
+            return Fit("UNRESOLVED", notes=(note, *notes), settings=settings, series=series.name)
+        se = floored(se, notes)
+        if np.ptp(y) <= 1e-12 * max(abs(float(np.mean(y))), 1e-300):
+            flat, notes = Trend(t, y, y, y), [*notes, "all values are equal"]
+            return Fit("NO EVENT", (), flat, Noise(0.0, 0.0), {}, tuple(notes), settings, series.name)
+        # single outlying points are left out where nothing says that they are measured so
+        if se is None and replicates is None and np.any(odd := spikes(y)):
+            notes.append(f"left out as isolated spikes: steps {', '.join(f'{step:g}' for step in t[odd])}")
+            t, y = t[~odd], y[~odd]
+        return Search(self, series, t, y, se, replicates, notes).fit()
 
-    def _fit(self, ready: Ready, scan: Scan, path: Path | None) -> Fit:
-        notes, t = list(ready.notes), ready.steps
-        search, curve, calm = self._search(scan, ready.unit, path)
-        if (local := curve.noise_profile()) is not None:
-            notes.append("the noise changes size over training: estimated from the residuals")
-            search, curve, calm = self._search(_local(t, local, scan), ready.unit, None)
-        grid = search.null.grid
-        if search.null.spikes:
-            where = ", ".join(f"{step:g}" for step in sorted(grid.step_of(grid.x[list(search.null.spikes)])))
-            notes.append(f"left out as isolated spikes: steps {where}")
-        p_values: dict[str, tuple[float, ...]] = {}
-        found: list[tuple[Event, Array]] = []
-        bumps: list[Event] = []
-        if "scan" in self.searches:
-            p_values["scan"] = tuple(self._adjusted(p, "scan", calm) for p in search.p_values) or (1.0,)
-            brief = [jump for jump in search.jumps if jump.form == PULSE and jump.middle[1] <= BRIEF]
-            found += [self._jump(jump, grid, ready, calm) for jump in joined(search.jumps)]
-            found += [self._bump(jump, grid, ready, calm) for jump in brief]
-            bumps = [event for event, _ in found if event.kind == "bump"]
-        turns = []
-        if set(self.searches) != {"scan"}:
-            turns = [(turn, self._turn_p(turn, calm)) for turn in find_turns(curve, n_null=self.n_null)]
-        if "turn" in self.searches:
-            p_values["turn"] = tuple(p for _, p in turns) or (1.0,)
-            told = [self._turn(turn, p, grid, ready) for turn, p in turns if p <= self.alpha]
-            found += [(turn, draws) for turn, draws in told if not any(part_of(turn, bump) for bump in bumps)]
-        if "plateau" in self.searches:
-            sure, alpha = [turn for turn, p in turns if p <= self.alpha], self.alpha / self._price("plateau", calm)
-            plateaus = find_plateaus(curve, sure, alpha=alpha, n_null=self.n_null)
-            p_values["plateau"] = tuple(self._adjusted(one.p_value, "plateau", calm) for one in plateaus) or (1.0,)
-            found += [self._plateau(plateau, grid, ready, calm) for plateau in plateaus if plateau.sure >= SURE]
-        found = sorted(((e, d) for e, d in found if e.kind in self.kinds), key=lambda pair: pair[0].step)
-        mean, low, high = (ready.offset + ready.scale * part for part in curve.band(grid.raw_x, self.level))
-        theta = grid.thetas[curve.best]
-        noise = Noise(ready.scale * curve.noise_sd, theta.rho * (1 - theta.white))
-        events = tuple(event for event, _ in found)
-        outcome = "EVENTS" if events else "NO EVENT"
-        trend = Trend(t, mean, low, high)
-        return Fit(outcome, events, trend, noise, p_values, tuple(notes), asdict(self), ready.name, tuple(found))
 
-    def _search(self, scan: Scan, unit: Array, path: Path | None) -> tuple[JumpSearch, Curve, bool]:
-        """The jumps, the curve with them, and whether the noise is plainly white."""
-        points = scan.grid.average(unit)
-        path = scan.path(points[:, None]) if path is None else path
-        white = [theta.rho == 0 for theta in scan.grid.thetas]
-        calm = len(points) >= MANY and float(path.weights[white, 0].sum()) >= 0.5
-        alpha = self.alpha / self._price("scan", calm)
-        search = find_jumps(scan, points, path, alpha=alpha, n_null=self.n_null, most=self.most)
-        search = self._without_flanks(search, points, calm) if "turn" in self.searches else search
-        return search, Curve(search.null, search.jumps, points, self.seed), calm
+class Search:
+    """The search of one checked series, in units of its range."""
 
-    def _without_flanks(self, search: JumpSearch, points: Array, calm: bool) -> JumpSearch:
-        """The search without the jumps that are not sure and are the flanks of turns found without them."""
-        sure = [jump.form == PULSE or self._adjusted(jump.p_value, "scan", calm) <= FLANK for jump in search.jumps]
-        if all(sure):
-            return search
-        grid, spikes = search.null.grid, search.null.spikes
-        kept = list(itertools.compress(search.jumps, sure))
-        plain = Curve(with_shapes(grid, kept, spikes), kept, points, self.seed)
-        turns = [turn for turn in find_turns(plain, n_null=self.n_null) if self._turn_p(turn, calm) <= self.alpha]
-        flank = [any(is_flank(jump, turn, turns) for turn in turns) for jump in search.jumps]
-        kept = [jump for jump, one, other in zip(search.jumps, sure, flank, strict=True) if one or not other]
-        return JumpSearch(kept, search.p_values, with_shapes(grid, kept, spikes))
+    def __init__(
+        self, detector: Detector, series: Series, t: Array, y: Array, se: Array | None, replicates: Array | None,
+        notes: list[str],
+    ) -> None:  # fmt: skip
+        self.detector, self.series, self.steps, self.notes = detector, series, t, notes
+        starts = bins(t)
+        axis, self.first = log_axis(t)
+        self.points = counts(starts, len(t))
+        self.x, values = averaged(axis, starts), averaged(y, starts)
+        if len(starts) < len(t):
+            notes.append(f"{len(t)} checkpoints averaged in {len(starts)} places of equal width in log step")
+        self.scale, self.offset = float(np.ptp(values)), float(np.mean(values))
+        self.values = (values - self.offset) / self.scale
+        self.smallest = max(series.smallest / self.scale, SMALLEST)
+        self.wider: float | Array
+        self.sd: Array
+        self.known = self.source = "estimated"
+        self.windows: Windows = windows_of(self.x.tobytes(), self.points.tobytes())
+        if replicates is not None:
+            self._measured(averaged(replicates, starts) / self.scale)
+        else:
+            self._estimated(None if se is None else averaged(se, starts) / self.scale)
+        self.sd = np.maximum(self.sd, EXACT)
+        self.statistics = self.windows.statistics(self.values[:, None], self.sd[:, None], self.phi)[:, 0] * self.wider
+        self.null = self.windows.null(self.phi, self.known, detector.n_null, detector.seed)
 
-    def _price(self, search: str, calm: bool = False) -> float:
-        paid = {"scan", *self.searches} if "turn" in self.searches else self.searches  # shapes imply turns
-        made = sum(1 / PRICES[other] for other in paid) / sum(1 / price for price in PRICES.values())
-        return max(PRICES[search] * made * (CALM if calm else 1.0), 1.0)
+    def _estimated(self, se: Array | None) -> None:
+        """The noise from the curve itself, bounded by given errors, which it exceeds only as far as the places bear
+        it out."""
+        loglik, sd = self.windows.noise.fit(self.values[:, None])
+        k = correlation(loglik[:, 0])
+        self.phi, self.sd, self.wider = self.windows.phi(k), sd[k, :, 0], 1.0
+        if se is None:
+            return
+        # a level above the errors is the training's own jitter, or structure: the errors weigh as much as SPAN places;
+        # none is lower than elsewhere, for se tells how the size of the noise goes over steps
+        weight = len(self.x) / (len(self.x) + SPAN)
+        excess = self.sd / se
+        excess = np.maximum(excess, min(float(np.median(excess)), 1.0))
+        self.sd, self.known, self.source = se * np.where(excess > 1, excess**weight, excess), "bounded", "se"
+        if (typical := float(np.median(excess))) > JITTER:
+            times = f"{typical:.1f} times as much as their standard errors"
+            self.notes.append(f"the values scatter {times}: taken as noise")
 
-    def _adjusted(self, p: float, search: str, calm: bool = False) -> float:
-        return min(p * self._price(search, calm), 1.0)
+    def _measured(self, replicates: Array) -> None:
+        """The noise from the replicates: their AR(1) model, and for each size of window how far their spread departs
+        from it.
 
-    def _turn_p(self, turn: Turn, calm: bool) -> float:
-        """As sure as its prominence or the shapes that imply it, each at the price of its search."""
-        return min(self._adjusted(turn.p_value, "turn", calm), self._adjusted(turn.implied, "scan", calm))
+        The spread of R contrasts has R - 1 degrees of freedom for each window that stands apart; as many again are
+        given to the model. A t quantile beside a normal one widens what few of them leave unsure."""
+        windows, count = self.windows, len(replicates)
+        k, self.sd = of_replicates(windows.noise, replicates)
+        self.phi, self.known, self.source = windows.phi(k), "measured", "replicates"
+        self.sd = np.maximum(self.sd, EXACT)
+        spread = (replicates - replicates.mean(0)).T / np.sqrt(count * (count - 1))
+        found = np.sum(windows.statistics(spread, np.repeat(self.sd[:, None], count, axis=1), self.phi) ** 2, axis=1)
+        self.wider = np.ones(len(found))
+        for order in (SLOPE, CHANGE):
+            for m in np.unique(windows.lengths):
+                mine = (windows.order == order) & (windows.lengths == m)
+                if not mine.any():
+                    continue
+                free = (count - 1) * max(len(self.x) / m, 1.0)
+                ratio = (free * found[mine].mean() + count - 1) / (free + count - 1)
+                widening = student.isf(TAIL, free + count - 1) / norm.isf(TAIL)
+                self.wider[mine] = 1 / (np.sqrt(ratio) * widening)
 
-    def _event(self, kind: str, place: Array, size: Array, p: float, span: tuple[float, float] | None, vague: str,
-               grid: Grid, ready: Ready) -> tuple[Event, Array]:  # fmt: skip
-        """An event from draws of its place (on the time axis) and size, its adjusted p-value and the ends of its span (on
-        the time axis)."""
-        steps = grid.step_of(place)
-        low, middle, high = self._quantiles(steps)
-        small, typical, large = self._quantiles(ready.scale * size)
-        ends = None if span is None else (float(grid.step_of(span[0])), float(grid.step_of(span[1])))
-        width = None if ends is None else float(np.log10(ends[1] / max(ends[0], 1e-3 * ends[1])))
-        start, end = (low, high) if ends is None else ends
-        inside = int(np.sum((ready.steps >= start) & (ready.steps <= end)))
-        note = "" if inside >= 3 else vague + _add(ready.steps, start, end)
-        event = Event(
-            kind, middle, (low, high), typical, (small, large), width, ends, p, None, inside >= 3, note,
-            ready.name, _percentiles(steps),
+    def fit(self) -> Fit:
+        detector = self.detector
+        # what surely alternates, and the curve between any two places
+        extrema = {order: self.windows.extrema(self.statistics, order, self._threshold()) for order in (SLOPE, CHANGE)}
+        splines: dict[tuple[int, int], Spline] = {}
+        correlations = covariance(self.points, self.phi)
+
+        def spline(start: int, end: int) -> Spline:
+            """The curve from one place to another, on at least five and at most 120 places."""
+            last = len(self.x) - 1
+            short = max(0, 4 - (end - start))
+            start, end = max(0, start - (short + 1) // 2), min(last, end + (short + 1) // 2)
+            if (start, end) not in splines:
+                j = np.unique(np.round(np.linspace(start, end, min(end - start + 1, 120))).astype(int))
+                noise = correlations[np.ix_(j, j)] * np.outer(self.sd[j], self.sd[j])
+                splines[start, end] = Spline(self.x[j], self.values[j], noise, detector.seed)
+            return splines[start, end]
+
+        # what of it is large enough to name, and what is said of that
+        chain = Chain(self.x, self.values, spline, [*extrema[SLOPE], *extrema[CHANGE]], self.smallest)
+        ruler = Ruler(
+            chain, self.sd, self.null, level=detector.level, alpha=detector.alpha, first=self.first, scale=self.scale,
+            steps=self.steps, name=self.series.name,
         )  # fmt: skip
-        return event, np.sort(steps)
+        found = tuple((event, draws) for event, draws in ruler.events() if event.kind in detector.kinds)
+        events: tuple[Event, ...] = tuple(event for event, _ in found)
+        # what else a fit says: the p-values of all tests, the noise, the smoothed curve
+        p_values = {name: self._p_values(order, extrema[order]) for name, order in (("turn", SLOPE), ("slope", CHANGE))}
+        noise = Noise(self.scale * float(np.median(self.sd)), self.phi, self.source)
+        back = trend(self.x, self.values, self.sd, spline, detector.level)
+        low, mean, high = (self.offset + self.scale * part for part in back)
+        steps = np.clip(10.0**self.x - self.first, self.steps[0], self.steps[-1])
+        return Fit(
+            "EVENTS" if events else "NO EVENT", events, Trend(steps, mean, low, high), noise, p_values,
+            tuple(self.notes), asdict(detector), self.series.name, found, self.smallest * self.scale,
+        )  # fmt: skip
 
-    def _jump(self, jump: Jump, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
-        (x, width), p = jump.middle, self._adjusted(jump.p_value, "scan", calm)
-        span = x - width / 2, x + width / 2
-        return self._event("jump", jump.centre, jump.size, p, span, "abruptness unresolved", grid, ready)
+    def _threshold(self) -> float:
+        return float(np.quantile(self.null, 1 - self.detector.alpha))
 
-    def _bump(self, jump: Jump, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
-        (x, width), p = jump.middle, self._adjusted(jump.p_value, "scan", calm)
-        span = x - 0.4 * width, x + 0.4 * width  # the width of a pulse is 1.25 times its full width at half maximum
-        return self._event("bump", jump.centre, jump.size, p, span, "width unresolved", grid, ready)
-
-    def _turn(self, turn: Turn, p: float, grid: Grid, ready: Ready) -> tuple[Event, Array]:
-        return self._event(
-            "turn", turn.place, turn.size, p, None, "location between checkpoints unresolved", grid, ready
-        )
-
-    def _plateau(self, plateau: Plateau, grid: Grid, ready: Ready, calm: bool) -> tuple[Event, Array]:
-        p = self._adjusted(plateau.p_value, "plateau", calm)
-        return self._event("plateau", plateau.place, plateau.size, p, plateau.span, "length unresolved", grid, ready)
-
-    def _quantiles(self, draws: Array) -> tuple[float, float, float]:
-        tail = (1 - self.level) / 2
-        low, middle, high = np.quantile(draws, [tail, 0.5, 1 - tail])
-        return float(low), float(middle), float(high)
-
-
-@lru_cache(maxsize=4)
-def _shared(steps: bytes, most: int, seed: int) -> Scan:
-    """The grid of covariances, its scan and simulated nulls, shared by all series at the same steps."""
-    return Scan(Grid(np.frombuffer(steps)), most, seed)
-
-
-@lru_cache(maxsize=2)
-def _own(steps: bytes, se: bytes, most: int, seed: int) -> Scan:
-    """The same where noise shaped like the standard errors of one series competes."""
-    return Scan(Grid(np.frombuffer(steps), np.frombuffer(se)), most, seed, _shared(steps, most, seed))
-
-
-def _local(steps: Array, sd: Array, flat: Scan) -> Scan:
-    return Scan(Grid(steps, sd, flat=False), flat.depth, flat.seed, flat)
-
-
-def _plain(t: Array, y: Array, notes: tuple[str, ...], settings: dict[str, Any], name: str) -> Fit:
-    return Fit("NO EVENT", (), Trend(t, y, y, y), Noise(0.0, 0.0), {}, notes, settings, name)
-
-
-def _add(t: Array, start: float, end: float) -> str:
-    """Name up to three whole steps, evenly spaced in log step, between the checkpoints around start and end."""
-    before = t[t <= start][-1] if np.any(t <= start) else t[0]
-    after = t[t >= end][0] if np.any(t >= end) else t[-1]
-    origin = float(t[t > 0][0])
-    inner = np.geomspace(before + origin, after + origin, 5)[1:-1] - origin
-    wanted = sorted({int(step) for step in np.round(inner)} - {int(step) for step in t})
-    wanted = [step for step in wanted if before < step < after]
-    if not wanted:
-        return " (no step lies between the checkpoints)"
-    return ": measure step" + ("s " if len(wanted) > 1 else " ") + ", ".join(map(str, wanted))
-
-
-def _percentiles(steps: Array) -> tuple[float, ...]:
-    return tuple(float(q) for q in np.quantile(steps, np.arange(1, 100) / 100))
+    def _p_values(self, order: int, found: list[Extremum]) -> tuple[float, ...]:
+        """The p-value of each extremum; where there is none, that of the level at which the first appears."""
+        if found:
+            return tuple(p_value(one.evidence, self.null) for one in found)
+        low, high = 0, len(self.null) - 1
+        while high - low > 1:  # the highest of the simulated nulls beyond which there still is an extremum
+            middle = (low + high) // 2
+            inside = bool(self.windows.extrema(self.statistics, order, float(self.null[middle])))
+            low, high = (middle, high) if inside else (low, middle)
+        return (float(1 - low / len(self.null)),)

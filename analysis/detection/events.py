@@ -23,10 +23,13 @@ class Event:
     `interval` and `size_interval` are credible at the detector's level. `size` is the signed change of a jump, the
     height of a bump, the prominence of a turn (+ maximum, - minimum) or of a plateau (signed like the trend). `span` is
     from t10 to t90 of a jump, the full width at half maximum of a bump, and where a plateau is slow; `width` is its
-    length in decades of step. `p_value` is the share of simulated nulls with an event as prominent, corrected for the
-    kinds sought in the series; `q_value` for the number of series. `resolved` is false where fewer than three
-    checkpoints lie within the span (of a turn: the interval). `quantiles` are the 1st to 99th percentile of the
-    location.
+    length in decades of step.
+
+    Two questions, two answers. Is it there: `p_value`, against the best curve without it and noise, for all places,
+    sizes and kinds of the series at once; `q_value` also for the number of series. Is it abrupt: `p_abrupt`, the
+    change of a jump or bump against drift and random walks (None for turns and plateaus, which need only be there),
+    and `abrupt`. `resolved` is false where fewer than three checkpoints lie within the span (of a turn: the
+    interval). `quantiles` are the 1st to 99th percentile of the location.
     """
 
     kind: str
@@ -42,6 +45,16 @@ class Event:
     note: str
     series: str = ""
     quantiles: tuple[float, ...] = field(default=(), repr=False)
+    p_abrupt: float | None = None
+    abrupt: bool = False
+
+    @property
+    def word(self) -> str:
+        """What a reader calls it; "jump" only where it is abrupt."""
+        up = self.size > 0
+        if self.kind == "jump":
+            return "jump" if self.abrupt else "rise" if up else "fall"
+        return {"turn": "maximum" if up else "minimum", "bump": "bump" if up else "dip"}.get(self.kind, self.kind)
 
     @property
     def sure(self) -> bool:
@@ -64,7 +77,8 @@ class Event:
         low, high = (step(x) for x in self.interval)
         chance = f"p = {number(self.p_value, 2)}" + ("" if self.q_value is None else f", q = {number(self.q_value, 2)}")
         if self.kind == "jump":
-            what = f"{'rises' if self.size > 0 else 'falls'} by {number(abs(self.size))}"
+            how = " abruptly" if self.abrupt else ""
+            what = f"{'rises' if self.size > 0 else 'falls'}{how} by {number(abs(self.size))}"
         elif self.kind == "turn":
             what = f"has a {'maximum' if self.size > 0 else 'minimum'}"
         elif self.kind == "bump":
@@ -89,7 +103,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Trend:
-    """The smoothed curve at each step used, with its credible band."""
+    """The smoothed curve at each step used, with the band in which a new value would lie at the detector's level."""
 
     steps: Array
     mean: Array
@@ -99,18 +113,23 @@ class Trend:
 
 @dataclass(frozen=True)
 class Noise:
-    """What the trend leaves: its standard deviation, and its correlation from one checkpoint to the next."""
+    """What the trend leaves: its standard deviation (median over steps) and its correlation from one checkpoint to
+    the next.
+
+    `source` says where they come from: "replicates", "se" (estimated, and bounded by the errors given) or "estimated".
+    """
 
     sd: float
     autocorrelation: float
+    source: str = "estimated"
 
 
 @dataclass(frozen=True)
 class Fit:
     """What one series says. `outcome` is EVENTS, NO EVENT, UNRESOLVED or SAMPLER REJECTED.
 
-    `p_values` holds, for each search ("scan" for jumps and bumps, "turn", "plateau"), the corrected p-value of every
-    test made, in the order they were made.
+    `p_values` holds, for extrema of the curve ("turn") and of its slope ("slope"), the p-value of each one found, or
+    of the most likely one where none is: simultaneous over the series. Nothing smaller than `smallest` is reported.
     """
 
     outcome: str
@@ -122,6 +141,7 @@ class Fit:
     settings: Mapping[str, Any] = field(default_factory=dict)
     series: str = ""
     locations: tuple[tuple[Event, Array], ...] = field(default=(), repr=False)
+    smallest: float = 0.0
 
     def events(self) -> list[Event]:
         """The events at or under the detector's alpha, in the order of their steps."""
@@ -148,13 +168,6 @@ class LeadLag:
 def meet(a: tuple[float, float], b: tuple[float, float]) -> bool:
     """Whether two intervals have a point in common."""
     return a[0] <= b[1] and b[0] <= a[1]
-
-
-def part_of(turn: Event, bump: Event) -> bool:
-    """Whether a turn is the top of a bump, or one of its feet on a sloping curve."""
-    assert bump.width is not None
-    away = abs(np.log10(max(turn.step, 1e-9) / max(bump.step, 1e-9)))
-    return bool(away <= (0.5 if turn.size * bump.size > 0 else 2.0) * bump.width)
 
 
 Location = Event | tuple[Array, Array]

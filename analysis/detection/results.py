@@ -20,7 +20,7 @@ from devmon.analysis.wording import interval_text, number, step
 
 COLUMNS = (
     "kind", "series", "step", "low", "high", "size", "size_low", "size_high", "width", "span_low", "span_high",
-    "p_value", "q_value", "resolved", "outcome", "note",
+    "p_value", "q_value", "p_abrupt", "abrupt", "resolved", "outcome", "note",
 )  # fmt: skip
 
 
@@ -68,7 +68,12 @@ class Detection:
     def to_json(self) -> str:
         """Events, outcomes, settings and provenance as JSON text, null where a number is not known."""
         outcomes = {
-            name: {"outcome": fit.outcome, "notes": list(fit.notes), "n_null": fit.settings.get("n_null")}
+            name: {
+                "outcome": fit.outcome,
+                "notes": list(fit.notes),
+                "smallest": fit.smallest,
+                "noise": None if fit.noise is None else fit.noise.source,
+            }
             for name, fit in self.fits.items()
         }
         body = {"family": self.family, "settings": dict(self.settings), "provenance": dict(self.provenance)}
@@ -119,7 +124,7 @@ def provenance(run: Any, searched: Iterable[Series]) -> dict[str, Any]:
 def _identity(series: Series) -> dict[str, Any]:
     steps = np.asarray(series.steps, dtype=np.float64)
     digest = hashlib.sha256()
-    for part in (series.steps, series.values, series.se, series.rejected):
+    for part in (series.steps, series.values, series.se, series.rejected, series.replicates):
         digest.update(b"none" if part is None else np.ascontiguousarray(part, dtype=np.float64).tobytes())
     ends = [float(steps[0]), float(steps[-1])] if len(steps) else []
     rejected = 0 if series.rejected is None else int(np.sum(series.rejected))

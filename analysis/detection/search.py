@@ -47,8 +47,8 @@ def detect(run: Any, detector: Detector | None = None) -> Detection:
 
 
 def benjamini_hochberg(p: float, family: Iterable[float]) -> float:
-    """The smallest false-discovery rate at which p is among the discoveries of the family: the least t N / #(family <= t)
-    over thresholds t >= p. A p that is none of the family's is that of a further event of a series.
+    """The smallest false-discovery rate at which p is among the discoveries of the family: the least t N / #(family
+    <= t) over thresholds t >= p. A p that is none of the family's is that of a further event of a series.
     """
     ordered = np.sort(np.asarray(list(family)))
     thresholds = np.append(p, ordered[ordered > p])
@@ -80,11 +80,11 @@ def _series(run: Any) -> list[Series]:
     return list(series_of(run))
 
 
-def _accepted(series: Series) -> tuple[Any, Any, Any, str]:
-    """Steps, values, errors and name without the points that were rejected (NaN where all were)."""
+def _accepted(series: Series) -> Series:
+    """The series without the points that were rejected (all NaN where all were)."""
     values = np.array(series.values, dtype=np.float64)
     if series.rejected is None:
-        return series.steps, values, series.se, series.name
+        return series
     refused = np.asarray(series.rejected, dtype=bool)
     if refused.shape != values.shape:
         raise DataError(
@@ -92,23 +92,12 @@ def _accepted(series: Series) -> tuple[Any, Any, Any, str]:
         )
     values[refused] = np.nan
     checked(series.steps, values, series.se, series.name)
-    kept = np.ones(len(values), dtype=bool) if refused.all() else ~refused
-    se = None if series.se is None else np.asarray(series.se)[kept]
-    return np.asarray(series.steps)[kept], values[kept], se, series.name
+    if refused.all():
+        return replace(series, values=values, rejected=None)
+    return replace(series.where(~refused), rejected=None)
 
 
 def _told(fit: Fit, series: Series) -> Fit:
-    """The fit of a series with what else is known of it: rejected points, the smallest change of interest."""
-    fit = _of_interest(fit, series)
+    """The fit of a series with what else is known of it: rejected points."""
     refused = 0 if series.rejected is None else int(np.sum(series.rejected))
     return replace(fit, notes=(*fit.notes, f"{refused} of {len(series.values)} points rejected")) if refused else fit
-
-
-def _of_interest(fit: Fit, series: Series) -> Fit:
-    """The fit without events smaller than the series' smallest change of interest; the notes name them."""
-    kept = tuple(event for event in fit.found if abs(event.size) >= series.smallest)
-    if len(kept) == len(fit.found):
-        return fit
-    left = [f"{e.kind} of {e.size:+.2g} at step {e.step:.0f}" for e in fit.found if e not in kept]
-    note = f"below the smallest change of interest ({series.smallest:g}), left out: {', '.join(left)}"
-    return replace(fit, found=kept, outcome="EVENTS" if kept else "NO EVENT", notes=(*fit.notes, note))

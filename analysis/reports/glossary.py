@@ -65,12 +65,13 @@ def methods(watches: Mapping[str, Mapping[str, Any]], detection: Detection) -> l
     settings = detection.settings
     terms.append((
         "events",
-        "Each series is y = drift + smooth process + correlated and white noise over log step. A jump adds "
-        "A · logistic((log step − c)/w), a bump its slope; their statistic is the gain in likelihood, largest over all "
-        "places and widths. A turn is a change of sign of the slope of the smoothed curve, a plateau a pair of turns "
-        "of the tilted curve; their statistic is the prominence. Each is compared with that of "
-        f"{settings.get('n_null', '?')} simulated series without one, and p-values are corrected for the kinds "
-        "sought. Intervals are at level "
+        "Each series is a curve over log step and noise, measured by replicates or estimated beside the curve. Slopes, "
+        "and changes of slope, on windows of all sizes are compared at once with their largest value in "
+        f"{settings.get('n_null', '?')} simulated series of noise: a window that surely rises and a later one that "
+        "surely falls hold a maximum; a slope that surely grows and then falls is the steepest place of a rise; the "
+        "reverse its flattest, a plateau. p is that of the event being there. A rise is a jump where it is also abrupt: "
+        "larger, against changes over as many checkpoints elsewhere in the curve, than random walks and correlated "
+        "noise show. Intervals are at level "
         f"{settings.get('level', 0.9)}; q-values are over {detection.family} series.",
     ))  # fmt: skip
     return terms

@@ -7,7 +7,7 @@ import doctest
 import numpy as np
 import pytest
 
-import devmon.analysis.detection.alarms
+import devmon.analysis.detection.alarms as alarms_module
 from devmon.analysis import Detector, Event, Looks, Series, detect, provisional, robustness, series_of
 from devmon.analysis.detection.alarms import Alarm, Provisional, _looked, _settled
 from devmon.analysis.transitions.robustness import bandwidth, local_regression
@@ -28,7 +28,7 @@ def event(kind: str, step: float, low: float, high: float, p: float = 0.001) -> 
 
 
 def test_docstrings() -> None:
-    assert doctest.testmod(devmon.analysis.detection.alarms).failed == 0
+    assert doctest.testmod(alarms_module).failed == 0
 
 
 def test_the_alarm_of_a_jump_rises_once_it_is_there_and_settles_and_looking_on_is_looking_from_the_start() -> None:
@@ -98,8 +98,8 @@ def test_points_that_an_alarm_added_are_not_looked_at() -> None:
 
 def test_what_cannot_be_followed_is_told() -> None:
     many = [jump(name=f"s{i}") for i in range(40)]
-    with pytest.raises(DataError, match=r"40 series is 5.2e-05 a test.*follow at most 11 series"):
-        provisional(many)
+    with pytest.raises(DataError, match=r"40 series is 1e-07 a test.*follow at most 4 series"):
+        provisional(many, alpha=1e-4)
     with pytest.raises(DataError, match="no series 'loss'; it has score"):
         provisional([jump()], series=["loss"])
     rejected = Series("score", STEPS, jump().values, rejected=np.ones(len(STEPS), dtype=bool))

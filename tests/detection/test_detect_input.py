@@ -60,7 +60,7 @@ def test_missing_points_are_skipped_with_a_note() -> None:
 def test_rejected_points_are_not_told_twice() -> None:
     bad, y = np.arange(len(STEPS)) % 9 == 0, rise()
     y[3] = np.nan
-    notes = detect(Series("llc", STEPS, y, np.full(len(y), 0.5), rejected=bad), QUICK).fits["llc"].notes
+    notes = detect(Series("llc", STEPS, y, np.full(len(y), 2.0), rejected=bad), QUICK).fits["llc"].notes
     assert notes[0] == f"1 of {(~bad).sum()} points are NaN: skipped"
     assert notes[-1] == f"{bad.sum()} of {len(bad)} points rejected"
     assert len(notes) == 2
@@ -149,7 +149,8 @@ def test_json_says_where_the_numbers_came_from() -> None:
     assert set(stored["provenance"]["versions"]) == {"devmon", "numpy", "scipy"}
     told = stored["provenance"]["series"]["up"]
     assert (told["points"], told["steps"], told["units"], told["se"]) == (len(STEPS), [0, 5000], "nats", False)
-    assert stored["series"]["up"]["n_null"] == 59
+    assert stored["settings"]["n_null"] == 59
+    assert (stored["series"]["up"]["noise"], stored["series"]["up"]["smallest"] > 0) == ("estimated", True)
     assert stored["settings"]["seed"] == 0
     again = json.loads(detect(Series("up", STEPS, y.copy()), QUICK).to_json())["provenance"]["series"]["up"]
     assert again["sha256"] == told["sha256"]

@@ -1,4 +1,5 @@
-"""A quick part of benchmarks/detection.py: the script runs, and on clear events the detector is ahead of every baseline."""
+"""A quick part of benchmarks/detection.py: the script runs, and on clear events the detector is ahead of every
+baseline."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ def test_boundaries_of_published_shapes() -> None:
 
 
 def test_boundaries_under_noise_that_may_be_a_walk() -> None:
-    """Five times the noise, on uneven steps: such series are taken for a random walk or for a wild curve with little noise,
-    and prominences must be in a unit that is the same for both (in noise sd 0 and 1 of 4 are found)."""
+    """Five times the noise, on uneven steps: such series are taken for a random walk or for a wild curve with little
+    noise, and prominences must be in a unit that is the same for both (in noise sd 0 and 1 of 4 are found)."""
     steps = np.unique(np.round(np.append(np.linspace(0, 500_000, 51), np.geomspace(1, 500_000, 50))))
     drawn = [staged("in-context regression", steps, np.random.default_rng([0, i]), "smooth", sd=0.5) for i in range(4)]
     found = [[event[0] for event in events] for events in ours(steps, [y for y, _ in drawn])]

@@ -63,7 +63,7 @@ def test_page_is_accessible_and_its_ids_are_unique(made: tuple[Path, str]) -> No
 
 def test_page_tells_the_transition_that_was_put_in(made: tuple[Path, str]) -> None:
     _, text = made
-    match = re.search(r"induction/prefix_matching max rises by (0\.\d+) at step (\d+) \[(\d+), (\d+)\]", text)
+    match = re.search(r"induction/prefix_matching max rises abruptly by (0\.\d+) at step (\d+) \[(\d+), (\d+)\]", text)
     assert match is not None
     size, _, low, high = (float(group) for group in match.groups())
     assert low <= 640 <= high

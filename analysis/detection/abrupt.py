@@ -1,0 +1,63 @@
+"""Whether a change is abrupt: more than drift and random walks do anywhere in a curve as long.
+
+A change over L places is compared with those over L places elsewhere in the same curve: t = change / root mean square
+of the others, on as many degrees of freedom as there are changes side by side. The largest -log tail probability over
+all lengths is compared with that of simulated random walks, correlated noise and walks beneath white noise, of whose
+families the worst counts.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from scipy.stats import t as student
+
+from devmon.analysis.detection.constants import WALKS
+from devmon.analysis.detection.windows import p_value
+from devmon.analysis.series import Array
+
+
+def lags(n: int) -> list[int]:
+    """Lengths of a change, in places: 1, 2, 3, 4, 6, 8, ... up to a third of the curve."""
+    found = sorted({round(2 ** (k / 2)) for k in range(2 * int(np.log2(max(n, 2))) + 1)})
+    return [lag for lag in found if lag <= max(n // 3, 1)]
+
+
+def surprise(values: Array, lag: int) -> Array:
+    """(..., n - lag) -log tail probability of each change over `lag` places, against the others that do not touch
+    it."""
+    change = np.square(values[..., lag:] - values[..., :-lag])
+    count = change.shape[-1]
+    total = np.concatenate([np.zeros((*change.shape[:-1], 1)), np.cumsum(change, axis=-1)], axis=-1)
+    start = np.maximum(np.arange(count) - lag + 1, 0)
+    stop = np.minimum(np.arange(count) + lag, count)
+    others = count - (stop - start)
+    elsewhere = np.maximum(total[..., -1:] - (total[..., stop] - total[..., start]), 1e-30)
+    t = np.sqrt(change * np.maximum(others, 1) / elsewhere)
+    return np.where(others > 0, -student.logsf(t, np.maximum(others / lag, 1)), 0.0)
+
+
+@lru_cache(maxsize=32)
+def nulls(n: int) -> tuple[Array, ...]:
+    """Sorted largest surprises of WALKS series of n places, for each family of drift."""
+    rng = np.random.default_rng(n)
+    families = []
+    for phi, white in ((0.0, 0.0), (0.8, 0.0), (0.95, 0.0), (1.0, 0.0), (1.0, 0.3), (1.0, 1.0), (1.0, 3.0)):
+        drift = rng.standard_normal((WALKS, n))
+        for i in range(1, n):
+            drift[:, i] += phi * drift[:, i - 1]
+        series = drift + white * rng.standard_normal((WALKS, n))
+        families.append(np.sort(np.max([surprise(series, lag).max(-1) for lag in lags(n)], axis=0)))
+    return tuple(families)
+
+
+def abruptness(values: Array, start: float, end: float) -> float:
+    """The p-value of the change between two places (indices, fractional) against drift."""
+    n = len(values)
+    low, high = max(int(np.floor(start)) - 1, 0), min(int(np.ceil(end)) + 1, n - 1)
+    most = 0.0
+    for lag in lags(n):
+        if lag <= high - low:
+            most = max(most, float(surprise(values, lag)[low : high - lag + 1].max()))
+    return max(p_value(most, family) for family in nulls(n))

@@ -1,0 +1,138 @@
+"""The noise of a curve: AR(1) of locally varying size beside a smooth part, by restricted likelihood.
+
+In windows of SPAN places the values are a straight line, plus integrated Brownian motion in log step (the smooth
+part: the prior of a cubic smoothing spline), plus AR(1) noise, plus where it pays one sharp rise (over one to three
+gaps) or one single outlying point. Their likelihood, restricted to what a straight line leaves, is the largest over
+the smooth part's share, which tells the correlation; the size of the noise is averaged over the shares by their
+likelihood. AR(1) alone would take a smooth curve for correlated noise; a smooth curve beside white noise would take
+correlated noise for wiggles.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from devmon.analysis.detection.constants import CAUTION, EXACT, PHIS, SHARES, SPAN, SPIKE, TAIL
+from devmon.analysis.series import Array
+
+
+def covariance(counts: Array, phi: float) -> Array:
+    """(places, places) covariance of the means of consecutive blocks of `counts` points of unit AR(1) noise."""
+    last = np.cumsum(counts) - 1
+    gap = (last - counts + 1)[None, :] - last[:, None]  # from the last point of one block to the first of a later one
+    shrunk = (1 - phi**counts) / ((1 - phi) * counts)
+    cov = np.where(gap > 0, np.outer(shrunk, shrunk) * phi ** np.maximum(gap, 0), 0.0)
+    cov += cov.T
+    own = {k: (k + 2 * np.sum((k - (lag := np.arange(1, k))) * phi**lag)) / k**2 for k in np.unique(counts)}
+    np.fill_diagonal(cov, [own[k] for k in counts])
+    return cov
+
+
+def integrated_walk(x: Array) -> Array:
+    """(n, n) covariance of integrated Brownian motion on x, scaled to length 1."""
+    u = (x - x[0]) / np.ptp(x)
+    low, high = np.minimum(u[:, None], u), np.maximum(u[:, None], u)
+    return low**2 * (3 * high - low) / 6
+
+
+class NoiseModel:
+    """What the noise of any series at these places needs: whitening matrices of every window, correlation and share."""
+
+    def __init__(self, x: Array, counts: Array) -> None:
+        n = len(x)
+        self.length = m = min(n, SPAN)
+        self.starts = sorted({*range(0, n - m + 1, max(1, m // 4)), n - m})
+        self.overlap = max(1.0, len(self.starts) * m / n)
+        parts = [self._window(x[a : a + m], counts[a : a + m], min(2.0, n / m)) for a in self.starts]
+        self.whiten, self.logdet, self.odd, self.wider = (np.array(part) for part in zip(*parts, strict=True))
+        # the noise at a place is a mean over the windows that hold it, most of those in whose middle it lies; a mean of
+        # roots, so that one window with a corner counts less
+        self.mix = np.zeros((n, len(self.starts)))
+        for i, a in enumerate(self.starts):
+            self.mix[a : a + m, i] = np.minimum(np.arange(1, m + 1), np.arange(m, 0, -1))
+        self.mix /= self.mix.sum(1, keepdims=True)
+
+    @staticmethod
+    def _window(x: Array, counts: Array, windows: float) -> tuple[Array, Array, Array, Array]:
+        """Whitening matrices, log determinants, whitened rises and single points, and factors for few degrees of
+        freedom.
+
+        The noise at a place rests on about `windows` windows. Where the smooth part follows the points closely few
+        degrees of freedom are left for the noise: it is widened as a t quantile is beside that of all m - 2.
+        """
+        m, d = len(x), len(x) - 2
+        basis = np.linalg.qr(np.vander((x - x.mean()) / np.ptp(x), 2), mode="complete")[0][:, 2:]
+        smooth = basis.T @ integrated_walk(x) @ basis
+        steps = np.tri(m, m - 1, -1)  # and rises over two and three gaps
+        rises = [np.mean([steps[:, k : m - 1 - width + k] for k in range(width + 1)], axis=0) for width in range(3)]
+        single = np.hstack([np.eye(m), *rises])
+        shares, parts = np.array(SHARES), []
+        for phi in PHIS:
+            rough = basis.T @ covariance(counts, phi) @ basis
+            inverse = np.linalg.inv(np.linalg.cholesky(rough))
+            against = np.maximum(np.linalg.eigvalsh(inverse @ smooth @ inverse.T), 0)
+            root = np.linalg.cholesky(rough + shares[:, None, None] * smooth)
+            whiten = np.linalg.solve(root, np.broadcast_to(basis.T, (len(shares), d, m)))
+            logdet = 2 * np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
+            free = np.maximum(np.sum(1 / (1 + shares[:, None] * against), axis=1) * windows, 1.5)
+            columns = whiten @ single
+            size = np.sqrt(np.sum(columns**2, axis=1, keepdims=True))
+            odd = columns / np.where(size > 1e-9 * size.max(), size, np.inf)
+            parts.append((whiten, logdet, odd, student.isf(TAIL, free) / student.isf(TAIL, d * windows)))
+        whiten, logdet, odd, wider = (np.array(part) for part in zip(*parts, strict=True))
+        return whiten, logdet, odd, wider
+
+    def fit(self, values: Array, phi: float | None = None) -> tuple[Array, Array]:
+        """Log likelihood (phi, series) and noise sd (phi, places, series) of `values` (places, series); of one `phi`
+        alone if it is given."""
+        which = slice(None) if phi is None else slice(PHIS.index(phi), PHIS.index(phi) + 1)
+        d, number, series = self.length - 2, len(np.array(PHIS)[which]), values.shape[1]
+        loglik, sd = np.zeros((number, series)), np.empty((number, len(self.starts), series))
+        tiny = 1e-300 + (EXACT * np.ptp(values, axis=0)) ** 2
+        cost = np.log(self.odd.shape[-1]) + 0.5 * np.log(d)  # prior odds of each rise and point, and its own parameter
+        for i, a in enumerate(self.starts):
+            z = values[a : a + self.length] - values[a : a + self.length].mean(0)
+            left = np.matmul(self.whiten[i, which], z)  # (phi, share, d, series)
+            rss = np.sum(left**2, axis=2) + d * tiny
+            # the rise or point that takes most off the sum of squares, where it is worth its cost
+            gain = np.square(np.matmul(np.swapaxes(self.odd[i, which], -1, -2), left)).max(2)
+            less = np.maximum(rss - gain, 1e-12 * rss) + d * tiny
+            freed = 0.5 * d * np.log(rss / d) - 0.5 * (d - 1) * np.log(less / (d - 1)) - cost
+            logs = np.maximum(freed, 0) - 0.5 * self.logdet[i, which][..., None] - 0.5 * d * np.log(rss / d)
+            size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, which][..., None]
+            best = logs.max(1)
+            weights = np.exp(logs - best[:, None])
+            loglik += best
+            sd[:, i] = np.sum(weights * size, axis=1) / weights.sum(1)
+        return loglik / self.overlap, np.matmul(self.mix, np.sqrt(sd)) ** 2
+
+
+def correlation(loglik: Array) -> int:
+    """Index of the CAUTION quantile of the posterior of the correlation, its prior uniform between 0 and 1."""
+    edges = np.concatenate([[0.0], (np.array(PHIS[1:]) + np.array(PHIS[:-1])) / 2, [1.0]])
+    posterior = np.exp(loglik - loglik.max()) * np.diff(edges)
+    return int(np.searchsorted(np.cumsum(posterior / posterior.sum()), CAUTION))
+
+
+def of_replicates(model: NoiseModel, replicates: Array) -> tuple[int, Array]:
+    """Index of the correlation, and sd (places,), of the mean of `replicates` (R, places): the spread of the replicates
+    about their mean, a level common to all steps of a replicate left out."""
+    count = len(replicates)
+    loglik, sd = model.fit((replicates - replicates.mean(0)).T)
+    k = correlation(loglik.sum(1))
+    return k, np.sqrt(np.mean(sd[k] ** 2, axis=1) / (count - 1))
+
+
+def spikes(values: Array) -> NDArray[np.bool_]:
+    """Single points that leave all four neighbours, the same way, by more than SPIKE noise sd and twice as far as the
+    points beside them lie apart. The noise is the median change from one point to the next nearby."""
+    n, found = len(values), np.zeros(len(values), dtype=bool)
+    around = np.stack([values[k : n - 4 + k] for k in (0, 1, 3, 4)]) if n >= 5 else np.empty((4, 0))
+    away = np.maximum(values[2:-2] - around.max(0), around.min(0) - values[2:-2])
+    for i in np.flatnonzero(away > 2 * np.abs(around[1] - around[2])) + 2:
+        near = np.delete(values[max(0, i - SPAN // 2) : i + SPAN // 2 + 1], min(int(i), SPAN // 2))
+        scale = 1.4826 * np.median(np.abs(np.diff(near))) / np.sqrt(2)
+        found[i] = away[i - 2] > SPIKE * scale + EXACT * np.ptp(values)
+    return found

@@ -1,0 +1,64 @@
+"""The curve within a window: a quintic smoothing spline beside noise that is known.
+
+Its third derivative is white noise (the second a random walk), so slope and curvature are smooth; a parabola is free.
+The prior variance is the likeliest of POWERS by restricted likelihood.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from devmon.analysis.detection.constants import DRAWS, FREE, GRID, POWERS
+from devmon.analysis.series import Array
+
+
+class Spline:
+    """f and its slope on GRID places `x` of the window: posterior mean, and (GRID, DRAWS) as new noise would move it."""
+
+    def __init__(self, x: Array, values: Array, noise: Array, seed: int = 0) -> None:
+        self.middle, self.scale, self.seed = float(values.mean()), float(np.ptp(values)) or 1.0, seed
+        u, at = (x - x[0]) / np.ptp(x), np.linspace(0, 1, GRID)
+        self.x = x[0] + np.ptp(x) * at
+        self.values = (values - self.middle) / self.scale
+        self.noise = noise / self.scale**2 + 1e-8 * np.eye(len(x))  # 1e-4 of the window's range: keeps it well posed
+        free = min(3, len(x) - 1)
+        self.parabola, self.parabola_at = (np.vander(2 * t - 1, free, increasing=True) for t in (u, at))
+        self.kernel = _kernel(u, u)
+        # gain: from the values to the curve on the grid, given the likeliest prior variance
+        power = POWERS[self._likeliest(free)]
+        cov = power * self.kernel + FREE * self.parabola @ self.parabola.T + self.noise
+        across = power * _kernel(at, u) + FREE * self.parabola_at @ self.parabola.T
+        self.gain = np.linalg.solve(cov, across.T).T
+        self.mean = self.middle + self.scale * (self.gain @ self.values)
+        self.slope = np.gradient(self.mean, self.x)
+
+    def _likeliest(self, free: int) -> int:
+        """Index of the prior variance of the largest restricted likelihood."""
+        rest = np.linalg.qr(self.parabola, mode="complete")[0][:, free:]
+        if rest.shape[1] == 0:
+            return 0
+        # one eigendecomposition beside the noise serves all powers
+        root = np.linalg.inv(np.linalg.cholesky(rest.T @ self.noise @ rest)) @ rest.T
+        size, vectors = np.linalg.eigh(root @ self.kernel @ root.T)
+        square = (vectors.T @ (root @ self.values)) ** 2
+        variance = 1 + np.array(POWERS)[:, None] * np.maximum(size, 0)
+        return int(np.argmax(-0.5 * np.sum(np.log(variance) + square / variance, axis=1)))
+
+    @cached_property
+    def draws(self) -> Array:
+        """The curve as it would come out with new noise upon it."""
+        noise = np.linalg.cholesky(self.noise)
+        again = self.gain @ (noise @ np.random.default_rng(self.seed).standard_normal((len(noise), DRAWS)))
+        return self.mean[:, None] + self.scale * again
+
+    @cached_property
+    def slopes(self) -> Array:
+        return np.gradient(self.draws, self.x, axis=0)
+
+
+def _kernel(a: Array, b: Array) -> Array:
+    """Covariance of twice integrated Brownian motion: the integral of (a-t)²(b-t)²/4 up to the smaller of a and b."""
+    low, off = np.minimum(a[:, None], b), np.abs(a[:, None] - b)
+    return (low**5 / 5 + off * low**4 / 2 + off**2 * low**3 / 3) / 4

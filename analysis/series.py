@@ -77,7 +77,7 @@ def checked(steps: Any, values: Any, se: Any = None, name: str = "") -> tuple[Ar
 
 
 def checked_replicates(series: Series, kept: Array) -> Array | None:
-    """(R, n) replicates at the steps `kept`; raises DataError unless there are two or more, finite, one value a step."""
+    """(R, n) replicates at the steps `kept`; DataError unless there are two or more, finite, one value a step."""
     if series.replicates is None:
         return None
     label = f"series {series.name!r}: " if series.name else ""

@@ -15,7 +15,7 @@ from devmon.analysis.series import Array
 
 
 class Spline:
-    """f and its slope on GRID places `x` of the window: posterior mean, and (GRID, DRAWS) as new noise would move it."""
+    """f and its slope on GRID places `x` of the window: posterior mean, and (GRID, DRAWS) as new noise moves it."""
 
     def __init__(self, x: Array, values: Array, noise: Array, seed: int = 0) -> None:
         self.middle, self.scale, self.seed = float(values.mean()), float(np.ptp(values)) or 1.0, seed

@@ -69,7 +69,7 @@ def methods(watches: Mapping[str, Mapping[str, Any]], detection: Detection) -> l
         "and changes of slope, on windows of all sizes are compared at once with their largest value in "
         f"{settings.get('n_null', '?')} simulated series of noise: a window that surely rises and a later one that "
         "surely falls hold a maximum; a slope that surely grows and then falls is the steepest place of a rise; the "
-        "reverse its flattest, a plateau. p is that of the event being there. A rise is a jump where it is also abrupt: "
+        "reverse its flattest, a plateau. p is that of the event being there. A rise is a jump where it is abrupt too: "
         "larger, against changes over as many checkpoints elsewhere in the curve, than random walks and correlated "
         "noise show. Intervals are at level "
         f"{settings.get('level', 0.9)}; q-values are over {detection.family} series.",

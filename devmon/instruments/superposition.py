@@ -24,8 +24,8 @@ class Superposition:
     an embedding `nn.Linear(features, dims)`). Without it W is the unembedding of a model whose parts are known: one row
     a token, a *proxy*, as the features of a real model are not known. Wᵢ are the rows, ŵᵢ their directions. A reference
     is the same number with (ŵᵢ·Wⱼ)² for i ≠ j at ‖Wⱼ‖² / dimensions, its mean over directions drawn at random. What is
-    by feature is left out for more than MAX_FEATURES features. All are exact functions of the weights in float64: there is
-    no standard error. NaN where a weight is not finite or all are 0.
+    by feature is left out for more than MAX_FEATURES features. All are exact functions of the weights in float64: there
+    is no standard error. NaN where a weight is not finite or all are 0.
 
     - `norm` (feature), weight: ‖Wᵢ‖.
     - `dimensionality` (feature), dimensions: Dᵢ = ‖Wᵢ‖² / Σⱼ (ŵᵢ·Wⱼ)², the share of a dimension that a feature has to

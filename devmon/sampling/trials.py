@@ -130,7 +130,7 @@ def relative_error(trials: Sequence[Trial]) -> float:
 
 
 def difference(trial: Trial, other: Trial) -> tuple[float, float]:
-    """λ̂ of a trial minus that of another, and its error, over λ̂: they share noise and batches, which makes it small."""
+    """λ̂ of a trial minus that of another, and its error, over λ̂: noise and batches are shared, so it is small."""
     burn_in = int(trial.traces.attrs["burn_in"])
     excess, excess_of_other = (scaled_excess(t.traces).values[:, burn_in:] for t in (trial, other))
     mean, error, _ = mean_and_error(excess - excess_of_other, bool(trial.traces.attrs["shared_batches"]))

@@ -86,7 +86,8 @@ def test_a_run_without_events_has_an_alarm_no_more_often_than_alpha() -> None:
 
 def test_points_that_an_alarm_added_are_not_looked_at() -> None:
     x = np.arange(40.0)
-    run = Run({"a": watch(STEPS[:40], {"x": x}, None, "ProbeLoss"), "b": watch(STEPS[:40], {"x": x}, None, "ProbeLoss")},
+    both = {name: watch(STEPS[:40], {"x": x}, None, "ProbeLoss") for name in ("a", "b")}
+    run = Run(both,
               {"densified": {"a": STEPS[20:23].tolist()}})  # fmt: skip
     a, b = series_of(run, scheduled_only=True)
     assert a.steps.tolist() == [*STEPS[:20], *STEPS[23:40]]

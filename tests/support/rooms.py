@@ -8,8 +8,6 @@ has no arrows.
 from __future__ import annotations
 
 import ast
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
@@ -171,11 +169,6 @@ def python_files() -> Iterator[Path]:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if not any(parent.is_symlink() for parent in path.parents):
                 yield path
-
-
-def width(line: str) -> int:
-    """Signs of a line as the linter counts them: a hat over a letter has no width, a remark to a tool is left out."""
-    return sum(not unicodedata.combining(sign) for sign in re.sub(r"\s+# (noqa|type:).*", "", line))
 
 
 def comments() -> dict[str, float]:

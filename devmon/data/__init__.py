@@ -3,6 +3,7 @@
 from devmon.data.matches import nearest_tokens
 from devmon.data.probe import (
     ByContent,
+    clustered_groups,
     clustered_mean,
     minibatches,
     places_of,
@@ -21,6 +22,7 @@ __all__ = [
     "TaskPrompts",
     "best_fixed_offset",
     "broken_repeats",
+    "clustered_groups",
     "clustered_mean",
     "minibatches",
     "nearest_tokens",

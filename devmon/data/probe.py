@@ -11,6 +11,10 @@ from torch import Tensor
 
 from devmon.errors import DataError
 
+# Groups of items that a headline is kept on. The spread of R groups knows an error to 1/sqrt(2 (R - 1)) of itself: 27%
+# for 8, 18% for 16. A run grows by as many numbers a step. Once a run has begun its number is part of its form.
+REPLICATES = 8
+
 
 class ByContent:
     """Equality and hash of a `@dataclass(frozen=True, eq=False)` over its fields, tensors by their bytes."""
@@ -92,3 +96,23 @@ def clustered_mean(total: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np
     mean = total.sum(0) / count.sum()
     spread = ((total - mean * count.reshape(-1, *[1] * (total.ndim - 1))) ** 2).sum(0)
     return mean, np.sqrt(spread * n / (n - 1)) / count.sum() if n > 1 else np.full(mean.shape, np.nan)
+
+
+def clustered_groups(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The mean of `clustered_mean` on fixed groups of its sequences, (replicate, ...).
+
+    `count` is (sequence,), or of the shape of `total` where elements have counts of their own. Sequence i belongs to
+    group i mod R at every step, R the least of `REPLICATES` and the number of sequences. With S_r and C_r the sums of
+    group r, and θ = S / C the mean over all, its value is θ + R (S_r - θ C_r) / C: the linearised ratio estimator by
+    groups. Their mean is θ exactly, also where counts differ, and their standard deviation over √R estimates the
+    standard error. A contrast of θ over steps has the error of the same contrast of the groups, in which what the
+    sequences have in common at all steps cancels. All are NaN where no sequence has items.
+    """
+    total, count = np.asarray(total, np.float64), np.asarray(count, np.float64)
+    number = min(REPLICATES, len(count))
+    with np.errstate(invalid="ignore", divide="ignore"):  # no items, or a loss that is infinite: NaN
+        mean = total.sum(0) / count.sum(0)
+        rest = total - mean * count.reshape(*count.shape, *[1] * (total.ndim - count.ndim))
+        groups = np.zeros((number, *mean.shape))
+        np.add.at(groups, np.arange(len(count)) % max(number, 1), rest)
+        return np.asarray(mean + number * groups / count.sum(0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from devmon.data.probe import clustered_groups
+
 MIN_SIGNAL = 3.0  # standard errors: with fewer, shares of noise are reported; with more, early training is left blank
 NO_SIGNAL = f"NaN where the denominator is not above {MIN_SIGNAL:g} of its standard errors"
 
@@ -29,3 +31,9 @@ def share(part: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ratio = part.mean(0) / mean
     rest = part - ratio * whole.reshape(-1, *[1] * (part.ndim - 1))
     return ratio, rest.std(0, ddof=1) / np.sqrt(len(whole)) / mean
+
+
+def share_groups(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """The r of `share` on fixed groups of items, (replicate, ...), as `clustered_groups`; NaN where r is."""
+    groups = clustered_groups(part, whole)
+    return groups if signal(whole)[2] else np.full(groups.shape, np.nan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from devmon.anatomy import Layout
 from devmon.anatomy.edges import Edges, Sent
 from devmon.anatomy.patching import logit_difference
 from devmon.cost import Cost
-from devmon.data import ByContent, minibatches
+from devmon.data import ByContent, clustered_groups, minibatches
 from devmon.data.prompt_pairs import PromptPairs
 from devmon.data.rows import Rows
-from devmon.data.shares import NO_SIGNAL, share, signal
+from devmon.data.shares import NO_SIGNAL, share, share_groups, signal
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -152,12 +153,16 @@ class Circuit(ByContent):
             ("area_random", (), share(self._area(null), whole), "area under faithfulness of random edges", None),
             ("distance", (), (self._trapezoids(off), None), "area under abs(1 - faithfulness)", None),
         ):
-            result.put(name, dims, value, error, long_name, units="1", smallest_change=change, nan=NO_SIGNAL)
+            about: dict[str, Any] = {"smallest_change": change, "nan": NO_SIGNAL}
+            if name == "area":
+                about["replicates"] = share_groups(self._area(own), whole)
+            result.put(name, dims, value, error, long_name, units="1", **about)
         long_name = f"share of edges with faithfulness of at least {FAITHFUL}"
         result.put("size", (), _size(self.shares, faithful), None, long_name, units="share", nan=NO_SIGNAL)
 
         long_name = "logit difference of clean minus corrupt prompts"
-        result.put("signal", (), mean, se, long_name, units="nats", smallest_change=0.2)
+        groups = clustered_groups(whole, np.ones(len(whole)))
+        result.put("signal", (), mean, se, long_name, units="nats", smallest_change=0.2, replicates=groups)
         result.put("m_clean", (), float(clean.mean()), None, "logit difference of clean prompts", units="nats")
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, Reads, activations
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
@@ -176,7 +177,9 @@ def _dataset(sums: list[np.ndarray], types: np.ndarray, length: int) -> xr.Datas
     dims, result = ("layer", "head"), Rows(headline=["copying"])
     units, silent = "score in [-1, 1]", "the head raises no token of the probe"
     label = "share raised at the attended token, scaled"
-    result.put("copying", dims, 2 * share - 1, None, label, units=units, smallest_change=0.1, nan=silent)
+    groups = 2 * clustered_groups(own, everything) - 1
+    about: dict[str, Any] = {"smallest_change": 0.1, "nan": silent, "replicates": groups}
+    result.put("copying", dims, 2 * share - 1, None, label, units=units, **about)
     result.put("copying_se", dims, 2 * se, None, result.error, units=units, nan=silent)
     label = "the same for the token after the attended one"
     result.put("shuffled", dims, 2 * shuffled - 1, None, label, units=units, nan=silent)

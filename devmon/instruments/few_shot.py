@@ -11,7 +11,7 @@ from torch import Tensor
 
 from devmon.anatomy import predictions
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
@@ -107,7 +107,9 @@ class FewShot(ByContent):
         result = Rows(headline=["score", "map_gain"], error="standard error over prompts")
         for name, (long_name, units, change) in LABELS.items():
             values = np.stack([variables[name] for variables in each], axis=1)  # (prompt, shots)
-            result.put(name, "shots", *clustered_mean(values, weight), long_name, units=units, smallest_change=change)
+            mean, se = clustered_mean(values, weight)
+            groups = clustered_groups(values, weight)
+            result.put(name, "shots", mean, se, long_name, units=units, smallest_change=change, replicates=groups)
         mean, se = clustered_mean(zero, weight)
         result.put("loss_zero", (), mean, se, "loss of the answer without examples", units="nats per answer")
         return result.dataset(shots=np.array(self.shots))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout, activations
 from devmon.anatomy.patching import run_patched
 from devmon.cost import Cost
-from devmon.data import ByContent, minibatches
+from devmon.data import ByContent, clustered_groups, minibatches
 from devmon.data.rows import Rows
 from devmon.data.shares import MIN_SIGNAL, signal
 from devmon.data.symbol_tasks import TaskPrompts
@@ -126,11 +127,15 @@ class FunctionVectorHeads(ByContent):
         if not there:
             result.attrs["below_floor"] = NO_GAIN
         label = "log-probability of the answer: with examples minus with shuffled ones"
-        result.put("gain", (), gain, gain_se, label, units="nats", smallest_change=0.1)
+        prompts = np.ones(len(measured))
+        groups = clustered_groups(with_examples["log_p"] - base["log_p"], prompts)
+        result.put("gain", (), gain, gain_se, label, units="nats", smallest_change=0.1, replicates=groups)
         for name, (long_name, units, change, nan) in LABELS.items():
             values = effects[name]
             mean, se = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
-            result.put(name, ("layer", "head"), mean, se, long_name, units=units, smallest_change=change, nan=nan)
+            about: dict[str, Any] = {"smallest_change": change, "nan": nan}
+            about["replicates"] = clustered_groups(values, prompts)
+            result.put(name, ("layer", "head"), mean, se, long_name, units=units, **about)
         return result.dataset(layer=np.arange(anatomy.layers), head=np.arange(anatomy.heads))
 
     def _halves(self) -> tuple[Tensor, Tensor]:

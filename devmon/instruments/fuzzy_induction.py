@@ -16,7 +16,7 @@ from torch import Tensor
 
 from devmon.anatomy import attention_patterns, logits, stack_heads
 from devmon.cost import Cost
-from devmon.data import ByContent, best_fixed_offset, clustered_mean, minibatches
+from devmon.data import ByContent, best_fixed_offset, clustered_groups, clustered_mean, minibatches
 from devmon.data.match_scores import attention_sums, loss_sums
 from devmon.data.matches import MatchProbe, categorised, mapped, nested
 from devmon.data.rows import Rows
@@ -246,7 +246,8 @@ def _dataset(probe: MatchProbe, layers: list[tuple[tuple[Tensor, ...], ...]], lo
     )
     (matching, matching_se), (chance, chance_se) = (clustered_mean(each, count) for each in sums)
     label = "attention to the place that tells what comes"
-    result.put("matching", dims, matching, matching_se, label, units=units, smallest_change=0.05)
+    groups = clustered_groups(sums[0], count)
+    result.put("matching", dims, matching, matching_se, label, units=units, smallest_change=0.05, replicates=groups)
     result.put("random_place", dims, chance, chance_se, "attention to a place that could have told it", units=units)
 
     # the error of the ratio is that of matching - ratio · chance, linearised: the two come from the same sequences
@@ -267,5 +268,7 @@ def _dataset(probe: MatchProbe, layers: list[tuple[tuple[Tensor, ...], ...]], lo
         ("nll_control", control, "loss of what could as well have come", None),
         ("gain", control - right, "log ratio of what comes to what could have come", 0.1),
     ):
-        result.put(name, (), *clustered_mean(each, count), label, units="nats", smallest_change=change)
+        mean, se = clustered_mean(each, count)
+        groups = clustered_groups(each, count)
+        result.put(name, (), mean, se, label, units="nats", smallest_change=change, replicates=groups)
     return result.dataset(layer=np.arange(matching.shape[0]), head=np.arange(matching.shape[1]))

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout, activations, next_token
 from devmon.anatomy.sites import Site, Write
 from devmon.cost import Cost
-from devmon.data import ByContent, RepeatProbe, clustered_mean, minibatches, probe_tokens
+from devmon.data import ByContent, RepeatProbe, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.repeats import OnRepeats
 from devmon.data.rows import Rows
-from devmon.data.shares import NO_SIGNAL, share, signal
+from devmon.data.shares import NO_SIGNAL, share, share_groups, signal
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -161,7 +161,8 @@ class HeadAblation(ByContent, OnRepeats):
         se = np.sqrt(se**2 + _variance(of_groups, possible))
         label = "share of the gain that the group carries"
         own = share(lost[0], whole)
-        result.put("gain_share", (), *own, label, units="share", smallest_change=0.1, nan=NO_SIGNAL)
+        about: dict[str, Any] = {"nan": NO_SIGNAL, "smallest_change": 0.1, "replicates": share_groups(lost[0], whole)}
+        result.put("gain_share", (), *own, label, units="share", **about)
         label = "the same, mean over matched random groups"
         result.put("gain_share_random", (), mean, se, label, units="share", nan=NO_SIGNAL)
 
@@ -290,7 +291,8 @@ def _put_losses(result: Rows, nats: np.ndarray, possible: int) -> None:
     random_mean, label = _mean(random, tokens, of_draw), "the same, mean over matched random groups"
     result.put("delta_loss_random", (), *random_mean, label, units=units)
     excess, label = _mean(own - random, tokens, of_draw), "loss without the group minus loss without a random group"
-    result.put("excess_loss", (), *excess, label, units=units, smallest_change=0.05)
+    groups = clustered_groups(own - random, tokens)
+    result.put("excess_loss", (), *excess, label, units=units, smallest_change=0.05, replicates=groups)
 
 
 def _variance(each: np.ndarray, possible: int) -> float:

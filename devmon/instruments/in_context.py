@@ -11,7 +11,7 @@ from torch import Tensor
 
 from devmon.anatomy import predictions
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot
@@ -97,9 +97,10 @@ class InContextLearning(ByContent):
             ("far_context", late - near, "late loss minus late loss without far context", 0.05),
             ("loss_by_position", curve, "next-token loss from here to the next position", None),
         ):
-            mean, se = clustered_mean(values, np.ones(len(nats)))
+            each, unit = np.ones(len(nats)), "nats per token"
+            (mean, se), groups = clustered_mean(values, each), clustered_groups(values, each)
             dims = ("position",) if values.ndim > 1 else ()
-            result.put(name, dims, mean, se, long_name, units="nats per token", smallest_change=change)
+            result.put(name, dims, mean, se, long_name, units=unit, smallest_change=change, replicates=groups)
         return result.dataset(position=starts)
 
     def cost(self) -> Cost:

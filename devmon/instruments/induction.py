@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from devmon.anatomy import attention_patterns, stack_heads
 from devmon.cost import Cost
-from devmon.data import best_fixed_offset, clustered_mean, minibatches
+from devmon.data import best_fixed_offset, clustered_groups, clustered_mean, minibatches
 from devmon.data.repeats import OnRepeats
 from devmon.data.rows import Rows
 from devmon.snapshot import Snapshot
@@ -51,14 +52,17 @@ class InductionHeads(OnRepeats):
         layers = list(zip(*parts, strict=True))  # layer, minibatch, (prefix, duplicate, offset)
         count = probe.query.sum(1).numpy()
         queries = probe.query.sum(0).double()
-        prefix, prefix_se = _by_head([torch.cat([part[0] for part in layer]) for layer in layers], count)
+        totals = [torch.cat([part[0] for part in layer]) for layer in layers]
+        prefix, prefix_se = _by_head(totals, count)
+        groups = stack_heads([clustered_groups(total.numpy(), count) for total in totals])
         duplicate, duplicate_se = _by_head([torch.cat([part[1] for part in layer]) for layer in layers], count)
         offset = stack_heads([best_fixed_offset(sum(part[2] for part in layer), queries).numpy() for layer in layers])
         uniform = float((queries / torch.arange(1, self.length + 1)).sum() / queries.sum())
 
         dims, units, result = ("layer", "head"), "attention", Rows(headline=["prefix_matching"])
         label = "attention to the place after the last match"
-        result.put("prefix_matching", dims, prefix, prefix_se, label, units=units, smallest_change=0.05)
+        about: dict[str, Any] = {"units": units, "smallest_change": 0.05, "replicates": groups}
+        result.put("prefix_matching", dims, prefix, prefix_se, label, **about)
         label = "attention to the last match itself"
         result.put("duplicate_token", dims, duplicate, duplicate_se, label, units=units)
         result.put("fixed_offset", dims, offset, None, "best fixed offset for the same queries", units=units)

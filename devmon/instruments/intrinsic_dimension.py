@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from devmon.anatomy import stream
 from devmon.cost import Cost
-from devmon.data import ByContent, places_of, probe_inputs
+from devmon.data import ByContent, clustered_groups, places_of, probe_inputs
+from devmon.data.probe import REPLICATES
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
@@ -109,8 +111,8 @@ class IntrinsicDimension(ByContent):
         result = Rows(list(LABELS), "jackknife standard error over groups of sequences", items=len(items))
         units, few = "dimensions", f"fewer than {MIN_STATES} distinct states"
         for name, label in LABELS.items():
-            mean, se = columns[name], columns[f"{name}_se"]
-            result.put(name, "layer", mean, se, label, units=units, smallest_change=0.5, nan=few)
+            about: dict[str, Any] = {"smallest_change": 0.5, "nan": few, "replicates": columns[f"{name}_groups"].T}
+            result.put(name, "layer", columns[name], columns[f"{name}_se"], label, units=units, **about)
         label = "twonn of Gaussian items, same spectrum"
         result.put("twonn_reference", "layer", columns["twonn_reference"], None, label, units=units)
         for name, value in zip(("participation_ratio", "effective_rank"), flat, strict=True):
@@ -132,7 +134,7 @@ class IntrinsicDimension(ByContent):
         return pairs[torch.randperm(len(pairs), generator=generator)[: self.limit].sort().values]
 
 
-def _layer(states: Array, eps: float, group: NDArray[np.int64], trim: float, noise: Array) -> dict[str, float]:
+def _layer(states: Array, eps: float, group: NDArray[np.int64], trim: float, noise: Array) -> dict[str, Any]:
     """The numbers of one layer from its states (item, d), exact up to `eps` of their norm."""
     rounding = SAME * eps * np.sqrt((states**2).sum(1).mean())
     states = states - states.mean(0)
@@ -140,7 +142,9 @@ def _layer(states: Array, eps: float, group: NDArray[np.int64], trim: float, noi
     # a state that equals an earlier state, up to rounding, would have a nearest neighbour at distance 0
     keep = ~np.tril(distances <= rounding + BLUR * np.sqrt((states**2).sum(1).mean()), -1).any(1)
     names = ("twonn", "participation_ratio", "effective_rank")
-    values = {"distinct": float(keep.sum())} | {f"{name}{end}": np.nan for name in names for end in ("", "_se")}
+    values: dict[str, Any] = {"distinct": float(keep.sum())}
+    values |= {f"{name}{end}": np.nan for name in names for end in ("", "_se")}
+    values |= {f"{name}_groups": np.full(REPLICATES, np.nan) for name in names}
     if keep.sum() < MIN_STATES:
         return values | {"twonn_reference": np.nan}
     states, group = states[keep], group[keep]
@@ -149,11 +153,16 @@ def _layer(states: Array, eps: float, group: NDArray[np.int64], trim: float, noi
     ratio = _ratios(distances[np.ix_(keep, keep)])
     eigenvalues = _eigenvalues(states)
     whole = np.array([_twonn(ratio, trim), *_linear(eigenvalues)])
-    left_out = [group != left for left in np.unique(group)]
+    present = np.unique(group)
+    left_out = [group != left for left in present]
     each = np.array([[_twonn(ratio[rest], trim), *_linear(_eigenvalues(states[rest]))] for rest in left_out])
     se = np.sqrt((len(each) - 1) * each.var(0))
-    for name, value, error in zip(names, whole, se, strict=True):
-        values |= {name: float(value), f"{name}_se": float(error)}
+    # by groups of sequences: the jackknife's pseudo-values about the value; the same group at every step
+    total, count = np.zeros((GROUPS, len(names))), np.zeros(GROUPS)
+    total[present], count[present] = whole + (len(each) - 1) * (each.mean(0) - each), 1.0
+    groups = clustered_groups(total, count)
+    for i, name in enumerate(names):
+        values |= {name: float(whole[i]), f"{name}_se": float(se[i]), f"{name}_groups": groups[:, i]}
 
     # what twonn would say of a Gaussian cloud with the same number of items and the same spectrum
     twin = noise[: len(states), : len(eigenvalues)] * np.sqrt(eigenvalues)

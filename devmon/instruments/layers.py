@@ -15,9 +15,9 @@ from devmon.analysis.derive.representation import similarity
 from devmon.anatomy import Anatomy, Layout, activations, next_token
 from devmon.anatomy.sites import Site, Write
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.rows import Rows
-from devmon.data.shares import NO_SIGNAL, share
+from devmon.data.shares import NO_SIGNAL, share, share_groups
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
 
@@ -174,13 +174,14 @@ def _dataset(
     # what dropping a part costs, and which layer is at the centre of that
     for part, sums in drops.items():
         mean, se = clustered_mean(sums, count)
-        change = 0.05 if part == "layer" else None
-        name = f"drop_{part}"
-        rows.put(name, "layer", mean, se, LABELS[name], units="nats per token", smallest_change=change)
+        name, change = f"drop_{part}", 0.05 if part == "layer" else None
+        about: dict[str, Any] = {"units": "nats per token", "smallest_change": change}
+        rows.put(name, "layer", mean, se, LABELS[name], **about, replicates=clustered_groups(sums, count))
         if part != "random":
             centre, se = share(sums @ layer, sums.sum(1))
             label, change = f"layer at the centre of what dropping {part} does", 0.25 if part == "layer" else None
-            about: dict[str, Any] = {"units": "layers", "nan": NO_SIGNAL, "smallest_change": change}
+            about = {"units": "layers", "nan": NO_SIGNAL, "smallest_change": change}
+            about["replicates"] = share_groups(sums @ layer, sums.sum(1))
             rows.put(f"centre_{part}", (), float(centre), float(se), label, **about)
     rows.put("centre_uniform", (), (len(layer) - 1) / 2, None, "centre of equal layers", units="layers")
 

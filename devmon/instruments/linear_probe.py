@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from devmon.anatomy import stream
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, places_of, probe_inputs, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, places_of, probe_inputs, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
@@ -85,9 +86,10 @@ class LinearProbe(ByContent):
             "control_accuracy": "held-out accuracy on random labels per type",
         }
         for name, label in labels.items():
-            mean, se = np.array([scores[name] for scores in by_layer]).T
-            rows.put(name, "layer", mean, se, label, units="share")
-        r2 = np.array([scores["r2"] for scores in by_layer])
+            mean, se = np.array([scores[name][:2] for scores in by_layer]).T
+            groups = np.stack([scores[name][2] for scores in by_layer], 1)
+            rows.put(name, "layer", mean, se, label, units="share", replicates=groups)
+        r2 = np.array([scores["r2"][0] for scores in by_layer])
         rows.put("r2", "layer", r2, None, "held-out explained variance of one-hot labels", units="share")
         rows.put("majority", (), task.majority, None, "accuracy of the most frequent label", units="share")
         return rows.dataset(layer=np.arange(len(by_layer)))
@@ -133,8 +135,8 @@ def _generator(seed: int, what: str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, "LinearProbe", what))
 
 
-def _probe(features: np.ndarray, task: _Task, penalty: float) -> dict[str, tuple[float, float] | float]:
-    """Scores of one layer from its features (token, d): (mean, standard error) of the shares, and r2."""
+def _probe(features: np.ndarray, task: _Task, penalty: float) -> dict[str, tuple[Any, ...]]:
+    """Scores of one layer from its features (token, d): (mean, standard error, by group) of the shares, and (r2,)."""
     # standardised by the training part; what is the same everywhere says nothing
     train = task.train
     centred = features - features[train].mean(0)
@@ -156,14 +158,14 @@ def _probe(features: np.ndarray, task: _Task, penalty: float) -> dict[str, tuple
     own = slice(None, task.classes)
     r2 = 1 - ((truth - guess)[:, own] ** 2).sum() / ((truth - base)[:, own] ** 2).sum()
 
-    def over_sequences(values: np.ndarray) -> tuple[float, float]:
-        where = task.sequence[~train]
-        mean, se = clustered_mean(np.bincount(where, values.astype(float)), np.bincount(where))
-        return float(mean), float(se)
+    def over_sequences(values: np.ndarray) -> tuple[Any, ...]:
+        where = np.unique(task.sequence[~train], return_inverse=True)[1]
+        total, count = np.bincount(where, values.astype(float)), np.bincount(where)
+        return *clustered_mean(total, count), clustered_groups(total, count)
 
     return {
         "accuracy": over_sequences(hit),
         "control_accuracy": over_sequences(control_hit),
         "selectivity": over_sequences(hit.astype(float) - control_hit),
-        "r2": float(r2),
+        "r2": (r2,),
     }

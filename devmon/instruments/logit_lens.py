@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, activations
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
@@ -187,14 +188,16 @@ def _dataset(sums: dict[str, np.ndarray], effect: np.ndarray, places: int) -> xr
     rows = Rows(headline=["kl", "prediction_depth", "head_effect"])
     for name, (label, units, change) in LABELS.items():
         mean, se = clustered_mean(sums[name], count)
-        rows.put(name, "depth" if mean.ndim else (), mean, se, label, units=units, smallest_change=change)
+        groups, dims = clustered_groups(sums[name], count), "depth" if mean.ndim else ()
+        rows.put(name, dims, mean, se, label, units=units, smallest_change=change, replicates=groups)
     mean, se = clustered_mean(effect, count)
+    groups = clustered_groups(effect, count)
     names = {
         "head_effect": ("direct effect on the right next token", 0.1),
         "head_effect_unigram": ("direct effect on a random next token", None),
     }
     for i, (name, (label, change)) in enumerate(names.items()):
-        value, error, dims = mean[..., i], se[..., i], ("layer", "head")
-        rows.put(name, dims, value, error, label, units="logits", smallest_change=change)
+        about: dict[str, Any] = {"smallest_change": change, "replicates": groups[..., i]}
+        rows.put(name, ("layer", "head"), mean[..., i], se[..., i], label, units="logits", **about)
     depths, (layers, heads) = sums["kl"].shape[1], effect.shape[1:3]
     return rows.dataset(depth=np.arange(depths), layer=np.arange(layers), head=np.arange(heads))

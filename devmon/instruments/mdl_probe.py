@@ -14,7 +14,7 @@ from torch import Tensor
 
 from devmon.anatomy import stream
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
@@ -118,16 +118,17 @@ class MDLProbe(ByContent):
         used = self.labels != -100
         layers = stream(snapshot, self.tokens, self.blocks, who, self.batch_size)
         by_layer = [self._layer(states[used].double().numpy(), task) for states in layers]
-        prior, prior_se = _bits(_code(np.zeros((len(task.label), 0)), task.label, task, self.penalty)[0], task)
+        prior, prior_se, _ = _bits(_code(np.zeros((len(task.label), 0)), task.label, task, self.penalty)[0], task)
         sizes = {"classes": task.classes, "items": len(task.label), "block_items": np.bincount(task.block).tolist()}
         rows = Rows(headline=["compression", "selectivity"], **sizes)
         for name, (label, units, more) in LABELS.items():
-            mean, se = np.array([scores[name] for scores in by_layer]).T
-            rows.put(name, "layer", mean, se, label, units=units, **more)
+            mean, se = np.array([scores[name][:2] for scores in by_layer]).T
+            groups = None if name == "auc" else np.stack([scores[name][2] for scores in by_layer], 1)
+            rows.put(name, "layer", mean, se, label, units=units, replicates=groups, **more)
         rows.put("prior_mdl", (), prior, prior_se, "description length without features", units="bits per label")
         return rows.dataset(layer=np.arange(len(by_layer)))
 
-    def _layer(self, features: Array, task: _Task) -> dict[str, tuple[float, float]]:
+    def _layer(self, features: Array, task: _Task) -> dict[str, tuple[Any, ...]]:
         centred = features - features.mean(0)
         scale = centred.std(0)
         constant = scale <= 1e-9 * np.abs(features).max(initial=0.0)  # up to rounding
@@ -142,8 +143,8 @@ class MDLProbe(ByContent):
             "mdl": mdl,
             "control_mdl": control,
             "selectivity": _bits(control_cost - cost, task),
-            "compression": (uniform / mdl[0], uniform / mdl[0] ** 2 * mdl[1]),
-            "control_compression": (uniform / control[0], uniform / control[0] ** 2 * control[1]),
+            "compression": _compression(*mdl, uniform),
+            "control_compression": _compression(*control, uniform),
             "extra_mdl": _bits(cost, task, task.block > 0),
             "accuracy": _bits(hit * np.log(2), task, end),
             "auc": _area(last, task.label[end], task.sequence[end]),
@@ -227,13 +228,20 @@ def _fit(inputs: Array, label: NDArray[np.int64], start: Array, penalty: float) 
     return least.x.reshape(start.shape)
 
 
-def _bits(nats: Array, task: _Task, where: NDArray[np.bool_] | None = None) -> tuple[float, float]:
-    """Mean over items in bits, and its standard error over sequences."""
+def _bits(nats: Array, task: _Task, where: NDArray[np.bool_] | None = None) -> tuple[float, float, Array]:
+    """Mean over items in bits, its standard error over sequences, and the mean by groups of sequences."""
     kept = np.ones(len(task.label), dtype=bool) if where is None else where
     values = nats if len(nats) == kept.sum() else nats[kept]
-    total = np.bincount(task.sequence[kept], values) / np.log(2)
-    mean, se = clustered_mean(total, np.bincount(task.sequence[kept]))
-    return float(mean), float(se)
+    sequence = np.unique(task.sequence[kept], return_inverse=True)[1]
+    total, count = np.bincount(sequence, values) / np.log(2), np.bincount(sequence)
+    mean, se = clustered_mean(total, count)
+    return float(mean), float(se), clustered_groups(total, count)
+
+
+def _compression(bits: float, se: float, groups: Array, uniform: float) -> tuple[float, float, Array]:
+    """Bits of a uniform code over those of a description, its error and groups to first order."""
+    slope = uniform / bits**2
+    return uniform / bits, slope * se, uniform / bits - slope * (groups - bits)
 
 
 def _area(chances: Array, label: NDArray[np.int64], sequence: NDArray[np.int64]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from devmon.anatomy import logits, next_token
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.ngrams import Ngrams, codes, expected
+from devmon.data.probe import REPLICATES
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot
@@ -111,19 +111,21 @@ class NgramStages(ByContent):
         rows.put("loss", (), float(loss), float(loss_se), "loss of the model", units=unit, error="standard error")
 
         if has_common:
-            ratio, se = np.array([self._common(model, order) for order in orders]).T
+            ratios, errors, by_group = zip(*(self._common(model, order) for order in orders), strict=True)
             why, label = "there is no context for n = 1", "loss of held-out n-grams / loss of common n-grams"
             about: dict[str, Any] = {"units": "1", "smallest_change": 0.1, "nan": why, "error": "standard error"}
-            rows.put("common_ratio", "order", ratio, se, label, **about)
+            about["replicates"] = np.stack(by_group, 1)
+            rows.put("common_ratio", "order", np.array(ratios), np.array(errors), label, **about)
         return rows.dataset(order=np.array(self.orders))
 
     def _put_means(self, rows: Rows, own: np.ndarray, cross: np.ndarray, nats: np.ndarray, entropy: np.ndarray) -> None:
         """Means over positions of what was measured there, and what uniform predictions would get."""
         unit, each = "nats per token", np.full(len(own), own.shape[1])
 
-        def put(name: str, totals: Iterable[np.ndarray], label: str, change: float | None = None) -> np.ndarray:
+        def put(name: str, totals: np.ndarray, label: str, change: float | None = None) -> np.ndarray:
             mean, se = np.array([clustered_mean(total, each) for total in totals]).T
-            rows.put(name, "order", mean, se, label, units=unit, smallest_change=change)
+            groups = clustered_groups(totals.T, each)
+            rows.put(name, "order", mean, se, label, units=unit, smallest_change=change, replicates=groups)
             return mean
 
         put("kl", (cross - entropy).sum(2), "KL from the n-gram model to the model", 0.05)
@@ -132,7 +134,9 @@ class NgramStages(ByContent):
         theirs = put("ngram_loss", nats.sum(2), "loss of the n-gram model")
         ratio, se = np.array([clustered_mean(own.sum(1), total) for total in nats.sum(2)]).T
         label = "loss of the model / loss of the n-gram model"
-        rows.put("loss_ratio", "order", ratio, se, label, units="1", smallest_change=0.02)
+        theirs_each = nats.sum(2).T  # (batch, order)
+        groups = clustered_groups(np.broadcast_to(own.sum(1)[:, None], theirs_each.shape), theirs_each)
+        rows.put("loss_ratio", "order", ratio, se, label, units="1", smallest_change=0.02, replicates=groups)
 
         uniform = float(np.log(self.vocab_size or 1))
         rows.put("kl_reference", "order", uniform - floor, None, "kl of uniform predictions", units=unit)
@@ -175,16 +179,18 @@ class NgramStages(ByContent):
             cross.append(torch.where(total + self.smoothing > 0, mixed, cross[-1]))
         return own.cpu().numpy().reshape(shape), torch.stack(cross).cpu().numpy().reshape(-1, *shape)
 
-    def _common(self, model: torch.nn.Module, order: int) -> tuple[float, float]:
-        """Loss of the last token of held-out windows over that of the most frequent n-grams, and its standard error."""
+    def _common(self, model: torch.nn.Module, order: int) -> tuple[float, float, np.ndarray]:
+        """Loss of the last token of held-out windows over that of the most frequent n-grams, its error, and groups."""
         if order == 1:
-            return float("nan"), float("nan")
+            return float("nan"), float("nan"), np.full(REPLICATES, np.nan)
         windows = self.tokens[:, : self.tokens.shape[1] // order * order].reshape(len(self.tokens), -1, order)
         windows = windows.transpose(0, 1).flatten(0, 1)[: self.common]  # the first of each sequence, then the second
         held_out, often = (self._last(model, grams) for grams in (windows, self._frequent[order]))
-        (top, top_se), (base, base_se) = (_mean(held_out), _mean(often))
+        (top, top_se, top_groups), (base, base_se, base_groups) = (_mean(held_out), _mean(often))
         ratio = top / base if base > 0 else float("nan")
-        return ratio, ratio * float(np.hypot(top_se / top, base_se / base)) if top > 0 else float("nan")
+        se = ratio * float(np.hypot(top_se / top, base_se / base)) if top > 0 else float("nan")
+        # to first order: what a group adds to the upper loss, less what one adds to the lower
+        return ratio, se, ratio + ((top_groups - top) - ratio * (base_groups - base)) / (base or np.nan)
 
     def _last(self, model: torch.nn.Module, grams: Tensor) -> np.ndarray:
         return np.concatenate(
@@ -216,6 +222,9 @@ def _finite(nats: np.ndarray) -> np.ndarray:
     return np.where(np.isinf(nats), np.nan, nats)
 
 
-def _mean(values: np.ndarray) -> tuple[float, float]:
+def _mean(values: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Mean, standard error, and the mean by groups, as many for few values as for many: those left over hold none."""
     mean, se = clustered_mean(values, np.ones(len(values)))
-    return float(mean), float(se)
+    empty = np.zeros(max(REPLICATES - len(values), 0))
+    groups = clustered_groups(np.append(values, empty), np.append(np.ones(len(values)), empty))
+    return float(mean), float(se), groups

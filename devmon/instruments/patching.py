@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from devmon.anatomy.edges import Edges
 from devmon.anatomy.patching import Index, logit_difference, run_patched, slopes
 from devmon.anatomy.realism import Gauge
 from devmon.cost import Cost
-from devmon.data import ByContent, minibatches
+from devmon.data import ByContent, clustered_groups, minibatches
 from devmon.data.prompt_pairs import PromptPairs
 from devmon.data.rows import Rows
-from devmon.data.shares import NO_SIGNAL, share, signal
+from devmon.data.shares import NO_SIGNAL, share, share_groups, signal
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot
 
@@ -205,7 +205,8 @@ class ActivationPatching(ByContent):
         if not there:
             rows.attrs["below_floor"] = "the signal is not above 3 of its standard errors: no shares of it"
         label = "logit difference of clean minus corrupt prompts"
-        rows.put("signal", (), mean, se, label, units="nats", smallest_change=0.2)
+        groups = clustered_groups(runs.whole, np.ones(len(runs.whole)))
+        rows.put("signal", (), mean, se, label, units="nats", smallest_change=0.2, replicates=groups)
         for name, values in (("clean", runs.clean_end), ("corrupt", runs.corrupt_end)):
             rows.put(name, (), float(values.mean()), None, f"logit difference of {name} prompts", units="nats")
         last = [runs.corrupt["resid_post", layer][:, -1] for layer in range(anatomy.layers)]
@@ -330,8 +331,9 @@ def _put_kind(
     labels = {effect: f"share of the signal {text.format(kind.what)}" for effect, text in SHARE_LABELS.items()}
     for effect, label in labels.items():
         mean, se = share(patched[effect], whole)
-        change = 0.1 if effect == "restored" else None
-        rows.put(f"{name}_{effect}", kind.dims, mean, se, label, units="share", nan=screened, smallest_change=change)
+        about: dict[str, Any] = {"nan": screened, "smallest_change": 0.1 if effect == "restored" else None}
+        about["replicates"] = share_groups(patched[effect], whole)
+        rows.put(f"{name}_{effect}", kind.dims, mean, se, label, units="share", **about)
     for effect, values in guesses.items():
         mean, se = share(values, whole)
         label = f"{labels[effect]}, to first order"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from devmon.anatomy import activations, forward
 from devmon.cost import Cost
-from devmon.data import ByContent, minibatches, places_of, probe_inputs, probe_tokens
+from devmon.data import ByContent, clustered_groups, minibatches, places_of, probe_inputs, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
@@ -128,7 +128,9 @@ def _put(
     mean = float(alive.mean()) if n else np.nan
     se = float(alive.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
     over = "standard error over neurons"
-    rows.put(f"mean_{name}", (), mean, se, f"{label}, mean over neurons", units=units, error=over)
+    groups = clustered_groups(np.where(moving, values, 0).ravel(), moving.ravel())
+    label_of_mean = f"{label}, mean over neurons"
+    rows.put(f"mean_{name}", (), mean, se, label_of_mean, units=units, error=over, replicates=groups)
     if null is not None:
         drawn = f"{name} of items drawn at random"
         rows.put(f"mean_{name}_reference", (), float(null.mean()), None, drawn, units=units)

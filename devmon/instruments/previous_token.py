@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from devmon.anatomy import attention_patterns, stack_heads
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens, random_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens, random_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot
@@ -56,7 +57,9 @@ class PreviousTokenHeads(ByContent):
         mean, se = stack_heads([m for m, _ in pairs]), stack_heads([s for _, s in pairs])
         uniform = float(np.mean(1 / np.arange(3, tokens.shape[1] + 1)))
         rows, label = Rows(headline=["previous_token"]), "attention to the place before"
-        rows.put("previous_token", ("layer", "head"), mean, se, label, units="attention", smallest_change=0.05)
+        groups = stack_heads([clustered_groups(sums, count) for sums in layers])
+        about: dict[str, Any] = {"units": "attention", "smallest_change": 0.05, "replicates": groups}
+        rows.put("previous_token", ("layer", "head"), mean, se, label, **about)
         rows.put("uniform", (), uniform, None, "previous-token score of uniform attention", units="attention")
         return rows.dataset(layer=np.arange(mean.shape[0]), head=np.arange(mean.shape[1]))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from devmon.anatomy import predictions
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot
@@ -61,13 +61,15 @@ class ProbeLoss(ByContent):
         late, early = (nats[:, start - 1 : stop - 1].mean(1) for start, stop in (self.late, self.early))
         each, unit = np.ones(len(nats)), "nats per token"
         loss, loss_se = clustered_mean(nats.mean(1), each)
+        by_group = clustered_groups(nats.mean(1), each)
         score, score_se = clustered_mean(late - early, each)
         window = f"loss at positions {self.late} minus loss at {self.early}"
         rows = Rows(headline=["loss", "icl_score"])
-        rows.put("loss", (), float(loss), float(loss_se), "next-token loss", units=unit)
+        rows.put("loss", (), float(loss), float(loss_se), "next-token loss", units=unit, replicates=by_group)
         curve = clustered_mean(nats, each)
         rows.put("loss_by_position", "pos", *curve, "next-token loss by position", units=unit)
-        rows.put("icl_score", (), float(score), float(score_se), f"in-context learning: {window}", units=unit)
+        label, by_group = f"in-context learning: {window}", clustered_groups(late - early, each)
+        rows.put("icl_score", (), float(score), float(score_se), label, units=unit, replicates=by_group)
         return rows.dataset(pos=np.arange(1, nats.shape[1] + 1))
 
     def cost(self) -> Cost:

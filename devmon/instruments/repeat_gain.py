@@ -10,7 +10,7 @@ from torch import Tensor
 
 from devmon.anatomy import predictions
 from devmon.cost import Cost
-from devmon.data import best_fixed_offset, clustered_mean, repeats
+from devmon.data import best_fixed_offset, clustered_groups, clustered_mean, repeats
 from devmon.data.rows import Rows
 from devmon.snapshot import Snapshot
 
@@ -62,8 +62,10 @@ class RepeatGain:
         }
         rows = Rows(headline=["gain"])
         for name, (each, label, units, change) in values.items():
-            mean, se = clustered_mean((each * counted).sum(1).numpy(), counted.sum(1).numpy())
-            rows.put(name, (), float(mean), float(se), label, units=units, smallest_change=change)
+            total, count = (each * counted).sum(1).numpy(), counted.sum(1).numpy()
+            mean, se = clustered_mean(total, count)
+            groups = clustered_groups(total, count)
+            rows.put(name, (), float(mean), float(se), label, units=units, smallest_change=change, replicates=groups)
         blind = _content_blind(probe.tokens, counted)
         rows.put("accuracy_reference", (), blind, None, "accuracy of the best fixed offset or token", units="share")
         return rows.dataset()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from devmon.anatomy import logits, stream
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, minibatches, places_of, probe_inputs
+from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, places_of, probe_inputs
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
@@ -88,16 +88,17 @@ class Sketch(ByContent):
             sketches, spreads = zip(*(self._keep(states, "stream") for states in layers), strict=True)
             dims, sketch = ("layer", "item", "feature"), np.stack(sketches)
             rows.put("sketch", dims, sketch, None, "residual stream in random directions", units="activation")
-            spread, error = np.array(spreads).T
-            rows.put("spread", "layer", spread, error, label, units="squared activation")
+            spread, error = np.array([spread[:2] for spread in spreads]).T
+            groups = np.stack([spread[2] for spread in spreads], 1)
+            rows.put("spread", "layer", spread, error, label, units="squared activation", replicates=groups)
             coords |= {"layer": np.arange(len(sketch)), "feature": np.arange(sketch.shape[2])}
             halves["sketch"] = self._halves(layers[0].shape[1])
         if self.outputs:
             scores = self._logits(snapshot.model)
-            sketch, (spread, error) = self._keep(scores, "outputs")
+            sketch, (spread, error, groups) = self._keep(scores, "outputs")
             text = "logits less their mean, in random directions"
             rows.put("outputs", ("item", "output"), sketch, None, text, units="nats")
-            rows.put("output_spread", (), spread, error, label, units="squared nats")
+            rows.put("output_spread", (), spread, error, label, units="squared nats", replicates=groups)
             coords["output"] = np.arange(sketch.shape[1])
             halves["outputs"] = self._halves(scores.shape[1])
         dataset = rows.dataset(**coords)
@@ -127,15 +128,16 @@ class Sketch(ByContent):
         """Independent halves of the directions; 1 where the whole state is kept."""
         return 2 if self.dims < width else 1
 
-    def _keep(self, states: Tensor, what: str) -> tuple[np.ndarray, tuple[float, float]]:
-        """The sketch (item, feature) of the states (item, d), and their spread with its standard error."""
+    def _keep(self, states: Tensor, what: str) -> tuple[np.ndarray, tuple[float, float, np.ndarray]]:
+        """The sketch (item, feature) of the states (item, d), and their spread, its standard error, and by group."""
         width = states.shape[1]
         away = (states - states.mean(0)).square().mean(1).reshape(len(self.tokens), -1).cpu().numpy()
-        mean, se = clustered_mean(away.sum(1), np.full(len(away), away.shape[1]))
+        total, count = away.sum(1), np.full(len(away), away.shape[1])
+        mean, se = clustered_mean(total, count)
         if self.dims < width:
             half = self.dims // 2
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "Sketch", what))
             drawn = torch.randn(2, width, half, generator=generator, dtype=torch.float64)
             directions = torch.cat(list(torch.linalg.qr(drawn)[0]), 1) * (width / half) ** 0.5
             states = states @ directions.to(states.device)
-        return states.float().cpu().numpy(), (float(mean), float(se))
+        return states.float().cpu().numpy(), (float(mean), float(se), clustered_groups(total, count))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, Reads, activations
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, minibatches, probe_tokens, repeats
+from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens, repeats
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
@@ -282,17 +282,17 @@ def _dataset(
     effect: np.ndarray | None,
 ) -> xr.Dataset:
     headline = ["logit_difference", "top_share", "participation", *(["linearity"] if effect is not None else [])]
-    rows = Rows(headline)
-    each = np.ones(len(split))
+    rows, each = Rows(headline), np.ones(len(split))
 
-    def put(name: str, dims: str | tuple[str, ...], pair: tuple[Any, Any], label: str, **more: Any) -> None:
-        rows.put(name, dims, *pair, label, error=f"standard error of {name} over prompts", **more)
+    def put(name: str, dims: str | tuple[str, ...], found: tuple[Any, ...], label: str, **more: Any) -> None:
+        value, se, groups = (*found, None)[:3]
+        error = f"standard error of {name} over prompts"
+        rows.put(name, dims, value, se, label, error=error, replicates=groups, **more)
 
     # means over prompts, in logits
-    answer = clustered_mean(difference, each)
-    put(
-        "logit_difference", (), answer, "logit of the answer minus that of the foil", units="logit", smallest_change=0.1
-    )
+    answer = *clustered_mean(difference, each), clustered_groups(difference, each)
+    label = "logit of the answer minus that of the foil"
+    put("logit_difference", (), answer, label, units="logit", smallest_change=0.1)
     direct = clustered_mean(split, each)
     put("attribution", "component", direct, "direct contribution to the logit difference", units="logit")
     put("attribution_null", "component", (null.mean(0), None), "the same for another prompt's answer", units="logit")
@@ -305,9 +305,8 @@ def _dataset(
     put("top_share", (), top, label, units="share", nan=nothing, smallest_change=0.05)
     other = _top_share(null.mean(0)), None
     put("top_share_null", (), other, "top share for another prompt's answer", units="share", nan=nothing)
-    put(
-        "participation", (), few, "number of parts that share the work", units="parts", nan=nothing, smallest_change=0.5
-    )
+    label = "number of parts that share the work"
+    put("participation", (), few, label, units="parts", nan=nothing, smallest_change=0.5)
     if effect is not None:
         _put_effects(put, split, effect)
     return rows.dataset(component=np.array(names, dtype=object))
@@ -340,11 +339,12 @@ def _linearity(both: np.ndarray) -> float:
     return float(np.corrcoef(both)[0, 1] ** 2)
 
 
-def _jackknife(of: Callable[[np.ndarray], float], values: np.ndarray) -> tuple[float, float]:
-    """A function of the mean over prompts (axis 0), and its standard error by leaving one prompt out at a time."""
+def _jackknife(of: Callable[[np.ndarray], float], values: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """A function of the mean over prompts (axis 0), its jackknife standard error, its pseudo-values by group."""
     n, mean = len(values), values.mean(0)
     value = of(mean)
     if n < 2 or math.isnan(value):
-        return value, math.nan
+        return value, math.nan, clustered_groups(np.full(n, math.nan), np.ones(n))
     without = np.array([of(mean + (mean - row) / (n - 1)) for row in values])
-    return value, float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
+    se = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
+    return value, se, clustered_groups(value + (n - 1) * (without.mean() - without), np.ones(n))

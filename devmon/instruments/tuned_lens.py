@@ -12,7 +12,7 @@ from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, activations
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_mean, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
@@ -248,10 +248,11 @@ def _dataset(read: list[dict[str, np.ndarray]], null: np.ndarray) -> xr.Dataset:
     late = np.arange(1, len(read))
     values["prediction_depth"] = (late * (1 - values["agreement"][..., :-1])).max(-1, initial=0.0)
     values["kl_constant"] = null
-    rows = Rows(headline=["kl", "agreement", "prediction_depth"])
+    rows, count = Rows(headline=["kl", "agreement", "prediction_depth"]), np.full(len(null), null.shape[1])
     for name, (label, units, change) in LABELS.items():
-        mean, se = clustered_mean(values[name].sum(1), np.full(len(null), null.shape[1]))
-        rows.put(name, "depth" if mean.ndim else (), mean, se, label, units=units, smallest_change=change)
+        mean, se = clustered_mean(values[name].sum(1), count)
+        groups, dims = clustered_groups(values[name].sum(1), count), "depth" if mean.ndim else ()
+        rows.put(name, dims, mean, se, label, units=units, smallest_change=change, replicates=groups)
     for name, lens in (("train", "tuned"), ("train_raw", "logit")):
         divergence = np.array([float(each[name]) for each in read])
         rows.put(

@@ -211,7 +211,7 @@ class StoredWatch:
         return self._folded[1]
 
     def _as_before(self, dataset: xr.Dataset) -> xr.Dataset:
-        replicates = [name for name, variable in dataset.data_vars.items() if "replicate" in variable.dims]
+        replicates = [name for name, variable in dataset.variables.items() if "replicate" in variable.dims]
         if not replicates:
             return dataset
         if self._stored_form is None:

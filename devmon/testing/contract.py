@@ -17,6 +17,8 @@ from devmon.snapshot import Divisible, Instrument, Snapshot
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch
 
+ROUNDING = 1e-6  # of the largest value: some roundings of float32, in which replicates are kept
+
 
 class InstrumentContract:
     """Subclass it, name the subclass Test..., define `instrument` and `model`, and pytest runs these tests.
@@ -124,6 +126,26 @@ class InstrumentContract:
         for name in (str(n) for n in dataset.data_vars if str(n).endswith("_se")):
             assert dataset[name].dims == dataset[name.removesuffix("_se")].dims
             assert not bool((dataset[name] < 0).any()), f"{name} is negative"
+
+    def test_replicates_are_the_value_by_groups_of_items(self) -> None:
+        dataset = self.measure(self.model(0).eval())
+        for name in (str(n) for n in dataset.data_vars if str(n).endswith("_replicates")):
+            value, groups = dataset[name.removesuffix("_replicates")], dataset[name]
+            assert groups.dims == ("replicate", *value.dims), f"{name} is over {groups.dims}, not replicate first"
+            assert groups.dtype == np.float32, f"{name} is {groups.dtype}, not float32"
+            groups = groups.astype(np.float64)
+            rounding = ROUNDING * float(np.abs(groups).max()) if groups.notnull().any() else 0.0
+            np.testing.assert_allclose(groups.mean("replicate", skipna=False), value, rtol=0, atol=rounding)
+            se = dataset.get(f"{value.name}_se")
+            if se is None:
+                continue
+            # one element's spread over few groups scatters: all elements together say whether it is that of the items
+            known = se.notnull() & value.notnull()
+            spread = groups.std("replicate", ddof=1).where(known) / np.sqrt(groups.sizes["replicate"])
+            by_groups, by_items = (float(np.sqrt((each.where(known) ** 2).sum())) for each in (spread, se))
+            assert max(by_groups, by_items) <= 3 * min(by_groups, by_items) + rounding * np.sqrt(known.sum()), (
+                f"{name} spread as {by_groups:.3g}, but {se.name} says {by_items:.3g}: deal whole items to groups"
+            )
 
     def test_numbers_are_finite_or_nan(self) -> None:
         dataset = self.measure(self.model(0).eval())

@@ -98,7 +98,7 @@ def test_the_directions_are_the_same_at_every_step_and_layer() -> None:
     np.testing.assert_allclose(found[0], found[2], rtol=1e-6)
     assert not np.allclose(same["sketch"], measure(Sketch(TOKENS, dims=6, seed=1), random_model(0))["sketch"])
     only = measure(Sketch(TOKENS, layers=False, outputs=True, dims=6), nn.Embedding(VOCAB, VOCAB))
-    assert set(only.data_vars) == {"outputs", "output_spread", "output_spread_se"}
+    assert set(only.data_vars) == {"outputs", "output_spread", "output_spread_se", "output_spread_replicates"}
 
 
 @pytest.mark.parametrize(

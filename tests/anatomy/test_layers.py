@@ -176,7 +176,7 @@ def test_layers_that_share_only_positions_are_unrelated() -> None:
 def test_families(name: str) -> None:
     tokens = torch.randint(3, 23, (5, 9), generator=torch.Generator().manual_seed(1))
     found = measure(family(name), tokens, permutations=9)
-    assert dict(found.sizes) == {"layer": 2, "depth": 3, "depth_other": 3}
+    assert dict(found.drop_dims("replicate").sizes) == {"layer": 2, "depth": 3, "depth_other": 3}
     for part in ("attention", "mlp", "layer", "random"):
         assert np.isfinite(found[f"drop_{part}"]).all()
         assert (np.abs(found[f"drop_{part}"]) > 1e-4).all()

@@ -31,7 +31,7 @@ def test_even_attention_scores_exactly_its_share() -> None:
     probe = repeats(VOCAB, 64, 48, 0)
     expected = np.mean([1 / (q + 1) for _, q in probe.query.nonzero().tolist()])
     found = InductionHeads(VOCAB, length=48)(snapshot(even(VOCAB, 48, layers=2, heads=3)))
-    assert dict(found.sizes) == {"layer": 2, "head": 3}
+    assert dict(found.drop_dims("replicate").sizes) == {"layer": 2, "head": 3}
     for name in ("prefix_matching", "duplicate_token", "uniform"):
         np.testing.assert_allclose(found[name], expected, rtol=1e-12)
     previous = PreviousTokenHeads(VOCAB, length=48)(snapshot(even(VOCAB, 48)))

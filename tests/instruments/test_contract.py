@@ -12,6 +12,8 @@ import torch
 import xarray as xr
 from torch import nn
 
+from devmon.data import clustered_groups, clustered_mean
+from devmon.data.rows import Rows
 from devmon.snapshot import Snapshot
 from devmon.testing import InstrumentContract
 
@@ -52,6 +54,27 @@ def needs_gradients(snapshot: Snapshot) -> xr.Dataset:
 
 def without(name: str) -> Callable[[Snapshot], xr.Dataset]:
     return lambda snapshot: careful(snapshot).drop_vars(name)
+
+
+def grouped(snapshot: Snapshot, deal: Callable[[np.ndarray], np.ndarray] = np.asarray) -> xr.Dataset:
+    """The mean of 40 items that differ, with its error and by groups of the items in the order that `deal` gives."""
+    items = norm(snapshot.model) * (1 + np.sin(np.arange(40.0)))
+    ones, result = np.ones(40), Rows(headline=["mean"])
+    mean, se = clustered_mean(items, ones)
+    result.put("mean", (), mean, se, "mean", units="1", replicates=clustered_groups(deal(items), ones))
+    return result.dataset()
+
+
+def drawn_anew(snapshot: Snapshot) -> xr.Dataset:
+    return grouped(snapshot, np.random.default_rng(snapshot.step).permutation)
+
+
+def regrouped(change: Callable[[xr.DataArray], xr.DataArray]) -> Callable[[Snapshot], xr.Dataset]:
+    def instrument(snapshot: Snapshot) -> xr.Dataset:
+        dataset = grouped(snapshot)
+        return dataset.assign(mean_replicates=change(dataset["mean_replicates"]))
+
+    return instrument
 
 
 class Halved:
@@ -95,6 +118,14 @@ CARELESS: dict[str, tuple[Callable[[Snapshot], xr.Dataset], str]] = {
         "alone_is_together",
     ),
     "loses a share": (Halved(), "shares_of_ranks"),
+    "groups drawn anew at each step": (drawn_anew, "the_step_does_not_matter"),
+    "groups of other items": (regrouped(lambda groups: groups * np.float32(1.01)), "replicates_are"),
+    "groups of too many digits": (regrouped(lambda groups: groups.astype(float)), "replicates_are"),
+    "groups last": (regrouped(lambda groups: groups.expand_dims(layer=[0], axis=1)), "replicates_are"),
+    "groups of single words": (
+        regrouped(lambda groups: groups.mean() + (groups - groups.mean()) / np.float32(8)),
+        "replicates_are",
+    ),
     "infinite": (lambda s: measured(np.inf), "numbers_are_finite"),
 }
 
@@ -119,9 +150,10 @@ def checks(suite: InstrumentContract) -> list[str]:
     return [name for name in dir(suite) if name.startswith("test_")]
 
 
-def test_a_careful_instrument_passes_all() -> None:
-    suite = contract(careful)
-    assert len(checks(suite)) == 14
+@pytest.mark.parametrize("instrument", [careful, grouped])
+def test_a_careful_instrument_passes_all(instrument: Callable[[Snapshot], xr.Dataset]) -> None:
+    suite = contract(instrument)
+    assert len(checks(suite)) == 15
     for name in checks(suite):
         getattr(suite, name)()
 

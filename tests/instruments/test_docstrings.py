@@ -2,7 +2,8 @@
 
     - `name` (dims), unit: meaning [Null: …]
 
-`devmon instruments NAME` prints these bullets as a table. The dims of a scalar are left out.
+`devmon instruments NAME` prints these bullets as a table. The dims of a scalar are left out. Replicates of a headline
+(`name_replicates`) are the same everywhere, and said in `Rows.put`: they have no bullets.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def returned(name: str) -> dict[str, xr.DataArray]:
     cases = [case for case in INSTRUMENTS if case.name == name]
     measured = [instrument_of(case, "gpt2")(gpt2()) for case in cases]
     measured += [instrument(snapshot()) for instrument, snapshot in MORE[name](text)] if name in MORE else []
-    return {str(key): values for dataset in measured for key, values in dataset.data_vars.items()}
+    variables = (pair for dataset in measured for pair in dataset.data_vars.items())
+    return {str(key): values for key, values in variables if not str(key).endswith("_replicates")}
 
 
 MORE: dict[str, Any] = {

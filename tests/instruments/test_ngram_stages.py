@@ -194,11 +194,11 @@ def test_common_ngrams() -> None:
 def test_minibatches_and_the_order_of_sequences_do_not_matter() -> None:
     corpus, tokens = text_of(1), text_of(2)
     whole = measure(NgramStages(corpus, tokens, batch_size=99, common=0), Longer(0))
-    for parts in (
-        NgramStages(corpus, tokens, batch_size=1, common=0),
-        NgramStages(corpus.flip(0), tokens.flip(0), common=0),
-    ):
-        xr.testing.assert_allclose(whole, measure(parts, Longer(0)), rtol=1e-10)
+    xr.testing.assert_allclose(
+        whole, measure(NgramStages(corpus, tokens, batch_size=1, common=0), Longer(0)), rtol=1e-10
+    )
+    turned = measure(NgramStages(corpus.flip(0), tokens.flip(0), common=0), Longer(0)).drop_dims("replicate")
+    xr.testing.assert_allclose(whole.drop_dims("replicate"), turned, rtol=1e-10)
     flat = measure(NgramStages(corpus.flatten(), tokens, common=0), Longer(0))
     assert not np.allclose(flat["entropy"], whole["entropy"], rtol=1e-6), "n-grams do not cross rows"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 import xarray as xr
@@ -25,7 +25,9 @@ def series_of(
     watch gives the variables that are `followed`: a scalar as `watch/variable`, an array as `watch/variable max` (the
     largest element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]`
     each. An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series'
-    `smallest`.
+    `smallest`. Values by group of items (`variable_replicates`), and of λ̂ by batch of draws, become `replicates`;
+    those of a maximum are of the element that is largest at each step. A series has none that are not finite where its
+    values are, and none of one group.
 
     - `costs`: each watch gives `watch/seconds` too, what its observations took
     - `each`: without it, arrays give their maximum alone
@@ -54,7 +56,7 @@ def series_of_watch(
     else:
         series = _plain_series(name, dataset, each)
     if costs and "seconds" in dataset.coords:
-        series.append(_series(f"{name}/seconds", dataset["seconds"].assign_attrs(units="s"), None))
+        series.append(_series(f"{name}/seconds", dataset["seconds"].assign_attrs(units="s"), None, None))
     return series
 
 
@@ -99,9 +101,12 @@ def units_of(array: xr.DataArray) -> str:
 def elements(array: xr.DataArray) -> Iterator[tuple[str, xr.DataArray]]:
     """Each element of an array over (step, ...) as (label, series over step), e.g. ("layer=1, head=3", ...).
 
-    Layers come first, then heads, in whatever order the dimensions are stored.
+    A dimension `replicate` stays. Layers come first, then heads, in whatever order the dimensions are stored.
     """
-    dims = sorted((str(dim) for dim in array.dims if dim != "step"), key=lambda dim: (dim != "layer", dim != "head"))
+    dims = sorted(
+        (str(dim) for dim in array.dims if dim not in ("step", "replicate")),
+        key=lambda dim: (dim != "layer", dim != "head"),
+    )
     for index in np.ndindex(*(array.sizes[dim] for dim in dims)):
         where = dict(zip(dims, index, strict=True))
         label = ", ".join(f"{d}={array[d].values[i] if d in array.coords else i}" for d, i in where.items())
@@ -110,48 +115,70 @@ def elements(array: xr.DataArray) -> Iterator[tuple[str, xr.DataArray]]:
 
 def _llc_series(name: str, estimate: xr.Dataset) -> list[Series]:
     rejected = np.asarray(estimate["verdict"].values).astype(str) != "ok"
-    return [_series(f"{name}/llc", estimate["llc"], estimate["se"], rejected)]
+    return [_series(f"{name}/llc", estimate["llc"], estimate["se"], estimate.get("llc_replicates"), rejected)]
 
 
 def _plain_series(name: str, dataset: xr.Dataset, each: bool) -> list[Series]:
     series = []
     for variable in followed(dataset):
         array = dataset[variable].transpose("step", ...)
-        error = dataset.get(f"{variable}_se")
-        error = error.transpose(*array.dims) if error is not None and set(error.dims) == set(array.dims) else None
+        error = _beside(dataset.get(f"{variable}_se"), array.dims)
+        groups = _beside(dataset.get(f"{variable}_replicates"), ("replicate", *array.dims))
         if array.ndim == 1:
-            series.append(_series(f"{name}/{variable}", array, error))
+            series.append(_series(f"{name}/{variable}", array, error, groups))
         elif array[0].size > 0:
-            series.append(_series(f"{name}/{variable} max", *_largest(array, error)))
+            series.append(_series(f"{name}/{variable} max", *_largest(array, error, groups)))
             if each and array[0].size <= MAX_ELEMENTS:
-                errors = [None] * array[0].size if error is None else [se for _, se in elements(error)]
-                for (label, element), se in zip(elements(array), errors, strict=True):
-                    series.append(_series(f"{name}/{variable}[{label}]", element, se))
+                labels, values = zip(*elements(array), strict=True)
+                errors, by_group = (
+                    [None] * len(values) if part is None else [element for _, element in elements(part)]
+                    for part in (error, groups)
+                )
+                for label, *element in zip(labels, values, errors, by_group, strict=True):
+                    series.append(_series(f"{name}/{variable}[{label}]", *element))
     return series
 
 
-def _series(name: str, values: xr.DataArray, se: xr.DataArray | None, rejected: np.ndarray | None = None) -> Series:
-    numbers, error = _floats(values), None if se is None else _floats(se)
+def _beside(array: xr.DataArray | None, dims: tuple[Hashable, ...]) -> xr.DataArray | None:
+    """The array in this order of dimensions, or None where it has others."""
+    return array.transpose(*dims) if array is not None and set(array.dims) == set(dims) else None
+
+
+def _series(
+    name: str,
+    values: xr.DataArray,
+    se: xr.DataArray | None,
+    groups: xr.DataArray | None,
+    rejected: np.ndarray | None = None,
+) -> Series:
+    numbers = _floats(values)
+    error, by_group = (None if part is None else _floats(part) for part in (se, groups))
     if error is not None:
         error = np.where(np.isinf(error), np.nan, error)
+    # groups of which one overflowed, or was lost, tell no error
+    if by_group is not None and (len(by_group) < 2 or not np.isfinite(by_group[:, np.isfinite(numbers)]).all()):
+        by_group = None
     infinite = np.isinf(numbers)
     if infinite.any():
         rejected = infinite if rejected is None else rejected | infinite
     steps = np.asarray(values["step"].values, dtype=np.int64)
     smallest = float(values.attrs.get("smallest_change", 0.0))
-    return Series(name, steps, numbers, error, units_of(values), rejected, smallest)
+    return Series(name, steps, numbers, error, units_of(values), rejected, smallest, by_group)
 
 
-def _largest(array: xr.DataArray, error: xr.DataArray | None) -> tuple[xr.DataArray, xr.DataArray | None]:
-    """The largest element at each step (NaN where there is none) and the standard error of that element."""
-    flat = array.stack(element=[dim for dim in array.dims if dim != "step"], create_index=False)
+def _largest(
+    array: xr.DataArray, error: xr.DataArray | None, groups: xr.DataArray | None
+) -> tuple[xr.DataArray, xr.DataArray | None, xr.DataArray | None]:
+    """The largest element at each step (NaN where there is none), the standard error and the replicates of that one."""
+    within = [dim for dim in array.dims if dim != "step"]
+    flat = array.stack(element=within, create_index=False)
     best = flat.fillna(-np.inf).argmax("element")
     chosen = flat.isel(element=best).assign_attrs(array.attrs)
-    if error is None:
-        return chosen, None
-    return chosen, error.stack(element=[dim for dim in array.dims if dim != "step"], create_index=False).isel(
-        element=best
+    of_best, by_group = (
+        None if part is None else part.stack(element=within, create_index=False).isel(element=best)
+        for part in (error, groups)
     )
+    return chosen, of_best, by_group
 
 
 def _floats(array: xr.DataArray) -> np.ndarray:

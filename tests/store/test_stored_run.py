@@ -67,6 +67,7 @@ class Replicated:
         dataset = xr.Dataset({"score": ((), by_group.mean())}, attrs={"headline": ["score"]})
         if self._groups:
             dataset["score_replicates"] = ("replicate", by_group.astype(np.float32))
+            dataset.coords["replicate"] = np.arange(4)
         return dataset
 
 
@@ -81,4 +82,5 @@ def test_a_run_goes_on_with_replicates_or_without_as_it_began(tmp_path: Path, fi
         observe(step, model(step), [Watch("score", Replicated(True), range(9))], run)
     rows = run["score"]
     assert ("score_replicates" in rows) is first
+    assert ("replicate" in rows.coords) is first
     assert rows["score"].values.tolist() == [1.5, 2.5, 3.5]

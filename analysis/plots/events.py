@@ -24,7 +24,7 @@ from devmon.analysis.plots.style import (
 if TYPE_CHECKING:
     from devmon.analysis.detection.events import Event
     from devmon.analysis.runs.compare import Matched
-    from devmon.analysis.transitions.stages import Transition
+    from devmon.analysis.transitions.clusters import Transition
 
 
 MARK_NAMES = {"jump": "circle", "turn": "diamond", "plateau": "square", "bump": "triangle"}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from devmon.analysis.detection.events import Event, lead_lag
+import xarray as xr
+
+from devmon.analysis.derive.llc_loss import loss_of_llc
+from devmon.analysis.detection.events import Event, lead_lag, meet
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.run import RunData
 from devmon.analysis.series import Series
+from devmon.analysis.transitions.clusters import Transition
 from devmon.analysis.transitions.mirage import MIRAGE, SURVIVES, Survival, mirage_guard, twins_of
 from devmon.analysis.transitions.phases import PhaseType, types_of
 from devmon.analysis.transitions.schedule import ScheduleCheck, schedule_check, schedule_of
-from devmon.analysis.transitions.stages import Change, Stage, Transition
-from devmon.analysis.wording import number, step
+from devmon.analysis.transitions.stages import Change, Stage
+from devmon.analysis.wording import listed, number, step
 from devmon.errors import DataError
 
 CONVINCING = 0.9  # probability from which an event is said to lead, and a crossing of free energies is told
@@ -34,20 +38,25 @@ def evidence(
     detection: Detection,
     changes: Sequence[Transition],
     parts: Sequence[Stage],
+    estimates: Mapping[str, xr.Dataset] | None = None,
 ) -> list[Evidence]:
     """For every transition of the run, in order: what led what, Type A or B, and what argues against it.
 
-    `changes` are the run's transitions, and `parts` its stages, of which each transition is one.
+    `changes` are the run's transitions, and `parts` its stages, of which each transition is one; `estimates` are those
+    of its LLC watches (`devmon.analysis.llc`).
     """
     if not changes:
         return []
-    types = _types(series, detection, parts)
+    lambda_hat = _first(series, "llc")
+    types = _types(run, series, detection, parts, estimates or {})
     survivals = mirage_guard(detection, twins_of(run, detection.fits))
     checked = _schedule(run, series, [event for change in changes for event in change.events])
     rows = []
     for i, change in enumerate(changes):
         own = [survival for survival in survivals if survival.event in change.events]
-        sentences = _led(change, detection) + ([] if types is None else [type_in_words(types[i])])
+        sentences = _led(change, detection)
+        if types is not None and lambda_hat is not None:
+            sentences += [type_in_words(types[i]), *_passing(change, lambda_hat, detection)]
         sentences += [
             f"{s.event.series} jumps with its continuous twin {s.twin}." for s in own if s.verdict == SURVIVES
         ]
@@ -62,8 +71,11 @@ def type_in_words(kind: PhaseType) -> str:
         return "Type A or B cannot be told: no two checkpoints are its own, another transition is too near."
     if kind.kind == "unresolved":
         return f"Type A or B cannot be told: {kind.note}."
-    where = f"over steps {step(kind.start)}–{step(kind.end)}"
-    changes = f"{where} the loss changes by {_change(kind.loss)}, λ̂ by {_change(kind.llc)}"
+    # both changes are told with the steps between which they are, once where these are the same
+    steps = {change.steps for change in (kind.loss, kind.llc) if change is not None}
+    start, end = steps.pop() if len(steps) == 1 else (kind.start, kind.end)
+    loss, llc = (_change(change, (start, end)) for change in (kind.loss, kind.llc))
+    changes = f"over steps {step(start)}–{step(end)} the loss changes by {loss}, λ̂ by {llc}"
     if kind.kind == "unsettled":
         odds = ", ".join(f"{name} {number(p, 2) if p >= 0.01 else '< 0.01'}" for name, p in kind.probabilities.items())
         return f"Type A or B is not settled (probabilities: {odds}): {changes}."
@@ -98,9 +110,28 @@ def _led(change: Transition, detection: Detection) -> list[str]:
     return [f"Within it no series certainly led (earliest: {first.series}, then {second.series})."]
 
 
-def _types(series: Sequence[Series], detection: Detection, parts: Sequence[Stage]) -> list[PhaseType] | None:
-    """The types of all transitions; None where the run has no loss, no LLC, or no finite loss."""
+def _passing(change: Transition, llc: Series, detection: Detection) -> list[str]:
+    """The peaks and dips of λ̂ within a transition, which a change across it does not show."""
+    own = [event for event in detection.events if event.series == llc.name and event.sure]
+    inside = [event for event in own if event.kind in ("bump", "turn") and meet(event.interval, change.span)]
+    return [f"Within it {listed(map(Event.in_words, inside))}."] if inside else []
+
+
+def _types(
+    run: RunData,
+    series: Sequence[Series],
+    detection: Detection,
+    parts: Sequence[Stage],
+    estimates: Mapping[str, xr.Dataset],
+) -> list[PhaseType] | None:
+    """The types of all transitions; None where the run has no loss, no LLC, or no finite loss.
+
+    The loss is that of the LLC's own data where the traces hold it: λ̂ and the free energies are of these data.
+    """
     loss, llc = _first(series, "loss"), _first(series, "llc")
+    watch = "" if llc is None else llc.name.rpartition("/")[0]
+    if watch in estimates and watch in run.names():
+        loss = loss_of_llc(watch, run[watch], estimates[watch]) or loss
     if loss is None or llc is None:
         return None
     try:
@@ -150,8 +181,10 @@ def _chance(p: float) -> str:
     return "> 0.99" if p > 0.99 else number(p, 2)
 
 
-def _change(change: Change | None) -> str:
+def _change(change: Change | None, steps: tuple[float, float]) -> str:
+    """A change with its error, and its own steps where they are not these."""
     if change is None:
         return "–"
     text = ("+" if change.value > 0 else "") + number(change.value)
-    return text if change.se is None else f"{text} ± {number(change.se, 2)}"
+    text += "" if change.se is None else f" ± {number(change.se, 2)}"
+    return text if change.steps == steps else f"{text} (steps {step(change.steps[0])}–{step(change.steps[1])})"

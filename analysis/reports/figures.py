@@ -17,8 +17,8 @@ from devmon.analysis.reports.findings import Findings
 from devmon.analysis.reports.tables import numbers_table
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.table import Row, Table, thinned
+from devmon.analysis.transitions.clusters import Transition
 from devmon.analysis.transitions.order import Lag
-from devmon.analysis.transitions.stages import Transition
 from devmon.analysis.wording import interval_text, number, step
 
 PANELS = 6  # series in the overview and in one figure of a watch
@@ -66,6 +66,8 @@ def timeline(page: Page, findings: Findings) -> Figure | None:
     """The sure events of the run's own series on one axis of steps, over its transitions."""
     events = [event for event in findings.detection.events if event.sure and run_level(event.series)]
     numbered = " Numbered strips: the transitions." if findings.transitions else ""
+    if findings.main is not None and len(findings.transitions) > 1:
+        numbered += f" The main one is number {findings.transitions.index(findings.main) + 1}."
     caption = f"Every event that stands in a series of the whole run (q ≤ 0.05), in the order of its step.{numbered}"
     grids = [series.steps for series in findings.series if run_level(series.name)]
     steps = np.concatenate(grids) if grids else None
@@ -94,16 +96,16 @@ def _forest(
 
 
 def lead_lag_figure(page: Page, findings: Findings) -> Figure | None:
-    """How far every sure event came behind the main one; None where there is no other."""
-    main = findings.main
-    if main is None or not findings.lags:
+    """How far every sure event came behind the reference; None where there is no other."""
+    reference = findings.reference
+    if reference is None or not findings.lags:
         return None
     shown = findings.lags[:MAX_LINES]
     named = [(f"{lag.event.series} ({lag.event.kind})", lag.steps, lag.interval, lag.settled) for lag in shown]
-    drawing, _ = plots.plot_lead_lag(named, f"the jump of {main.series}")
+    drawing, _ = plots.plot_lead_lag(named, f"the jump of {reference.series}")
     caption = (
-        f"Lag of every event with q ≤ 0.05 behind the jump of {main.series} at step {step(main.step)}, in steps, with "
-        "90% intervals: the difference of two location posteriors, taken as independent."
+        f"Lag of every event with q ≤ 0.05 behind the jump of {reference.series} at step {step(reference.step)}, "
+        "in steps, with 90% intervals: the difference of two location posteriors, taken as independent."
     )
     columns = ["event", "lag in steps [90%]", "P(before)", "order"]
     note = "The order is settled where the interval leaves out 0 and both events are resolved in time."

@@ -17,8 +17,9 @@ from devmon.analysis.detection.search import detect
 from devmon.analysis.reports.evidence import Evidence, evidence
 from devmon.analysis.run import ReadOnce, RunData, has_rows
 from devmon.analysis.series import Series, run_level
-from devmon.analysis.transitions.order import Lag, lags, main_event
-from devmon.analysis.transitions.stages import Stage, Transition, stages_between, transitions
+from devmon.analysis.transitions.clusters import Transition, transitions
+from devmon.analysis.transitions.order import Lag, lags, reference_event
+from devmon.analysis.transitions.stages import Stage, stages_between
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Findings:
     - `series`: every series of it; `detection`: the search of them, or of some of them
     - `events`: in the order of a report, those of the whole run first, then by step
     - `estimates`: of each LLC watch that has rows, λ̂ with its error and verdict (`devmon.analysis.llc`)
-    - `transitions`, `stages`: the run cut at its jumps, in the order of steps
-    - `main`, `lags`: the jump that other events are compared with, and how far behind it they came
+    - `transitions`, `stages`: the run cut at its abrupt jumps, in the order of steps
+    - `reference`, `lags`: the jump that other events are compared with, and how far behind it they came
     - `evidence`: what speaks for and against each transition, in their order
     """
 
@@ -41,9 +42,14 @@ class Findings:
     estimates: Mapping[str, xr.Dataset]
     transitions: Sequence[Transition]
     stages: Sequence[Stage]
-    main: Event | None
+    reference: Event | None
     lags: Sequence[Lag]
     evidence: Sequence[Evidence]
+
+    @property
+    def main(self) -> Transition | None:
+        """The main transition, where there is one."""
+        return next((change for change in self.transitions if change.main), None)
 
     @property
     def watches(self) -> dict[str, xr.Dataset]:
@@ -81,9 +87,10 @@ def findings_of(
     run: ReadOnce, series: Sequence[Series], detection: Detection, estimates: Mapping[str, xr.Dataset] | None = None
 ) -> Findings:
     """What the events of a searched run say together."""
-    changes = transitions(detection.events)
+    changes = transitions(detection)
     parts = stages_between(series, changes)
-    main = main_event(detection.events)
+    # within the main transition, where there is one, else among all
+    reference = reference_event(next((change.events for change in changes if change.main), detection.events))
     return Findings(
         run=run,
         series=series,
@@ -92,7 +99,7 @@ def findings_of(
         estimates=estimates or {},
         transitions=changes,
         stages=parts,
-        main=main,
-        lags=lags(detection, main),
-        evidence=evidence(run, series, detection, changes, parts),
+        reference=reference,
+        lags=lags(detection, reference),
+        evidence=evidence(run, series, detection, changes, parts, estimates),
     )

@@ -16,10 +16,16 @@ GLOSSARY = (
     ("plateau", "A time in which a series that moves before and after stays level, or moves far more slowly."),
     ("bump", "A passing rise (or dip) that comes back: it leaves the level before it much as it found it. Its size is "
      "its height."),
-    ("transition", "Jumps of several series that go on at the same time, taken as one change of the run. Those whose "
-     "interval is wider than a factor of 2 do not place it, unless all are."),
+    ("transition", "Abrupt jumps that go on at the same time, and what else changes in other series then, as one "
+     "change of the run. Those whose interval is wider than a factor of 2 do not place it, unless all are."),
+    ("main transition", "The one with the highest score, if half of the watches (or three) change in it; the others are "
+     "minor events. No main transition is a result, too."),
+    ("score", "Of a transition: for each watch the share of a series' range that surely changes, less (by a factor of "
+     "0.4 each) where it is not resolved, not abrupt or badly placed; summed over watches. Variables, heads and layers "
+     "of a watch count once, so that 3 means as much as three watches that change wholly."),
     ("Type A or B", "Of a transition with a loss and an LLC: in Type A the loss falls and λ̂ rises (fit is bought with "
-     "complexity), in Type B λ̂ falls while the loss falls or stays (Hoogland et al. 2024). In brackets: the "
+     "complexity), in Type B λ̂ falls while the loss falls or stays (Hoogland et al. 2024). Both changes are from the "
+     "last accepted λ̂ before it to the first after it; the loss is that of the LLC's own data. In brackets: the "
      "probability."),
     ("90% interval", "Given the model of the curve and of its noise, the step (or size) lies within it with "
      "probability 0.9. Bands around a curve are ±1.64 standard errors of each value."),

@@ -10,7 +10,7 @@ import numpy as np
 from devmon.analysis.detection.events import Event
 from devmon.analysis.reports.findings import Findings
 from devmon.analysis.series import run_level
-from devmon.analysis.transitions.stages import Transition
+from devmon.analysis.transitions.clusters import Transition, headline, main_first
 from devmon.analysis.wording import NAMED, count, listed, number, probability, some, step
 
 REMEDIES = {  # where every estimate is rejected, by the commonest reason
@@ -51,28 +51,31 @@ def tell(findings: Findings) -> Story:
 
 
 def _transitions(findings: Findings) -> list[str]:
-    """How many transitions there were and when, then a sentence on each with the evidence on it."""
+    """The main transition and the minor events, and when; then a sentence on each with the evidence on it."""
     changes = findings.transitions
     last = max(int(series.steps[-1]) for series in findings.series if len(series.steps))
     first = min(int(series.steps[0]) for series in findings.series if len(series.steps))
-    where = f", at about steps {', '.join(step(change.step) for change in changes)}" if len(changes) > 1 else ""
-    sentences = [f"Between steps {first} and {last} the run went through {count(len(changes), 'transition')}{where}."]
-    for i, (change, evidence) in enumerate(zip(changes, findings.evidence, strict=True), 1):
-        which, them = ("It", "it") if len(changes) == 1 else (f"Transition {i}", "them")
-        sentences.append(" ".join([_transition(findings, change, which, them), *evidence.sentences]))
+    sentences = [f"Between steps {first} and {last} the run went through {headline(changes)}."]
+    for change in main_first(changes):
+        i = next(i for i, each in enumerate(changes) if each is change)
+        rank = "the main one" if change.main else "a minor event"
+        which = "It" if len(changes) == 1 else f"Transition {i + 1}, {rank},"
+        sentences.append(" ".join([_transition(findings, change, which), *findings.evidence[i].sentences]))
     return sentences
 
 
-def _transition(findings: Findings, change: Transition, which: str, them: str) -> str:
+def _transition(findings: Findings, change: Transition, which: str) -> str:
+    """When a transition happened, which watches it is made of, and its surest events."""
     order = sorted(change.events, key=lambda event: (event.p_value, event.q_value or 0, -_share(findings, event)))
     more = len(order) - NAMED
-    rest = f"; {more} more series jump with {them}" if more > 0 else ""
+    rest = f"; {more} more series {'changes' if more == 1 else 'change'} with them" if more > 0 else ""
     wide = sum(event.wide for event in change.events)
     but = f" but for {count(wide, 'wide one')}" if 0 < wide < len(change.events) else ""
+    watches = f"{count(len(change.watches), 'watch', 'watches')} ({listed(list(change.watches))})"
     return (
         f"{which} happened at about step {step(change.step)} (90% intervals of its jumps{but} "
         f"within {step(change.interval[0])}–{step(change.interval[1])}; 10% to 90% of the change within "
-        f"{step(change.span[0])}–{step(change.span[1])}): "
+        f"{step(change.span[0])}–{step(change.span[1])}) in {watches}, with a score of {number(change.score, 2)}: "
         f"{listed(map(Event.in_words, order[:NAMED]), last=not rest)}{rest}."
     )
 
@@ -85,31 +88,32 @@ def _share(findings: Findings, event: Event) -> float:
 
 
 def _others(findings: Findings) -> list[str]:
-    """The sure events that are no jumps."""
-    others = [e for e in findings.detection.events if e.kind != "jump" and e.sure and run_level(e.series)]
+    """The sure events that belong to no transition."""
+    told = {id(event) for change in findings.transitions for event in change.events}
+    others = [e for e in findings.detection.events if id(e) not in told and e.sure and run_level(e.series)]
     if not others:
         return []
     more = f" and {len(others) - 2 * NAMED} more in the table" if len(others) > 2 * NAMED else ""
-    return [f"Beside the jumps, {listed(map(Event.in_words, others[: 2 * NAMED]), last=not more)}{more}."]
+    return [f"Beside them, {listed(map(Event.in_words, others[: 2 * NAMED]), last=not more)}{more}."]
 
 
 def _order(findings: Findings) -> list[str]:
-    """What came before the main jump and what after it, where that is settled."""
+    """What came before the reference and what after it, where that is settled."""
     rows = [lag for lag in findings.lags if run_level(lag.event.series)]
-    if findings.main is None or not rows:
+    if findings.reference is None or not rows:
         return []
-    clauses = [f"Against the jump of {findings.main.series}:"]
+    clauses = [f"Against the jump of {findings.reference.series}:"]
     settled = [lag for lag in rows if lag.settled]
     for lag in sorted(settled, key=lambda lag: -abs(lag.steps))[: 2 * NAMED]:
         low, high = sorted((abs(lag.interval[0]), abs(lag.interval[1])))
         way, p = ("before", lag.first) if lag.steps < 0 else ("after", 1 - lag.first)
         clauses.append(
-            f"the {lag.event.kind} of {lag.event.series} came {step(abs(lag.steps))} steps {way} it "
+            f"the {lag.event.word} of {lag.event.series} came {step(abs(lag.steps))} steps {way} it "
             f"[{step(low)}, {step(high)}] (probability {probability(p)});"
         )
     if len(settled) > 2 * NAMED:
         clauses.append(f"{len(settled) - 2 * NAMED} more are in the table;")
-    if unsettled := [f"{lag.event.series} ({lag.event.kind})" for lag in rows if not lag.settled]:
+    if unsettled := [f"{lag.event.series} ({lag.event.word})" for lag in rows if not lag.settled]:
         others = " and others" * (len(unsettled) > 2 * NAMED)
         clauses.append(f"the order is not settled for {listed(unsettled[: 2 * NAMED])}{others};")
     return [" ".join(clauses)[:-1] + "."]
@@ -118,7 +122,7 @@ def _order(findings: Findings) -> list[str]:
 def _events_alone(findings: Findings) -> str:
     """Of a run with sure events, none of which is a transition of the run."""
     sure = [event for event in findings.events if event.sure]
-    return f"No transition of the run, but {count(len(sure), 'event')}: {some(list(map(Event.in_words, sure)))}."
+    return f"No main transition of the run, but {count(len(sure), 'event')}: {some(list(map(Event.in_words, sure)))}."
 
 
 def _nothing(findings: Findings) -> str:

@@ -13,14 +13,16 @@ from devmon.analysis.reports.run_words import skipped
 from devmon.analysis.run import ReadOnce, has_rows
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.table import Row, Table, thinned
-from devmon.analysis.transitions.stages import Stage, Transition
+from devmon.analysis.transitions.clusters import Transition
+from devmon.analysis.transitions.stages import Stage
 from devmon.analysis.wording import interval_text, number, step
 
 
 def transitions_table(changes: Sequence[Transition], kinds: Sequence[str]) -> Table:
-    """The run at a glance: one row a transition, with its type A or B in a word (`kinds`)."""
+    """The run at a glance: a row a transition, the main one first, with its type A or B in a word (`kinds`)."""
     rows = []
-    for i, (change, kind) in enumerate(zip(changes, kinds, strict=True), 1):
+    numbered = list(enumerate(zip(changes, kinds, strict=True), 1))
+    for i, (change, kind) in sorted(numbered, key=lambda row: not row[1][0].main):
         order = sorted(change.events, key=lambda event: (event.p_value, event.q_value or 0, event.step))
         moved = [f"{event.series} {'↑' if event.size > 0 else '↓'} {number(abs(event.size))}" for event in order]
         more = f" and {len(order) - 4} more" if len(order) > 4 else ""
@@ -29,8 +31,11 @@ def transitions_table(changes: Sequence[Transition], kinds: Sequence[str]) -> Ta
         span = f"{step(change.span[0])}–{step(change.span[1])}"
         chance = number(min(event.p_value if event.q_value is None else event.q_value for event in order), 2)
         sharp_of = f"{sharp} of {len(order)}"
-        rows.append(Row([str(i), place, span, chance, sharp_of, kind, ", ".join(moved[:4]) + more]))
-    columns = ["transition", "step\n[90% of its jumps]", "10% to 90%\nof the change", "smallest q", "jumps\nresolved"]
+        rank = f"{i}: {'main' if change.main else 'minor'}"
+        cells = [rank, place, span, number(change.score, 2), chance, sharp_of, kind, ", ".join(moved[:4]) + more]
+        rows.append(Row(cells, weak=not change.main))
+    columns = ["transition", "step\n[90% of its jumps]", "10% to 90%\nof the change", "score\n(watches)", "smallest q"]
+    columns.append("events\nresolved")
     return Table([*columns, "type", "what changes"], rows, "", "glance")
 
 
@@ -42,7 +47,8 @@ def stages_table(series: Sequence[Series], parts: Sequence[Stage]) -> Table | No
     columns = ["change of"]
     for part in parts:
         counts[part.kind] += 1
-        columns.append(f"{part.kind} {counts[part.kind]}\nsteps {part.start}–{part.end}")
+        main = " (main)" if part.transition is not None and part.transition.main else ""
+        columns.append(f"{part.kind} {counts[part.kind]}{main}\nsteps {part.start}–{part.end}")
     rows = []
     for each in series:
         if run_level(each.name):
@@ -51,7 +57,7 @@ def stages_table(series: Sequence[Series], parts: Sequence[Stage]) -> Table | No
     note = (
         "Change from the first to the last accepted checkpoint of each part, ± standard error where the instrument "
         "gives one (in brackets the steps, where they are not those of the part). A transition spans the 10% to 90% of "
-        "jumps with q ≤ 0.05 that go on at the same time. "
+        "abrupt jumps with q ≤ 0.05 that go on at the same time. "
     )
     if counts["transition"] == 0:
         note += "No transition: the run is one stage."

@@ -12,7 +12,7 @@ from devmon.analysis.series import run_level
 
 @dataclass(frozen=True)
 class Lag:
-    """How far an event came behind the main one: `steps` (negative: before it), 90% interval, P(it came first).
+    """How far an event came behind the reference: `steps` (negative: before it), 90% interval, P(it came first).
 
     The order is `settled` where the interval leaves out 0 and both events are resolved between their checkpoints.
     """
@@ -24,7 +24,7 @@ class Lag:
     settled: bool
 
 
-def main_event(events: Iterable[Event]) -> Event | None:
+def reference_event(events: Iterable[Event]) -> Event | None:
     """The event that others are compared with: among the sure run-level jumps the largest of prefix matching if there
     is one, else the one with the smallest p-value and, of equals, the largest change against its own interval."""
     sure = [event for event in events if event.kind == "jump" and event.sure and run_level(event.series)]
@@ -34,15 +34,15 @@ def main_event(events: Iterable[Event]) -> Event | None:
     return min(sure, key=lambda event: (event.p_value, -_clarity(event), event.step), default=None)
 
 
-def lags(detection: Detection, main: Event | None) -> list[Lag]:
-    """Every other sure event against `main` (see `main_event`), run-level series first, each by its lag."""
-    if main is None:
+def lags(detection: Detection, reference: Event | None) -> list[Lag]:
+    """Every other sure event against `reference` (see `reference_event`), run-level series first, each by its lag."""
+    if reference is None:
         return []
     rows = []
     for event in detection.events:
-        if event is not main and event.sure:
-            lag = lead_lag(detection.posterior(main), detection.posterior(event))
-            settled = event.resolved and main.resolved and not lag.interval[0] <= 0 <= lag.interval[1]
+        if event is not reference and event.sure:
+            lag = lead_lag(detection.posterior(reference), detection.posterior(event))
+            settled = event.resolved and reference.resolved and not lag.interval[0] <= 0 <= lag.interval[1]
             rows.append(Lag(event, lag.lag, lag.interval, 1 - lag.first, settled))
     return sorted(rows, key=lambda row: (not run_level(row.event.series), row.steps))
 

@@ -12,21 +12,22 @@ must have opposite signs, and n / log n = -Δλ / Δℓ has a solution only from
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import lambertw
+from scipy.special import lambertw, stdtr
 from scipy.stats import norm
 
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.series import Array, Series
-from devmon.analysis.transitions.stages import Change, Stage, change_over, stages
+from devmon.analysis.transitions.stages import Change, Stage, change_across, change_over, stages
 from devmon.errors import DataError
 
 SETTLED = 0.9  # probability from which a type is named
 EQUAL = 0.01  # share of the loss's range over the run that counts as no change, where the loss names no other
 CROSSING_DRAWS = 20_000  # of both changes, for the crossing's median and interval: two digits
+Freedom = tuple[int | None, int | None]  # degrees of freedom of the errors of loss and λ
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,16 @@ def phase_types(
 def types_of(
     parts: Sequence[Stage], loss: Series, llc: Series, detection: Detection, *, equal: float | None = None
 ) -> list[PhaseType]:
-    """The type of the change over each of these parts of a run; a series without errors has that of its own noise."""
+    """The type of the change over each of these parts of a run; a series without errors has that of its own noise.
+
+    Of a transition the changes are across it: from the last accepted value before it to the first after it, wherever
+    these are. Of a stage they are within it.
+    """
     fits = [detection.fits.get(series.name) for series in (loss, llc)]
     sd = [None if fit is None or fit.noise is None else fit.noise.sd for fit in fits]
-    return types_between(loss, llc, [(p.start, p.end) for p in parts], equal=equal, noise=(sd[0], sd[1]))
+    ways = [change_across if part.kind == "transition" else change_over for part in parts]
+    equal, noise = _equal(loss, equal), (sd[0], sd[1])
+    return [_type(loss, llc, part.start, part.end, equal, noise, way) for part, way in zip(parts, ways, strict=True)]
 
 
 def types_between(
@@ -103,33 +110,29 @@ def types_between(
     equal: float | None = None,
     noise: tuple[float | None, float | None] = (None, None),
 ) -> list[PhaseType]:
-    """The type of the change between each pair of steps: last minus first accepted value within it, errors independent.
+    """The type of the change between each pair of steps: last minus first accepted value within it.
 
+    The error of a change is that of its replicates' changes where the series has replicates, else of two independent
+    errors.
     `equal` defaults to the loss's smallest change of interest, else to EQUAL times its range; `noise` (loss, λ) stands
     in for standard errors that a series lacks.
     """
-    values = np.asarray(loss.values, dtype=np.float64)
-    finite = values[np.isfinite(values)]
-    if equal is None:
-        equal = loss.smallest or (EQUAL * float(np.ptp(finite)) if len(finite) else 0.0)
-    if not equal >= 0:
-        raise DataError(f"equal is a change of the loss that counts as none, at least 0, got {equal}")
-    types = []
-    for start, end in boundaries:
-        changes = [_with_error(change_over(s, start, end), sd) for s, sd in zip((loss, llc), noise, strict=True)]
-        types.append(_typed(start, end, changes[0], changes[1], equal))
-    return types
+    equal = _equal(loss, equal)
+    return [_type(loss, llc, start, end, equal, noise, change_over) for start, end in boundaries]
 
 
 def type_probabilities(
-    d_loss: float, loss_se: float, d_llc: float, llc_se: float, equal: float = 0.0
+    d_loss: float, loss_se: float, d_llc: float, llc_se: float, equal: float = 0.0, dof: Freedom = (None, None)
 ) -> dict[str, float]:
-    """Probabilities of A (Δloss < 0, Δλ > 0), B (Δloss <= equal, Δλ < 0) and neither, for independent normal errors."""
+    """Probabilities of A (Δloss < 0, Δλ > 0), B (Δloss <= equal, Δλ < 0) and neither, for independent errors.
+
+    Errors are normal, or Student's with `dof` (loss, λ) degrees of freedom where these are given.
+    """
     for se, what in ((loss_se, "loss_se"), (llc_se, "llc_se")):
         if not se >= 0:
             raise DataError(f"{what} is a standard error, at least 0, got {se}")
-    a = (1 - _at_most(0.0, -d_loss, loss_se)) * (1 - _at_most(0.0, d_llc, llc_se))
-    b = _at_most(equal, d_loss, loss_se) * (1 - _at_most(0.0, -d_llc, llc_se))
+    a = (1 - _at_most(0.0, -d_loss, loss_se, dof[0])) * (1 - _at_most(0.0, d_llc, llc_se, dof[1]))
+    b = _at_most(equal, d_loss, loss_se, dof[0]) * (1 - _at_most(0.0, -d_llc, llc_se, dof[1]))
     return {"A": a, "B": b, "neither": max(1 - a - b, 0.0)}
 
 
@@ -152,12 +155,24 @@ def critical_n(d_loss: Array | float, d_llc: Array | float) -> Array:
 
 
 def crossing(
-    d_loss: float, loss_se: float, d_llc: float, llc_se: float, *, level: float = 0.90, seed: int = 0
+    d_loss: float,
+    loss_se: float,
+    d_llc: float,
+    llc_se: float,
+    *,
+    level: float = 0.90,
+    seed: int = 0,
+    dof: Freedom = (None, None),
 ) -> Crossing:
-    """`critical_n` with the errors of both changes, by CROSSING_DRAWS independent normal draws of each."""
+    """`critical_n` with the errors of both changes, by CROSSING_DRAWS independent draws of each: normal, or Student's
+    with `dof` (loss, λ) degrees of freedom where these are given."""
     generator = np.random.default_rng([seed, 0xC2])
-    loss = d_loss + loss_se * generator.standard_normal(CROSSING_DRAWS)
-    n = critical_n(loss, d_llc + llc_se * generator.standard_normal(CROSSING_DRAWS))
+    errors = [
+        generator.standard_normal(CROSSING_DRAWS) if few is None else generator.standard_t(few, CROSSING_DRAWS)
+        for few in dof
+    ]
+    loss = d_loss + loss_se * errors[0]
+    n = critical_n(loss, d_llc + llc_se * errors[1])
     exists = np.isfinite(n)
     preferred = "after" if np.mean(loss[exists] < 0 if exists.any() else loss < 0) >= 0.5 else "before"
     if not exists.any():
@@ -167,23 +182,49 @@ def crossing(
     return Crossing(middle, (low, high), float(exists.mean()), preferred)
 
 
-def _typed(start: float, end: float, loss: Change | None, llc: Change | None, equal: float) -> PhaseType:
-    if loss is None or loss.se is None or llc is None or llc.se is None:
-        change, what = (loss, "loss") if loss is None or loss.se is None else (llc, "λ")
-        lacks = "two accepted values" if change is None else "a standard error"
-        note = f"{what} lacks {lacks} between steps {start:g} and {end:g}"
-        return PhaseType(start, end, "unresolved", {}, loss, llc, equal, None, note)
-    p = type_probabilities(loss.value, loss.se, llc.value, llc.se, equal)
+def _equal(loss: Series, equal: float | None) -> float:
+    """The change of the loss that counts as none: given, or its smallest one of interest, or EQUAL of its range."""
+    values = np.asarray(loss.values, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    if equal is None:
+        equal = loss.smallest or (EQUAL * float(np.ptp(finite)) if len(finite) else 0.0)
+    if not equal >= 0:
+        raise DataError(f"equal is a change of the loss that counts as none, at least 0, got {equal}")
+    return equal
+
+
+def _type(
+    loss: Series,
+    llc: Series,
+    start: float,
+    end: float,
+    equal: float,
+    noise: tuple[float | None, float | None],
+    way: Callable[[Series, float, float], Change | None],
+) -> PhaseType:
+    """The type between two steps, by changes taken in this way; `noise` is for a change without an error."""
+    d_loss, d_llc = (_with_error(way(s, start, end), sd) for s, sd in zip((loss, llc), noise, strict=True))
+    if d_loss is None or d_loss.se is None or d_llc is None or d_llc.se is None:
+        change, what = (d_loss, "loss") if d_loss is None or d_loss.se is None else (d_llc, "λ")
+        values = "accepted values on both sides of" if way is change_across else "two accepted values between"
+        lacks = values if change is None else "a standard error between"
+        note = f"{what} lacks {lacks} steps {start:g} and {end:g}"
+        return PhaseType(start, end, "unresolved", {}, d_loss, d_llc, equal, None, note)
+    dof = d_loss.dof, d_llc.dof
+    p = type_probabilities(d_loss.value, d_loss.se, d_llc.value, d_llc.se, equal, dof)
     best = max(p, key=lambda kind: p[kind])
     kind = best if p[best] >= SETTLED else "unsettled"
-    n = crossing(loss.value, loss.se, llc.value, llc.se)
+    n = crossing(d_loss.value, d_loss.se, d_llc.value, d_llc.se, dof=dof)
     note = "" if kind != "unsettled" else f"most likely {best}, with probability {p[best]:.2f}"
-    return PhaseType(start, end, kind, p, loss, llc, equal, n, note)
+    return PhaseType(start, end, kind, p, d_loss, d_llc, equal, n, note)
 
 
-def _at_most(bound: float, mean: float, sd: float) -> float:
-    """P(a normal is at most the bound); without an error, whether the mean is."""
-    return float(norm.cdf((bound - mean) / sd)) if sd > 0 else float(mean <= bound)
+def _at_most(bound: float, mean: float, sd: float, dof: int | None) -> float:
+    """P(a normal, or a Student variable, is at most the bound); without an error, whether the mean is."""
+    if not sd > 0:
+        return float(mean <= bound)
+    z = (bound - mean) / sd
+    return float(norm.cdf(z) if dof is None else stdtr(dof, z))
 
 
 def _with_error(change: Change | None, sd: float | None) -> Change | None:

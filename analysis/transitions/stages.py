@@ -1,43 +1,34 @@
 """`stages(series, detection)`: the run cut at its transitions, and how much each series changed in each part.
 
-The transitions are the jumps of the series. With `kinds=("turn", "plateau")` stages end at the critical points of
-smooth curves instead, as in Hoogland et al. (2024, arXiv:2402.02364).
+The transitions are clusters of abrupt jumps (`clusters.transitions`), the main one and the minor events alike. With
+`kinds=("turn", "plateau")` stages end at the critical points of smooth curves instead, as in Hoogland et al. (2024,
+arXiv:2402.02364).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
-from devmon.analysis.detection.events import Event, meet
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.series import Series, run_level
+from devmon.analysis.transitions.clusters import Transition, transitions
 
 
 @dataclass(frozen=True)
 class Change:
-    """Last minus first accepted value of a series in a stage, its standard error (if known), and the two steps."""
+    """Later minus earlier of two accepted values of a series, its standard error (if known), and their steps.
+
+    `dof` are the degrees of freedom of an error measured by few replicates, None where it is taken as known.
+    """
 
     value: float
     se: float | None
     steps: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Transition:
-    """Events of several series that belong together.
-
-    `step` is the median of their estimates, `interval` spans their 90% intervals, `span` their t10 to t90; events with
-    a wide interval count for these only where all have one.
-    """
-
-    step: float
-    interval: tuple[float, float]
-    span: tuple[float, float]
-    events: tuple[Event, ...]
+    dof: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,41 +42,13 @@ class Stage:
     transition: Transition | None = None
 
 
-def transitions(events: Iterable[Event], kinds: Collection[str] = ("jump",)) -> list[Transition]:
-    """Clusters of sure run-level events of these `kinds`, in the order of their steps.
-
-    Beginning with the best located event, another joins it when the 90% interval of each meets the extent of the other.
-    The extent of a jump is its interval together with its t10-t90 span: two rises that go on at the same time are one
-    transition even where their midpoints are told apart. An event with a wide interval places a transition only where
-    all of its events are wide.
-    """
-    left = sorted(
-        (event for event in events if event.kind in kinds and event.sure and run_level(event.series)),
-        key=lambda event: (np.log((event.interval[1] + 1) / (event.interval[0] + 1)), event.step, event.series),
-    )
-    clusters = []
-    while left:
-        members = [event for event in left if _together(left[0], event)]
-        left = [event for event in left if event not in members]
-        placed = [event for event in members if not event.wide] or members
-        clusters.append(
-            Transition(
-                step=float(np.median([event.step for event in placed])),
-                interval=(min(e.interval[0] for e in placed), max(e.interval[1] for e in placed)),
-                span=(min(e.extent[0] for e in placed), max(e.extent[1] for e in placed)),
-                events=tuple(members),
-            )
-        )
-    return sorted(clusters, key=lambda transition: transition.step)
-
-
 def stages(series: Sequence[Series], detection: Detection, kinds: Collection[str] = ("jump",)) -> list[Stage]:
     """Stages and transitions in turn, from the first to the last checkpoint; one stage where nothing was found.
 
     Changes are those of the run-level series, from the first to the last accepted checkpoint within the part. A
     transition reaches from the checkpoint before its span to the one after it; two that overlap meet halfway.
     """
-    return stages_between(series, transitions(detection.events, kinds))
+    return stages_between(series, transitions(detection, kinds))
 
 
 def stages_between(series: Sequence[Series], changes: Sequence[Transition]) -> list[Stage]:
@@ -118,14 +81,27 @@ def stages_between(series: Sequence[Series], changes: Sequence[Transition]) -> l
 
 def change_over(series: Series, start: float, end: float) -> Change | None:
     """Last minus first accepted value from step `start` to `end`; None where there are not two."""
-    values = np.asarray(series.values, dtype=float)
     where = np.flatnonzero(series.good & (series.steps >= start) & (series.steps <= end))
-    if len(where) < 2:
+    return _change(series, where[0], where[-1]) if len(where) >= 2 else None
+
+
+def change_across(series: Series, start: float, end: float) -> Change | None:
+    """The first accepted value from step `end` on minus the last one up to `start`; None where a side has none."""
+    before = np.flatnonzero(series.good & (series.steps <= start))
+    after = np.flatnonzero(series.good & (series.steps >= end))
+    if not len(before) or not len(after) or before[-1] >= after[0]:
         return None
-    a, b = where[0], where[-1]
-    se = None if series.se is None else float(np.hypot(series.se[a], series.se[b]))
-    return Change(float(values[b] - values[a]), se, (int(series.steps[a]), int(series.steps[b])))
+    return _change(series, before[-1], after[0])
 
 
-def _together(a: Event, b: Event) -> bool:
-    return meet(a.interval, b.extent) and meet(b.interval, a.extent)
+def _change(series: Series, a: int, b: int) -> Change:
+    """The change from index a to b; its error is that of the replicates' changes, else of two independent errors."""
+    values = np.asarray(series.values, dtype=np.float64)
+    change = Change(float(values[b] - values[a]), None, (int(series.steps[a]), int(series.steps[b])))
+    # What is common to both steps (chains that share their noise, the same items) drops out of the difference.
+    if series.replicates is not None:
+        paired = np.asarray(series.replicates, dtype=np.float64)
+        paired = paired[:, b] - paired[:, a]
+        if len(paired) > 1 and np.isfinite(paired).all():
+            return replace(change, se=float(paired.std(ddof=1) / np.sqrt(len(paired))), dof=len(paired) - 1)
+    return change if series.se is None else replace(change, se=float(np.hypot(series.se[a], series.se[b])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,8 @@ def detect(
     nulls: Annotated[int | None, NULLS] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Find phase transitions: each event with its kind, step, 90% interval, size, width, p-value and q-value.
+    """Find phase transitions: the main one and minor events, then each event with its kind, step, 90% interval, size,
+    width, p-value and q-value.
 
     p is the share of simulated nulls (smooth drift with the same noise and autocorrelation) that show an event as
     prominent; q corrects it for the number of series (Benjamini-Hochberg). NO EVENT is a result.
@@ -53,6 +55,7 @@ def detect(
 
     from devmon.analysis import Detector, series_of
     from devmon.analysis import detect as run_detector
+    from devmon.analysis.transitions.clusters import headline, main_first, transitions
 
     searched = [s for s in series_of(open_run(run)) if (all_heads or "[" not in s.name)]
     if series:
@@ -63,9 +66,13 @@ def detect(
     settings: dict[str, Any] = {"alpha": alpha} | ({} if nulls is None else {"n_null": nulls})
     with Console(stderr=True).status(f"searching {len(searched)} series"):
         detection = run_detector(searched, Detector(**settings))
+    changes = main_first(transitions(detection))
     if as_json:
-        typer.echo(detection.to_json())
+        said = {"transitions": [change.to_dict() for change in changes]} | json.loads(detection.to_json())
+        typer.echo(json.dumps(said, indent=1, allow_nan=False))
     else:
+        if words := headline(changes):
+            typer.echo(f"{words[0].upper()}{words[1:]}.")
         Console().print(events_table(detection))
 
 

@@ -40,6 +40,6 @@ def test_a_notebook_shows_a_trajectory_and_an_event_escaped(tmp_path: Path) -> N
     assert "<i>T" not in html
     one = jump("<b>/x", 640, resolved=False, note="measure step 600")
     assert one._repr_html_() == (
-        "<p><b>jump</b>: &lt;b&gt;/x rises by 1 at step 640 [635, 645] (p = 0.005, q = 0.01). "
+        "<p><b>jump</b>: &lt;b&gt;/x rises abruptly by 1 at step 640 [635, 645] (p = 0.005, q = 0.01). "
         "Not resolved in time: measure step 600.</p>"
     )

@@ -8,12 +8,23 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
+from scipy.stats import t as student
 
 from devmon.analysis.detection.detector import Detector
+from devmon.analysis.detection.results import Detection
 from devmon.analysis.detection.search import detect
 from devmon.analysis.series import Series
-from devmon.analysis.transitions.phases import critical_n, crossing, phase_types, type_probabilities, types_between
-from devmon.analysis.transitions.stages import transitions
+from devmon.analysis.transitions.clusters import transitions
+from devmon.analysis.transitions.phases import (
+    PhaseType,
+    critical_n,
+    crossing,
+    phase_types,
+    type_probabilities,
+    types_between,
+    types_of,
+)
+from devmon.analysis.transitions.stages import Stage
 from devmon.errors import DataError
 
 # linear regression transformer, Hoogland et al. 2402.02364: values at the ends of the stages LR1 ... LR5
@@ -159,10 +170,66 @@ def test_the_types_of_the_stages_between_critical_points() -> None:
     llc = curve("llc/llc", [-0.7, 20.7, 169.3, 156.9, 112.8, 116.3], 0.1)
     loss = curve("probe/loss", [4.45, 4.13, 1.90, 1.83, 1.78, 1.75], 0.001)
     detection = detect(llc)
-    ends_found = [change.step for change in transitions(detection.events, ("turn", "plateau"))]
+    ends_found = [change.step for change in transitions(detection, ("turn", "plateau"))]
     assert len(ends_found) == 4, ends_found
     both = replace(detection, fits={**detection.fits, **detect(loss).fits})
     types = phase_types([loss, llc], both, of="stage", kinds=("turn", "plateau"))
     assert [one.kind for one in types] == ["A", "A", "B", "B", "A"], types
     with pytest.raises(DataError, match="'transition' or 'stage'"):
         phase_types([loss, llc], both, of="event")
+
+
+def across(llc: Series, loss: Series, start: int = 400, end: int = 700, *, kind: str = "transition") -> PhaseType:
+    (told,) = types_of([Stage(kind, start, end, {})], loss, llc, Detection({}, (), 0, {}))
+    return told
+
+
+def paired(steps: np.ndarray, values: np.ndarray, sd: float, common: float) -> np.ndarray:
+    """(8, n) replicates whose mean is `values`: each has a level of its own, common to all steps, and noise of sd."""
+    rng = np.random.default_rng(5)
+    away = common * rng.standard_normal((8, 1)) + sd * rng.standard_normal((8, len(steps)))
+    return values + away - away.mean(0)
+
+
+def test_the_change_across_a_transition_needs_values_on_both_sides_alone() -> None:
+    steps = np.arange(0, 1001, 100)
+    loss = Series("loss", steps, np.where(steps < 550, 3.0, 2.0), np.full(11, 0.01))
+    values = np.where(steps < 550, 60.0, 50.0)
+    inside = (steps >= 400) & (steps <= 800)  # all that the transition holds, and more, is rejected
+    told = across(Series("llc", steps, values, np.ones(11), rejected=inside), loss)
+    assert told.kind == "B"
+    assert told.llc is not None
+    assert (told.llc.value, told.llc.steps, told.llc.dof) == (-10, (300, 900), None)
+    assert told.llc.se == pytest.approx(2**0.5)
+    late = across(Series("llc", steps, values, np.ones(11), rejected=steps > 500), loss)
+    assert (late.kind, late.note) == ("unresolved", "λ lacks accepted values on both sides of steps 400 and 700")
+    within = across(Series("llc", steps, values, np.ones(11), rejected=inside), loss, kind="stage")
+    assert within.note == "λ lacks two accepted values between steps 400 and 700"
+
+
+def test_what_is_common_to_both_sides_drops_out_of_the_error() -> None:
+    steps = np.arange(0, 1001, 100)
+    loss = Series("loss", steps, np.where(steps < 550, 3.0, 2.0), np.full(11, 0.01))
+    values = np.where(steps < 550, 60.0, 55.0)
+    replicates = paired(steps, values, sd=1.0, common=30.0)
+    bare = across(Series("llc", steps, values, np.full(11, 10.0)), loss)
+    told = across(Series("llc", steps, values, np.full(11, 10.0), replicates=replicates), loss)
+    assert (bare.kind, told.kind) == ("unsettled", "B")
+    assert told.llc is not None
+    contrast = replicates[:, 7] - replicates[:, 4]
+    assert told.llc.se == pytest.approx(contrast.std(ddof=1) / 8**0.5)
+    assert told.llc.dof == 7
+    # of 8 replicates the tails are Student's
+    near = np.where(steps < 550, 55.5, 55.0)
+    doubtful = across(Series("llc", steps, near, None, replicates=replicates - values + near), loss)
+    z = 0.5 / told.llc.se
+    assert abs(student.cdf(z, 7) - norm.cdf(z)) > 0.005
+    assert doubtful.probabilities["B"] == pytest.approx(student.cdf(z, 7), rel=1e-6)
+    holed = np.where(steps == 700, np.nan, replicates)
+    fallen_back = across(Series("llc", steps, values, np.full(11, 10.0), replicates=holed), loss)
+    assert fallen_back.llc == bare.llc
+
+
+def test_the_crossing_of_few_replicates_is_wider() -> None:
+    known, few = crossing(-0.05, 0.005, 3.5, 0.2), crossing(-0.05, 0.005, 3.5, 0.2, dof=(3, 3))
+    assert few.interval[1] - few.interval[0] > 1.2 * (known.interval[1] - known.interval[0])

@@ -9,19 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 
+from devmon.analysis.derive.llc import llc
+from devmon.analysis.derive.llc_loss import loss_of_llc
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.bibtex import bibtex
 from devmon.analysis.reports.evidence import Evidence, type_in_words
+from devmon.analysis.reports.findings import examine
 from devmon.analysis.reports.references import CITED, references
 from devmon.analysis.reports.story import tell
 from devmon.analysis.reports.writers import as_html, as_markdown
 from devmon.analysis.series import Series
+from devmon.analysis.transitions.clusters import transitions
 from devmon.analysis.transitions.phases import types_between
 from devmon.analysis.transitions.schedule import schedule_of
-from devmon.analysis.transitions.stages import transitions
 from tests.support.reports import TEN, content, detection, findings, jump, sketches
-from tests.support.synthetic import Run, watch
+from tests.support.synthetic import Run, traces, watch
 
 
 def evidence(measured: list[Series], searched: Detection, run: Run | None = None) -> Sequence[Evidence]:
@@ -51,6 +55,39 @@ def test_the_type_is_told_with_both_changes(lam: Any, loss: Any, kind: str) -> N
         one, Series("l", other.steps, other.values, other.se, "", np.ones(21, bool)), [(500, 700)]
     )
     assert "cannot be told: λ lacks two accepted values" in type_in_words(rejected)
+
+
+def test_a_peak_of_the_llc_is_told_beside_the_change_across_it() -> None:
+    loss, llc = series("loss/loss", 3.0, 2.5, 0.01), series("llc/llc", 60, 50, 1.0)
+    peak = jump("llc/llc", 610, kind="bump", size=40.0, abrupt=False)
+    elsewhere = jump("llc/llc", 100, kind="bump", size=40.0, abrupt=False)
+    (row,) = evidence([loss, llc], detection(jump("loss/loss", 600, span=100), peak, elsewhere))
+    told = " ".join(row.sentences)
+    assert "Type B (probability > 0.99): over steps 500–700" in told
+    assert "λ̂ by −10 ± 1.4. Within it llc/llc has a bump of 40 over steps 560–660 at step 610" in told
+    assert "at step 100" not in told
+
+
+def test_the_loss_is_that_of_the_data_that_the_llc_is_of() -> None:
+    """A loss on other data that rises says nothing of the type: λ̂ belongs to the loss that its chains sample."""
+    steps = np.arange(0, 1001, 50)
+    data = traces(steps, np.where(steps < 600, 60.0, 20.0), np.random.default_rng(0))
+    falls = xr.where(data["step"] < 600, 1.0, 0.0)
+    data["loss"], data["baseline"] = data["loss"] + falls, data["baseline"] + falls
+    run = Run({"llc": data, "loss": watch(steps, {"loss": np.where(steps < 600, 2.0, 2.5)}, None, "ProbeLoss")})
+    (row,) = examine(
+        run, detection=detection(jump("llc/llc", 600, span=100), outcomes={"loss/loss": "NO EVENT"})
+    ).evidence
+    told = " ".join(row.sentences)
+    assert re.search(
+        r"Type B \(probability > 0\.99\): over steps 500–700 the loss changes by −(0\.99|1)\d* ± 0\.0", told
+    )
+    own = loss_of_llc("llc", data, llc(data))
+    assert own is not None
+    assert own.values == pytest.approx(data["baseline"].values[:, :, 20:].mean((1, 2)))
+    assert own.replicates is not None
+    assert own.replicates.mean(0) == pytest.approx(own.values)
+    assert loss_of_llc("llc", data.drop_vars("baseline"), llc(data)) is None
 
 
 def test_without_an_llc_no_type_is_told() -> None:
@@ -105,14 +142,14 @@ def test_evidence_stands_with_its_own_transition() -> None:
     found = [jump("a/x", 100, span=10), jump("b/x", 2000, span=10, resolved=False, note="measure step 1999")]
     steps = np.arange(0, 3000, 100)
     made = content(Run({"a": watch(steps, {"x": steps * 1.0}, None, "Mine")}), *found)
-    assert len(transitions(found)) == 2
+    assert len(transitions(detection(*found))) == 2
     lines = as_markdown(made).splitlines()
     assert any(line.startswith("- Transition 2: ") and "measure step 1999" in line for line in lines)
     assert not any(line.startswith("- Transition 1") for line in lines)
     both = findings([Series("a/x", steps, steps * 1.0)], detection(*found))
     beside = [Evidence(["Of the one."]), Evidence(["Of the other."])]
     story = tell(replace(both, evidence=beside))
-    assert story.happened[0].endswith("2 transitions, at about steps 100, 2000.")
+    assert story.happened[0].endswith("one main transition, at about step 100, and 1 minor event, at about step 2000.")
     assert [words.rpartition(". ")[2] for words in story.happened[1:3]] == ["Of the one.", "Of the other."]
 
 

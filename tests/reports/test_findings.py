@@ -16,7 +16,7 @@ from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.reports import findings as findings_module
 from devmon.analysis.reports.findings import examine
 from devmon.analysis.reports.report import content_of
-from devmon.analysis.transitions import order, phases, stages
+from devmon.analysis.transitions import clusters, order, phases, stages
 from tests.support.reports import TEN, detection, jump, small_run
 from tests.support.synthetic import Run, watch
 
@@ -45,14 +45,14 @@ def test_a_report_reads_and_derives_everything_once(monkeypatch: pytest.MonkeyPa
     run, calls = Counting(small_run()), Counter[str]()
     events = jump("loss/loss", 640, size=-0.25), jump("llc/llc", 610, span=100)
     searched = detection(*events, outcomes={"induction/prefix_matching max": "NO EVENT"})
-    for function in (derived.llc, stages.transitions, stages.stages_between, order.main_event, order.lags):
-        for module in (derived, watch_series, findings_module, stages, phases, order):
+    for function in (derived.llc, clusters.transitions, stages.stages_between, order.reference_event, order.lags):
+        for module in (derived, watch_series, findings_module, clusters, stages, phases, order):
             if getattr(module, function.__name__, None) is function:
                 monkeypatch.setattr(module, function.__name__, counted(calls, function))
     said = content_of(examine(run, detection=searched))
     assert {"llc", "order", "stages"} <= {section.key for section in said.sections}
     assert run.reads == dict.fromkeys(run.data, 1)
-    assert calls == {"llc": 1, "transitions": 1, "stages_between": 1, "main_event": 1, "lags": 1}
+    assert calls == {"llc": 1, "transitions": 1, "stages_between": 1, "reference_event": 1, "lags": 1}
 
 
 def test_findings_hold_the_series_of_the_run_and_its_events_in_order() -> None:
@@ -70,4 +70,4 @@ def test_findings_hold_the_series_of_the_run_and_its_events_in_order() -> None:
 def test_without_a_search_of_its_own_the_run_is_searched() -> None:
     known = examine(Run({"w": watch(TEN, {"x": np.ones(10)}, None, "Mine")}))
     assert {name: fit.outcome for name, fit in known.detection.fits.items()} == {"w/x": "NO EVENT"}
-    assert (known.main, known.lags, known.transitions, known.evidence) == (None, [], [], [])
+    assert (known.main, known.reference, known.lags, known.transitions, known.evidence) == (None, None, [], [], [])

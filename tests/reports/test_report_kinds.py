@@ -25,7 +25,7 @@ from devmon.analysis.reports.tables import transitions_table
 from devmon.analysis.reports.watches import panels_each
 from devmon.analysis.series import Series
 from devmon.analysis.table import Table
-from devmon.analysis.transitions.stages import transitions
+from devmon.analysis.transitions.clusters import transitions
 from tests.support.reports import content, detection, figures, jump, told
 from tests.support.synthetic import STEPS, Run, traces, watch
 
@@ -53,7 +53,7 @@ def test_every_kind_has_a_colour_a_line_a_mark_and_a_meaning_of_its_own() -> Non
     (event("bump"), "a/x has a bump of 0.5 over steps 200–400 at step 300 [295, 305] (p = 0.005, q = 0.01)"),
     (event("bump", size=-0.5, span=None), "a/x has a dip of 0.5 at step 300 [295, 305] (p = 0.005, q = 0.01)"),
     (event("turn", span=None, size=-1), "a/x has a minimum at step 300 [295, 305] (p = 0.005, q = 0.01)"),
-    (event("jump", size=-1), "a/x falls by 1 at step 300 [295, 305] (p = 0.005, q = 0.01)"),
+    (event("jump", size=-1), "a/x falls abruptly by 1 at step 300 [295, 305] (p = 0.005, q = 0.01)"),
     (event("swirl", span=None), "a/x has a swirl at step 300 [295, 305] (p = 0.005, q = 0.01)"),
 ])  # fmt: skip
 def test_an_event_in_words(found: Any, words: str) -> None:
@@ -75,7 +75,7 @@ def test_the_forest_marks_each_kind_and_names_only_those_it_holds() -> None:
 
 
 def test_the_forest_numbers_the_transitions_over_their_spans() -> None:
-    found = transitions([jump("a/x", 100, span=10), jump("b/x", 600, span=50)])
+    found = transitions(detection(jump("a/x", 100, span=10), jump("b/x", 600, span=50)))
     _, ax = plots.plot_events([jump("a/x", 100)], found, steps=STEPS)
     strips = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches]
     assert strips == [(90, 110), (550, 650)]
@@ -98,15 +98,16 @@ def test_what_lasts_has_a_bar_over_its_span_and_a_legend_entry() -> None:
 def test_a_run_with_a_plateau_alone_has_no_transition() -> None:
     head, happened, _ = told(event("plateau"))
     assert head == "EVENTS"
-    assert happened.startswith("No transition of the run, but 1 event: a/x has a plateau")
+    assert happened.startswith("No main transition of the run, but 1 event: a/x has a plateau")
 
 
 def test_the_table_of_transitions_counts_and_orders() -> None:
-    events = [jump("a/x", 600, size=2.0), jump("b/x", 605, size=-0.3, resolved=False, q=0.03), jump("c/x", 20, span=5)]
-    table = transitions_table(transitions(events), ["A (0.97)", "–"])
+    events = [jump("a/x", 600, size=2.0), jump("b/x", 605, size=-0.3, q=0.03),
+              jump("c/x", 20, span=5, resolved=False)]  # fmt: skip
+    table = transitions_table(transitions(detection(*events)), ["A (0.97)", "–"])
     assert [row.cells for row in table.rows] == [
-        ["1", "20 [15, 25]", "15–25", "0.01", "1 of 1", "A (0.97)", "c/x ↑ 1"],
-        ["2", "602 [595, 610]", "550–655", "0.01", "1 of 2", "–", "a/x ↑ 2, b/x ↓ 0.3"],
+        ["2: main", "602 [595, 610]", "550–655", "2", "0.01", "2 of 2", "–", "a/x ↑ 2, b/x ↓ 0.3"],
+        ["1: minor", "20 [15, 25]", "15–25", "0.4", "0.01", "0 of 1", "A (0.97)", "c/x ↑ 1"],
     ]
 
 
@@ -115,7 +116,7 @@ def test_the_page_opens_with_outcome_transitions_and_timeline() -> None:
     story = content(run, jump("a/x", 600)).sections[0].blocks
     assert [type(block).__name__ for block in story[:4]] == ["Paragraph", "Paragraph", "Table", "Figure"]
     assert isinstance(story[1], Paragraph)
-    assert story[1].text == "Between steps 0 and 2000 the run went through 1 transition."
+    assert story[1].text == "Between steps 0 and 2000 the run went through one main transition, at about step 600."
     quiet = content(run)
     assert not any(isinstance(block, Table | Figure) for block in quiet.sections[0].blocks)
 

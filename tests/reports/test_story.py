@@ -18,7 +18,7 @@ def test_what_came_first_is_said_the_right_way_round() -> None:
     early, late = jump("prev/x", 560, span=150), jump("gain/x", 700, span=150)
     head, happened, _ = told(main, early, late)
     assert head == "EVENTS"
-    assert "1 transition." in happened
+    assert "one main transition, at about step 640." in happened
     assert re.search(r"the jump of prev/x came 80 steps before it \[7\d, 8\d\] \(probability > 0\.99\)", happened)
     assert re.search(r"the jump of gain/x came 60 steps after it", happened)
     rows = {row.event.series: row for row in lags(detection(main, early, late), main)}

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis.derive.watch_series import series_of
-from devmon.analysis.detection.events import Event, Fit
+from devmon.analysis.detection.events import Event, Fit, Trend
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.content import Content, Figure, Panel
 from devmon.analysis.reports.findings import Findings, examine, findings_of
@@ -27,11 +27,14 @@ TEN = np.arange(0, 100, 10)
 
 def jump(series: str, step: float, *, half: float = 5.0, span: float = 50.0, q: float = 0.01, **more: Any) -> Event:
     found = Event("jump", step, (step - half, step + half), 1.0, (0.9, 1.1), 0.1, (step - span, step + span), 0.005, q,
-                  True, "", series)  # fmt: skip
+                  True, "", series, p_abrupt=0.001, abrupt=True)  # fmt: skip
     return replace(found, **more)
 
 
-def detection(*events: Event, outcomes: dict[str, str] | None = None) -> Detection:
+def detection(
+    *events: Event, outcomes: dict[str, str] | None = None, ranges: Mapping[str, float] | None = None
+) -> Detection:
+    """A search that found these events; `ranges` are those of the smoothed curves, of series that have one."""
     fits: dict[str, Fit] = {}
     for event in events:
         draws = np.linspace(*event.interval, 50)
@@ -39,6 +42,9 @@ def detection(*events: Event, outcomes: dict[str, str] | None = None) -> Detecti
         locations = (*known.locations, (event, draws))
         fits[event.series] = replace(known, found=(*known.found, event), locations=locations)
     fits |= {name: Fit(outcome, series=name) for name, outcome in (outcomes or {}).items()}
+    for name, spread in (ranges or {}).items():
+        line = spread * np.linspace(0, 1, len(TEN))
+        fits[name] = replace(fits[name], trend=Trend(TEN.astype(float), line, line, line))
     return Detection(fits, events, 40, {"n_null": 199, "level": 0.9})
 
 

@@ -18,7 +18,7 @@ GLOSSARY = (
      "its height."),
     ("transition", "Abrupt jumps that go on at the same time, and what else changes in other series then, as one "
      "change of the run. Those whose interval is wider than a factor of 2 do not place it, unless all are."),
-    ("main transition", "The one with the highest score, if half of the watches (or three) change in it; the others are "
+    ("main transition", "The one with the highest score, if half of the watches (or three) change in it; others are "
      "minor events. No main transition is a result, too."),
     ("score", "Of a transition: for each watch the share of a series' range that surely changes, less (by a factor of "
      "0.4 each) where it is not resolved, not abrupt or badly placed; summed over watches. Variables, heads and layers "

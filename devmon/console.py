@@ -107,9 +107,9 @@ def events_table(detection: Any) -> Any:
     for name, fit in detection.fits.items():
         events = [event for event in detection.events if event.series == name]
         for e in events:
-            kind, width = e.kind + ("" if e.resolved else "*"), "" if e.width is None else f"{e.width:.2f}"
+            word, width = e.word + ("" if e.resolved else "*"), "" if e.width is None else f"{e.width:.2f}"
             where = (f"{e.step:.0f}", f"{e.interval[0]:.0f} to {e.interval[1]:.0f}")
-            table.add_row(safe(name), kind, *where, f"{e.size:+.3g}", width, f"{e.p_value:.3f}", f"{e.q_value:.3f}")
+            table.add_row(safe(name), word, *where, f"{e.size:+.3g}", width, f"{e.p_value:.3f}", f"{e.q_value:.3f}")
         if not events:
             table.add_row(safe(name), fit.outcome)
     return table

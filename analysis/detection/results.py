@@ -92,7 +92,7 @@ def events_table(events: Sequence[Event], family: int) -> Table:
     """One row an event; those that do not stand among `family` tests are weak."""
     columns = [
         "series",
-        "kind",
+        "event",
         "step [90%]",
         "size [90%]",
         "width\n(decades)",
@@ -106,7 +106,7 @@ def events_table(events: Sequence[Event], family: int) -> Table:
         size = f"{number(event.size)} {interval_text(event.size_interval, number)}"
         resolved = "yes" if event.resolved else f"no: {event.note}" if event.note else "no"
         chance = [number(event.p_value, 2), number(event.q_value, 2)]
-        cells = [event.series, event.kind, place, size, number(event.width, 2), *chance, resolved]
+        cells = [event.series, event.word, place, size, number(event.width, 2), *chance, resolved]
         rows.append(Row(cells, weak=not event.sure))
     note = "Grey: q > 0.05, does not stand among all tests." if any(row.weak for row in rows) else ""
     return Table(columns, rows, note if rows else "No event in any series; each one's outcome is listed here.", "long")

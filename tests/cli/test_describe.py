@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -79,8 +78,15 @@ def test_the_command_prints_the_text_and_the_variables_as_a_table(monkeypatch: p
     class Heads:
         size: int = 3
 
+    @dataclass
+    class Plain:
+        """Norms.
+
+        Returns norm(layer): of each layer, `size` of them.
+        """
+
     Heads.__doc__ = DOC
-    monkeypatch.setattr("devmon.cli.describe.instruments", lambda: {"Heads": Heads, "RepeatGain": RepeatGain})
+    monkeypatch.setattr("devmon.cli.describe.instruments", lambda: {"Heads": Heads, "Plain": Plain})
     lines = CliRunner().invoke(app, ["instruments", "Heads"]).output.splitlines()
     rows = {line.split()[0]: line for line in lines if line.strip()}
     assert rows["size:"] == "  size: int  = 3"
@@ -89,10 +95,7 @@ def test_the_command_prints_the_text_and_the_variables_as_a_table(monkeypatch: p
     assert rows["uniform"].split() == ["uniform", "attention", "attention", "spread", "evenly."]
     order = [lines.index(line) for line in ("Scores are means over queries.", rows["returns"], "Pitfalls: none.")]
     assert order == sorted(order)
-    doc = inspect.getdoc(RepeatGain)
-    assert doc is not None
-    shown = " ".join(CliRunner().invoke(app, ["instruments", "RepeatGain"]).output.split())
-    assert all(word in shown for word in re.sub(r"[^\w ]", " ", doc).split())
+    assert CliRunner().invoke(app, ["instruments", "Plain"]).output.rstrip().endswith(inspect.getdoc(Plain) or "none")
 
 
 def test_every_instrument_is_cited() -> None:

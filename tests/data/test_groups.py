@@ -17,10 +17,19 @@ def spread(groups: np.ndarray) -> np.ndarray:
     return np.asarray(groups.std(0, ddof=1) / np.sqrt(len(groups)))
 
 
-def test_groups_of_equal_counts_are_means_of_every_eighth_item() -> None:
+def test_groups_of_equal_counts_are_means_of_one_item_a_round_dealt_from_the_next_group_on() -> None:
     total = np.random.default_rng(0).normal(size=(32, 3))
     groups = clustered_groups(total, np.ones(32))
-    np.testing.assert_allclose(groups, np.stack([total[r::8].mean(0) for r in range(8)]))
+    members = [[8 * b + (r - b) % 8 for b in range(4)] for r in range(8)]
+    np.testing.assert_allclose(groups, np.stack([total[mine].mean(0) for mine in members]))
+
+
+@pytest.mark.parametrize("turns", [2, 4, 8])
+def test_kinds_of_sequences_that_take_turns_are_in_all_groups_alike(turns: int) -> None:
+    """Half of a probe batch may be of another kind, in turn: dealt by i mod 8, whole groups would be of one kind."""
+    kind = np.arange(64) % turns
+    groups = clustered_groups(1.0 * (kind < turns // 2), np.ones(64))
+    np.testing.assert_allclose(groups, 0.5)
 
 
 def test_by_hand_on_unequal_counts() -> None:
@@ -55,7 +64,7 @@ def test_items_of_no_weight_leave_the_others_where_they_are() -> None:
     total, count = np.arange(16.0), np.ones(16)
     count[3], total[3] = 0, 0
     moved = clustered_groups(total, count) - total.sum() / 15
-    np.testing.assert_allclose(moved[4], 8 * (4 + 12 - 2 * total.sum() / 15) / 15)
+    np.testing.assert_allclose(moved[4], 8 * (4 + 11 - 2 * total.sum() / 15) / 15)
 
 
 def test_nothing_is_nan_without_a_warning() -> None:

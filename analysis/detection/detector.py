@@ -21,7 +21,7 @@ from devmon.analysis.detection.chain import Chain
 from devmon.analysis.detection.constants import EXACT, FEWEST, JITTER, SMALLEST, SPAN, TAIL
 from devmon.analysis.detection.events import Event, Fit, Noise, Trend
 from devmon.analysis.detection.measure import Ruler
-from devmon.analysis.detection.noise import correlation, covariance, of_replicates, spikes
+from devmon.analysis.detection.noise import correlation, covariance, of_replicates, spikes, without_rises
 from devmon.analysis.detection.spline import Spline
 from devmon.analysis.detection.trend import trend
 from devmon.analysis.detection.windows import CHANGE, SLOPE, Extremum, Windows, p_value, windows_of
@@ -122,9 +122,13 @@ class Search:
     def _estimated(self, se: Array | None) -> None:
         """The noise from the curve itself, bounded by given errors, which it exceeds only as far as the places bear
         it out."""
-        loglik, sd = self.windows.noise.fit(self.values[:, None])
-        k = correlation(loglik[:, 0])
-        self.phi, self.sd, self.wider = self.windows.phi(k), sd[k, :, 0], 1.0
+        # rises between rests hide these: they are taken out where the likelihood pays for each of their changes
+        rests, taken = without_rises(self.x, self.values)
+        loglik, sd = self.windows.noise.fit(np.stack([self.values, rests], axis=1)[:, : 1 + (taken > 0)])
+        which = int(loglik[:, -1].max() - taken * self.windows.noise.cost > loglik[:, 0].max())
+        k, free = correlation(loglik[:, which]), len(rests) - 2
+        self.phi, self.wider = self.windows.phi(k), 1.0
+        self.sd = sd[k, :, which] * np.sqrt(free / max(free - which * taken, 1))
         if se is None:
             return
         # a level above the errors is the training's own jitter, or structure: the errors weigh as much as SPAN places;

@@ -10,7 +10,10 @@ correlated noise for wiggles.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
@@ -47,6 +50,8 @@ class NoiseModel:
         self.overlap = max(1.0, len(self.starts) * m / n)
         parts = [self._window(x[a : a + m], counts[a : a + m], min(2.0, n / m)) for a in self.starts]
         self.whiten, self.logdet, self.odd, self.wider = (np.array(part) for part in zip(*parts, strict=True))
+        # log prior odds of each rise and point, and what its size costs (Schwarz)
+        self.cost = float(np.log(self.odd.shape[-1]) + 0.5 * np.log(m - 2))
         # the noise at a place is a mean over the windows that hold it, most of those in whose middle it lies; a mean of
         # roots, so that one window with a corner counts less
         self.mix = np.zeros((n, len(self.starts)))
@@ -91,7 +96,6 @@ class NoiseModel:
         d, number, series = self.length - 2, len(np.array(PHIS)[which]), values.shape[1]
         loglik, sd = np.zeros((number, series)), np.empty((number, len(self.starts), series))
         tiny = 1e-300 + (EXACT * np.ptp(values, axis=0)) ** 2
-        cost = np.log(self.odd.shape[-1]) + 0.5 * np.log(d)  # prior odds of each rise and point, and its own parameter
         for i, a in enumerate(self.starts):
             z = values[a : a + self.length] - values[a : a + self.length].mean(0)
             left = np.matmul(self.whiten[i, which], z)  # (phi, share, d, series)
@@ -99,7 +103,7 @@ class NoiseModel:
             # the rise or point that takes most off the sum of squares, where it is worth its cost
             gain = np.square(np.matmul(np.swapaxes(self.odd[i, which], -1, -2), left)).max(2)
             less = np.maximum(rss - gain, 1e-12 * rss) + d * tiny
-            freed = 0.5 * d * np.log(rss / d) - 0.5 * (d - 1) * np.log(less / (d - 1)) - cost
+            freed = 0.5 * d * np.log(rss / d) - 0.5 * (d - 1) * np.log(less / (d - 1)) - self.cost
             logs = np.maximum(freed, 0) - 0.5 * self.logdet[i, which][..., None] - 0.5 * d * np.log(rss / d)
             size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, which][..., None]
             best = logs.max(1)
@@ -123,6 +127,33 @@ def of_replicates(model: NoiseModel, replicates: Array) -> tuple[int, Array]:
     loglik, sd = model.fit((replicates - replicates.mean(0)).T)
     k = correlation(loglik.sum(1))
     return k, np.sqrt(np.mean(sd[k] ** 2, axis=1) / (count - 1))
+
+
+def without_rises(x: Array, values: Array) -> tuple[Array, int]:
+    """The values with sharp rises between rests taken out, for their noise alone; and how many gaps that takes.
+
+    A rise is one to three changes the same way, each by more than SPIKE noise sd, with two changes within these on
+    both sides, over gaps of at least half its own: checkpoints close together are no rest. There the noise is known
+    from the rests, where a window, whose likelihood allows one rise, takes stairs for correlated noise.
+    """
+    change, gap = np.diff(values), np.diff(x)
+    large = np.abs(change) > SPIKE * _wiggles(values)
+    way = large * np.sign(change)
+    ends = np.flatnonzero(np.diff(way, prepend=0.0, append=0.0))  # of runs of large changes the same way
+    taken = np.zeros(len(change), dtype=bool)
+    for a, b in itertools.pairwise(ends):
+        beside = [a - 2, a - 1, b, b + 1]
+        if way[a] != 0 and b - a <= 3 and a >= 2 and b + 2 <= len(change):
+            taken[a:b] = not large[beside].any() and 2 * gap[beside].min() >= gap[a:b].mean()
+    return values - np.append(0.0, np.cumsum(np.where(taken, change, 0.0))), int(taken.sum())
+
+
+def _wiggles(values: Array) -> Array:
+    """Noise sd at each gap, from the median change over the gaps around it, mirrored at the ends."""
+    change = np.abs(np.diff(values))
+    half = min(SPAN // 2, len(change) - 1)
+    around = sliding_window_view(np.pad(change, half, mode="reflect"), 2 * half + 1)
+    return 1.4826 * np.median(around, axis=1) / np.sqrt(2) + EXACT * np.ptp(values) / SPIKE
 
 
 def spikes(values: Array) -> NDArray[np.bool_]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devmon.analysis.detection.constants import FLANK, GRID, RATIO, SHARE, WIDEST
-from devmon.analysis.detection.spline import Spline
+from devmon.analysis.detection.spline import Spline, summit
 from devmon.analysis.detection.windows import SLOPE, Extremum
 from devmon.analysis.series import Array
 
@@ -45,7 +45,7 @@ class Link:
         self.span = (0.0, 0.0)  # on the axis
         self.rest = (0, 0)  # of a plateau: where on its curve it is about as slow as at its flattest
         self.curve: Spline
-        self.at, self.x, self.value, self.speed = 0, 0.0, 0.0, 0.0
+        self.at, self.x, self.place, self.value, self.speed = 0, 0.0, 0.0, 0.0, 0.0
 
     def locate(self, x: Array) -> None:
         """The place, value and slope of the extremum on the curve, within its sure interval."""
@@ -58,6 +58,7 @@ class Link:
         source = self.curve.mean if self.of.order == SLOPE else self.curve.slope
         self.at = int(inside[np.argmax(self.sign * source[inside])])
         self.x, self.value, self.speed = self.curve.x[self.at], self.curve.mean[self.at], self.curve.slope[self.at]
+        self.place = float(summit(self.curve.x, source[:, None], np.array([self.at]))[0])  # between the curve's places
         self.index = float(np.interp(self.x, x, np.arange(len(x))))
 
     def reach(self, inside: NDArray[np.bool_]) -> tuple[int, int]:

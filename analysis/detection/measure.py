@@ -8,6 +8,7 @@ from devmon.analysis.detection.abrupt import abruptness
 from devmon.analysis.detection.chain import BEGIN, END, Chain, Link
 from devmon.analysis.detection.constants import DRAWS, LONGEST, NARROW, SHARE, SPIKE
 from devmon.analysis.detection.events import Event
+from devmon.analysis.detection.spline import summit
 from devmon.analysis.detection.windows import p_value
 from devmon.analysis.series import Array
 
@@ -37,7 +38,7 @@ class Ruler:
         steps = np.sort(self._back(self._places(link)))
         tail = (1 - self.level) / 2
         low, high = (float(q) for q in np.quantile(steps, [tail, 1 - tail]))
-        step = float(np.clip(self._back(link.x), low, high))
+        step = float(np.clip(self._back(link.place), low, high))
         small, large = (float(q) for q in np.quantile(self._sizes(k, link), [tail, 1 - tail]))
         size = link.size * self.scale
         ends = bump or (link.span if link.role != "turn" else None)
@@ -63,16 +64,19 @@ class Ruler:
 
     def _places(self, link: Link) -> Array:
         """Draws of the place: where the drawn curve, or its slope, has its extremum within the sure interval, spread
-        over what cannot be told from it: the gap between checkpoints, or the rest of a plateau."""
+        over what lies between checkpoints: all of a gap where a rise is within it, and of a turn as much as it loses
+        of its height from one checkpoint to the next."""
+        x, uniform = self.chain.x, self.rng.uniform(-0.5, 0.5, DRAWS)
+        if (gap := self._within(link)) is not None:
+            return x[gap : gap + 2].mean() + (x[gap + 1] - x[gap]) * uniform
         source = link.curve.draws if link.role == "turn" else link.curve.slopes
-        best = np.argmax(link.sign * source[link.inside], axis=0)
-        gap = link.curve.x[1] - link.curve.x[0]
-        if link.role == "turn":  # the summit lies anywhere between the checkpoints beside the highest
-            near = int(np.clip(round(link.index), 1, len(self.chain.x) - 2))
-            gap = max(gap, 0.5 * (self.chain.x[near + 1] - self.chain.x[near - 1]))
-        elif link.role == "plateau":
-            gap = max(gap, link.curve.x[link.rest[1]] - link.curve.x[link.rest[0]])
-        return link.curve.x[link.inside][best] + gap * self.rng.uniform(-0.5, 0.5, DRAWS)
+        places = summit(link.curve.x, source, link.inside[np.argmax(link.sign * source[link.inside], axis=0)])
+        if link.role != "turn":
+            return places
+        near = int(np.clip(round(link.index), 1, len(x) - 2))
+        beside = np.interp(x[[near - 1, near + 1]], link.curve.x, link.curve.mean)
+        lost = np.clip(link.sign * (link.value - beside.mean()) / max(abs(link.size), 1e-12), 0, 1)
+        return places + lost * 0.5 * (x[near + 1] - x[near - 1]) * uniform
 
     def _levels(self, k: int) -> Array:
         """Draws of the curve at link k, or at an end of the data."""
@@ -105,16 +109,20 @@ class Ruler:
             (j for j in turns if j > k), default=len(self.chain.links)
         )
 
-    def _t10_t90(self, link: Link) -> tuple[float, float]:
-        """The ends of a rise: beyond those of half its top speed by as much as those of a logistic lie."""
+    def _within(self, link: Link) -> int | None:
+        """The gap between two checkpoints that holds all of a rise."""
         x, values = self.chain.x, self.chain.values
         i = int(np.clip(np.searchsorted(x, link.x) - 1, 0, len(x) - 2))
-        if (
-            abs(values[i + 1] - values[i]) >= 0.8 * abs(link.size) > SPIKE * self.sd[i]
-        ):  # all of it between two checkpoints
+        all_of_it = abs(values[i + 1] - values[i]) >= 0.8 * abs(link.size) > SPIKE * self.sd[i]
+        return i if link.role == "rise" and all_of_it else None
+
+    def _t10_t90(self, link: Link) -> tuple[float, float]:
+        """The ends of a rise: beyond those of half its top speed by as much as those of a logistic lie."""
+        x = self.chain.x
+        if (i := self._within(link)) is not None:
             return float(x[i] + 0.1 * (x[i + 1] - x[i])), float(x[i + 1] - 0.1 * (x[i + 1] - x[i]))
         more = 0.5 * (HALF_TO_T10 - 1) * (link.span[1] - link.span[0])
-        return max(link.span[0] - more, self.chain.x[0]), min(link.span[1] + more, self.chain.x[-1])
+        return max(link.span[0] - more, x[0]), min(link.span[1] + more, x[-1])
 
     def _abrupt(self, ends: tuple[float, float]) -> float:
         if ends[1] - ends[0] > LONGEST:

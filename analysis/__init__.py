@@ -20,13 +20,9 @@ if TYPE_CHECKING:
     from devmon.analysis.derive.representation import drift as drift
     from devmon.analysis.derive.representation import similarity as similarity
     from devmon.analysis.derive.watch_series import series_of as series_of
-    from devmon.analysis.detection.alarms import Alarm as Alarm
-    from devmon.analysis.detection.alarms import Looks as Looks
-    from devmon.analysis.detection.alarms import provisional as provisional
     from devmon.analysis.detection.detector import Detector as Detector
     from devmon.analysis.detection.events import Event as Event
     from devmon.analysis.detection.events import Fit as Fit
-    from devmon.analysis.detection.events import lead_lag as lead_lag
     from devmon.analysis.detection.results import Detection as Detection
     from devmon.analysis.detection.search import detect as detect
     from devmon.analysis.reports.report import report as report
@@ -35,8 +31,12 @@ if TYPE_CHECKING:
     from devmon.analysis.runs.replay import replay as replay
     from devmon.analysis.series import Series as Series
     from devmon.analysis.transitions.agreement import agreement as agreement
+    from devmon.analysis.transitions.alarms import Alarm as Alarm
+    from devmon.analysis.transitions.alarms import Looks as Looks
+    from devmon.analysis.transitions.alarms import provisional as provisional
     from devmon.analysis.transitions.mirage import mirage_guard as mirage_guard
     from devmon.analysis.transitions.mirage import twins_of as twins_of
+    from devmon.analysis.transitions.order import lead_lag as lead_lag
     from devmon.analysis.transitions.phases import phase_types as phase_types
     from devmon.analysis.transitions.robustness import Robustness as Robustness
     from devmon.analysis.transitions.robustness import robustness as robustness
@@ -59,12 +59,12 @@ _HOME = {
     "Event": "detection.events",
     "Detection": "detection.results",
     "detect": "detection.search",
-    "lead_lag": "detection.events",
+    "lead_lag": "transitions.order",
     "stages": "transitions.stages",
     # the same while training goes on
-    "Alarm": "detection.alarms",
-    "Looks": "detection.alarms",
-    "provisional": "detection.alarms",
+    "Alarm": "transitions.alarms",
+    "Looks": "transitions.alarms",
+    "provisional": "transitions.alarms",
     # what speaks for and against it
     "Robustness": "transitions.robustness",
     "robustness": "transitions.robustness",

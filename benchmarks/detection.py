@@ -35,10 +35,10 @@ import numpy as np
 from detection_baselines import BASELINES, Baseline
 from detection_families import FORMS, NULLS, POSITIVES, SHAPES, SMOOTH, STAGES, ar1, grid, replicated, staged
 
-from devmon.analysis.detection.alarms import Looks, provisional
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.search import detect
 from devmon.analysis.series import Array, Series
+from devmon.analysis.transitions.alarms import Looks, provisional
 
 TOLERANCE = 0.10
 POINTS = (20, 60, 200)

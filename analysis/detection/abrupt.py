@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.stats import t as student
 
-from devmon.analysis.detection.constants import WALKS
+from devmon.analysis.detection.constants import DRAWS
 from devmon.analysis.detection.windows import p_value
 from devmon.analysis.series import Array
 
@@ -40,14 +40,14 @@ def surprise(values: Array, lag: int) -> Array:
 
 @lru_cache(maxsize=32)
 def nulls(n: int) -> tuple[Array, ...]:
-    """Sorted largest surprises of WALKS series of n places, for each family of drift."""
+    """Sorted largest surprises of DRAWS series of n places, for each family of drift."""
     rng = np.random.default_rng(n)
     families = []
     for phi, white in ((0.0, 0.0), (0.8, 0.0), (0.95, 0.0), (1.0, 0.0), (1.0, 0.3), (1.0, 1.0), (1.0, 3.0)):
-        drift = rng.standard_normal((WALKS, n))
+        drift = rng.standard_normal((DRAWS, n))
         for i in range(1, n):
             drift[:, i] += phi * drift[:, i - 1]
-        series = drift + white * rng.standard_normal((WALKS, n))
+        series = drift + white * rng.standard_normal((DRAWS, n))
         families.append(np.sort(np.max([surprise(series, lag).max(-1) for lag in lags(n)], axis=0)))
     return tuple(families)
 

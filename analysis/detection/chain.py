@@ -2,12 +2,7 @@
 
 Along the curve the extrema of f cut it into stretches that go one way; within a stretch the extrema of the slope are
 in turn the steepest place of a rise and the flattest place of a plateau. What is too small is taken out, least first,
-each with the neighbour it leaves without meaning, until all that is left is of a size that matters:
-
-- a turn whose prominence is below the smallest size of interest (with the turn beside it, between which the curve
-hardly moves);
-- a steepest and a flattest place beside each other whose slopes differ by less than RATIO;
-- a plateau at which less than the smallest size is missed, a rise that changes less, or that does not slow down again.
+each with the neighbour it leaves without meaning, until all that is left is of a size that matters (see `Chain`).
 """
 
 from __future__ import annotations
@@ -21,13 +16,8 @@ from numpy.typing import NDArray
 
 from devmon.analysis.detection.constants import FLANK, GRID, RATIO, SHARE, WIDEST
 from devmon.analysis.detection.spline import Spline, summit
-from devmon.analysis.detection.windows import SLOPE, Extremum
+from devmon.analysis.detection.windows import Extremum, Order
 from devmon.analysis.series import Array
-
-BEGIN, END = (
-    slice(0, GRID // 10),
-    slice(-(GRID // 10), None),
-)  # of a curve: the tenth of its length that is its level there
 
 Role = Literal["turn", "rise", "plateau"]
 
@@ -43,9 +33,9 @@ class Link:
         self.way = extremum.sign  # of a rise or plateau: the sign of the trend
         self.size = 0.0  # signed, in units of the values
         self.span = (0.0, 0.0)  # on the axis
-        self.rest = (0, 0)  # of a plateau: where on its curve it is about as slow as at its flattest
         self.curve: Spline
-        self.at, self.x, self.place, self.value, self.speed = 0, 0.0, 0.0, 0.0, 0.0
+        self.at, self.x, self.place = 0, 0.0, 0.0  # on the grid of the curve, on the axis there, and between these
+        self.value, self.speed = 0.0, 0.0
 
     def locate(self, x: Array) -> None:
         """The place, value and slope of the extremum on the curve, within its sure interval."""
@@ -55,7 +45,7 @@ class Link:
             middle = int(np.clip(np.abs(self.curve.x - (low + high) / 2).argmin(), 1, len(self.curve.x) - 2))
             inside = np.arange(middle - 1, middle + 2)
         self.inside = inside
-        source = self.curve.mean if self.of.order == SLOPE else self.curve.slope
+        source = self.curve.mean if self.of.order == Order.SLOPE else self.curve.slope
         self.at = int(inside[np.argmax(self.sign * source[inside])])
         self.x, self.value, self.speed = self.curve.x[self.at], self.curve.mean[self.at], self.curve.slope[self.at]
         self.place = float(summit(self.curve.x, source[:, None], np.array([self.at]))[0])  # between the curve's places
@@ -69,16 +59,15 @@ class Link:
 
 
 class Chain:
-    """The links that are left of `extrema`; `dropped` says in words what was too small, for those who ask."""
+    """The links that are left of `extrema`."""
 
     def __init__(self, x: Array, values: Array, spline: Callable[[int, int], Spline], extrema: list[Extremum],
                  smallest: float) -> None:  # fmt: skip
         self.x, self.values, self.spline, self.smallest = x, values, spline, smallest
         self.links = sorted(map(Link, extrema), key=lambda link: link.index)
-        self.dropped = 0
         rules = (self._same, self._shallow, self._alike, self._slight, self._endless)
         while self._place() and any(rule() for rule in rules):
-            self.dropped += 1
+            pass
 
     def _place(self) -> bool:
         """Fit the curve between neighbours where these are new, and name the role of each link."""
@@ -92,7 +81,7 @@ class Chain:
                 link.locate(self.x)
         links.sort(key=lambda link: link.x)
         for k, link in enumerate(links):
-            if link.of.order != SLOPE:
+            if link.of.order != Order.SLOPE:
                 link.way = self._trend(k)
                 link.role = "rise" if link.sign == link.way else "plateau"
         return bool(links)
@@ -100,8 +89,8 @@ class Chain:
     def _trend(self, k: int) -> int:
         """The way the curve goes at link k: away from the turn before, else towards the one after, else its net
         change."""
-        before = [link for link in self.links[:k] if link.of.order == SLOPE]
-        after = [link for link in self.links[k + 1 :] if link.of.order == SLOPE]
+        before = [link for link in self.links[:k] if link.of.order == Order.SLOPE]
+        after = [link for link in self.links[k + 1 :] if link.of.order == Order.SLOPE]
         if before or after:
             return -before[-1].sign if before else after[0].sign
         return 1 if self.level(len(self.links)) >= self.level(-1) else -1
@@ -114,7 +103,12 @@ class Chain:
         reaches = link.window[0] <= 0 if k < 0 else link.window[1] >= len(self.x) - 1
         if not reaches:
             return float(self.values[0 if k < 0 else -1])
-        return float(link.curve.mean[BEGIN if k < 0 else END].mean())
+        return float(link.curve.mean[ending(k < 0)].mean())
+
+    def around(self, k: int, *roles: Role) -> tuple[int, int]:
+        """The nearest links of these roles before and after link k: -1 and their number are the ends of the data."""
+        which = [j for j, link in enumerate(self.links) if link.role in roles]
+        return max((j for j in which if j < k), default=-1), min((j for j in which if j > k), default=len(self.links))
 
     def _beside(self, k: int, side: int) -> Link | None:
         return self.links[k + side] if 0 <= k + side < len(self.links) else None
@@ -125,13 +119,13 @@ class Chain:
 
     def _same(self) -> bool:
         """Of two neighbours of one kind the lesser goes."""
-        for order in (SLOPE, 3 - SLOPE):
+        for order in Order:
             mine = [k for k, link in enumerate(self.links) if link.of.order == order]
             for k, j in itertools.pairwise(mine):
                 a, b = self.links[k], self.links[j]
-                adjacent = order == SLOPE or j == k + 1
+                adjacent = order == Order.SLOPE or j == k + 1
                 if adjacent and a.sign == b.sign:
-                    height = (a.value, b.value) if order == SLOPE else (a.speed, b.speed)
+                    height = (a.value, b.value) if order == Order.SLOPE else (a.speed, b.speed)
                     return self._drop(k if a.sign * height[0] < a.sign * height[1] else j)
         return False
 
@@ -181,15 +175,9 @@ class Chain:
                 # what is missed there, beside a curve that goes on at its mean speed between the neighbours
                 pace = way * (curve.mean[-1] - curve.mean[0]) / (curve.x[-1] - curve.x[0])
                 low, high = link.reach(way * curve.slope < pace)
-                lesser = min(self._pace(k, side) for side in (-1, 1))
-                link.rest = link.reach(way * curve.slope < way * link.speed + 0.1 * (lesser - way * link.speed))
                 link.size = pace * (curve.x[high] - curve.x[low]) * way - (curve.mean[high] - curve.mean[low])
                 # it must rest between two moves: from the place before that is no rise, and to the one after
-                rests = [j for j, other in enumerate(self.links) if other.role != "rise"]
-                before, after = (
-                    max((j for j in rests if j < k), default=-1),
-                    min((j for j in rests if j > k), default=len(self.links)),
-                )
+                before, after = self.around(k, "turn", "plateau")
                 moves = way * (link.value - self.level(before)), way * (self.level(after) - link.value)
                 link.size = link.size if min(moves) >= self.smallest else 0.0
             else:
@@ -221,3 +209,8 @@ class Chain:
         away = [abs(other.x - link.x) for other in beside if other is not None and other.role == "turn"]
         flank = bool(away) and (min(away) < FLANK * width or abs(link.size) < SHARE)
         return width <= WIDEST and not flank
+
+
+def ending(first: bool) -> slice:
+    """Of a curve, the tenth of its length that is its level at an end."""
+    return slice(0, GRID // 10) if first else slice(-(GRID // 10), None)

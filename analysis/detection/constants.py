@@ -21,8 +21,6 @@ SHARES = (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e8)
 TAIL = 1e-2
 # share of the range below which differences are rounding (float32 carries 6e-8)
 EXACT = 1e-7
-# times the given errors: values that scatter more have a jitter of their own, and a note says so
-JITTER = 1.5
 # noise sd by which one checkpoint must leave all four neighbours; the noise is the median of 24 changes
 SPIKE = 7.0
 
@@ -35,7 +33,8 @@ LEAST = 1e-6
 # What counts as an event (chain.py).
 # share of the range below which a change is not seen in a figure (half a millimetre in 5 cm)
 SMALLEST = 0.01
-# slopes that differ by less are one slope to a reader: 34 and 45 degrees
+# slopes that differ by less are one slope to a reader: 34 and 45 degrees. Values that scatter so many times as much as
+# their errors have a jitter of their own, and a note says so
 RATIO = 1.5
 # decades over which a rise has half its top speed: between 1.06 (exp(-t)) and 1.53 (1 / (1 + t))
 WIDEST = 1.27
@@ -51,7 +50,7 @@ NARROW = 0.6
 POWERS = tuple(10.0**k for k in range(-2, 11))
 # places within a window at which the curve is evaluated
 GRID = 96
-# posterior draws: the ends of a 90% interval are its 10th draws
+# draws of a curve, and of each family of drift: the ends of a 90% interval are the 10th draws
 DRAWS = 200
 # prior variance of the parabola within a window, for values of range 1: it is free
 FREE = 1e4
@@ -61,5 +60,9 @@ RESOLVED = 1e-3
 # Abruptness (abrupt.py).
 # decades from t10 to t90: what takes longer is development, not a jump
 LONGEST = 1.2
-# simulated series of each family of drift
-WALKS = 200
+
+# What is said of an event (events.py).
+# q-value up to which an event stands: about 5% of such events are expected to be false
+MAX_Q = 0.05
+# factor between the ends of an interval above which it is wide: it no longer places a transition
+WIDE = 2.0

@@ -1,9 +1,7 @@
 """`Detector`: the search of one series for turns, plateaus, rises and bumps that are there, and whether they are
 abrupt.
 
-The steps, each a file: places on the axis of log step (axis), the noise (noise), signs of slope and curvature on
-windows of all sizes (windows), what of them is large enough to name (chain), places, sizes and intervals (measure),
-abruptness (abrupt).
+The steps, each a file: axis, noise, windows, chain, spline and measure, abrupt.
 """
 
 from __future__ import annotations
@@ -16,19 +14,17 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from devmon.analysis.derive.from_anything import accepted
 from devmon.analysis.detection.axis import averaged, bins, counts, log_axis
 from devmon.analysis.detection.chain import Chain
-from devmon.analysis.detection.constants import EXACT, FEWEST, JITTER, SMALLEST, SPAN, TAIL
+from devmon.analysis.detection.constants import EXACT, FEWEST, PHIS, RATIO, SMALLEST, SPAN, TAIL
 from devmon.analysis.detection.events import Event, Fit, Noise, Trend
 from devmon.analysis.detection.measure import Ruler
 from devmon.analysis.detection.noise import correlation, covariance, of_replicates, spikes, without_rises
-from devmon.analysis.detection.spline import Spline
-from devmon.analysis.detection.trend import trend
-from devmon.analysis.detection.windows import CHANGE, SLOPE, Extremum, Windows, p_value, windows_of
+from devmon.analysis.detection.spline import Spline, trend
+from devmon.analysis.detection.windows import Extremum, Order, Windows, p_value, windows_of
 from devmon.analysis.series import Array, Series, checked, checked_replicates, floored
 from devmon.errors import DataError
-
-KINDS = ("jump", "bump", "turn", "plateau")
 
 
 @dataclass(frozen=True)
@@ -39,15 +35,15 @@ class Detector:
     """
 
     alpha: float = 0.05
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = ("jump", "bump", "turn", "plateau")
     n_null: int = 299
     seed: int = 0
     level: float = 0.90
 
     def __post_init__(self) -> None:
-        unknown = set(self.kinds) - set(KINDS)
-        if unknown or not self.kinds:
-            raise DataError(f"kinds are chosen from {KINDS}, got {self.kinds}")
+        known = Detector.kinds  # the default: all
+        if set(self.kinds) - set(known) or not self.kinds:
+            raise DataError(f"kinds are chosen from {known}, got {self.kinds}")
         for name in ("alpha", "level"):
             if not 0 < getattr(self, name) < 1:
                 raise DataError(f"{name} lies between 0 and 1, got {getattr(self, name)}")
@@ -67,15 +63,16 @@ class Detector:
 
     def _fit(self, series: Series) -> Fit:
         # what is missing, and what can be said without a search
-        notes: list[str] = []
-        settings = asdict(self)
+        refused = 0 if series.rejected is None else int(np.sum(series.rejected))
+        notes = [f"{refused} of {len(series.values)} points rejected"] if refused else []
+        series, settings = accepted(series), asdict(self)
         t, y, se = checked(series.steps, series.values, series.se, series.name)
         replicates = checked_replicates(series, t)
         total = np.size(series.values)
         if len(t) < total:
             notes.append(f"{total - len(t)} of {total} points are NaN: skipped")
         if len(t) == 0 and total > 0:
-            return Fit("SAMPLER REJECTED", notes=("no finite value",), settings=settings, series=series.name)
+            return Fit("SAMPLER REJECTED", notes=("no finite value", *notes), settings=settings, series=series.name)
         if len(t) < FEWEST:
             note = f"{len(t)} finite points, at least {FEWEST} are needed: measure more checkpoints"
             return Fit("UNRESOLVED", notes=(note, *notes), settings=settings, series=series.name)
@@ -93,10 +90,8 @@ class Detector:
 class Search:
     """The search of one checked series, in units of its range."""
 
-    def __init__(
-        self, detector: Detector, series: Series, t: Array, y: Array, se: Array | None, replicates: Array | None,
-        notes: list[str],
-    ) -> None:  # fmt: skip
+    def __init__(self, detector: Detector, series: Series, t: Array, y: Array, se: Array | None,
+                 replicates: Array | None, notes: list[str]) -> None:  # fmt: skip
         self.detector, self.series, self.steps, self.notes = detector, series, t, notes
         starts = bins(t)
         axis, self.first = log_axis(t)
@@ -107,8 +102,6 @@ class Search:
         self.scale, self.offset = float(np.ptp(values)), float(np.mean(values))
         self.values = (values - self.offset) / self.scale
         self.smallest = max(series.smallest / self.scale, SMALLEST)
-        self.wider: float | Array
-        self.sd: Array
         self.known = self.source = "estimated"
         self.windows: Windows = windows_of(self.x.tobytes(), self.points.tobytes())
         if replicates is not None:
@@ -127,7 +120,7 @@ class Search:
         loglik, sd = self.windows.noise.fit(np.stack([self.values, rests], axis=1)[:, : 1 + (taken > 0)])
         which = int(loglik[:, -1].max() - taken * self.windows.noise.cost > loglik[:, 0].max())
         k, free = correlation(loglik[:, which]), len(rests) - 2
-        self.phi, self.wider = self.windows.phi(k), 1.0
+        self.phi, self.wider = PHIS[k], 1.0
         self.sd = sd[k, :, which] * np.sqrt(free / max(free - which * taken, 1))
         if se is None:
             return
@@ -137,7 +130,7 @@ class Search:
         excess = self.sd / se
         excess = np.maximum(excess, min(float(np.median(excess)), 1.0))
         self.sd, self.known, self.source = se * np.where(excess > 1, excess**weight, excess), "bounded", "se"
-        if (typical := float(np.median(excess))) > JITTER:
+        if (typical := float(np.median(excess))) > RATIO:
             times = f"{typical:.1f} times as much as their standard errors"
             self.notes.append(f"the values scatter {times}: taken as noise")
 
@@ -149,25 +142,23 @@ class Search:
         given to the model. A t quantile beside a normal one widens what few of them leave unsure."""
         windows, count = self.windows, len(replicates)
         k, self.sd = of_replicates(windows.noise, replicates)
-        self.phi, self.known, self.source = windows.phi(k), "measured", "replicates"
+        self.phi, self.known, self.source = PHIS[k], "measured", "replicates"
         self.sd = np.maximum(self.sd, EXACT)
         spread = (replicates - replicates.mean(0)).T / np.sqrt(count * (count - 1))
         found = np.sum(windows.statistics(spread, np.repeat(self.sd[:, None], count, axis=1), self.phi) ** 2, axis=1)
         self.wider = np.ones(len(found))
-        for order in (SLOPE, CHANGE):
-            for m in np.unique(windows.lengths):
-                mine = (windows.order == order) & (windows.lengths == m)
-                if not mine.any():
-                    continue
-                free = (count - 1) * max(len(self.x) / m, 1.0)
-                ratio = (free * found[mine].mean() + count - 1) / (free + count - 1)
-                widening = student.isf(TAIL, free + count - 1) / norm.isf(TAIL)
-                self.wider[mine] = 1 / (np.sqrt(ratio) * widening)
+        for order, m in sorted(set(zip(windows.order.tolist(), windows.lengths.tolist(), strict=True))):
+            mine = (windows.order == order) & (windows.lengths == m)
+            free = (count - 1) * max(len(self.x) / m, 1.0)
+            ratio = (free * found[mine].mean() + count - 1) / (free + count - 1)
+            widening = student.isf(TAIL, free + count - 1) / norm.isf(TAIL)
+            self.wider[mine] = 1 / (np.sqrt(ratio) * widening)
 
     def fit(self) -> Fit:
         detector = self.detector
         # what surely alternates, and the curve between any two places
-        extrema = {order: self.windows.extrema(self.statistics, order, self._threshold()) for order in (SLOPE, CHANGE)}
+        threshold = float(np.quantile(self.null, 1 - detector.alpha))
+        extrema = {order: self.windows.extrema(self.statistics, order, threshold) for order in Order}
         splines: dict[tuple[int, int], Spline] = {}
         correlations = covariance(self.points, self.phi)
 
@@ -183,7 +174,7 @@ class Search:
             return splines[start, end]
 
         # what of it is large enough to name, and what is said of that
-        chain = Chain(self.x, self.values, spline, [*extrema[SLOPE], *extrema[CHANGE]], self.smallest)
+        chain = Chain(self.x, self.values, spline, [*extrema[Order.SLOPE], *extrema[Order.CHANGE]], self.smallest)
         ruler = Ruler(
             chain, self.sd, self.null, level=detector.level, alpha=detector.alpha, first=self.first, scale=self.scale,
             steps=self.steps, name=self.series.name,
@@ -191,18 +182,16 @@ class Search:
         found = tuple((event, draws) for event, draws in ruler.events() if event.kind in detector.kinds)
         events: tuple[Event, ...] = tuple(event for event, _ in found)
         # what else a fit says: the p-values of all tests, the noise, the smoothed curve
-        p_values = {name: self._p_values(order, extrema[order]) for name, order in (("turn", SLOPE), ("slope", CHANGE))}
+        turns, slopes = (self._p_values(order, extrema[order]) for order in (Order.SLOPE, Order.CHANGE))
         noise = Noise(self.scale * float(np.median(self.sd)), self.phi, self.source)
         back = trend(self.x, self.values, self.sd, spline, detector.level)
         low, mean, high = (self.offset + self.scale * part for part in back)
         steps = np.clip(10.0**self.x - self.first, self.steps[0], self.steps[-1])
+        p_values = {"turn": turns, "slope": slopes}
         return Fit(
             "EVENTS" if events else "NO EVENT", events, Trend(steps, mean, low, high), noise, p_values,
             tuple(self.notes), asdict(detector), self.series.name, found, self.smallest * self.scale,
         )  # fmt: skip
-
-    def _threshold(self) -> float:
-        return float(np.quantile(self.null, 1 - self.detector.alpha))
 
     def _p_values(self, order: int, found: list[Extremum]) -> tuple[float, ...]:
         """The p-value of each extremum; where there is none, that of the level at which the first appears."""

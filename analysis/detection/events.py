@@ -1,4 +1,4 @@
-"""What a search of one series returns: events, the smoothed curve, the noise; and which of two events came first."""
+"""What a search of one series returns: events, the smoothed curve, the noise."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from devmon.analysis.detection.constants import MAX_Q, WIDE
 from devmon.analysis.series import Array
 from devmon.analysis.wording import number, step
 from devmon.errors import DataError
-
-MAX_Q = 0.05  # q-value up to which an event stands: about 5% of such events are expected to be false
-WIDE = 2.0  # factor between the ends of an interval above which it is wide: it no longer places a transition
 
 
 @dataclass(frozen=True)
@@ -76,18 +74,12 @@ class Event:
         """The event in a sentence without its full stop: what happened, where, and how sure that is."""
         low, high = (step(x) for x in self.interval)
         chance = f"p = {number(self.p_value, 2)}" + ("" if self.q_value is None else f", q = {number(self.q_value, 2)}")
+        size, over = number(abs(self.size)), ""
         if self.kind == "jump":
-            how = " abruptly" if self.abrupt else ""
-            what = f"{'rises' if self.size > 0 else 'falls'}{how} by {number(abs(self.size))}"
-        elif self.kind == "turn":
-            what = f"has a {'maximum' if self.size > 0 else 'minimum'}"
-        elif self.kind == "bump":
-            what = f"has a {'bump' if self.size > 0 else 'dip'} of {number(abs(self.size))}"
+            what = f"{'rises' if self.size > 0 else 'falls'}{' abruptly' if self.abrupt else ''} by {size}"
         else:
-            what = f"has a {self.kind}"
-        over = ""
-        if self.kind != "jump" and self.span is not None:
-            over = f" over steps {step(self.span[0])}–{step(self.span[1])}"
+            what = f"has a {self.word}" + (f" of {size}" if self.kind == "bump" else "")
+            over = "" if self.span is None else f" over steps {step(self.span[0])}–{step(self.span[1])}"
         at = ", flattest at" if self.kind == "plateau" else " at"
         return f"{self.series} {what}{over}{at} step {step(self.step)} [{low}, {high}] ({chance})"
 
@@ -156,46 +148,6 @@ class Fit:
         raise DataError(f"this fit has no {event.kind} at step {event.step:g}: ask the fit the event came from")
 
 
-@dataclass(frozen=True)
-class LeadLag:
-    """How many steps a comes before b: `lag` = step of b - step of a (median), its 90% interval, P(a first)."""
-
-    lag: float
-    interval: tuple[float, float]
-    first: float
-
-
 def meet(a: tuple[float, float], b: tuple[float, float]) -> bool:
     """Whether two intervals have a point in common."""
     return a[0] <= b[1] and b[0] <= a[1]
-
-
-Location = Event | tuple[Array, Array]
-
-
-def lead_lag(a: Location, b: Location, level: float = 0.90) -> LeadLag:
-    """Compare two event locations, given as events or as posteriors (steps, weights), with independent errors.
-
-    Two events within one checkpoint gap come out near P = ½, as they should. Ties count half for each.
-    """
-    (s, u), (t, v) = _location(a), _location(b)
-    lags = np.subtract.outer(t, s).ravel()
-    weights = np.multiply.outer(v, u).ravel()
-    order = np.argsort(lags, kind="stable")
-    lags, cumulative = lags[order], np.cumsum(weights[order])
-    tail = (1 - level) / 2
-    places = np.minimum(np.searchsorted(cumulative, [tail, 0.5, 1 - tail]), len(lags) - 1)
-    low, middle, high = (float(lag) for lag in lags[places])
-    first = float(np.clip(np.sum(weights[order] * ((lags > 0) + 0.5 * (lags == 0))), 0, 1))
-    return LeadLag(middle, (low, high), first)
-
-
-def _location(item: Location) -> tuple[Array, Array]:
-    if isinstance(item, Event):
-        steps = np.asarray(item.quantiles)
-        return steps, np.full(len(steps), 1 / len(steps))
-    steps, weights = np.asarray(item[0], dtype=np.float64), np.asarray(item[1], dtype=np.float64)
-    if len(steps) > 400:  # equal-weight quantiles keep the comparison of all pairs small
-        levels = (np.arange(400) + 0.5) / 400
-        return np.interp(levels, np.cumsum(weights) / weights.sum(), steps), np.full(400, 1 / 400)
-    return steps, weights / weights.sum()

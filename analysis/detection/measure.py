@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from devmon.analysis.detection.abrupt import abruptness
-from devmon.analysis.detection.chain import BEGIN, END, Chain, Link
+from devmon.analysis.detection.chain import Chain, Link, ending
 from devmon.analysis.detection.constants import DRAWS, LONGEST, NARROW, SHARE, SPIKE
 from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.spline import summit
 from devmon.analysis.detection.windows import p_value
 from devmon.analysis.series import Array
-
-HALF_TO_T10 = np.log(81) / (2 * np.log(3 + np.sqrt(8)))  # t10-t90 of a logistic over the width at half its top speed
 
 
 class Ruler:
@@ -49,10 +47,8 @@ class Ruler:
         # fewer than three checkpoints within: what lies between them is not known
         start, end = (low, high) if span is None else span
         inside = int(np.sum((self.steps >= start) & (self.steps <= end)))
-        vague = {"jump": "abruptness", "bump": "width", "turn": "location between checkpoints", "plateau": "length"}[
-            kind
-        ]
-        note = "" if inside >= 3 else f"{vague} unresolved{steps_to_add(self.steps, start, end)}"
+        vague = {"jump": "abruptness", "bump": "width", "turn": "location between checkpoints", "plateau": "length"}
+        note = "" if inside >= 3 else f"{vague[kind]} unresolved{steps_to_add(self.steps, start, end)}"
         p_abrupt = self._abrupt(ends) if kind in ("jump", "bump") and ends else None
         event = Event(
             kind, step, (low, high), size, (min(small, size), max(large, size)), width, span,
@@ -87,7 +83,7 @@ class Ruler:
         link = links[end]
         whole = link.window[0] <= 0 if k < 0 else link.window[1] >= len(self.chain.x) - 1
         if whole:
-            return link.curve.draws[BEGIN if k < 0 else END].mean(0)
+            return link.curve.draws[ending(k < 0)].mean(0)
         return self.chain.values[end] + self.sd[end] * self.rng.standard_normal(DRAWS)
 
     def _sizes(self, k: int, link: Link) -> Array:
@@ -99,15 +95,8 @@ class Ruler:
             gone = link.curve.draws[high] - link.curve.draws[low]
             return self.scale * (link.size + (link.curve.mean[high] - link.curve.mean[low]) - gone)
         here = self._levels(k)
-        drops = [link.sign * (here - self._levels(j)) for j in self._turns_beside(k)]
+        drops = [link.sign * (here - self._levels(j)) for j in self.chain.around(k, "turn")]
         return self.scale * link.sign * np.min(drops, axis=0)
-
-    def _turns_beside(self, k: int) -> tuple[int, int]:
-        """The turns before and after link k, as `_levels` takes them: -1 and their number are the ends of the data."""
-        turns = [j for j, other in enumerate(self.chain.links) if other.role == "turn"]
-        return max((j for j in turns if j < k), default=-1), min(
-            (j for j in turns if j > k), default=len(self.chain.links)
-        )
 
     def _within(self, link: Link) -> int | None:
         """The gap between two checkpoints that holds all of a rise."""
@@ -117,11 +106,12 @@ class Ruler:
         return i if link.role == "rise" and all_of_it else None
 
     def _t10_t90(self, link: Link) -> tuple[float, float]:
-        """The ends of a rise: beyond those of half its top speed by as much as those of a logistic lie."""
+        """The ends of a rise: beyond those of half its top speed by as much as those of a logistic lie, whose t10-t90
+        is log(81) / (2 log(3 + sqrt(8))) times its width at half its top speed."""
         x = self.chain.x
         if (i := self._within(link)) is not None:
             return float(x[i] + 0.1 * (x[i + 1] - x[i])), float(x[i + 1] - 0.1 * (x[i + 1] - x[i]))
-        more = 0.5 * (HALF_TO_T10 - 1) * (link.span[1] - link.span[0])
+        more = 0.5 * (np.log(81) / (2 * np.log(3 + np.sqrt(8))) - 1) * (link.span[1] - link.span[0])
         return max(link.span[0] - more, x[0]), min(link.span[1] + more, x[-1])
 
     def _abrupt(self, ends: tuple[float, float]) -> float:
@@ -134,13 +124,13 @@ class Ruler:
         """Whether a change is more than one or two checkpoints that leave and come back."""
         if link.role == "turn":
             return inside >= 3
-        turns = [self.chain.links[j] for j in self._turns_beside(k) if 0 <= j < len(self.chain.links)]
+        turns = [self.chain.links[j] for j in self.chain.around(k, "turn") if 0 <= j < len(self.chain.links)]
         return all(abs(turn.index - link.index) >= 2.5 for turn in turns)
 
     def _bump(self, k: int, link: Link) -> tuple[float, float] | None:
         """The ends, at half its height, of a turn of some size that comes back about as far as it went within NARROW
         decades."""
-        sides = [abs(link.value - self.chain.level(j)) for j in self._turns_beside(k)]
+        sides = [abs(link.value - self.chain.level(j)) for j in self.chain.around(k, "turn")]
         if min(sides) < max(SHARE, 0.5 * max(sides)):
             return None
         x, below = self.chain.x, np.flatnonzero(link.sign * (link.value - self.chain.values) >= 0.5 * min(sides))

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from devmon.analysis.detection.events import Event, Fit
-from devmon.analysis.series import Array, Series, run_level
+from devmon.analysis.series import Array, run_level
 from devmon.analysis.table import Row, Table, table_html
 from devmon.analysis.wording import interval_text, number, step
-
-COLUMNS = (
-    "kind", "series", "step", "low", "high", "size", "size_low", "size_high", "width", "span_low", "span_high",
-    "p_value", "q_value", "p_abrupt", "abrupt", "resolved", "outcome", "note",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,19 +54,17 @@ class Detection:
             rows += [{"outcome": fit.outcome} | _row(event) for event in mine]
             if not mine:
                 rows.append({"series": name, "outcome": fit.outcome, "note": "; ".join(fit.notes)})
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        place, chance = "kind series step low high size size_low size_high width span_low span_high", "p_value q_value"
+        columns = f"{place} {chance} p_abrupt abrupt resolved outcome note".split()
+        return pd.DataFrame(rows, columns=columns)
 
     def to_json(self) -> str:
         """Events, outcomes, settings and provenance as JSON text, null where a number is not known."""
         outcomes = {
-            name: {
-                "outcome": fit.outcome,
-                "notes": list(fit.notes),
-                "smallest": fit.smallest,
-                "noise": None if fit.noise is None else fit.noise.source,
-            }
+            name: {"outcome": fit.outcome, "notes": list(fit.notes), "smallest": fit.smallest,
+                   "noise": None if fit.noise is None else fit.noise.source}
             for name, fit in self.fits.items()
-        }
+        }  # fmt: skip
         body = {"family": self.family, "settings": dict(self.settings), "provenance": dict(self.provenance)}
         events = [event.to_dict() for event in self.events]
         return json.dumps({**body, "series": outcomes, "events": events}, indent=1, allow_nan=False)
@@ -90,16 +79,7 @@ class Detection:
 
 def events_table(events: Sequence[Event], family: int) -> Table:
     """One row an event; those that do not stand among `family` tests are weak."""
-    columns = [
-        "series",
-        "event",
-        "step [90%]",
-        "size [90%]",
-        "width\n(decades)",
-        "p",
-        f"q\n(of {family})",
-        "resolved",
-    ]
+    places = ["series", "event", "step [90%]", "size [90%]", "width\n(decades)"]
     rows = []
     for event in events:
         place = f"{step(event.step)} {interval_text(event.interval, step)}"
@@ -109,27 +89,8 @@ def events_table(events: Sequence[Event], family: int) -> Table:
         cells = [event.series, event.word, place, size, number(event.width, 2), *chance, resolved]
         rows.append(Row(cells, weak=not event.sure))
     note = "Grey: q > 0.05, does not stand among all tests." if any(row.weak for row in rows) else ""
+    columns = [*places, "p", f"q\n(of {family})", "resolved"]
     return Table(columns, rows, note if rows else "No event in any series; each one's outcome is listed here.", "long")
-
-
-def provenance(run: Any, searched: Iterable[Series]) -> dict[str, Any]:
-    """The versions, the identity of the run (or the name of the file) and that of every series."""
-    attrs = getattr(run, "attrs", None)
-    known = {key: attrs[key] for key in ("run_id", "seed", "created") if key in attrs} if attrs else {}
-    source = {"file": os.path.basename(run)} if isinstance(run, str | os.PathLike) else {}
-    versions = {name: version(name) for name in ("devmon", "numpy", "scipy")}
-    return {"versions": versions, "run": {**known, **source}, "series": {s.name: _identity(s) for s in searched}}
-
-
-def _identity(series: Series) -> dict[str, Any]:
-    steps = np.asarray(series.steps, dtype=np.float64)
-    digest = hashlib.sha256()
-    for part in (series.steps, series.values, series.se, series.rejected, series.replicates):
-        digest.update(b"none" if part is None else np.ascontiguousarray(part, dtype=np.float64).tobytes())
-    ends = [float(steps[0]), float(steps[-1])] if len(steps) else []
-    rejected = 0 if series.rejected is None else int(np.sum(series.rejected))
-    return {"points": len(steps), "steps": ends, "units": series.units, "se": series.se is not None,
-            "rejected": rejected, "sha256": digest.hexdigest()}  # fmt: skip
 
 
 def _row(event: Event) -> dict[str, Any]:

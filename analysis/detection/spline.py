@@ -6,12 +6,14 @@ The prior variance is the likeliest of POWERS by restricted likelihood.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm
 
-from devmon.analysis.detection.constants import DRAWS, FREE, GRID, POWERS
+from devmon.analysis.detection.constants import DRAWS, FREE, GRID, POWERS, RESOLVED, SPAN
 from devmon.analysis.series import Array
 
 
@@ -67,6 +69,24 @@ def summit(x: Array, curves: Array, at: NDArray[np.int64]) -> Array:
     bend = before - 2 * here + after
     off = 0.5 * (before - after) / np.where(bend == 0, np.inf, bend)
     return x[inner] + np.clip(off, -0.5, 0.5) * (x[1] - x[0])
+
+
+def trend(
+    x: Array, values: Array, sd: Array, spline: Callable[[int, int], Spline], level: float
+) -> tuple[Array, Array, Array]:
+    """Low, middle and high at each place: splines of SPAN places that overlap by half, blended linearly; the band
+    holds the noise of a point."""
+    n, length = len(x), min(len(x), SPAN)
+    middle, weight = np.zeros(n), np.zeros(n)
+    for start in sorted({*range(0, n - length + 1, max(1, length // 2)), n - length}):
+        inside = np.arange(start, start + length)
+        share = np.minimum(np.arange(length), np.arange(length)[::-1]) + 0.5
+        curve = spline(start, start + length - 1)
+        middle[inside] += share * np.interp(x[inside], curve.x, curve.mean)
+        weight[inside] += share
+    middle /= weight
+    half = norm.ppf((1 + level) / 2) * np.hypot(sd, RESOLVED)
+    return middle - half, middle, middle + half
 
 
 def _kernel(a: Array, b: Array) -> Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
@@ -18,11 +19,16 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy import sparse
 
-from devmon.analysis.detection.constants import GROW, LEAST, PHIS
+from devmon.analysis.detection.constants import GROW, LEAST
 from devmon.analysis.detection.noise import NoiseModel, covariance
 from devmon.analysis.series import Array
 
-SLOPE, CHANGE = 1, 2  # what a window looks at
+
+class Order(IntEnum):
+    """What a window looks at."""
+
+    SLOPE = 1
+    CHANGE = 2  # of slope
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,11 @@ class Windows:
         # slopes over every size from every place; then the windows that are used: hops of a sixth of their length
         n, sizes = len(x), _sizes(len(x))
         slopes = {m: self._slopes(m) for m in {*sizes, *(2 * m - 1 for m in sizes)} if m <= n}
-        blocks: list[
-            tuple[int, NDArray[np.int64], int, Array]
-        ] = []  # order, first places, split after, weights (windows, m)
+        # order, first places, split after, weights (windows, m)
+        blocks: list[tuple[int, NDArray[np.int64], int, Array]] = []
         for m in sizes:
             starts = _starts(n, m, m // 6)
-            blocks.append((SLOPE, starts, m - 1, slopes[m][starts]))
+            blocks.append((Order.SLOPE, starts, m - 1, slopes[m][starts]))
         # pairs of windows of equal length, and one twice as long as the other
         for p, q in sorted({pair for m in sizes for pair in ((m, m), (m, 2 * m - 1), (2 * m - 1, m))}):
             if (m := p + q - 1) <= n:
@@ -60,7 +65,7 @@ class Windows:
                 change = np.zeros((len(starts), m))
                 change[:, :p] -= slopes[p][starts]
                 change[:, p - 1 :] += slopes[q][starts + p - 1]
-                blocks.append((CHANGE, starts, p - 1, change))
+                blocks.append((Order.CHANGE, starts, p - 1, change))
         # all of them as one sparse matrix, with the weights of each place's variance in each contrast
         self.order = np.concatenate([np.full(len(starts), order) for order, starts, _, _ in blocks])
         self.first = np.concatenate([starts for _, starts, _, _ in blocks])
@@ -94,10 +99,6 @@ class Windows:
         points."""
         return (self.rows @ values) / (self.root(phi)[1][:, None] * np.sqrt(np.asarray(self.squares @ sd**2)))
 
-    @staticmethod
-    def phi(index: int) -> float:
-        return PHIS[index]
-
     def null(self, phi: float, known: str, count: int, seed: int = 0) -> Array:
         """Sorted largest penalised statistics of `count` series of noise, of one sign.
 
@@ -122,10 +123,8 @@ class Windows:
         sign, beyond = np.sign(statistics[pick]).astype(int), np.abs(statistics[pick]) - self.penalty[pick]
         runs: list[int] = []  # the earliest window of each sign in turn
         for k in np.lexsort((-beyond, last)):
-            after = not runs or (
-                sign[k] != sign[runs[-1]] and first[k] >= split[runs[-1]] and split[k] >= last[runs[-1]]
-            )
-            if after:
+            before = runs[-1] if runs else None
+            if before is None or (sign[k] != sign[before] and first[k] >= split[before] and split[k] >= last[before]):
                 runs.append(int(k))
         # how far beyond it is the most significant window of each run
         best = []
@@ -140,13 +139,12 @@ class Windows:
         found = []
         for (i, k), (j, q) in itertools.pairwise(enumerate(runs)):
             # the last window of this sign and, given that, the first to end of the next: the narrowest sure interval
-            before = np.flatnonzero((sign == sign[k]) & (split <= first[q]) & (last <= split[q]) & (first >= first[k]))
-            k = int(before[np.lexsort((last[before], -first[before]))[0]]) if len(before) else k
-            after_it = np.flatnonzero((sign == sign[q]) & (first >= split[k]) & (split >= last[k]))
-            end = int(last[after_it].min()) if len(after_it) else int(last[q])
-            found.append(
-                Extremum(order, int(sign[k]), int(first[k]), max(end, int(first[k]) + 1), min(best[i], best[j]))
-            )
+            of_this = np.flatnonzero((sign == sign[k]) & (split <= first[q]) & (last <= split[q]) & (first >= first[k]))
+            k = int(of_this[np.lexsort((last[of_this], -first[of_this]))[0]]) if len(of_this) else k
+            of_next = np.flatnonzero((sign == sign[q]) & (first >= split[k]) & (split >= last[k]))
+            end = int(last[of_next].min()) if len(of_next) else int(last[q])
+            left = int(first[k])
+            found.append(Extremum(order, int(sign[k]), left, max(end, left + 1), min(best[i], best[j])))
         return found
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import xarray as xr
 
 from devmon.analysis.derive.llc_loss import loss_of_llc
-from devmon.analysis.detection.events import Event, lead_lag, meet
+from devmon.analysis.detection.events import Event, meet
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.run import RunData
 from devmon.analysis.series import Series
 from devmon.analysis.transitions.clusters import Transition
 from devmon.analysis.transitions.mirage import MIRAGE, SURVIVES, Survival, mirage_guard, twins_of
+from devmon.analysis.transitions.order import lead_lag
 from devmon.analysis.transitions.phases import PhaseType, types_of
 from devmon.analysis.transitions.schedule import ScheduleCheck, schedule_check, schedule_of
 from devmon.analysis.transitions.stages import Change, Stage

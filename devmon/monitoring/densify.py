@@ -13,7 +13,7 @@ from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch
 
 if TYPE_CHECKING:
-    from devmon.analysis.detection.alarms import Provisional
+    from devmon.analysis.transitions.alarms import Provisional
 
 # Ratio of steps. While an alarm is up, a watch is due once the step is this many times the one it was last measured at:
 # ln(10) / ln(1.05) = 47 points a decade. Nearer to 1, the added points cost more and place an event more finely.
@@ -104,7 +104,7 @@ class Densify(Companion):
 
     def _look(self) -> bool:
         """Make the looks that are due, record the alarms, and say whether one is up."""
-        from devmon.analysis.detection.alarms import provisional  # loads scipy: only where it is asked for
+        from devmon.analysis.transitions.alarms import provisional  # loads scipy: only where it is asked for
 
         try:
             with isolated():
@@ -122,7 +122,7 @@ class Densify(Companion):
             return False
         if self.up:
             return True
-        from devmon.analysis.detection.alarms import Looks
+        from devmon.analysis.transitions.alarms import Looks
 
         sizes, densified = set(Looks().sizes), self._trajectory.attrs.get("densified", {})
         held = {name: set(self._trajectory.steps(name)) for name in self._names()}

@@ -11,7 +11,7 @@ from devmon.analysis.detection.axis import averaged, bins, counts
 from devmon.analysis.detection.constants import PHIS
 from devmon.analysis.detection.noise import NoiseModel, correlation, covariance, of_replicates, spikes
 from devmon.analysis.detection.spline import Spline, _kernel
-from devmon.analysis.detection.windows import CHANGE, SLOPE, Windows, p_value
+from devmon.analysis.detection.windows import Order, Windows, p_value
 from devmon.analysis.series import Array
 
 X = np.log10(np.unique(np.round(np.geomspace(1, 20_000, 66))))
@@ -103,12 +103,12 @@ def test_contrasts_are_slopes_and_changes_of_slope() -> None:
     bent = np.where(X[30] > X, 2 * (X - X[30]), 5 * (X - X[30]))
     found = windows.rows @ bent
     left, right = windows.last <= 30, windows.first >= 30
-    np.testing.assert_allclose(found[(windows.order == SLOPE) & left], 2, atol=1e-9)
-    np.testing.assert_allclose(found[(windows.order == SLOPE) & right], 5, atol=1e-9)
-    at = (windows.order == CHANGE) & (windows.split == 30)
+    np.testing.assert_allclose(found[(windows.order == Order.SLOPE) & left], 2, atol=1e-9)
+    np.testing.assert_allclose(found[(windows.order == Order.SLOPE) & right], 5, atol=1e-9)
+    at = (windows.order == Order.CHANGE) & (windows.split == 30)
     assert at.sum() > 5
     np.testing.assert_allclose(found[at], 3, atol=1e-9)
-    np.testing.assert_allclose(found[(windows.order == CHANGE) & (left | right)], 0, atol=1e-9)
+    np.testing.assert_allclose(found[(windows.order == Order.CHANGE) & (left | right)], 0, atol=1e-9)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.8])
@@ -133,13 +133,13 @@ def test_the_largest_statistic_is_at_its_threshold_as_often_as_alpha() -> None:
 def test_extrema_lie_between_windows_of_opposite_sign() -> None:
     windows = Windows(X, ONES)
     curve = -np.abs(X - X[40]) * 30
-    found = windows.extrema(windows.statistics(curve[:, None], 0.5 * ONES[:, None], 0.0)[:, 0], SLOPE, 2.0)
+    found = windows.extrema(windows.statistics(curve[:, None], 0.5 * ONES[:, None], 0.0)[:, 0], Order.SLOPE, 2.0)
     (top,) = found
-    assert (top.sign, top.order) == (1, SLOPE)
+    assert (top.sign, top.order) == (1, Order.SLOPE)
     assert top.left <= 40 <= top.right
-    assert windows.extrema(windows.statistics(X[:, None] * 99, ONES[:, None], 0.0)[:, 0], SLOPE, 2.0) == []
+    assert windows.extrema(windows.statistics(X[:, None] * 99, ONES[:, None], 0.0)[:, 0], Order.SLOPE, 2.0) == []
     step = np.where(np.arange(len(X)) >= 40, 8.0, 0.0)
-    (steep,) = windows.extrema(windows.statistics(step[:, None], ONES[:, None], 0.0)[:, 0], CHANGE, 2.0)
+    (steep,) = windows.extrema(windows.statistics(step[:, None], ONES[:, None], 0.0)[:, 0], Order.CHANGE, 2.0)
     assert steep.sign == 1
     assert steep.left <= 39 < 40 <= steep.right
 

@@ -7,9 +7,9 @@ import doctest
 import numpy as np
 import pytest
 
-import devmon.analysis.detection.alarms as alarms_module
+import devmon.analysis.transitions.alarms as alarms_module
 from devmon.analysis import Detector, Event, Looks, Series, detect, provisional, robustness, series_of
-from devmon.analysis.detection.alarms import Alarm, Provisional, _looked, _settled
+from devmon.analysis.transitions.alarms import Alarm, Provisional, _looked, _settled
 from devmon.analysis.transitions.robustness import bandwidth, local_regression
 from devmon.errors import DataError
 from tests.support.synthetic import Run, rise, watch

@@ -47,9 +47,9 @@ def series_in(run: Any) -> list[Series]:
 
 def accepted(series: Series) -> Series:
     """The series without the points that were rejected (all NaN where all were)."""
-    values = np.array(series.values, dtype=np.float64)
     if series.rejected is None:
         return series
+    values = np.array(series.values, dtype=np.float64)
     refused = np.asarray(series.rejected, dtype=bool)
     if refused.shape != values.shape:
         raise DataError(

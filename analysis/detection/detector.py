@@ -64,13 +64,14 @@ class Detector:
     def _fit(self, series: Series) -> Fit:
         # what is missing, and what can be said without a search
         refused = 0 if series.rejected is None else int(np.sum(series.rejected))
-        notes = [f"{refused} of {len(series.values)} points rejected"] if refused else []
-        series, settings = accepted(series), asdict(self)
+        rejected = [f"{refused} of {len(series.values)} points rejected"] if refused else []
+        series, settings, notes = accepted(series), asdict(self), list[str]()
         t, y, se = checked(series.steps, series.values, series.se, series.name)
         replicates = checked_replicates(series, t)
         total = np.size(series.values)
         if len(t) < total:
             notes.append(f"{total - len(t)} of {total} points are NaN: skipped")
+        notes += rejected
         if len(t) == 0 and total > 0:
             return Fit("SAMPLER REJECTED", notes=("no finite value", *notes), settings=settings, series=series.name)
         if len(t) < FEWEST:
@@ -103,6 +104,7 @@ class Search:
         self.values = (values - self.offset) / self.scale
         self.smallest = max(series.smallest / self.scale, SMALLEST)
         self.known = self.source = "estimated"
+        self.sd: Array
         self.windows: Windows = windows_of(self.x.tobytes(), self.points.tobytes())
         if replicates is not None:
             self._measured(averaged(replicates, starts) / self.scale)
@@ -120,7 +122,7 @@ class Search:
         loglik, sd = self.windows.noise.fit(np.stack([self.values, rests], axis=1)[:, : 1 + (taken > 0)])
         which = int(loglik[:, -1].max() - taken * self.windows.noise.cost > loglik[:, 0].max())
         k, free = correlation(loglik[:, which]), len(rests) - 2
-        self.phi, self.wider = PHIS[k], 1.0
+        self.phi, self.wider = PHIS[k], np.ones(1)
         self.sd = sd[k, :, which] * np.sqrt(free / max(free - which * taken, 1))
         if se is None:
             return

@@ -2,6 +2,7 @@
 
     python benchmarks/curves.py                     # benchmarks/curves/*.csv with benchmarks/curves/labels.json
     python benchmarks/curves.py FOLDER --out FILE   # curves of one's own
+    python benchmarks/curves.py --figure docs/curves.png   # every curve with its events and labels, nothing scored
 
 Each curve is `NAME.csv`, a header and then step,value a row. `labels.json` holds for each NAME two lists, `must`
 (what anyone sees) and `may` (what a reader may or may not name), of [kinds, from, to]: kinds are of turn, jump (a
@@ -80,11 +81,43 @@ def score(folder: Path) -> dict[str, Any]:
     return {"summary": summary, "curves": each}
 
 
+def figure(folder: Path, path: Path) -> None:
+    """Every curve with the events that the detector finds; shaded are the labels, darker what must be found."""
+    from matplotlib.figure import Figure
+
+    colours = {"jump": "tab:red", "turn": "tab:blue", "plateau": "tab:green", "bump": "tab:purple"}
+    curves = read(folder)
+    page = Figure(figsize=(16, 2.6 * -(-len(curves) // 4)), layout="constrained")
+    panels = page.subplots(-(-len(curves) // 4), 4, squeeze=False).ravel()
+    for ax in panels[len(curves) :]:
+        ax.set_visible(False)
+    for ax, (name, (steps, values, must, may)) in zip(panels, curves.items(), strict=False):
+        first = steps[steps > 0][0]  # a place for step 0: log(step + first), as the detector sees it
+        ax.plot(steps + first, values, "k.-", lw=0.6, ms=2.5)
+        for labels, shade in ((must, 0.25), (may, 0.08)):
+            for _, low, high in labels:
+                ax.axvspan(low + first, high + first, color="orange", alpha=shade, lw=0)
+        for event in Detector().fit(steps, values).events():
+            low, high = event.interval
+            ax.axvspan(low + first, high + first, color=colours[event.kind], alpha=0.2, lw=0)
+            ax.axvline(event.step + first, color=colours[event.kind], lw=1.2)
+            ax.annotate(event.word, (event.step + first, 0.97), xycoords=("data", "axes fraction"), fontsize=6,
+                        rotation=90, va="top", ha="right", color=colours[event.kind])  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=6)
+    page.savefig(path, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "curves")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
+    if options.figure:
+        figure(options.folder, options.figure)
+        return
     result = score(options.folder)
     for name, row in result["summary"].items():
         print(f"{name:20s} recall {row['recall']:.2f}, too many {row['too many a curve']:.2f} a curve")

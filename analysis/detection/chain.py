@@ -2,7 +2,7 @@
 
 Along the curve the extrema of f cut it into stretches that go one way; within a stretch the extrema of the slope are
 in turn the steepest place of a rise and the flattest place of a plateau. What is too small is taken out, least first,
-each with the neighbour it leaves without meaning, until all that is left is of a size that matters (see `Chain`).
+each with the neighbour it leaves without meaning.
 """
 
 from __future__ import annotations

@@ -105,8 +105,7 @@ class Trend:
 
 @dataclass(frozen=True)
 class Noise:
-    """What the trend leaves: its standard deviation (median over steps) and its correlation from one checkpoint to
-    the next.
+    """What the trend leaves: its sd (median over steps) and its correlation from one checkpoint to the next.
 
     `source` says where they come from: "replicates", "se" (estimated, and bounded by the errors given) or "estimated".
     """

@@ -68,7 +68,7 @@ def summit(x: Array, curves: Array, at: NDArray[np.int64]) -> Array:
     before, here, after = (curves[inner + k, of] for k in (-1, 0, 1))
     bend = before - 2 * here + after
     off = 0.5 * (before - after) / np.where(bend == 0, np.inf, bend)
-    return x[inner] + np.clip(off, -0.5, 0.5) * (x[1] - x[0])
+    return x[0] + np.clip(inner + off, np.maximum(at - 0.5, 0), at + 0.5) * (x[1] - x[0])
 
 
 def trend(

@@ -72,6 +72,15 @@ def test_a_saturating_rise_of_any_shape_is_one_rise(name: str, sd: float) -> Non
         assert [(event.kind, np.sign(event.size)) for event in events] == [("jump", sign)], told(events)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stair_of_few_points_is_its_rises(seed: int) -> None:
+    level = np.repeat([8.0, 11.0, 12.0, 16.0, 20.0], [9, 1, 4, 4, 4])
+    steps = np.round(np.geomspace(10, 2000, 22))
+    events = events_of(steps, level + noise(seed, 22, 0.1))
+    assert [event.kind for event in events if event.kind == "jump"] == ["jump"] * 3, told(events)
+    assert {event.kind for event in events} <= {"jump", "plateau"}, told(events)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_power_law_of_thousands_of_steps_has_no_event(seed: int) -> None:
     steps = np.arange(1.0, 4579)

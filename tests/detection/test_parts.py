@@ -9,8 +9,8 @@ from scipy import stats
 from devmon.analysis.detection.abrupt import abruptness, surprise
 from devmon.analysis.detection.axis import averaged, bins, counts
 from devmon.analysis.detection.constants import PHIS
-from devmon.analysis.detection.noise import NoiseModel, correlation, covariance, of_replicates, spikes
-from devmon.analysis.detection.spline import Spline, _kernel
+from devmon.analysis.detection.noise import NoiseModel, correlation, covariance, of_replicates, spikes, without_rises
+from devmon.analysis.detection.spline import Spline, _kernel, summit
 from devmon.analysis.detection.windows import Order, Windows, p_value
 from devmon.analysis.series import Array
 
@@ -95,6 +95,22 @@ def test_only_a_single_point_that_leaves_and_comes_back_is_a_spike(values: list[
     assert np.flatnonzero(spikes(-np.array(values))).tolist() == found
 
 
+def test_rises_between_rests_are_taken_out_and_what_is_none_stays() -> None:
+    wiggle = 0.1 * np.random.default_rng(11).standard_normal(24)
+    x, place = np.arange(24.0), np.arange(24)
+    stair = wiggle + 5.0 * (place >= 8) + 5.0 * (place >= 9) - 7.0 * (place >= 16)  # two gaps up, one down
+    left, gaps = without_rises(x, stair)
+    assert gaps == 3
+    assert np.ptp(left) < 1
+    assert without_rises(x, wiggle)[1] == 0
+    assert without_rises(x, wiggle + 5.0 * (place == 12))[1] == 0  # comes back at once
+    assert without_rises(x, wiggle + 5.0 * np.clip(place - 8, 0, 4))[1] == 0  # too slow to be sharp
+    close = np.where(place <= 8, x, x + 10)
+    close[9:] -= 9.9  # the checkpoints before the rise lie close together
+    close[:8] = close[7] - 0.01 * (7 - place[:8])
+    assert without_rises(close, wiggle + 5.0 * (place >= 8))[1] == 0
+
+
 # windows
 
 
@@ -171,6 +187,13 @@ def test_draws_spread_as_the_curve_does_over_new_noise() -> None:
     between = np.std([curve.mean for curve in curves], axis=0)[middle].mean()
     within = np.mean([curve.draws.std(1) for curve in curves], axis=0)[middle].mean()
     assert within == pytest.approx(between, rel=0.2)
+
+
+def test_a_summit_lies_between_the_places_at_which_a_curve_is_drawn() -> None:
+    x, at = np.linspace(0, 1, 21), np.array([0.413, 0.5, 0.01])
+    curves = 3 - (x[:, None] - at) ** 2
+    np.testing.assert_allclose(summit(x, curves, curves.argmax(0)), at, atol=1e-9)
+    np.testing.assert_allclose(summit(x, -curves, curves.argmax(0)), at, atol=1e-9)
 
 
 # abruptness

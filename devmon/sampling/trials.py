@@ -10,7 +10,8 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
-from devmon.analysis.derive.llc import llc, mean_and_error, scaled_excess
+from devmon.analysis.derive.errors import mean_and_error
+from devmon.analysis.derive.llc import llc, scaled_excess
 from devmon.sampling.constants import (
     BIAS_SHARE,
     LONGEST_TRIAL,

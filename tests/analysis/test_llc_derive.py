@@ -6,7 +6,7 @@ import xarray as xr
 from scipy import signal
 
 from devmon.analysis import llc
-from devmon.analysis.derive.llc import mean_and_error, paired_batches
+from devmon.analysis.derive.errors import mean_and_error, paired_batches
 from devmon.errors import DataError
 
 NBETA, LEVEL = 50.0, 20.0

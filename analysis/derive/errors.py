@@ -1,0 +1,80 @@
+"""The standard error of a mean of correlated draws, and of its changes along a run."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+from scipy.special import stdtrit
+
+LEVEL = 0.90
+Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+
+
+def mean_and_error(values: np.ndarray, shared: bool = False) -> tuple[float, float, float]:
+    """Mean, standard error and degrees of freedom of correlated draws (chain, draw).
+
+    The draws of each chain are cut into batches; the largest of 16, 8, 4, 2 batches is used whose means look
+    independent (lag-1 correlation at most 0.1, spread of the chains no larger than they explain by a half), else one
+    batch a chain. The error is scaled so that ±1.645 se is the Student interval. Chains that share minibatches
+    (`shared`) are no replicates: then the batches are of their average.
+    """
+    if not np.isfinite(values).all():
+        return float("nan"), float("nan"), 0.0
+    if shared:
+        independent = mean_and_error(values)
+        together = mean_and_error(values.mean(0, keepdims=True))
+        return max(independent, together, key=lambda estimate: estimate[1])
+    # One batch a chain is always valid, and wide: its degrees of freedom are the chains less one.
+    chains, draws = values.shape
+    between = values.mean(1).var(ddof=1) / chains if chains > 1 else 0.0
+    variance, dof = (between, chains - 1) if chains > 1 else (np.nan, 0)
+    # More batches know the error better, for as long as they are longer than the chain's memory: neighbours are not
+    # correlated, and chains differ by no more than their batches explain.
+    for count in (16, 8, 4, 2):
+        if draws < 2 * count:
+            continue
+        means = values[:, draws % count :].reshape(chains, count, -1).mean(2)
+        away = means - means.mean()
+        total = (away**2).sum()
+        candidate = total / (means.size - 1) / means.size
+        paired = (away[:, 1:] * away[:, :-1]).sum() * count / (count - 1)
+        if (paired <= 0.1 * total and between <= 1.5 * candidate) or (chains == 1 and count == 2):
+            variance, dof = candidate, means.size - 1
+            break
+    if dof < 1:
+        return float(values.mean()), float("nan"), 0.0
+    widen = stdtrit(dof, 0.5 + LEVEL / 2) / Z
+    return float(values.mean()), float(np.sqrt(variance) * widen), float(dof)
+
+
+def paired_batches(values: np.ndarray, shared: bool = False) -> np.ndarray:
+    """Means of batches of draws, (batch, step), of traces (step, chain, draw) that are paired over steps.
+
+    Each chain is cut into 16, 8, 4, 2 or 1 batches, the most whose changes from step to step look independent: over all
+    steps together their lag-1 correlation is at most 0.1, and chains differ by at most one and a half times what their
+    batches explain. Chains that share minibatches (`shared`) are averaged first. NaN at a step with an infinite loss.
+    """
+    if shared:
+        values = values.mean(1, keepdims=True)
+    steps, chains, draws = values.shape
+    changes = np.diff(values, axis=0) if steps > 1 else values
+    changes = changes[np.isfinite(changes).all((1, 2))]
+    for count in (16, 8, 4, 2):
+        if draws < 2 * count:
+            continue
+        means = changes[:, :, draws % count :].reshape(len(changes), chains, count, -1).mean(3)
+        # Each change counts alike, however large its noise: what is judged is the memory of the chains.
+        away = means - means.mean((1, 2), keepdims=True)
+        total = np.maximum((away**2).sum((1, 2)), np.finfo(float).tiny)
+        paired = (away[:, :, 1:] * away[:, :, :-1]).sum((1, 2)) * count / (count - 1)
+        within = total / (chains * count - 1) / count
+        between = means.mean(2).var(1, ddof=1) if chains > 1 else 0 * within
+        if (
+            len(changes) and np.mean(paired / total) <= 0.1 and np.mean(between / within) <= 1.5
+        ) or chains * count == 2:
+            break
+    else:
+        count = 1
+    batches = values[:, :, draws % count :].reshape(steps, chains * count, -1).mean(2).T
+    return np.where(np.isfinite(values).all((1, 2)), batches, np.nan)

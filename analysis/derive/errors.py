@@ -5,7 +5,9 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import fdtri, stdtrit
+
+from devmon.analysis.derive.mixing import memory_of, variances_of_mean
 
 LEVEL = 0.90
 Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
@@ -46,6 +48,40 @@ def mean_and_error(values: np.ndarray, shared: bool = False) -> tuple[float, flo
         return float(values.mean()), float("nan"), 0.0
     widen = stdtrit(dof, 0.5 + LEVEL / 2) / Z
     return float(values.mean()), float(np.sqrt(variance) * widen), float(dof)
+
+
+def pooled_errors(values: np.ndarray, shared: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors and degrees of freedom (step,) of the means of traces (step, chain, draw) along a run.
+
+    se² = σ² τ / draws of all chains: the variance σ² of the draws is each step's own, the autocorrelation time τ is
+    that of all steps together, for it varies little along a run and one step knows it badly. Where chains differ, over
+    all steps, by more than that explains (F test at 1%: they remember more than their length shows), τ is taken from
+    their means. Scaled so that ±1.645 se is the Student interval. Chains that share minibatches (`shared`) are no replicates:
+    the larger of the error of independent chains and that of their average. NaN, and 0 degrees of freedom, where a
+    draw is infinite.
+    """
+    if shared:
+        apart, together = pooled_errors(values), pooled_errors(values.mean(1, keepdims=True))
+        larger = together[0] > apart[0]
+        return np.where(larger, together[0], apart[0]), np.where(larger, together[1], apart[1])
+    steps, chains, draws = values.shape
+    finite = np.isfinite(values).all((1, 2))
+    memory = memory_of(values[finite])
+    se, dof = np.full(steps, np.nan), np.zeros(steps)
+    if memory.dof <= 0:
+        return se, dof
+    between, explained = np.array([variances_of_mean(each, memory) for each in values[finite]]).T
+    # The draws' own variance is known with as many degrees of freedom as their squares are independent.
+    known = 1 / (1 / memory.dof + (memory.time + 1 / memory.time) / (2 * chains * draws))
+    factor = 1.0
+    if chains > 1:
+        # Each step counts alike, and steps of common noise as fewer than they are.
+        ratio, of_means = float(np.mean(between / explained)), (chains - 1) * memory.looks
+        if ratio > fdtri(of_means, known, 0.99):
+            factor, known = ratio, of_means
+    se[finite] = np.sqrt(explained * factor / chains) * stdtrit(known, 0.5 + LEVEL / 2) / Z
+    dof[finite] = known
+    return se, dof
 
 
 def paired_batches(values: np.ndarray, shared: bool = False) -> np.ndarray:

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from devmon.analysis.derive.errors import Z, mean_and_error, paired_batches
-from devmon.analysis.derive.mixing import ess_mean, rhat
+from devmon.analysis.derive.errors import Z, mean_and_error, paired_batches, pooled_errors
+from devmon.analysis.derive.mixing import Memory, chains_agree, drifts, ess_mean, memory_of, rhat, rhat_limit
 from devmon.analysis.table import Row, table_html, thinned
 from devmon.analysis.wording import number
 from devmon.errors import DataError
 
-MAX_RHAT = 1.1
-MIN_ESS = 10.0
+# Independent draws of all chains together: so many know their own error to 1 / √(2 (8 − 1)) = 27%. Twice as many would
+# refuse sound chains of 3 × 50 draws at an autocorrelation time of 8; half as many know their error to 41%.
+MIN_INDEPENDENT = 8.0
 MAX_TEMPERATURE = 2.0
 
 
@@ -36,9 +37,12 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
     `dataset` holds `loss` and `baseline` over (chain, draw), perhaps with a leading step, as `devmon.instruments.LLC`
     stores them. `burn_in` draws are left out (default: what the attrs say). Per step the result has
 
-    - `llc`, `se`, `low`, `high`, `dof`: the estimate and its 90% interval, a Student interval over batch means. `se` is
-      the interval's half-width / 1.645, so that llc ± 1.645 se is that interval also where few chains make it wide.
+    - `llc`, `se`, `low`, `high`, `dof`: the estimate and its 90% interval, a Student interval. `se` is the interval's
+      half-width / 1.645, so that llc ± 1.645 se is that interval also where few draws make it wide. It comes from batch
+      means, and with several steps from an autocorrelation time common to them (`pooled_errors`).
     - `llc_chain(chain)`; `ess` and `rhat` of the loss differences (rank-normalised split R̂, Vehtari et al. 2021)
+    - `autocorrelation_time`: 1 + 2 Σ ρ in draws, within chains, with several steps one for all. `rhat_limit`: the R̂
+      that sound chains of that memory exceed once in 500 times, at least 1.1
     - `negative_share`: share of draws scored below w*. `drift`: second half minus first half, over λ̂
     - `temperature`, `temperature_se`: the configurational temperature E[∇U·(w−w*)] / d of SGMCMC (Wenzel et al. 2020,
       2002.02405) with U = nbeta L + (gamma/2)‖w−w*‖², so (nbeta E[∇L·(w−w*)] + gamma E‖w−w*‖²) / parameters. It is 1
@@ -53,7 +57,8 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
     - `wbic`: n E[L(w)], an estimate of the free energy where nbeta = n / log n (Watanabe 2013)
     - `verdict`: "non-finite" (a chain met NaN or infinity; λ̂ is NaN), "diverged" (distances still grow, temperature
       above 2, or λ̂ above the number of parameters), "negative" (λ̂ or E[∇L·(w−w*)] below 0 by more than its error: w*
-      is no minimum), "not mixed" (R̂ above 1.1 or ESS below 10), else "ok"
+      is no minimum), "not mixed" (R̂ above its limit or the chains' means apart, a drift common to them, fewer than 8
+      autocorrelation times of draws, or one chain), else "ok"
 
     With steps there are also, from traces that are paired because noise and batches are common to all steps,
 
@@ -66,15 +71,23 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
     """
     skip = _check(dataset, burn_in)
     if "step" not in dataset.dims:
-        return _join([_one(dataset, skip)], dataset, skip).isel(step=0)
-    rows = [_one(dataset.isel(step=i), skip) for i in range(dataset.sizes["step"])]
-    derived = _join(rows, dataset, skip).assign_coords(step=dataset["step"])
+        return _join([_row(dataset, skip)], dataset, skip).isel(step=0)
     excess = scaled_excess(dataset).transpose("step", "chain", "draw").values[:, :, skip:]
     shared = bool(dataset.attrs.get("shared_batches"))
-    changes = [(np.nan, np.nan)]
-    changes += [mean_and_error(excess[i] - excess[i - 1], shared)[:2] for i in range(1, len(excess))]
-    for name, values in zip(("change", "change_se"), np.array(changes).T, strict=True):
-        derived[name] = ("step", values, {"long_name": f"{name} of the LLC since the step before", "units": "1"})
+    steps = range(dataset.sizes["step"])
+    if len(steps) == 1:
+        rows = [_row(dataset.isel(step=0), skip)]
+    else:
+        # The chains' memory varies little along a run, and all steps know it better than one.
+        errors = zip(*pooled_errors(excess, shared), strict=True)
+        memory = memory_of(excess[np.isfinite(excess).all((1, 2))])
+        rows = [_row(dataset.isel(step=i), skip, memory, error) for i, error in zip(steps, errors, strict=True)]
+    derived = _join(rows, dataset, skip).assign_coords(step=dataset["step"])
+    difference = np.diff(excess, axis=0)
+    changes = {"change": difference.mean((1, 2)), "change_se": pooled_errors(difference, shared)[0]}
+    for name, values in changes.items():
+        about = {"long_name": f"{name} of the LLC since the step before", "units": "1"}
+        derived[name] = ("step", np.concatenate([[np.nan], np.where(np.isfinite(values), values, np.nan)]), about)
     batches = paired_batches(excess, shared)
     centred = batches - batches.mean(0) + derived["llc"].values
     about = {"long_name": "LLC by batch of draws, paired over steps", "units": "1"}
@@ -90,7 +103,10 @@ def scaled_excess(dataset: xr.Dataset) -> xr.DataArray:
     return difference * float(dataset.attrs["nbeta"])
 
 
-def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
+def _row(
+    dataset: xr.Dataset, skip: int, memory: Memory | None = None, error: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """All numbers of one estimate; `memory` and `error` (se, dof) are those pooled over the steps of a run."""
     attrs = dataset.attrs
     shared = bool(attrs.get("shared_batches"))
     excess = scaled_excess(dataset).transpose("chain", "draw").values
@@ -98,6 +114,8 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
     # A chain that met infinity in its burn-in has no law either: λ̂ is NaN, while the healthy chains keep their means.
     finite = bool(np.isfinite(excess).all())
     value, se, dof = mean_and_error(kept, shared)
+    if error is not None and finite:
+        se, dof = error
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         chains = kept.mean(1)
@@ -108,6 +126,8 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
             "llc_chain": chains,
             "ess": np.nan,
             "rhat": np.nan,
+            "rhat_limit": np.nan,
+            "autocorrelation_time": np.nan,
             "drift": drift,
             "temperature": np.nan,
             "temperature_se": np.nan,
@@ -119,9 +139,13 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
     row["fluctuation"], row["fluctuation_se"] = _fluctuation(dataset, skip)
     slope = (np.nan, np.nan)
     # Mixing is undefined for a handful of draws and for constants.
+    mixed = False
     if finite and kept.shape[1] >= 4 and kept.std() > 0:
-        row["ess"] = ess_mean(kept)
-        row["rhat"] = rhat(kept)
+        memory = memory_of(kept[None]) if memory is None else memory
+        row["ess"], row["rhat"], row["rhat_limit"] = ess_mean(kept), rhat(kept), rhat_limit(kept.shape, memory)
+        row["autocorrelation_time"] = memory.time
+        enough = kept.size / memory.time >= MIN_INDEPENDENT
+        mixed = enough and chains_agree(kept, memory) and not drifts(kept, memory)
     # Integration by parts: E[∇U·(w − w*)] is the number of parameters in the law, whatever the loss. Its two terms say
     # how far flat directions (gamma) and curved ones (nbeta) are filled.
     if finite and "slope" in dataset and "parameters" in attrs:
@@ -131,7 +155,7 @@ def _one(dataset: xr.Dataset, skip: int) -> dict[str, Any]:
         row["temperature"], row["temperature_se"] = (x / int(attrs["parameters"]) for x in (virial, virial_se))
         slope = mean_and_error(pull, shared)[:2]
         row["anharmonicity"] = slope[0] / (2 * value) if value else np.nan
-    row["verdict"] = _verdict(row, slope, dataset, finite)
+    row["verdict"] = _verdict(row, slope, dataset, finite, mixed)
     return row
 
 
@@ -147,7 +171,7 @@ def _fluctuation(dataset: xr.Dataset, skip: int) -> tuple[float, float]:
     return float(by_chain.mean()), float(se)
 
 
-def _verdict(row: dict[str, Any], slope: tuple[float, float], dataset: xr.Dataset, finite: bool) -> str:
+def _verdict(row: dict[str, Any], slope: tuple[float, float], dataset: xr.Dataset, finite: bool, mixed: bool) -> str:
     if not finite:
         return "non-finite"
     parameters = float(dataset.attrs.get("parameters", np.inf))
@@ -155,7 +179,6 @@ def _verdict(row: dict[str, Any], slope: tuple[float, float], dataset: xr.Datase
         return "diverged"
     if row["high"] < 0 or slope[0] + 2 * Z * slope[1] < 0:
         return "negative"
-    mixed = row["rhat"] <= MAX_RHAT and row["ess"] >= MIN_ESS
     return "ok" if mixed else "not mixed"
 
 
@@ -178,6 +201,8 @@ _WORDS = {
     "dof": "degrees of freedom of the error",
     "ess": "effective sample size",
     "rhat": "rank-normalised split R̂",
+    "rhat_limit": "the R̂ that sound chains of this memory stay below",
+    "autocorrelation_time": "draws that count as one",
     "drift": "second half minus first half, relative",
     "temperature": "configurational temperature",
     "temperature_se": "standard error of the configurational temperature",

@@ -9,7 +9,8 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
-from devmon.analysis.derive.llc import Z, llc
+from devmon.analysis.derive.errors import Z
+from devmon.analysis.derive.llc import llc
 from devmon.sampling.calibration import calibrate
 from devmon.sampling.constants import NOISE_MATTERS
 from devmon.sampling.curvature import noise_bias

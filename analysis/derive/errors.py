@@ -56,9 +56,9 @@ def pooled_errors(values: np.ndarray, shared: bool = False) -> tuple[np.ndarray,
     se² = σ² τ / draws of all chains: the variance σ² of the draws is each step's own, the autocorrelation time τ is
     that of all steps together, for it varies little along a run and one step knows it badly. Where chains differ, over
     all steps, by more than that explains (F test at 1%: they remember more than their length shows), τ is taken from
-    their means. Scaled so that ±1.645 se is the Student interval. Chains that share minibatches (`shared`) are no replicates:
-    the larger of the error of independent chains and that of their average. NaN, and 0 degrees of freedom, where a
-    draw is infinite.
+    their means. Scaled so that ±1.645 se is the Student interval. Chains that share minibatches (`shared`) are no
+    replicates: the larger of the error of independent chains and that of their average. NaN, and 0 degrees of freedom,
+    where a draw is infinite.
     """
     if shared:
         apart, together = pooled_errors(values), pooled_errors(values.mean(1, keepdims=True))

@@ -2,7 +2,7 @@
 
 `rhat` and `ess_mean` are those of arviz (a test holds that), whose import alone takes longer than to read a run and
 show it. How large R̂ may be depends on the chains' memory: their means differ by chance the more, the fewer independent
-draws they hold. `memory_of` measures that within chains, since an ESS that counts the spread of the chains explains any.
+draws they hold. `memory_of` measures that within chains, since an ESS that counts the chains' spread explains any.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from devmon import Trajectory, Watch, every, log_spaced
 from devmon.analysis import Event, Series, compare_runs, llc, plots, series_of
+from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.reports.comparison import runs_content
 from devmon.analysis.reports.writers import WRITERS
 from devmon.analysis.runs.compare import RunsComparison, sign_test
@@ -153,7 +154,7 @@ def restricted(out: Path, run: Trajectory, text: Text, form: Form) -> dict[str, 
 
 def _accepted(estimates: xr.Dataset) -> Series:
     steps, values, se, verdict = (estimates[name].values for name in ("step", "llc", "se", "verdict"))
-    return Series("restricted LLC", steps, values, se, rejected=verdict.astype(str) != "ok")
+    return Series("restricted LLC", steps, values, se, rejected=~accepted(verdict))
 
 
 def roles(run: Trajectory) -> dict[str, str]:

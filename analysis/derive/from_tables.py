@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.series import Series
 from devmon.errors import DataError
 
@@ -21,8 +22,8 @@ def series_of_table(table: pd.DataFrame, *, step: str = STEP_COLUMN) -> list[Ser
 
     Wide: each other numeric column is a series, and `x_se` the standard errors of `x`. Long: a column `value`, with the
     names in `series`, or in `watch` and `variable` as `devmon export` writes them; optional are `se`, `units` and
-    `verdict` (a verdict other than "ok" or nothing marks a rejected point). Rows keep their order: the steps of each
-    series must be sorted and distinct.
+    `verdict` (a verdict other than "ok", "finite-time" or nothing marks a rejected point). Rows keep their order: the
+    steps of each series must be sorted and distinct.
     """
     if not isinstance(table, pd.DataFrame):
         raise DataError(f"expected a pandas DataFrame, got {type(table).__name__}")
@@ -89,7 +90,7 @@ def _long(table: pd.DataFrame, step: str) -> list[Series]:
         rejected = None
         if "verdict" in rows.columns:
             verdicts = rows["verdict"].fillna("").astype(str)
-            rejected = (~verdicts.isin(["ok", ""])).to_numpy() if (verdicts != "").any() else None
+            rejected = ~accepted(verdicts) & (verdicts != "").to_numpy() if (verdicts != "").any() else None
         units = str(rows["units"].iloc[0]) if "units" in rows.columns and rows["units"].notna().any() else ""
         name = "/".join(map(str, key))
         series.append(

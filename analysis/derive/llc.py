@@ -9,15 +9,11 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis.derive.errors import Z, mean_and_error, paired_batches, pooled_errors
-from devmon.analysis.derive.mixing import Memory, chains_agree, drifts, ess_mean, memory_of, rhat, rhat_limit
+from devmon.analysis.derive.mixing import Memory, ess_mean, memory_of, rhat, rhat_limit
+from devmon.analysis.derive.verdicts import accepted, verdict
 from devmon.analysis.table import Row, table_html, thinned
 from devmon.analysis.wording import number
 from devmon.errors import DataError
-
-# Independent draws of all chains together: so many know their own error to 1 / √(2 (8 − 1)) = 27%. Twice as many would
-# refuse sound chains of 3 × 50 draws at an autocorrelation time of 8; half as many know their error to 41%.
-MIN_INDEPENDENT = 8.0
-MAX_TEMPERATURE = 2.0
 
 
 class Estimates(xr.Dataset):
@@ -55,10 +51,13 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
       where the traces hold `example_loss` (Watanabe 2010, 1004.2316; d/2 in a regular realisable model at nbeta = n, λ
       and ν of which give the gap between training and test loss). Its error is that between chains.
     - `wbic`: n E[L(w)], an estimate of the free energy where nbeta = n / log n (Watanabe 2013)
-    - `verdict`: "non-finite" (a chain met NaN or infinity; λ̂ is NaN), "diverged" (distances still grow, temperature
-      above 2, or λ̂ above the number of parameters), "negative" (λ̂ or E[∇L·(w−w*)] below 0 by more than its error: w*
-      is no minimum), "not mixed" (R̂ above its limit or the chains' means apart, a drift common to them, fewer than 8
-      autocorrelation times of draws, or one chain), else "ok"
+    - `verdict`, the first that holds: "non-finite" (a chain met NaN or infinity; λ̂ is NaN), "diverged" (distances still
+      grow, temperature above 2, or λ̂ above the number of parameters), "negative" (λ̂ or E[∇L·(w−w*)] below 0 by more
+      than its error: w* is no minimum), "left the basin" (anharmonicity below .75 by more than its error),
+      "finite-time" (the temperature differs from 1 by more than .1 and two standard errors, while the chains agree),
+      "not mixed" (R̂ above its limit or the chains' means apart, a drift common to them, fewer than 8 autocorrelation
+      times of draws, or one chain), else "ok". A finite-time λ̂ is a number of its settings: never a level, but
+      comparable between checkpoints of equal settings. It is not rejected.
 
     With steps there are also, from traces that are paired because noise and batches are common to all steps,
 
@@ -137,15 +136,12 @@ def _row(
         row["wbic"] = float(attrs.get("n", np.nan)) * float(dataset["loss"].values[..., skip:].mean())
     row["acceptance"] = float(dataset["acceptance"].values[..., skip:].mean()) if "acceptance" in dataset else np.nan
     row["fluctuation"], row["fluctuation_se"] = _fluctuation(dataset, skip)
-    slope = (np.nan, np.nan)
+    pull = None
     # Mixing is undefined for a handful of draws and for constants.
-    mixed = False
-    if finite and kept.shape[1] >= 4 and kept.std() > 0:
-        memory = memory_of(kept[None]) if memory is None else memory
+    memory = memory_of(kept[None]) if memory is None and finite else memory
+    if finite and memory is not None and kept.shape[1] >= 4 and kept.std() > 0:
         row["ess"], row["rhat"], row["rhat_limit"] = ess_mean(kept), rhat(kept), rhat_limit(kept.shape, memory)
         row["autocorrelation_time"] = memory.time
-        enough = kept.size / memory.time >= MIN_INDEPENDENT
-        mixed = enough and chains_agree(kept, memory) and not drifts(kept, memory)
     # Integration by parts: E[∇U·(w − w*)] is the number of parameters in the law, whatever the loss. Its two terms say
     # how far flat directions (gamma) and curved ones (nbeta) are filled.
     if finite and "slope" in dataset and "parameters" in attrs:
@@ -153,9 +149,8 @@ def _row(
         spread = float(attrs["gamma"]) * dataset["distance"].transpose("chain", "draw").values[:, skip:] ** 2
         virial, virial_se, _ = mean_and_error(pull + spread, shared)
         row["temperature"], row["temperature_se"] = (x / int(attrs["parameters"]) for x in (virial, virial_se))
-        slope = mean_and_error(pull, shared)[:2]
-        row["anharmonicity"] = slope[0] / (2 * value) if value else np.nan
-    row["verdict"] = _verdict(row, slope, dataset, finite, mixed)
+        row["anharmonicity"] = float(pull.mean()) / (2 * value) if value else np.nan
+    row["verdict"] = verdict(row, kept, pull, memory, dataset) if finite and memory is not None else "non-finite"
     return row
 
 
@@ -169,28 +164,6 @@ def _fluctuation(dataset: xr.Dataset, skip: int) -> tuple[float, float]:
     by_chain = half * away.mean((1, 2)) * chains * draws / max(chains * draws - 1, 1)
     se = by_chain.std(ddof=1) / np.sqrt(chains) if chains > 1 else np.nan
     return float(by_chain.mean()), float(se)
-
-
-def _verdict(row: dict[str, Any], slope: tuple[float, float], dataset: xr.Dataset, finite: bool, mixed: bool) -> str:
-    if not finite:
-        return "non-finite"
-    parameters = float(dataset.attrs.get("parameters", np.inf))
-    if row["low"] > parameters or row["temperature"] > MAX_TEMPERATURE or _grows(dataset):
-        return "diverged"
-    if row["high"] < 0 or slope[0] + 2 * Z * slope[1] < 0:
-        return "negative"
-    return "ok" if mixed else "not mixed"
-
-
-def _grows(dataset: xr.Dataset) -> bool:
-    """Whether a chain's last tenth lies wholly beyond three times the farthest of its sixth tenth."""
-    if "distance" not in dataset:
-        return False
-    distance = dataset["distance"].transpose("chain", "draw").values
-    tenth = max(1, distance.shape[1] // 10)
-    middle = distance.shape[1] // 2
-    early, late = distance[:, middle : middle + tenth].max(1), distance[:, -tenth:].min(1)
-    return bool((late > 3 * early).any())
 
 
 _WORDS = {
@@ -251,9 +224,10 @@ def _html(derived: xr.Dataset) -> str:
     )
     columns = [np.atleast_1d(derived[name].values) for name in shown]
     rows = [
-        Row([str(steps[i]), *(number(float(column[i]), 4) for column in columns), verdict], verdict != "ok")
-        for i, verdict in enumerate(verdicts)
+        Row([str(steps[i]), *(number(float(column[i]), 4) for column in columns), word], not accepted(word))
+        for i, word in enumerate(verdicts)
     ]
-    accepted = int((verdicts == "ok").sum())
     table = thinned(["step", *(names[name] for name in shown), "verdict"], rows)
-    return f"<p><b>LLC</b>: {accepted} of {len(verdicts)} estimates accepted</p>" + table_html(table)
+    return f"<p><b>LLC</b>: {int(accepted(verdicts).sum())} of {len(verdicts)} estimates accepted</p>" + table_html(
+        table
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis.derive.llc import llc
+from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.run import RunData, has_rows
 from devmon.analysis.series import Series
 
@@ -21,13 +22,13 @@ def series_of(
 ) -> list[Series]:
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 
-    LLC traces give `llc/llc` with its standard error, points whose verdict is not "ok" marked as rejected. Any other
-    watch gives the variables that are `followed`: a scalar as `watch/variable`, an array as `watch/variable max` (the
-    largest element at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]`
-    each. An infinite value is marked as rejected. A variable's attribute `smallest_change` becomes the series'
-    `smallest`. Values by group of items (`variable_replicates`), and of λ̂ by batch of draws, become `replicates`;
-    those of a maximum are of the element that is largest at each step. A series has none that are not finite where its
-    values are, and none of one group.
+    LLC traces give `llc/llc` with its standard error, points whose verdict is neither "ok" nor "finite-time" marked as
+    rejected. Any other watch gives the variables that are `followed`: a scalar as `watch/variable`, an array as
+    `watch/variable max` (the largest element at each step, with that element's error) and, up to 64 elements,
+    `watch/variable[layer=1, head=3]` each. An infinite value is marked as rejected. A variable's attribute
+    `smallest_change` becomes the series' `smallest`. Values by group of items (`variable_replicates`), and of λ̂ by
+    batch of draws, become `replicates`; those of a maximum are of the element that is largest at each step. A series
+    has none that are not finite where its values are, and none of one group.
 
     - `costs`: each watch gives `watch/seconds` too, what its observations took
     - `each`: without it, arrays give their maximum alone
@@ -62,11 +63,11 @@ def series_of_watch(
 
 def numbers_of(dataset: xr.Dataset) -> dict[str, float]:
     """The followed scalars of one observation (no `step` dimension); of LLC traces λ̂ as `llc`, its standard error `se`
-    and `accepted`, 1 where the verdict is "ok"."""
+    and `accepted`, 1 where the verdict is "ok" or "finite-time"."""
     if is_llc(dataset):
         derived = llc(dataset)
-        accepted = float(str(derived["verdict"].item()) == "ok")
-        return {"llc": float(derived["llc"]), "se": float(derived["se"]), "accepted": accepted}
+        usable = float(accepted(derived["verdict"].item()))
+        return {"llc": float(derived["llc"]), "se": float(derived["se"]), "accepted": usable}
     row = dataset.expand_dims("step")
     return {name: float(dataset[name]) for name in followed(row) if dataset[name].ndim == 0}
 
@@ -114,7 +115,7 @@ def elements(array: xr.DataArray) -> Iterator[tuple[str, xr.DataArray]]:
 
 
 def _llc_series(name: str, estimate: xr.Dataset) -> list[Series]:
-    rejected = np.asarray(estimate["verdict"].values).astype(str) != "ok"
+    rejected = ~accepted(estimate["verdict"].values)
     return [_series(f"{name}/llc", estimate["llc"], estimate["se"], estimate.get("llc_replicates"), rejected)]
 
 

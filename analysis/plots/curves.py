@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from devmon.analysis.derive.verdicts import FINITE_TIME, accepted
 from devmon.analysis.derive.watch_series import units_of
 from devmon.analysis.plots.style import (
     COLOURS,
@@ -63,9 +64,10 @@ def plot_llc(derived: xr.Dataset, events: Sequence[Event] = (), *, ax: Axes | No
     verdicts = np.asarray(derived["verdict"].values).astype(str)
     units = units_of(derived["llc"])
     llc, se = (np.asarray(derived[name].values, dtype=float) for name in ("llc", "se"))
-    series = Series("LLC", np.asarray(derived["step"].values), llc, se, units, verdicts != "ok")
+    series = Series("LLC", np.asarray(derived["step"].values), llc, se, units, ~accepted(verdicts))
     handles = draw_curve(ax, series, verdicts=verdicts) + draw_strips(ax, events)
-    note = "" if (verdicts == "ok").any() else " (every estimate is rejected)"
+    note = " (finite-time: of its settings, no level)" if FINITE_TIME in verdicts else ""
+    note = note if accepted(verdicts).any() else " (every estimate is rejected)"
     ax.set(title=f"Local learning coefficient{note}", ylabel=f"LLC [{units}]" if units else "LLC")
     step_axis(ax, series.steps)
     draw_legend(ax, handles)

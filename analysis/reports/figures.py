@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis import plots
+from devmon.analysis.derive.verdicts import FINITE_TIME, accepted
 from devmon.analysis.detection.events import Event
 from devmon.analysis.plots.events import in_order
 from devmon.analysis.reports.content import Figure
@@ -125,15 +126,17 @@ def llc_figure(page: Page, name: str, estimates: xr.Dataset, events: Sequence[Ev
     drawing, ax = plots.plot_llc(estimates, own)
     verdicts = np.asarray(estimates["verdict"].values).astype(str)
     caption = (
-        f"{name}: λ̂ at {len(verdicts)} checkpoints, {int((verdicts == 'ok').sum())} accepted. Band: ±1.64 standard "
+        f"{name}: λ̂ at {len(verdicts)} checkpoints, {int(accepted(verdicts).sum())} accepted. Band: ±1.64 standard "
         "errors. Hollow: a rejected estimate, by its verdict; drawn at the edge where it is off the scale, never used."
     )
+    if finite := int((verdicts == FINITE_TIME).sum()):
+        caption += f" {finite} are finite-time λ̂ of their settings: their changes can be compared, they are no level."
     columns = ["step", "LLC", "standard error", "ESS", "R̂", "verdict"]
     rows = []
     for i, verdict in enumerate(verdicts):
         cells = (float(estimates[key].values[i]) if key in estimates else None for key in ("llc", "se", "ess", "rhat"))
         rows.append(
-            Row([str(int(estimates["step"].values[i])), *(number(v, 4) for v in cells), verdict], verdict != "ok")
+            Row([str(int(estimates["step"].values[i])), *(number(v, 4) for v in cells), verdict], not accepted(verdict))
         )
     steps, values = np.asarray(estimates["step"].values), np.asarray(estimates["llc"].values, dtype=float)
     where = [curves(ax, [Series(f"{name}/llc", steps, values)])]

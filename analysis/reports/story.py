@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from devmon.analysis.derive.verdicts import FINITE_TIME, accepted
 from devmon.analysis.detection.events import Event
 from devmon.analysis.reports.findings import Findings
 from devmon.analysis.series import run_level
@@ -17,6 +18,7 @@ REMEDIES = {  # where every estimate is rejected, by the commonest reason
     "negative": "At these weights the loss still falls: measure later checkpoints, or raise gamma (devmon calibrate).",
     "diverged": "The chains run away: lower lr or raise gamma (devmon calibrate finds both).",
     "non-finite": "The chains meet NaN or infinity: lower lr (devmon calibrate finds it).",
+    "left the basin": "The chains walk to where the loss has another shape: raise gamma (devmon calibrate).",
     "not mixed": "The chains disagree: take more draws and chains, or another lr (devmon calibrate finds it).",
 }
 
@@ -46,7 +48,7 @@ def tell(findings: Findings) -> Story:
         )
     else:
         happened.append("UNRESOLVED: no series has enough checkpoints to tell a transition from noise.")
-    happened += [_rejected(name, v) for name, v in findings.verdicts.items() if len(v) and not (v == "ok").any()]
+    happened += [_rejected(name, v) for name, v in findings.verdicts.items() if len(v) and not accepted(v).any()]
     return Story(outcome, happened, _against(findings))
 
 
@@ -154,7 +156,13 @@ def _against(findings: Findings) -> list[str]:
         words = some(list(map(Event.in_words, wide)))
         said.append(f"{count(len(wide), 'event')} with a wide interval (a factor above 2): {words}.")
     # values that were not used
-    said += [_rejected(name, verdict) for name, verdict in verdicts.items() if len(set(verdict == "ok")) == 2]
+    said += [_rejected(name, verdict) for name, verdict in verdicts.items() if len(set(accepted(verdict))) == 2]
+    for name, verdict in verdicts.items():
+        if finite := int((verdict == FINITE_TIME).sum()):
+            said.append(
+                f"{name}: {finite} of {len(verdict)} are finite-time λ̂ of their settings, never a level: the chains "
+                "have not come to rest, and only changes between checkpoints of equal settings mean something."
+            )
     for series in findings.series:
         refused = 0 if series.rejected is None else int(np.sum(series.rejected))
         if refused and series.name.rpartition("/")[0] not in verdicts:
@@ -176,7 +184,7 @@ def _against(findings: Findings) -> list[str]:
 
 def _rejected(name: str, verdicts: np.ndarray) -> str:
     """How many estimates of an LLC watch are rejected and why; what to change where all are."""
-    bad = verdicts[verdicts != "ok"]
+    bad = verdicts[~accepted(verdicts)]
     reasons = Counter(bad.tolist()).most_common()
     kinds = ", ".join(f"{kind} {n}" for kind, n in reasons)
     every = len(bad) == len(verdicts)

@@ -113,7 +113,7 @@ class Trials:
 
 def healthy(trials: Sequence[Trial]) -> bool:
     """Whether no verdict says that the chains left w*; short trials need not have mixed."""
-    return all(trial.result["verdict"].item() in ("ok", "not mixed") for trial in trials)
+    return all(trial.result["verdict"].item() not in ("non-finite", "diverged", "negative") for trial in trials)
 
 
 def settled(trials: Sequence[Trial]) -> bool:

@@ -7,6 +7,7 @@ from scipy import signal
 
 from devmon.analysis import llc
 from devmon.analysis.derive.errors import mean_and_error, paired_batches
+from devmon.analysis.derive.verdicts import accepted
 from devmon.errors import DataError
 
 NBETA, LEVEL = 50.0, 20.0
@@ -99,13 +100,47 @@ def test_a_chain_that_dies_in_burn_in_is_not_averaged_away():
     assert llc(data)["verdict"].item() == "non-finite"
 
 
-@pytest.mark.parametrize("slope, verdict", [(7.8, "ok"), (20.0, "diverged"), (-2.0, "negative")])
+@pytest.mark.parametrize(
+    ("slope", "verdict"),
+    [
+        (7.8, "ok"),
+        (7.4, "ok"),
+        (9.2, "finite-time"),
+        (1.0, "finite-time"),
+        (0.5, "left the basin"),
+        (20.0, "diverged"),
+        (-2.0, "negative"),
+    ],
+)
 def test_temperature_and_slope(slope, verdict):
     """nbeta slope + gamma distance² must average to the number of parameters (400) in the right law."""
     data = traces().assign(slope=(("chain", "draw"), slope + 0.01 * autoregressive(4, 300, 0.0, 9)))
     result = llc(data)
     assert result["verdict"].item() == verdict
     assert result["temperature"].item() == pytest.approx((NBETA * slope + 1) / 400, rel=1e-2)
+
+
+def cold(excess):
+    """Traces of this `excess` over (chain, draw) after burn-in, at a temperature of .13."""
+    data = traces()
+    data["loss"].values[:, 100:] = data["baseline"].values[:, 100:] + excess / NBETA
+    return llc(data.assign(slope=(("chain", "draw"), 1.0 + 0.01 * autoregressive(4, 300, 0.0, 9))))
+
+
+def test_chains_on_their_way_are_finite_time_and_rejected_only_where_they_disagree():
+    """Refusing a common drift as "not mixed" would leave nothing of a run at settings that do not equilibrate."""
+    way = 20 * (1 - np.exp(-np.arange(200) / 150)) + autoregressive(4, 200, 0.0, 1)
+    assert cold(way)["verdict"].item() == "finite-time"
+    assert cold(way + 3 * np.arange(4)[:, None])["verdict"].item() == "not mixed"
+    assert accepted(["ok", "finite-time", "not mixed", "left the basin"]).tolist() == [True, True, False, False]
+
+
+def test_a_temperature_is_judged_by_its_own_error():
+    """Few noisy draws of a right law: .15 from 1, and no further than twice their error."""
+    hot = traces().assign(slope=(("chain", "draw"), 9.2 + 20 * autoregressive(4, 300, 5.0, 9)))
+    result = llc(hot)
+    assert abs(result["temperature"].item() - 1) > 0.1
+    assert result["verdict"].item() == "ok", result
 
 
 def test_more_than_the_number_of_parameters_is_no_coefficient():

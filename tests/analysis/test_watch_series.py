@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from devmon.analysis.derive.llc import llc
+from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.derive.watch_series import series_of
 from tests.support.reports import TEN
 from tests.support.synthetic import Run, induction_run, watch
@@ -43,7 +44,7 @@ def test_llc_points_are_rejected_by_their_verdict() -> None:
     derived = llc(run["llc"])
     one = next(one for one in series_of(run) if one.name == "llc/llc")
     assert one.rejected is not None
-    np.testing.assert_array_equal(one.rejected, derived["verdict"].values != "ok")
+    np.testing.assert_array_equal(one.rejected, ~accepted(derived["verdict"].values))
     np.testing.assert_array_equal(one.se, derived["se"].values)
     assert one.units == ""  # "1" is not a unit to print
 

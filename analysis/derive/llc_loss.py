@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from devmon.analysis.derive.llc import paired_batches
+from devmon.analysis.derive.errors import paired_batches
+from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.series import Series
 
 
@@ -21,7 +22,7 @@ def loss_of_llc(name: str, dataset: xr.Dataset, estimate: xr.Dataset) -> Series 
         return None
     traces = dataset["baseline"].transpose("step", "chain", "draw")
     kept = traces.values[:, :, int(estimate.attrs.get("burn_in", 0)) :].astype(np.float64)
-    rejected = np.asarray(estimate["verdict"].values).astype(str) != "ok"
+    rejected = ~accepted(estimate["verdict"].values)
     replicates = paired_batches(kept, bool(dataset.attrs.get("shared_batches")))
     units = str(dataset["loss"].attrs.get("units", "")) if "loss" in dataset else ""
     values = kept.mean((1, 2))

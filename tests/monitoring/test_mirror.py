@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from devmon import DevmonError, LoopMonitor, Snapshot, Trajectory, Watch, every
 from devmon.analysis import llc
+from devmon.analysis.derive.verdicts import accepted
 from devmon.callbacks import CheckpointSeries, LLCMonitor, Monitor, TrainerMonitor, latest
 from devmon.sampling import classification_loss
 from tests.support.lightning_toys import Norm
@@ -154,7 +155,7 @@ def test_the_llc_is_logged_with_its_error_and_verdict(tmp_path: Path) -> None:
     traces = Trajectory(tmp_path / "run.zarr", "r")["llc"]
     for step, row in recorder.rows:
         at = llc(traces.sel(step=step))  # alone: later steps are not known yet
-        values = {"llc": float(at["llc"]), "se": float(at["se"]), "accepted": float(at["verdict"].item() == "ok")}
+        values = {"llc": float(at["llc"]), "se": float(at["se"]), "accepted": float(accepted(at["verdict"].item()))}
         assert row == {f"devmon/llc/{key}": pytest.approx(value, rel=1e-12) for key, value in values.items()}
     assert [step for step, _ in recorder.rows] == [0, 4]
 

@@ -185,8 +185,11 @@ class Chain:
             link.span = float(curve.x[low]), float(curve.x[high])
             if way * link.size < least:
                 least = way * link.size
-                flat = [j for j in (k - 1, k + 1) if 0 <= j < len(self.links) and self.links[j].role == "plateau"]
-                which = (k, *flat[:1]) if link.role == "rise" else (k,)
+                # with a rise goes a plateau beside it, with a plateau the lesser of the two rises that it parted
+                other = "plateau" if link.role == "rise" else "rise"
+                near = (j for j in (k - 1, k + 1) if 0 <= j < len(self.links) and self.links[j].role == other)
+                beside = sorted(near, key=lambda j: abs(self.links[j].size))
+                which = (k, *beside[:1]) if link.role == "rise" or len(beside) == 2 else (k,)
         return bool(which) and self._drop(*which)
 
     def _endless(self) -> bool:

@@ -1,5 +1,4 @@
-"""`Detector`: the search of one series for turns, plateaus, rises and bumps that are there, and whether they are
-abrupt.
+"""`Detector`: the search of one series for what is there, and whether it is abrupt.
 
 The steps, each a file: axis, noise, windows, chain, spline and measure, abrupt.
 """
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import chi2, norm
 from scipy.stats import t as student
 
 from devmon.analysis.derive.from_anything import accepted
@@ -104,7 +103,6 @@ class Search:
         self.values = (values - self.offset) / self.scale
         self.smallest = max(series.smallest / self.scale, SMALLEST)
         self.known = self.source = "estimated"
-        self.sd: Array
         self.windows: Windows = windows_of(self.x.tobytes(), self.points.tobytes())
         if replicates is not None:
             self._measured(averaged(replicates, starts) / self.scale)
@@ -115,46 +113,50 @@ class Search:
         self.null = self.windows.null(self.phi, self.known, detector.n_null, detector.seed)
 
     def _estimated(self, se: Array | None) -> None:
-        """The noise from the curve itself, bounded by given errors, which it exceeds only as far as the places bear
-        it out."""
+        """The noise from the curve itself, bounded by given errors."""
+        self.wider = np.ones(1)
+        self.phi, self.sd = self._of_the_curve()
+        if se is not None:
+            self.known, self.source, excess = "bounded", "se", self.sd / se
+            # none is lower than elsewhere, for se tells how the size of the noise goes over steps
+            self.sd = self._bounded(se, np.maximum(excess, min(float(np.median(excess)), 1.0)), "their standard errors")
+
+    def _of_the_curve(self) -> tuple[float, Array]:
+        """Correlation and sd (places,) of the noise, from the values alone."""
         # rises between rests hide these: they are taken out where the likelihood pays for each of their changes
         rests, taken = without_rises(self.x, self.values)
         loglik, sd = self.windows.noise.fit(np.stack([self.values, rests], axis=1)[:, : 1 + (taken > 0)])
         which = int(loglik[:, -1].max() - taken * self.windows.noise.cost > loglik[:, 0].max())
         k, free = correlation(loglik[:, which]), len(rests) - 2
-        self.phi, self.wider = PHIS[k], np.ones(1)
-        self.sd = sd[k, :, which] * np.sqrt(free / max(free - which * taken, 1))
-        if se is None:
-            return
-        # a level above the errors is the training's own jitter, or structure: the errors weigh as much as SPAN places;
-        # none is lower than elsewhere, for se tells how the size of the noise goes over steps
+        return PHIS[k], sd[k, :, which] * np.sqrt(free / max(free - which * taken, 1))
+
+    def _bounded(self, measured: Array, excess: Array, what: str) -> Array:
+        """Measured errors, exceeded by the scatter of the values (the training's own jitter, or structure) as far as
+        the places bear it out: the errors weigh as much as SPAN places."""
         weight = len(self.x) / (len(self.x) + SPAN)
-        excess = self.sd / se
-        excess = np.maximum(excess, min(float(np.median(excess)), 1.0))
-        self.sd, self.known, self.source = se * np.where(excess > 1, excess**weight, excess), "bounded", "se"
         if (typical := float(np.median(excess))) > RATIO:
-            times = f"{typical:.1f} times as much as their standard errors"
-            self.notes.append(f"the values scatter {times}: taken as noise")
+            self.notes.append(f"the values scatter {typical:.1f} times as much as {what}: taken as noise")
+        return measured * np.where(excess > 1, excess**weight, excess)
 
     def _measured(self, replicates: Array) -> None:
-        """The noise from the replicates: their AR(1) model, and for each size of window how far their spread departs
-        from it.
-
-        The spread of R contrasts has R - 1 degrees of freedom for each window that stands apart; as many again are
-        given to the model. A t quantile beside a normal one widens what few of them leave unsure."""
+        """The noise from the replicates: their AR(1) model, for each window how far their spread departs from it, and
+        the jitter that they have in common, from the curve. The spread of R contrasts has R - 1 degrees of freedom, and
+        as many again are given to its median over windows of one size; a t quantile widens what these leave unsure."""
         windows, count = self.windows, len(replicates)
-        k, self.sd = of_replicates(windows.noise, replicates)
+        k, sd = of_replicates(windows.noise, replicates)
         self.phi, self.known, self.source = PHIS[k], "measured", "replicates"
-        self.sd = np.maximum(self.sd, EXACT)
+        sd = np.maximum(sd, EXACT)
         spread = (replicates - replicates.mean(0)).T / np.sqrt(count * (count - 1))
-        found = np.sum(windows.statistics(spread, np.repeat(self.sd[:, None], count, axis=1), self.phi) ** 2, axis=1)
-        self.wider = np.ones(len(found))
+        found = np.sum(windows.statistics(spread, np.repeat(sd[:, None], count, axis=1), self.phi) ** 2, axis=1)
+        usual = np.ones(len(found))
         for order, m in sorted(set(zip(windows.order.tolist(), windows.lengths.tolist(), strict=True))):
             mine = (windows.order == order) & (windows.lengths == m)
-            free = (count - 1) * max(len(self.x) / m, 1.0)
-            ratio = (free * found[mine].mean() + count - 1) / (free + count - 1)
-            widening = student.isf(TAIL, free + count - 1) / norm.isf(TAIL)
-            self.wider[mine] = 1 / (np.sqrt(ratio) * widening)
+            usual[mine] = np.median(found[mine]) * (count - 1) / chi2.median(count - 1)
+        widening = student.isf(TAIL, 2 * (count - 1)) / norm.isf(TAIL)
+        self.wider = 1 / (np.sqrt((found + usual) / 2) * widening)
+        # the same everywhere: where the curve changes fast, its scatter is no noise
+        excess = np.full(len(sd), max(float(np.median(self._of_the_curve()[1] / sd)), 1.0))
+        self.sd = self._bounded(sd, excess, "their replicates tell")
 
     def fit(self) -> Fit:
         detector = self.detector

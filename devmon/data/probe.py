@@ -102,12 +102,13 @@ def clustered_groups(total: np.ndarray, count: np.ndarray) -> np.ndarray:
     """The mean of `clustered_mean` on fixed groups of its sequences, (replicate, ...).
 
     `count` is (sequence,), or of the shape of `total` where elements have counts of their own. Sequence i belongs to
-    group (i + ⌊i / R⌋) mod R at every step, R the least of `REPLICATES` and the number of sequences: each round is dealt
-    from the next group on, so that sequences whose kinds take turns are in all groups. With S_r and C_r the sums of
-    group r, and θ = S / C the mean over all, its value is θ + R (S_r - θ C_r) / C: the linearised ratio estimator by
-    groups. Their mean is θ exactly, also where counts differ, and their standard deviation over √R estimates the
-    standard error. A contrast of θ over steps has the error of the same contrast of the groups, in which what the
-    sequences have in common at all steps cancels. All are NaN where no sequence has items.
+    group (i + ⌊i / R⌋) mod R at every step, R the least of `REPLICATES` and the number of sequences: each round is
+    dealt from the next group on, so that sequences whose kinds take turns are in all groups.
+
+    With S_r and C_r the sums of group r, and θ = S / C the mean over all, its value is θ + R (S_r - θ C_r) / C: the
+    linearised ratio estimator by groups. Their mean is θ exactly, also where counts differ, and their standard
+    deviation over √R estimates the standard error. A contrast of θ over steps has the error of the same contrast of the
+    groups, in which what the sequences have in common at all steps cancels. All are NaN where no sequence has items.
     """
     total, count = np.asarray(total, np.float64), np.asarray(count, np.float64)
     number = min(REPLICATES, len(count))

@@ -16,7 +16,8 @@ def test_sgld_has_its_exact_law_step_size_bias_included(lr, gamma):
     expected = exact.sgld_quadratic(CURVATURE, 50, gamma, lr)
     assert lr < 0.01 or expected > 1.1 * exact.gibbs_quadratic(CURVATURE, 50, gamma)
     result = llc(run(lr=lr, gamma=gamma))
-    assert result["verdict"].item() == "ok", result
+    # A law that is wider by more than a tenth is no level of λ.
+    assert result["verdict"].item() == ("ok" if lr < 0.01 else "finite-time"), result
     assert_within_ess_gated(result, expected)
 
 

@@ -199,4 +199,5 @@ def _md(text: str) -> str:
     text = re.sub(r"([\\`*\[\]<>|$~&])", r"\\\1", text)
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
     text = re.sub(r"(?<=\w)(://|@)", "\\1\u200b", text)  # no link of its own making
-    return re.sub(r"^([#+\-]|\d+[.)])", r"\\\1", text)
+    text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", text)  # no list; before a digit a backslash would be shown
+    return re.sub(r"^([#+\-])", r"\\\1", text)

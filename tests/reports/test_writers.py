@@ -66,6 +66,14 @@ def test_markdown_escapes_and_keeps_its_tables_square() -> None:
     assert "http\u200b://" not in text or "http://" not in text
 
 
+def test_markdown_escapes_no_digit() -> None:
+    """A backslash before a digit is shown (CommonMark 2.4): a list is escaped at its dot, a decimal not at all."""
+    section = Section("k", "S", [Paragraph("1. no list"), Paragraph("0.55 is")])
+    told = as_markdown(Content("T", "", "", [section], [], []))
+    assert "1\\. no list" in told
+    assert "\n0.55 is" in told
+
+
 def test_json_has_no_nan_and_html_numbers_cannot_end_their_script() -> None:
     values = np.where(TEN == 30, np.nan, np.where(TEN == 40, np.inf, 1.5))
     run = Run({"</script><i>": watch(TEN, {"x": values}, None, "Mine")})

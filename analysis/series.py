@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from devmon.errors import DataError
 
 Array = NDArray[np.float64]
+SAME = 1e-6  # share of the largest value below which replicates are the same: they are stored in float32
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def checked(steps: Any, values: Any, se: Any = None, name: str = "") -> tuple[Ar
     return t[keep], y[keep], None if s is None else s[keep]
 
 
-def checked_replicates(series: Series, kept: Array) -> Array | None:
-    """(R, n) replicates at the steps `kept`; DataError unless there are two or more, finite, one value a step."""
+def checked_replicates(series: Series, kept: Array, notes: list[str]) -> Array | None:
+    """(R, n) replicates at the steps `kept`; DataError unless there are two or more, finite, one value a step.
+
+    None, with a note, where they differ by nothing but levels: they would say that there is no noise at all."""
     if series.replicates is None:
         return None
     label = f"series {series.name!r}: " if series.name else ""
@@ -88,6 +91,10 @@ def checked_replicates(series: Series, kept: Array) -> Array | None:
     array = array[:, np.isin(steps, kept)]
     if not np.all(np.isfinite(array)):
         raise DataError(f"{label}replicates must be finite where the value is: set the value to NaN")
+    apart = array - array.mean(0)
+    if array.size and np.ptp(apart, axis=1).max() <= SAME * np.abs(array).max():
+        notes.append("the replicates differ at no step: taken as not given")
+        return None
     return array
 
 

@@ -66,13 +66,15 @@ class Detector:
         rejected = [f"{refused} of {len(series.values)} points rejected"] if refused else []
         series, settings, notes = accepted(series), asdict(self), list[str]()
         t, y, se = checked(series.steps, series.values, series.se, series.name)
-        replicates = checked_replicates(series, t)
+        replicates = checked_replicates(series, t, notes)
         total = np.size(series.values)
         if len(t) < total:
             notes.append(f"{total - len(t)} of {total} points are NaN: skipped")
         notes += rejected
         if len(t) == 0 and total > 0:
-            return Fit("SAMPLER REJECTED", notes=("no finite value", *notes), settings=settings, series=series.name)
+            given = np.any(np.isfinite(np.asarray(series.values, dtype=np.float64)))
+            note = f"{total} of {total} points have no finite se" if given else "no finite value"
+            return Fit("SAMPLER REJECTED", notes=(note, *notes), settings=settings, series=series.name)
         if len(t) < FEWEST:
             note = f"{len(t)} finite points, at least {FEWEST} are needed: measure more checkpoints"
             return Fit("UNRESOLVED", notes=(note, *notes), settings=settings, series=series.name)

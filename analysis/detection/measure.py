@@ -38,7 +38,7 @@ class Ruler:
         low, high = (float(q) for q in np.quantile(steps, [tail, 1 - tail]))
         step = float(np.clip(self._back(link.place), low, high))
         small, large = (float(q) for q in np.quantile(self._sizes(k, link), [tail, 1 - tail]))
-        size = link.size * self.scale
+        size = float(link.size * self.scale)
         ends = bump or (link.span if link.role != "turn" else None)
         if link.role == "rise":
             ends = self._t10_t90(link)

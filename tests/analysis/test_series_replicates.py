@@ -48,7 +48,7 @@ def test_a_scalar_hands_its_groups_on() -> None:
     of = series(dataset.assign_attrs(headline=["a"]))
     assert list(of) == ["w/a"]  # replicates are no series of their own
     np.testing.assert_array_equal(of["w/a"].replicates, groups.T)
-    assert checked_replicates(of["w/a"], STEPS[[0, 1, 3, 4]]) is not None
+    assert checked_replicates(of["w/a"], STEPS[[0, 1, 3, 4]], []) is not None
 
 
 def test_groups_that_tell_no_error_are_left_out() -> None:

@@ -57,6 +57,34 @@ def test_missing_points_are_skipped_with_a_note() -> None:
     assert flat.notes == (f"2 of {len(STEPS)} points are NaN: skipped", "all values are equal")
 
 
+def test_replicates_that_do_not_differ_tell_no_noise() -> None:
+    """Equal ones, and ones apart by levels alone (in float32): the noise is estimated, not taken as none."""
+    y = rise()
+    expected = QUICK.fit(STEPS, y)
+    for apart in (0.0, 1.0):
+        same_ones = (y + apart * np.arange(4)[:, None]).astype(np.float32)
+        fit = QUICK.fit(STEPS, y, replicates=same_ones)
+        assert fit.notes[0] == "the replicates differ at no step: taken as not given"
+        assert fit.events() == expected.events()
+        assert fit.noise is not None
+        assert fit.noise.source == "estimated"
+    nothing = np.full(len(STEPS), np.nan)
+    assert QUICK.fit(STEPS, nothing, replicates=np.tile(nothing, (4, 1))).notes == ("no finite value",)
+
+
+def test_errors_that_are_all_missing_are_named() -> None:
+    assert QUICK.fit(STEPS, rise(), np.full(len(STEPS), np.nan)).notes == (
+        f"{len(STEPS)} of {len(STEPS)} points have no finite se",
+    )
+
+
+def test_sizes_are_plain_numbers_with_replicates_too() -> None:
+    y = rise()
+    drawn = y + 0.5 * np.random.default_rng(0).standard_normal((8, len(STEPS)))
+    (event,) = QUICK.fit(STEPS, drawn.mean(0), replicates=drawn).events()[:1]
+    assert type(event.size) is float
+
+
 def test_rejected_points_are_not_told_twice() -> None:
     bad, y = np.arange(len(STEPS)) % 9 == 0, rise()
     y[3] = np.nan

@@ -90,7 +90,7 @@ class Event:
         from markupsafe import escape
 
         note = "" if self.resolved else f" Not resolved in time{f': {self.note}' if self.note else ''}."
-        return f"<p><b>{escape(self.kind)}</b>: {escape(self.in_words())}.{escape(note)}</p>"
+        return f"<p><b>{escape(self.word)}</b>: {escape(self.in_words())}.{escape(note)}</p>"
 
 
 @dataclass(frozen=True)

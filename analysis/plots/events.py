@@ -19,6 +19,7 @@ from devmon.analysis.plots.style import (
     draw_note,
     step_axis,
     styled,
+    words_of,
 )
 
 if TYPE_CHECKING:
@@ -74,10 +75,11 @@ def plot_events(
         ax.annotate(
             chance, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False
         )
-    ax.set_yticks(range(len(rows)), [f"{brief(event.series)} ({event.kind})" for event in rows], fontsize=8.5)
+    ax.set_yticks(range(len(rows)), [f"{brief(event.series)} ({event.word})" for event in rows], fontsize=8.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     # marks are explained in words, only those that are there
-    marks = ", ".join(f"{MARK_NAMES[kind]}: {kind}" for kind in EVENT_MARKS if any(e.kind == kind for e in rows))
+    there = [kind for kind in EVENT_MARKS if any(event.kind == kind for event in rows)]
+    marks = ", ".join(f"{MARK_NAMES[kind]}: {words_of(rows, kind)}" for kind in there)
     ax.set_title("Events with 90% intervals", pad=32)
     ax.annotate(  # between the title and the numbers
         f"{marks}; hollow: q > 0.05",

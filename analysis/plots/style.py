@@ -172,8 +172,14 @@ def draw_strips(ax: Axes, events: Sequence[Event]) -> list[Any]:
         if event.span is not None and event.kind != "jump":
             ax.plot(event.span, [0.98, 0.98], color=colour, lw=3, transform=ax.get_xaxis_transform(), zorder=1)
         look: dict[str, Any] = {"color": colour, "ls": EVENT_LINES.get(event.kind, ":"), "lw": 1.3}
-        handles.setdefault(event.kind, Line2D([], [], label=f"{event.kind}, 90% interval shaded", **look))
+        label = f"{words_of(events, event.kind)}, 90% interval shaded"
+        handles.setdefault(event.kind, Line2D([], [], label=label, **look))
     return list(handles.values())
+
+
+def words_of(events: Sequence[Event], kind: str) -> str:
+    """What the events of a kind are called, each word once: a mark is a kind's, a word an event's."""
+    return "/".join(dict.fromkeys(event.word for event in events if event.kind == kind))
 
 
 def axes_on(ax: Axes | None, *, height: float, width: float = 8.6) -> tuple[Figure, Axes]:

@@ -93,9 +93,9 @@ def type_in_words(kind: PhaseType) -> str:
 
 def type_in_short(kind: PhaseType) -> str:
     """The type and its probability, for a cell of a table."""
-    if kind.kind not in ("A", "B", "neither"):
-        return "not settled" if kind.kind == "unsettled" else "–"
-    return f"{kind.kind} ({number(kind.probabilities[kind.kind], 2)})"
+    if kind.start == kind.end or kind.kind == "unresolved":  # as `type_in_words`
+        return "–"
+    return "not settled" if kind.kind == "unsettled" else f"{kind.kind} ({_chance(kind.probabilities[kind.kind])})"
 
 
 def _led(change: Transition, detection: Detection) -> list[str]:
@@ -165,17 +165,17 @@ def _against(change: Transition, survivals: Sequence[Survival], checked: Schedul
     said = []
     rows = [row for row in checked.rows if row.event in change.events and row.kinks] if checked is not None else []
     if rows:
-        said.append(f"{_of_its_jumps(rows, change)} {min(rows, key=lambda row: row.chance).note}.")
+        said.append(f"{_of_its_events(rows, change)} {min(rows, key=lambda row: row.chance).note}.")
     said += [f"{s.event.series} jumps only as a thresholded score: {s.note}." for s in survivals if s.verdict == MIRAGE]
     if blurred := [event for event in change.events if not event.resolved]:
         note = f"{blurred[0].series}: {blurred[0].note or 'too few checkpoints'}"
         verb = "is" if len(blurred) == 1 else "are"
-        said.append(f"{_of_its_jumps(blurred, change)} {verb} not resolved in time ({note}).")
+        said.append(f"{_of_its_events(blurred, change)} {verb} not resolved in time ({note}).")
     return said
 
 
-def _of_its_jumps(some: Sequence[object], change: Transition) -> str:
-    return f"{len(some)} of its {len(change.events)} jumps" if len(change.events) > 1 else "its jump"
+def _of_its_events(some: Sequence[object], change: Transition) -> str:
+    return f"{len(some)} of its {len(change.events)} events" if len(change.events) > 1 else "its jump"
 
 
 def _chance(p: float) -> str:

@@ -102,7 +102,7 @@ def lead_lag_figure(page: Page, findings: Findings) -> Figure | None:
     if reference is None or not findings.lags:
         return None
     shown = findings.lags[:MAX_LINES]
-    named = [(f"{lag.event.series} ({lag.event.kind})", lag.steps, lag.interval, lag.settled) for lag in shown]
+    named = [(f"{lag.event.series} ({lag.event.word})", lag.steps, lag.interval, lag.settled) for lag in shown]
     drawing, _ = plots.plot_lead_lag(named, f"the jump of {reference.series}")
     caption = (
         f"Lag of every event with q ≤ 0.05 behind the jump of {reference.series} at step {step(reference.step)}, "
@@ -116,7 +116,7 @@ def lead_lag_figure(page: Page, findings: Findings) -> Figure | None:
 
 def _lag_cells(row: Lag) -> list[str]:
     order = ("before" if row.steps < 0 else "after") if row.settled else "not settled"
-    name = f"{row.event.series} ({row.event.kind} at {step(row.event.step)})"
+    name = f"{row.event.series} ({row.event.word} at {step(row.event.step)})"
     return [name, f"{step(row.steps)} {interval_text(row.interval, step)}", number(row.first), order]
 
 

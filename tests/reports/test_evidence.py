@@ -15,7 +15,7 @@ from devmon.analysis.derive.llc import llc
 from devmon.analysis.derive.llc_loss import loss_of_llc
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.bibtex import bibtex
-from devmon.analysis.reports.evidence import Evidence, type_in_words
+from devmon.analysis.reports.evidence import Evidence, type_in_short, type_in_words
 from devmon.analysis.reports.findings import examine
 from devmon.analysis.reports.references import CITED, references
 from devmon.analysis.reports.story import tell
@@ -55,6 +55,22 @@ def test_the_type_is_told_with_both_changes(lam: Any, loss: Any, kind: str) -> N
         one, Series("l", other.steps, other.values, other.se, "", np.ones(21, bool)), [(500, 700)]
     )
     assert "cannot be told: λ lacks two accepted values" in type_in_words(rejected)
+
+
+def test_a_type_that_cannot_be_told_is_none_in_the_table() -> None:
+    """The cell and the sentence on one transition say the same."""
+    one, other = series("loss/loss", 3.0, 2.5, 0.01), series("llc/llc", 20, 60, 1.0)
+    (kind,) = types_between(one, other, [(500, 700)])
+    assert type_in_short(kind) == "A (> 0.99)"
+    shared = replace(kind, start=600.0, end=600.0)
+    assert "cannot be told" in type_in_words(shared)
+    assert type_in_short(shared) == "–"
+
+
+def test_only_abrupt_events_are_counted_as_jumps() -> None:
+    rise = jump("b/x", 610, span=100, abrupt=False, resolved=False)
+    (row,) = evidence([], detection(jump("a/x", 600, span=100), rise))
+    assert row.against == ["1 of its 2 events is not resolved in time (b/x: too few checkpoints)."]
 
 
 def test_a_peak_of_the_llc_is_told_beside_the_change_across_it() -> None:

@@ -171,7 +171,7 @@ def test_overview_shades_own_events_and_marks_those_of_others() -> None:
 def test_forest_is_in_order_of_steps_and_hollow_where_not_sure() -> None:
     rows = [event(step=900.0, series="late"), event(step=300.0, series="early", q=0.4)]
     _, ax = plots.plot_events(rows)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["early (jump)", "late (jump)"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["early (rise)", "late (rise)"]
     bars = [line for line in ax.lines if line.get_linewidth() == 3.5]
     assert tuple(bars[0].get_xdata()) == (280.0, 330.0)
     spans = [line for line in ax.lines if line.get_linewidth() == 1]

@@ -69,9 +69,23 @@ def test_the_forest_marks_each_kind_and_names_only_those_it_holds() -> None:
         if line.get_marker() != "None"
     ]
     assert marks == [(EVENT_MARKS[kind], EVENT_COLOURS[kind].upper()) for kind in KINDS]
-    assert ax.texts[-1].get_text() == "circle: jump, diamond: turn, square: plateau, triangle: bump; hollow: q > 0.05"
+    words = "circle: jump, diamond: maximum, square: plateau, triangle: bump"
+    assert ax.texts[-1].get_text() == f"{words}; hollow: q > 0.05"
     _, ax = plots.plot_events(rows[2:3])
     assert ax.texts[-1].get_text() == "square: plateau; hollow: q > 0.05"
+
+
+def test_figures_call_a_jump_only_what_is_abrupt() -> None:
+    rise, fall = (replace(event("jump", step, size=size), abrupt=False) for step, size in ((300.0, 1), (600.0, -1)))
+    low = event("turn", 900.0, size=-1)
+    _, ax = plots.plot_events([rise, fall, low])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a/x (rise)", "a/x (fall)", "a/x (minimum)"]
+    assert ax.texts[-1].get_text() == "circle: rise/fall, diamond: minimum; hollow: q > 0.05"
+    _, ax = plots.plot_series(Series("a/x", STEPS, np.log1p(STEPS)), [rise, fall])
+    legend = ax.get_legend()
+    assert legend is not None
+    assert "rise/fall, 90% interval shaded" in [text.get_text() for text in legend.get_texts()]
+    assert "<b>rise</b>" in rise._repr_html_()
 
 
 def test_the_forest_numbers_the_transitions_over_their_spans() -> None:

@@ -63,18 +63,17 @@ class Detector:
     def _fit(self, series: Series) -> Fit:
         # what is missing, and what can be said without a search
         refused = 0 if series.rejected is None else int(np.sum(series.rejected))
-        rejected = [f"{refused} of {len(series.values)} points rejected"] if refused else []
-        series, settings, notes = accepted(series), asdict(self), list[str]()
+        notes = [f"{refused} of {len(series.values)} points rejected"] if refused else []
+        series, settings = accepted(series), asdict(self)
         t, y, se = checked(series.steps, series.values, series.se, series.name)
         replicates = checked_replicates(series, t, notes)
         total = np.size(series.values)
+        if len(t) == 0 and total > 0:
+            finite = np.isfinite(np.asarray(series.values, dtype=np.float64)).any()
+            note = f"{total} of {total} points have no finite se" if finite else "no finite value"
+            return Fit("SAMPLER REJECTED", notes=(note, *notes), settings=settings, series=series.name)
         if len(t) < total:
             notes.append(f"{total - len(t)} of {total} points are NaN: skipped")
-        notes += rejected
-        if len(t) == 0 and total > 0:
-            given = np.any(np.isfinite(np.asarray(series.values, dtype=np.float64)))
-            note = f"{total} of {total} points have no finite se" if given else "no finite value"
-            return Fit("SAMPLER REJECTED", notes=(note, *notes), settings=settings, series=series.name)
         if len(t) < FEWEST:
             note = f"{len(t)} finite points, at least {FEWEST} are needed: measure more checkpoints"
             return Fit("UNRESOLVED", notes=(note, *notes), settings=settings, series=series.name)
@@ -105,6 +104,7 @@ class Search:
         self.values = (values - self.offset) / self.scale
         self.smallest = max(series.smallest / self.scale, SMALLEST)
         self.known = self.source = "estimated"
+        self.phi, self.sd, self.wider = 0.0, np.ones(1), np.ones(1)
         self.windows: Windows = windows_of(self.x.tobytes(), self.points.tobytes())
         if replicates is not None:
             self._measured(averaged(replicates, starts) / self.scale)
@@ -116,7 +116,6 @@ class Search:
 
     def _estimated(self, se: Array | None) -> None:
         """The noise from the curve itself, bounded by given errors."""
-        self.wider = np.ones(1)
         self.phi, self.sd = self._of_the_curve()
         if se is not None:
             self.known, self.source, excess = "bounded", "se", self.sd / se
@@ -188,12 +187,12 @@ class Search:
         found = tuple((event, draws) for event, draws in ruler.events() if event.kind in detector.kinds)
         events: tuple[Event, ...] = tuple(event for event, _ in found)
         # what else a fit says: the p-values of all tests, the noise, the smoothed curve
-        turns, slopes = (self._p_values(order, extrema[order]) for order in (Order.SLOPE, Order.CHANGE))
         noise = Noise(self.scale * float(np.median(self.sd)), self.phi, self.source)
         back = trend(self.x, self.values, self.sd, spline, detector.level)
         low, mean, high = (self.offset + self.scale * part for part in back)
         steps = np.clip(10.0**self.x - self.first, self.steps[0], self.steps[-1])
-        p_values = {"turn": turns, "slope": slopes}
+        tests = {"turn": Order.SLOPE, "slope": Order.CHANGE}
+        p_values = {name: self._p_values(order, extrema[order]) for name, order in tests.items()}
         return Fit(
             "EVENTS" if events else "NO EVENT", events, Trend(steps, mean, low, high), noise, p_values,
             tuple(self.notes), asdict(detector), self.series.name, found, self.smallest * self.scale,

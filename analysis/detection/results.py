@@ -72,8 +72,8 @@ class Detection:
     def _repr_html_(self) -> str:
         """The outcome, the events, and how many series have none."""
         events = sorted(self.events, key=lambda event: (not run_level(event.series), event.step, event.series))
-        silent = len(self.fits) - len({event.series for event in events})
-        searched = f"{len(self.fits)} series, {self.family} tests, {silent} series without an event"
+        silent = set(self.fits) - {event.series for event in events}
+        searched = f"{len(self.fits)} series, {self.family} tests, {len(silent)} series without an event"
         return f"<p><b>{self.outcome}</b>: {searched}</p>" + table_html(events_table(events, self.family))
 
 

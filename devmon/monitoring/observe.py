@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import xarray as xr
 
-from devmon.errors import DevmonError, IdentityError, StoreError
+from devmon.errors import DevmonError, IdentityError, InstrumentError, StoreError
 from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.isolation import guarded, isolated, private_copy
 from devmon.monitoring.ranks import SINGLE, Ranks
@@ -84,7 +84,7 @@ def _measure(
 
     def whole() -> xr.Dataset | None:
         with isolated(), guarded(model):
-            return instrument(Snapshot(step, private_copy(model), seed, memo)) if ranks.rank == 0 else None
+            return _dataset(instrument(Snapshot(step, private_copy(model), seed, memo))) if ranks.rank == 0 else None
 
     if ranks.size == 1 or not isinstance(instrument, Divisible):
         return ranks.agree(whole)
@@ -98,7 +98,14 @@ def _measure(
         twin = ranks.agree(private_copy, model)
     ranks.equalise(twin)
     parts = [measured for measured in ranks.gather(part) if measured is not None]
-    return ranks.agree(lambda: instrument.join(parts) if ranks.rank == 0 else None)
+    return ranks.agree(lambda: _dataset(instrument.join(parts)) if ranks.rank == 0 else None)
+
+
+def _dataset(measured: object) -> xr.Dataset:
+    """What an instrument returned, which is a dataset or no measurement."""
+    if not isinstance(measured, xr.Dataset):
+        raise InstrumentError(f"an instrument returns an xarray.Dataset, this one returned {type(measured).__name__}")
+    return measured
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
-from devmon import IdentityError, LoopMonitor, Snapshot, StoreError, Trajectory, Watch, every
+from devmon import IdentityError, InstrumentError, LoopMonitor, Snapshot, StoreError, Trajectory, Watch, every
 from devmon.callbacks import CheckpointSeries, Monitor, latest
 from tests.support.full_disk import Disk
 from tests.support.lightning_toys import Norm, train
@@ -36,6 +37,14 @@ def test_failures_are_warned_of_once_a_process_and_a_resumption_measures_again(t
     assert store.failures("fails") == {step: f"RuntimeError: no luck at {step}" for step in (2, 3, 5)}
     assert store.steps("fails") == [0, 1, 4, 6, 7, 8]
     assert store.steps("fails-too") == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
+def test_an_instrument_that_returns_no_dataset_is_told_so(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InstrumentError, match=r"returns an xarray\.Dataset, this one returned float"),
+        LoopMonitor(tmp_path / "run.zarr", [Watch("x", lambda snapshot: 3.0, every(1))]) as monitor,
+    ):
+        monitor.step(0, torch.nn.Linear(2, 2))
 
 
 WATCHES = [Watch("norm", Norm(), every(1)), Watch("twice", Norm(2.0), every(2))]

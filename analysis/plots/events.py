@@ -87,7 +87,7 @@ def plot_events(
         xycoords="axes fraction",
         xytext=(0, 17),
         textcoords="offset points",
-        fontsize=8.5,
+        fontsize=7.5,
         color="#555555",
         annotation_clip=False,
     )

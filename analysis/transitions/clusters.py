@@ -72,7 +72,8 @@ def transitions(detection: Detection, kinds: Collection[str] = ("jump",)) -> lis
     Jumps and bumps must be abrupt. Beginning with the best located event, another joins it when the 90% interval of
     each meets the extent of the other. The extent of a jump is its interval together with its t10-t90 span: two rises
     that go on at the same time are one transition even where their midpoints are told apart. Rises, falls and bumps
-    that are not abrupt belong to a transition in the same way, but make none.
+    that are not abrupt belong to a transition in the same way, but make none; of several, to that which scores highest
+    without them.
     """
     sure = sorted(
         (event for event in detection.events if event.sure and run_level(event.series)),
@@ -80,11 +81,17 @@ def transitions(detection: Detection, kinds: Collection[str] = ("jump",)) -> lis
     )
     left = [e for e in sure if e.kind in kinds and (e.abrupt or e.kind not in CHANGES)]
     beside = [e for e in sure if e.kind in CHANGES and e not in left] if set(kinds) & set(CHANGES) else []
-    clusters = []
+    # the abrupt events alone, then what else belongs to each
+    groups = []
     while left:
-        first, members = left[0], [event for event in left if _together(left[0], event)]
+        members = [event for event in left if _together(left[0], event)]
         left = [event for event in left if event not in members]
-        with_it = [event for event in beside if _together(first, event)]
+        groups.append(members)
+    groups.sort(key=lambda members: -sum(made_of(members, detection.fits).values()))
+    clusters = []
+    for members in groups:
+        with_it = [event for event in beside if _together(members[0], event)]
+        beside = [event for event in beside if event not in with_it]
         placed = [event for event in members if not event.wide] or members
         clusters.append(
             Transition(

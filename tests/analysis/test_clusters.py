@@ -99,3 +99,12 @@ def test_the_watch_of_a_series() -> None:
         assert watch_of(name) == "w"
     assert watch_of("a/b/x[layer=1]") == "a/b"
     assert watch_of("loss") == "loss"
+
+
+def test_what_lies_within_two_transitions_belongs_to_the_larger() -> None:
+    """A broad bump of λ̂ may meet them both: counted twice it would make one change out of two."""
+    small = [jump("probe/x", 700, half=2, span=3)]
+    large = [jump(f"{name}/x", 760 + i, span=30) for i, name in enumerate("abc")]
+    bump = jump("llc/llc", 760, half=100, span=150, kind="bump", abrupt=False)
+    found = transitions(detection(*small, *large, bump))
+    assert ["llc/llc" in [event.series for event in change.events] for change in found] == [False, True]

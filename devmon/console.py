@@ -98,8 +98,8 @@ def events_table(detection: Any) -> Any:
     from rich.table import Table
 
     caption = (
-        f"{len(detection.fits)} series, {detection.family} tests in the q-values. * the step between checkpoints, or "
-        "the abruptness, is not resolved: the report names the steps to add"
+        f"{len(detection.fits)} series, {detection.family} tests in the q-values. * the place, width or abruptness is "
+        "not resolved: the report names the steps to add"
     )
     table = Table(box=None, header_style="bold", caption_justify="left", caption=caption)
     for column in ("series", "outcome", "step", "90% interval", "size", "decades", "p", "q"):
@@ -109,7 +109,8 @@ def events_table(detection: Any) -> Any:
         for e in events:
             word, width = e.word + ("" if e.resolved else "*"), "" if e.width is None else f"{e.width:.2f}"
             where = (f"{e.step:.0f}", f"{e.interval[0]:.0f} to {e.interval[1]:.0f}")
-            table.add_row(safe(name), word, *where, f"{e.size:+.3g}", width, f"{e.p_value:.3f}", f"{e.q_value:.3f}")
+            chance = ["<.001" if p < 0.0005 else f"{p:.3f}" for p in (e.p_value, e.q_value)]
+            table.add_row(safe(name), word, *where, f"{e.size:+.3g}", width, *chance)
         if not events:
             table.add_row(safe(name), fit.outcome)
     return table

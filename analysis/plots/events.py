@@ -142,7 +142,7 @@ def plot_matched(matched: Sequence[Matched], *, ax: Axes | None = None) -> tuple
         ax.annotate(
             share, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False
         )
-    labels = [f"{brief(match.series)} ({match.kind}, {'up' if match.sign > 0 else 'down'})" for match in matched]
+    labels = [f"{brief(match.series)} ({match.word})" for match in matched]
     ax.set_yticks(range(len(matched)), labels, fontsize=8.5)
     ax.set_ylim(len(matched) - 0.4, -0.6)
     ax.set_title("Events matched across runs")

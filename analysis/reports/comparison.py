@@ -65,13 +65,19 @@ def summary(comparison: RunsComparison) -> str:
 
 def matched_table(comparison: RunsComparison) -> Table:
     """One row a matched event: in how many runs, where, and how likely by chance."""
-    columns = ["series", "kind", "runs", "median step", "interval", "coverage", "spread\n(decades)", "p", "q", "in"]
+    columns = ["series", "event", "runs", "median step", "interval", "coverage", "spread\n(decades)", "p", "q", "in"]
     rows = []
     for match in comparison.matched:
-        kind = f"{match.kind} {'up' if match.sign > 0 else 'down'}"
         place = [step(match.step), interval_text(match.interval, step)]
         numbers = [number(v, 2) for v in (match.coverage or None, match.spread, match.p_value, match.q_value)]
-        cells = [match.series, kind, f"{len(match.events)} of {match.of}", *place, *numbers, ", ".join(match.events)]
+        cells = [
+            match.series,
+            match.word,
+            f"{len(match.events)} of {match.of}",
+            *place,
+            *numbers,
+            ", ".join(match.events),
+        ]
         rows.append(Row(cells, weak=len(match.events) == 1))
     note = (
         "interval: order statistics that hold the median over all such runs with the probability in coverage. p: "

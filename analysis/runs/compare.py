@@ -49,6 +49,14 @@ class Matched:
     q_value: float | None
     note: str
 
+    @property
+    def word(self) -> str:
+        """What a reader calls it; a jump up or down where it is abrupt in at least half of its runs."""
+        events = list(self.events.values())
+        if self.kind == "jump" and 2 * sum(event.abrupt for event in events) >= len(events):
+            return "jump up" if self.sign > 0 else "jump down"
+        return replace(events[0], abrupt=False).word
+
 
 @dataclass(frozen=True)
 class SignTest:

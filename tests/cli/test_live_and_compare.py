@@ -217,7 +217,7 @@ def test_matched_events_order_and_differences_are_told() -> None:
 def test_matched_figure_has_each_run_at_its_step() -> None:
     _, found = runs_compared()
     _, ax = plots.plot_matched(found.matched)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["w/x (jump, up)", "w/y (jump, up)"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["w/x (jump up)", "w/y (jump up)"]
     dots = sorted(float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "o")
     assert dots == sorted([300.0 + i for i in range(7)] + [310.0] + [500.0 - 10 * i for i in range(7)])
     medians = [float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "D"]

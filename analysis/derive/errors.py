@@ -97,18 +97,16 @@ def paired_batches(values: np.ndarray, shared: bool = False) -> np.ndarray:
     changes = np.diff(values, axis=0) if steps > 1 else values
     changes = changes[np.isfinite(changes).all((1, 2))]
     for count in (16, 8, 4, 2):
-        if draws < 2 * count:
+        if draws < 2 * count or not len(changes):
             continue
         means = changes[:, :, draws % count :].reshape(len(changes), chains, count, -1).mean(3)
         # Each change counts alike, however large its noise: what is judged is the memory of the chains.
         away = means - means.mean((1, 2), keepdims=True)
-        total = np.maximum((away**2).sum((1, 2)), np.finfo(float).tiny)
+        total = np.maximum((away**2).sum((1, 2)), 1e-200)  # 0 where nothing changes
         paired = (away[:, :, 1:] * away[:, :, :-1]).sum((1, 2)) * count / (count - 1)
         within = total / (chains * count - 1) / count
         between = means.mean(2).var(1, ddof=1) if chains > 1 else 0 * within
-        if (
-            len(changes) and np.mean(paired / total) <= 0.1 and np.mean(between / within) <= 1.5
-        ) or chains * count == 2:
+        if (np.mean(paired / total) <= 0.1 and np.mean(between / within) <= 1.5) or chains * count == 2:
             break
     else:
         count = 1

@@ -14,9 +14,10 @@ from devmon.analysis.derive.mixing import Memory, chains_agree, drifts
 # refuse sound chains of 3 × 50 draws at an autocorrelation time of 8; half as many know their error to 41%.
 MIN_INDEPENDENT = 8.0
 MAX_TEMPERATURE = 2.0
-# In a quadratic loss λ̂ is proportional to the width of the law, as the temperature is: 10% of the one are 10% of the
-# other. A larger share passes λ̂ that is further off; a smaller one refuses the step-size bias that calibration leaves.
-TEMPERATURE_TOLERANCE = 0.1
+# Temperatures at which the chains have come to rest. In a quadratic loss λ̂ is proportional to the width of the law, as
+# the temperature is: above 1.1 it is more than 10% too large. Below 1 the flat directions of a singular model, which λ̂
+# hardly feels, fill last: 26 was estimated as 25.8 ± .6 at .83. A calibration's trials count from .8 too.
+MIN_TEMPERATURE_AT_REST, MAX_TEMPERATURE_AT_REST = 0.8, 1.1
 # A quadratic loss has 1 and a quartic one 2. Below 3/4 it grows like a power under 1.5 of the distance: another
 # basin's slope. Higher values refuse early checkpoints (.85 on a small language model), lower ones a destroyed model.
 MIN_ANHARMONICITY = 0.75
@@ -47,7 +48,9 @@ def verdict(row: dict[str, Any], excess: np.ndarray, pull: np.ndarray | None, me
         mean, se, _ = mean_and_error(pull - 2 * MIN_ANHARMONICITY * excess, shared)
         if mean + 2 * Z * se < 0:
             return "left the basin"
-    if abs(row["temperature"] - 1) > max(TEMPERATURE_TOLERANCE, 2 * row["temperature_se"]):
+    error = 2 * row["temperature_se"]
+    low, high = min(MIN_TEMPERATURE_AT_REST, 1 - error), max(MAX_TEMPERATURE_AT_REST, 1 + error)
+    if row["temperature"] < low or row["temperature"] > high:
         # Chains on their way drift together and have forgotten nothing yet: they only have to agree with each other.
         common = excess.mean(0) - excess.mean()
         return FINITE_TIME if chains_agree(excess - common, memory) else "not mixed"

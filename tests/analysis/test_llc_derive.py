@@ -220,3 +220,8 @@ def test_replicates_are_nan_where_a_chain_met_infinity() -> None:
     values = paired_traces(0.0)
     values[5, 2, 10] = np.inf
     assert np.isnan(paired_batches(values)).any(0).tolist() == [i == 5 for i in range(12)]
+
+
+def test_batches_where_nothing_changes_or_no_step_is_finite() -> None:
+    assert np.array_equal(paired_batches(np.ones((3, 2, 64))), np.ones((32, 3)))
+    assert np.isnan(paired_batches(np.full((2, 4, 300), np.nan))).all()

@@ -53,8 +53,8 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None) -> xr.Dataset:
     - `wbic`: n E[L(w)], an estimate of the free energy where nbeta = n / log n (Watanabe 2013)
     - `verdict`, the first that holds: "non-finite" (a chain met NaN or infinity; λ̂ is NaN), "diverged" (distances still
       grow, temperature above 2, or λ̂ above the number of parameters), "negative" (λ̂ or E[∇L·(w−w*)] below 0 by more
-      than its error: w* is no minimum), "left the basin" (anharmonicity below .75 by more than its error),
-      "finite-time" (the temperature is below .8 or above 1.1, and two standard errors from 1, while the chains agree),
+      than its error: w* is no minimum), "finite-time" (the temperature is below .8 or above 1.1, and two standard
+      errors from 1, while the chains agree),
       "not mixed" (R̂ above its limit or the chains' means apart, a drift common to them, fewer than 8 autocorrelation
       times of draws, or one chain), else "ok". A finite-time λ̂ is a number of its settings: never a level, but
       comparable between checkpoints of equal settings. It is not rejected.

@@ -18,9 +18,6 @@ MAX_TEMPERATURE = 2.0
 # the temperature is: above 1.1 it is more than 10% too large. Below 1 the flat directions of a singular model, which λ̂
 # hardly feels, fill last: 26 was estimated as 25.8 ± .6 at .83. A calibration's trials count from .8 too.
 MIN_TEMPERATURE_AT_REST, MAX_TEMPERATURE_AT_REST = 0.8, 1.1
-# A quadratic loss has 1 and a quartic one 2. Below 3/4 it grows like a power under 1.5 of the distance: another
-# basin's slope. Higher values refuse early checkpoints (.85 on a small language model), lower ones a destroyed model.
-MIN_ANHARMONICITY = 0.75
 FINITE_TIME = "finite-time"
 
 
@@ -43,11 +40,6 @@ def verdict(row: dict[str, Any], excess: np.ndarray, pull: np.ndarray | None, me
             return "negative"
     if row["high"] < 0:
         return "negative"
-    if pull is not None:
-        # The ratio E[pull] / (2 E[excess]) below its least, by the error of what the two draws differ by.
-        mean, se, _ = mean_and_error(pull - 2 * MIN_ANHARMONICITY * excess, shared)
-        if mean + 2 * Z * se < 0:
-            return "left the basin"
     error = 2 * row["temperature_se"]
     low, high = min(MIN_TEMPERATURE_AT_REST, 1 - error), max(MAX_TEMPERATURE_AT_REST, 1 + error)
     if row["temperature"] < low or row["temperature"] > high:

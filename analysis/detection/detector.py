@@ -153,8 +153,10 @@ class Search:
         for order, m in sorted(set(zip(windows.order.tolist(), windows.lengths.tolist(), strict=True))):
             mine = (windows.order == order) & (windows.lengths == m)
             usual[mine] = np.median(found[mine]) * (count - 1) / chi2.median(count - 1)
-        widening = student.isf(TAIL, 2 * (count - 1)) / norm.isf(TAIL)
-        self.wider = 1 / (np.sqrt((found + usual) / 2) * widening)
+        free = 2 * (count - 1)
+        widening = student.isf(TAIL, free) / norm.isf(TAIL)
+        # a spread below what chance makes of so few is chance
+        self.wider = 1 / (np.sqrt(np.maximum((found + usual) / 2, chi2.ppf(TAIL, free) / free)) * widening)
         # the same everywhere: where the curve changes fast, its scatter is no noise
         excess = np.full(len(sd), max(float(np.median(self._of_the_curve()[1] / sd)), 1.0))
         self.sd = self._bounded(sd, excess, "their replicates tell")

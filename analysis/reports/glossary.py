@@ -42,7 +42,7 @@ GLOSSARY = (
     ("SAMPLER REJECTED", "No estimate of the series passed its own health check."),
     ("verdict", "The health of one LLC estimate. ok: accepted. not mixed: the chains disagree or hold too few "
      "independent draws. negative: the point is no minimum, so λ̂ is no learning coefficient (usual early in "
-     "training). left the basin: the loss grows too slowly away from w*. diverged: chains ran away. non-finite: NaN or "
+     "training). diverged: chains ran away. non-finite: NaN or "
      "infinity was met. finite-time: the chains have not come to rest (configurational temperature not 1); such λ̂ is a "
      "number of its settings, never a level, comparable between checkpoints of equal settings."),
 )  # fmt: skip

@@ -18,7 +18,6 @@ REMEDIES = {  # where every estimate is rejected, by the commonest reason
     "negative": "At these weights the loss still falls: measure later checkpoints, or raise gamma (devmon calibrate).",
     "diverged": "The chains run away: lower lr or raise gamma (devmon calibrate finds both).",
     "non-finite": "The chains meet NaN or infinity: lower lr (devmon calibrate finds it).",
-    "left the basin": "The chains walk to where the loss has another shape: raise gamma (devmon calibrate).",
     "not mixed": "The chains disagree: take more draws and chains, or another lr (devmon calibrate finds it).",
 }
 

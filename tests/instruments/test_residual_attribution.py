@@ -306,8 +306,7 @@ def test_a_silent_model_has_no_shares() -> None:
 def test_the_jackknife_of_a_mean_and_of_a_smooth_function() -> None:
     values = np.random.default_rng(0).normal(3.0, 0.5, (400, 2))
     sd = values.std(0, ddof=1) / 20
-    item = np.arange(400)
-    by_group = np.array([values[(item + item // 8) % 8 == group].mean(0) for group in range(8)])
+    by_group = np.array([values[sum(divmod(np.arange(400), 8)) % 8 == group].mean(0) for group in range(8)])
     mean, se, groups = _jackknife(lambda m: float(m[0]), values)
     np.testing.assert_allclose(groups, by_group[:, 0], rtol=1e-10)
     np.testing.assert_allclose([mean, se], [values[:, 0].mean(), sd[0]], rtol=1e-10)

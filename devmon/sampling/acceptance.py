@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from devmon.sampling.flat import Evaluator
+from devmon.sampling.evaluators import Evaluator
+from devmon.sampling.kernels.sampler import Normals, force, masked
 
 
 @dataclass(frozen=True)
@@ -26,48 +27,69 @@ class Judge:
 
     min(1, p(w′) q(w | w′) / p(w) q(w′ | w)) with p ∝ exp(−U), U = nbeta L_B + (gamma/2)‖w − w*‖² + (prior/2)‖w‖², and
     q(· | w) = N(w − (lr/2) ∇U(w), lr): MALA (Roberts and Tweedie 1996). The proposal is judged and dropped, so the
-    chains go their way; it costs one more pass and noise of its own.
+    chains go their way; it costs one more pass and noise of its own, and the memory of the proposal.
     """
 
     def __init__(
-        self, proposal: Proposal, evaluator: Evaluator, rows: Tensor, noise: Iterator[Tensor], where: Tensor | None
+        self, proposal: Proposal, evaluator: Evaluator, rows: Tensor, noise: Normals, where: Tensor | None
     ) -> None:
         self.proposal, self.rows, self.noise, self.where = proposal, rows, noise, where
-        self.center = evaluator.flat.center
-        self.there, self.grads = torch.empty_like(rows), torch.empty_like(rows)
-        self.score = evaluator.bind(self.there, self.grads)
+        self.flat = evaluator.flat
+        self.there = torch.empty_like(rows)
+        self.score = evaluator.bind(self.flat.parts(self.there))
 
-    def __call__(self, index: Tensor, losses: Tensor, grads: Tensor, slopes: Tensor | None) -> Tensor:
-        """Acceptance (chain,) for the examples `index`, `losses` and `grads` at the rows, and the noise at w*."""
-        p = self.proposal
-        # Propose: a step of SGLD with normals that no chain uses.
-        drift, noise = self._drift(self.rows, grads), next(self.noise)
-        if self.where is not None:
-            noise.mul_(self.where)
-        self.there.copy_(self.rows).add_(drift, alpha=-p.lr / 2).add_(noise, alpha=p.lr**0.5)
-        losses_there = self.score(index).to(torch.float64).mean(1)
-        # The same control variates at both ends, in the gradient and, as the linear term, in the energy itself.
-        if slopes is not None:
-            self.grads.sub_(slopes)
-        back = self._drift(self.there, self.grads)
-        energy = p.nbeta * (losses_there - losses)
-        if slopes is not None:
-            energy -= p.nbeta * torch.linalg.vecdot(slopes, self.there - self.rows)
-        # ½‖b‖² − ½‖a‖² = ((a + b)/2)·(b − a): no difference of two large squares.
-        for strength, origin in ((p.gamma, self.center), (p.prior, torch.zeros_like(self.center))):
-            if strength:
-                middle = (self.there + self.rows) / 2 - origin
-                energy += strength * torch.linalg.vecdot(middle, self.there - self.rows)
-        # log q(w | w′) − log q(w′ | w): the way there used `noise`, the way back would need `away` / √lr.
-        away = (self.rows - self.there).add_(back, alpha=p.lr / 2)
-        ratio = torch.linalg.vecdot(noise, noise) / 2 - torch.linalg.vecdot(away, away) / (2 * p.lr)
+    def __call__(
+        self, index: Tensor, losses: Tensor, grads: Sequence[Tensor | None], variate: Tensor | None
+    ) -> Tensor:
+        """Acceptance (chain,) for the examples `index` with `losses` and `grads` at the rows, by parameter; `variate`,
+        (chain or 1, parameter), is added to gradients at both ends."""
+        p, rows, there = self.proposal, self.rows, self.there
+        # Propose: a step of SGLD with normals that no chain uses. log q(w′ | w) = −‖noise‖²/2.
+        ratio = torch.zeros_like(losses)
+        there.copy_(rows)
+        for part, noise in next(self.noise):
+            noise = masked(noise, self.where, part)
+            ratio += torch.linalg.vecdot(noise, noise) / 2
+            there[:, part].add_(noise, alpha=p.lr**0.5)
+        for number, gradient in enumerate(grads):
+            for part, within in self.flat.blocks(number):
+                there[:, part].add_(self._drift(rows, number, part, within, gradient, variate), alpha=-p.lr / 2)
+        # Score there. The gradients that come say how the way back would be made, and nothing of them is kept.
+        energy = torch.zeros_like(losses)
+
+        def take(number: int, gradient: Tensor | None) -> None:
+            for part, within in self.flat.blocks(number):
+                back = self._drift(there, number, part, within, gradient, variate)
+                moved = there[:, part] - rows[:, part]
+                # ½‖b‖² − ½‖a‖² = ((a + b)/2)·(b − a): no difference of two large squares.
+                middle = (there[:, part] + rows[:, part]) / 2
+                if p.prior:
+                    energy.add_(p.prior * torch.linalg.vecdot(middle, moved))
+                middle -= self.flat.at_center[number][within].to(middle)
+                energy.add_(p.gamma * torch.linalg.vecdot(middle, moved))
+                if variate is not None:  # control variates: the linear term that their gradients come from
+                    energy.add_(p.nbeta * torch.linalg.vecdot(variate[:, part], moved))
+                # log q(w | w′): the way back would need this noise, over √lr.
+                away = back.mul_(p.lr / 2).sub_(moved)
+                ratio.sub_(torch.linalg.vecdot(away, away) / (2 * p.lr))
+
+        there_losses = self.score(index, take).to(torch.float64).mean(1)
+        energy += p.nbeta * (there_losses - losses)
         return (ratio - energy).clamp(max=0).exp()
 
-    def _drift(self, rows: Tensor, grads: Tensor) -> Tensor:
-        """∇U at the rows, 0 where a parameter rests."""
-        p = self.proposal
-        drift = grads * p.nbeta
-        drift.add_(rows - self.center, alpha=p.gamma)
-        if p.prior:
-            drift.add_(rows, alpha=p.prior)
-        return drift if self.where is None else drift.mul_(self.where)
+    def _drift(
+        self,
+        rows: Tensor,
+        number: int,
+        part: slice,
+        within: slice,
+        gradient: Tensor | None,
+        variate: Tensor | None,
+    ) -> Tensor:
+        """∇U at the rows in one block, 0 where a parameter rests."""
+        position = rows[:, part]
+        away = position - self.flat.at_center[number][within].to(position)
+        slope = torch.zeros_like(away) if gradient is None else gradient[:, within]
+        if variate is not None:
+            slope = slope + variate[:, part]
+        return masked(force(self.proposal, position, away, slope), self.where, part)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from devmon.errors import InstrumentError
-from devmon.sampling.constants import STACK_BELOW
 from devmon.sampling.data import Examples
-from devmon.sampling.flat import Evaluator, Flat, Looped, Stacked, gradient_at_center, score_at_center
+from devmon.sampling.evaluators import Evaluator, Looped, Stacked
+from devmon.sampling.flat import Flat, gradient_at_center, score_at_center
 from devmon.sampling.group import Group, OnDraw, Traces
 from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.losses import Loss
 from devmon.sampling.masks import Mask
+from devmon.sampling.memory import Plan, first_plan
 from devmon.sampling.schedule import Schedule
+
+Result = TypeVar("Result")
 
 
 def run_chains(
@@ -27,6 +32,7 @@ def run_chains(
     chains: Sequence[int],
     *,
     dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
     mask: Mask | None = None,
     on_draw: Sequence[OnDraw] = (),
 ) -> tuple[Traces, int]:
@@ -38,55 +44,55 @@ def run_chains(
     """
     if schedule.batch_size > examples.n or schedule.batch_size < 1:
         raise InstrumentError(f"batch_size must be from 1 to the {examples.n} examples, got {schedule.batch_size}")
-    flat = Flat(model, loss, dtype, None if mask is None else mask.names)
-    device = flat.center.device
-    where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.center)
-    examples = examples.to(device, dtype)
-    batches = {stream: schedule.batches(stream, examples.n).to(device) for stream in schedule.streams(chains)}
+    flat = Flat(model, loss, dtype, None if mask is None else mask.names, autocast=autocast)
+    where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.at_center[0])
+    examples = examples.to(flat.device, dtype)
+    batches = {stream: schedule.batches(stream, examples.n).to(flat.device) for stream in schedule.streams(chains)}
     # What is needed at w*, once for all chains: control variates need the gradient over the whole data, and its pass
     # gives all losses; otherwise only the examples that some chain will meet are scored.
-    full = None
-    if schedule.control_variate:
-        table, full = gradient_at_center(flat, examples, schedule.batch_size)
-    else:
-        met = torch.zeros(examples.n, dtype=torch.bool, device=device)
-        for order in batches.values():
-            met[order.flatten()] = True
-        table = score_at_center(flat, examples, met.nonzero().flatten(), schedule.batch_size)
-    stack = schedule.stacked if schedule.stacked is not None else _stacking_pays(flat, examples, schedule, len(chains))
-    evaluator: Evaluator = Stacked(flat, examples) if stack else Looped(flat, examples)
-    group = Group(evaluator, sampler, schedule, batches, table, full, where, on_draw)
-    # Group by group. The exception is left before a smaller group starts: while it is handled it holds the frame, and
-    # with it the memory, of the group that did not fit.
-    size = schedule.group or _group_size(schedule, stack, len(chains))
+    met = torch.zeros(examples.n, dtype=torch.bool, device=flat.device)
+    for order in batches.values():
+        met[order.flatten()] = True
+
+    def at_center(plan: Plan) -> tuple[Tensor, Tensor | None]:
+        if schedule.control_variate:
+            return gradient_at_center(flat, examples, plan.micro)
+        return score_at_center(flat, examples, met.nonzero().flatten(), plan.micro), None
+
+    plan = first_plan(flat, examples, schedule, sampler, len(chains))
+    (table, full), alone = _within_memory(at_center, replace(plan, size=1, stacked=False))
+    plan = replace(plan, micro=alone.micro)
+
+    def run(plan: Plan) -> Traces:
+        evaluator: Evaluator
+        if plan.stacked:
+            evaluator = Stacked(flat, examples, plan.micro)
+        else:
+            evaluator = Looped(flat, examples, plan.micro, whole=plan.whole)
+        group = Group(evaluator, sampler, schedule, batches, table, full, where, on_draw)
+        return group.run(chains[done : done + plan.size])
+
     parts: list[Traces] = []
     done = 0
     while done < len(chains):
-        some = chains[done : done + size]
-        part = None
-        try:
-            part = group.run(some)
-        except torch.OutOfMemoryError:
-            if len(some) == 1:
-                raise
-        if part is None:
-            size = (len(some) + 1) // 2
-            continue
+        part, plan = _within_memory(run, replace(plan, size=min(plan.size, len(chains) - done)))
         parts.append(part)
-        done += len(some)
-    sampled = int(where.sum()) if where is not None else flat.center.numel()
+        done += plan.size
+    sampled = int(where.sum()) if where is not None else flat.numel
     return Traces(*(torch.cat(column) for column in zip(*parts, strict=True))), sampled
 
 
-def _stacking_pays(flat: Flat, examples: Examples, schedule: Schedule, chains: int) -> bool:
-    if chains < 2:
-        return False
-    work = flat.center.numel() * schedule.batch_size * examples.numel()
-    if flat.center.device.type == "cpu" and work > STACK_BELOW:
-        return False
-    return Stacked(flat, examples).works()
-
-
-def _group_size(schedule: Schedule, stack: bool, chains: int) -> int:
-    """Chains held at once: all that are stacked or share a gradient at w*, otherwise one."""
-    return chains if stack or (schedule.control_variate and schedule.shared_batches) else 1
+def _within_memory(work: Callable[[Plan], Result], plan: Plan) -> tuple[Result, Plan]:
+    """What `work` returns by the first plan, from `plan` downwards, under which it can be done, and that plan."""
+    while True:
+        # The exception is left before a smaller plan is tried: while it is handled it holds the frame, and with it the
+        # memory, of what did not fit.
+        try:
+            return work(plan), plan
+        except RuntimeError as error:
+            smaller = plan.after(error)
+            if smaller is None:
+                raise
+        plan = smaller
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,41 +1,54 @@
-"""A model whose sampled parameters are one vector, evaluated chain by chain or with the chains stacked."""
+"""A model whose sampled parameters are views of memory that a chain brings, and whose gradients are handed on as they
+come."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from devmon.errors import InstrumentError
+from devmon.sampling.constants import BLOCK
 from devmon.sampling.data import Examples
 from devmon.sampling.losses import Loss, check_losses
 
-Score = Callable[[Tensor], Tensor]
+# Takes the gradient (chain, size) of the parameter with that number, flattened; None where the loss does not depend on
+# it. What it is given may be memory that others read: it is not to be overwritten.
+Take = Callable[[int, Tensor | None], None]
 
 
 class Flat:
-    """A private evaluation-mode copy of a model whose sampled parameters are views of one vector.
+    """A private evaluation-mode twin of a model for chains, which sees their positions as its parameters.
 
-    Gradients accumulate into a second vector of the same layout, so a kernel sees plain tensors however many
-    parameters there are. Tied parameters count once, unused ones have gradient zero. Frozen parameters
-    (requires_grad False) rest; when all are frozen, as in a model made for inference, all are sampled.
-    `names` restricts the choice further.
+    The sampled parameters hold nothing until `hold` or `bind` gives them memory; w* stays where it is, in the model's
+    own memory and precision, and nothing is written there. Tied parameters count once, unused ones have gradient zero.
+    Frozen parameters (requires_grad False) rest; when all are frozen, as in a model made for inference, all are
+    sampled. `names` restricts the choice further.
+
+    `dtype` is that of positions and gradients; `autocast` that of the matrix products of a pass, None for `dtype`.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, dtype: torch.dtype = torch.float32, names: Sequence[str] | None = None
+        self,
+        model: nn.Module,
+        loss: Loss,
+        dtype: torch.dtype = torch.float32,
+        names: Sequence[str] | None = None,
+        *,
+        autocast: torch.dtype | None = None,
     ) -> None:
-        self.model = copy.deepcopy(model).to(dtype).eval()
-        self.loss = loss
+        self.loss, self.dtype, self.autocast = loss, dtype, autocast
+        # The twin shares the memory of all parameters: deepcopy finds each of them copied already.
+        shared = {id(p): nn.Parameter(_memory(p), p.requires_grad) for p in model.parameters()}
+        self.model = copy.deepcopy(model, shared).eval()
         if not any(p.requires_grad for p in self.model.parameters()):
             self.model.requires_grad_(True)
         for name, parameter in self.model.named_parameters():
-            parameter.grad = None
             if names is not None and name not in names:
                 parameter.requires_grad_(False)
         chosen = {n: p for n, p in self.model.named_parameters() if p.requires_grad and p.numel()}
@@ -45,129 +58,118 @@ class Flat:
         self.parameters = list(chosen.values())
         self.shapes = [tuple(p.shape) for p in self.parameters]
         self.sizes = [p.numel() for p in self.parameters]
+        self.device = self.parameters[0].device
+        # What is sampled gives up its memory before the rest is converted, so that no copy of it is made.
+        self.at_center = [p.detach().reshape(-1) for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.data = parameter.data.new_empty(0)
+        self.model.to(dtype)
+        self._held: Sequence[Tensor] | None = None
         self._bound = (0, 0)
-        self.center = torch.cat([p.detach().reshape(-1) for p in self.parameters])
 
-    def bind(self, vector: Tensor, grad: Tensor) -> None:
-        """From now on the parameters are views of `vector` and their gradients add to `grad`, both (parameter,)."""
-        if self._bound == (where := (vector.data_ptr(), grad.data_ptr())):
-            return
-        self._bound = where
-        for parameter, value, slope in zip(self.parameters, self.parts(vector), self.parts(grad), strict=True):
-            parameter.data, parameter.grad = value, slope
+    @property
+    def numel(self) -> int:
+        """How many parameters are sampled."""
+        return sum(self.sizes)
+
+    @cached_property
+    def center(self) -> Tensor:
+        """w* as one vector (parameter,) in `dtype`."""
+        return torch.cat([values.to(self.dtype) for values in self.at_center])
+
+    def start(self, chains: int) -> Tensor:
+        """Positions (chain, parameter) at w*."""
+        rows = torch.empty(chains, self.numel, dtype=self.dtype, device=self.device)
+        for part, values in zip(rows.split(self.sizes, 1), self.at_center, strict=True):
+            part.copy_(values)
+        return rows
+
+    def blocks(self, number: int) -> list[tuple[slice, slice]]:
+        """Parameter `number` in blocks: where each lies in a vector (parameter,), and where in the parameter."""
+        first, size = sum(self.sizes[:number]), self.sizes[number]
+        cuts = [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+        return [(slice(first + start, first + stop), slice(start, stop)) for start, stop in cuts]
 
     def parts(self, stack: Tensor) -> list[Tensor]:
         """Views of a vector (..., parameter) with the shapes of the parameters, (..., *shape)."""
         parts = zip(stack.split(self.sizes, -1), self.shapes, strict=True)
         return [part.view(*stack.shape[:-1], *shape) for part, shape in parts]
 
-    def losses(self, batch: Any) -> Tensor:
-        """Per-example losses (batch,) at the bound weights, outside the graph."""
-        with torch.no_grad():
-            return self.loss(self.model, batch)
+    def hold(self, values: Sequence[Tensor]) -> None:
+        """From now on the parameters are these tensors, each of its shape, and have no gradients."""
+        if self._held is not values:
+            self._held, self._bound = values, (0, 0)
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.data, parameter.grad = value, None
 
-    def backward(self, batch: Any) -> Tensor:
-        """Per-example losses (batch,) at the bound weights; the gradient of their mean is added where bound."""
+    def center_parts(self) -> list[Tensor]:
+        """w* by parameter, each of its shape: the model's own memory where it has the dtype of the chains."""
+        return [values.to(self.dtype).view(s) for values, s in zip(self.at_center, self.shapes, strict=True)]
+
+    def bind(self, vector: Tensor, grad: Tensor) -> None:
+        """From now on the parameters are views of `vector` and their gradients add to `grad`, both (parameter,)."""
+        if self._bound != (where := (vector.data_ptr(), grad.data_ptr())):
+            self.hold(self.parts(vector))
+            self._bound = where
+            for parameter, slope in zip(self.parameters, self.parts(grad), strict=True):
+                parameter.grad = slope
+
+    def losses(self, batch: Any) -> Tensor:
+        """Per-example losses (batch,) at the held weights, outside the graph."""
+        with torch.no_grad(), self.precision():
+            return widened(self.loss(self.model, batch))
+
+    def backward(self, batch: Any, of: int | None = None) -> Tensor:
+        """Per-example losses (batch,) at the held weights; the gradient of their sum over `of` (None: of their mean) is
+        added to that of the parameters."""
         with torch.enable_grad():
-            losses = self.loss(self.model, batch)
-            losses.mean().backward()
+            with self.precision():
+                losses = widened(self.loss(self.model, batch))
+            (losses.sum() / (len(losses) if of is None else of)).backward()
         return losses.detach()
 
+    def stream(self, batch: Any, take: Take, of: int | None = None) -> Tensor:
+        """`backward`, but gradients go to `take`, each as soon as it is whole, and are dropped."""
+        arrived = set()
 
-class Evaluator(Protocol):
-    """Binds positions (chain, parameter) and memory for gradients to a function of the batches' indices."""
+        def arrive(number: int, parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            arrived.add(number)
+            take(number, None if gradient is None else gradient.view(1, -1))
 
-    flat: Flat
-    examples: Examples
-
-    def bind(self, rows: Tensor, grads: Tensor) -> Score:
-        """`score(index)`: losses (chain, batch) of the examples `index` (chain or 1, batch), gradients left in
-        `grads`. A leading 1 is a batch that all chains share."""
-        ...
-
-
-class Looped:
-    """Evaluates one chain after the other, with the model's own kernels (fused attention included)."""
-
-    def __init__(self, flat: Flat, examples: Examples) -> None:
-        self.flat, self.examples = flat, examples
-
-    def bind(self, rows: Tensor, grads: Tensor) -> Score:
-        read = self.examples.reader()
-
-        def score(index: Tensor) -> Tensor:
-            grads.zero_()
-            losses = []
-            for chain in range(len(rows)):
-                if chain == 0 or len(index) > 1:
-                    batch = read(index[chain])
-                self.flat.bind(rows[chain], grads[chain])
-                losses.append(self.flat.backward(batch))
-            return torch.stack(losses)
-
-        return score
-
-
-class Stacked:
-    """Evaluates all chains at once: the forward pass is mapped over stacked parameters, the backward pass is plain.
-
-    Attention is decomposed, because fused attention has no batching rule on the CPU and would run in a slow loop.
-    """
-
-    def __init__(self, flat: Flat, examples: Examples) -> None:
-        self.flat, self.examples = flat, examples
-        self.whole = _WithLoss(flat.model, flat.loss)
-
-    def bind(self, rows: Tensor, grads: Tensor) -> Score:
-        leaves = [leaf.requires_grad_() for leaf in self.flat.parts(rows.detach())]
-        targets = self.flat.parts(grads)
-        names = [f"model.{name}" for name in self.flat.names]
-        read = self.examples.reader()
-
-        def losses_of_chain(parameters: Sequence[Tensor], batch: Any) -> Tensor:
-            return torch.func.functional_call(self.whole, dict(zip(names, parameters, strict=True)), (batch,))
-
-        def score(index: Tensor) -> Tensor:
-            shared = len(index) < len(rows)
-            batch = read(index[0] if shared else index)
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                losses = torch.vmap(losses_of_chain, in_dims=(0, None if shared else 0))(leaves, batch)
-                gradients = torch.autograd.grad(losses.mean(1).sum(), leaves, allow_unused=True)
-            for target, gradient in zip(targets, gradients, strict=True):
-                target.zero_() if gradient is None else target.copy_(gradient)
-            return losses.detach()
-
-        return score
-
-    def works(self) -> bool:
-        """Whether the model and the loss can be mapped over stacked parameters without a slow fallback."""
-        rows = self.flat.center.expand(2, -1).clone()
+        hooks = [p.register_post_accumulate_grad_hook(partial(arrive, i)) for i, p in enumerate(self.parameters)]
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message=".*performance drop.*")
-                self.bind(rows, torch.zeros_like(rows))(torch.zeros(2, 1, dtype=torch.int64, device=rows.device))
-        except (RuntimeError, UserWarning):
-            return False
-        return True
+            losses = self.backward(batch, of)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for number, parameter in enumerate(self.parameters):
+            if number not in arrived:
+                arrive(number, parameter)
+        return losses
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Under which a pass runs forward; backward follows."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
 
-class _WithLoss(nn.Module):
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.model, batch)
+def _memory(parameter: Tensor) -> Tensor:
+    return parameter.detach().clone() if parameter.is_inference() else parameter.detach()  # the former has no graph
 
 
-@torch.no_grad()
+def widened(losses: Tensor) -> Tensor:
+    """Losses of half precision in float32, so that no sum of them is taken in half precision."""
+    half = isinstance(losses, Tensor) and losses.dtype in (torch.bfloat16, torch.float16)
+    return losses.float() if half else losses
+
+
 def score_at_center(flat: Flat, examples: Examples, index: Tensor, batch_size: int) -> Tensor:
     """Losses at w* of the examples `index` (k,), as a float64 table (n,) with NaN elsewhere.
 
     Raises InstrumentError when the loss has another shape than (batch,) or is not finite at w*.
     """
     table = torch.full((examples.n,), torch.nan, dtype=torch.float64, device=index.device)
-    flat.bind(flat.center, torch.zeros_like(flat.center))
+    flat.hold(flat.center_parts())
     for part in index.split(batch_size):
         losses = flat.losses(examples.batch(part))
         check_losses(losses, len(part))
@@ -178,17 +180,21 @@ def score_at_center(flat: Flat, examples: Examples, index: Tensor, batch_size: i
 
 def gradient_at_center(flat: Flat, examples: Examples, batch_size: int) -> tuple[Tensor, Tensor]:
     """All losses at w*, float64 (n,), and the gradient (parameter,) of their mean over the whole data."""
-    total, part_grad = torch.zeros_like(flat.center, dtype=torch.float64), torch.zeros_like(flat.center)
-    table = torch.empty(examples.n, dtype=torch.float64, device=flat.center.device)
-    flat.bind(flat.center, part_grad)
-    for part in torch.arange(examples.n, device=flat.center.device).split(batch_size):
-        part_grad.zero_()
-        losses = flat.backward(examples.batch(part))
+    table = torch.empty(examples.n, dtype=torch.float64, device=flat.device)
+    total = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+    parts = total.split(flat.sizes)
+
+    def take(number: int, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            parts[number].add_(gradient[0])
+
+    flat.hold(flat.center_parts())
+    for part in torch.arange(examples.n, device=flat.device).split(batch_size):
+        losses = flat.stream(examples.batch(part), take, examples.n)
         check_losses(losses, len(part))
         table[part] = losses.to(torch.float64)
-        total.add_(part_grad, alpha=len(part) / examples.n)
     _check_finite(table)
-    return table, total.to(flat.center.dtype)
+    return table, total
 
 
 def _check_finite(losses: Tensor) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from devmon.sampling.acceptance import Judge
-from devmon.sampling.flat import Evaluator, Looped
+from devmon.sampling.evaluators import Evaluator, Looped
 from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.schedule import Schedule
 
@@ -51,7 +52,7 @@ class Group:
     - `batches`: examples met, (step, batch), by chain; by None where the chains share them
     - `table`: losses at w*, float64 (n,), NaN where an example is not met
     - `full`: ∇L(w*), (parameter,), with control variates
-    - `where`: 1 where a parameter moves and 0 where it rests, (parameter,); None if all move
+    - `where`: True where a parameter moves and False where it rests, (parameter,); None if all move
     """
 
     evaluator: Evaluator
@@ -66,96 +67,119 @@ class Group:
     @torch.no_grad()
     def run(self, chains: Sequence[int]) -> Traces:
         """The traces of the chains numbered `chains`."""
-        schedule, center = self.schedule, self.evaluator.flat.center
-        # Stacked chains move as one lane. Looped ones have a lane each and share the gradient, since they take turns: a
-        # further chain then needs memory for its weights and the kernel's state alone.
+        schedule, device = self.schedule, self.evaluator.flat.device
+        # Stacked chains move as one lane. Looped ones have a lane each and take turns: a further chain then needs
+        # memory for its weights and the kernel's state alone.
         apart = isinstance(self.evaluator, Looped)
         parts = [slice(i, i + 1) for i in range(len(chains))] if apart else [slice(0, len(chains))]
-        grads = torch.zeros_like(center.expand(1 if apart else len(chains), -1))
-        away = torch.empty_like(grads)
-        lanes = [_Lane(self, chains[part], grads, away) for part in parts]
+        lanes = [_Lane(self, chains[part]) for part in parts]
         # The baseline is looked up, not computed: the minibatch met at w has its losses at w* in the table already.
         index = torch.stack(
             [self.batches[stream] for stream in schedule.streams(chains)], 1
         )  # (step, chain or 1, batch)
         baseline = self.table[index].mean(2).expand(-1, len(chains))
-        center_noise = None if self.full is None else _CenterNoise(self, self.full, len(chains))
+        at_center = None if self.full is None else _AtCenter(self, self.full, index.shape[1] if not apart else 1)
         shape = (len(Accumulator._fields), schedule.draws, len(chains))
-        sums = torch.zeros(shape, dtype=torch.float64, device=center.device)
+        sums = torch.zeros(shape, dtype=torch.float64, device=device)
         for step in range(schedule.draws * schedule.steps_per_draw):
             draw, within = divmod(step, schedule.steps_per_draw)
-            noise = None if center_noise is None else center_noise(index[step])
+            variate = None
             for part, lane in zip(parts, lanes, strict=True):
                 total = Accumulator(*sums[:, draw, part])
                 total.baseline.add_(baseline[step, part])
-                own = slice(None) if schedule.shared_batches else part  # all chains have one row where they share it
-                lane.step(index[step, own], None if noise is None else noise[own], total, draw, first=within == 0)
+                met = index[step] if schedule.shared_batches else index[step, part]  # one row where chains share it
+                if at_center is not None and (variate is None or not schedule.shared_batches):
+                    variate = at_center(met)
+                lane.step(met, variate, total, draw, first=within == 0)
         mean = Accumulator(*(sums / schedule.steps_per_draw).transpose(1, 2).cpu())
         distance = mean.square.sqrt()
         return Traces(mean.loss, mean.baseline, distance, mean.slope, mean.linear, mean.acceptance)
 
 
 class _Lane:
-    """Chains that move together: all of a group where they are stacked, else one, so that its weights stay at hand.
+    """Chains that move together: all of a group where they are stacked, else one, so that its weights stay at hand."""
 
-    `grads` and `away`, (chain, parameter), are memory that lanes may share: what they hold lasts for a step.
-    """
-
-    def __init__(self, group: Group, chains: Sequence[int], grads: Tensor, away: Tensor) -> None:
-        self.group, self.chains, self.grads, self.away = group, chains, grads, away
-        evaluator, schedule = group.evaluator, group.schedule
-        self.center = evaluator.flat.center
-        self.rows = self.center.expand(len(chains), -1).clone()
-        self.state = group.sampler.init(self.rows, self.center)
-        self.score = evaluator.bind(self.rows, grads)
+    def __init__(self, group: Group, chains: Sequence[int]) -> None:
+        self.group, self.chains, self.flat = group, chains, group.evaluator.flat
+        schedule = group.schedule
+        self.rows = self.flat.start(len(chains))
+        self.values = self.flat.parts(self.rows)
+        self.state = group.sampler.init(self.rows, group.where)
+        self.score = group.evaluator.bind(self.values)
         self.noise = schedule.normals("noise", chains, self.rows)
         self.judge = None
         if schedule.proposal is not None:
             proposals = schedule.normals("proposal", chains, self.rows)
-            self.judge = Judge(schedule.proposal, evaluator, self.rows, proposals, group.where)
+            self.judge = Judge(schedule.proposal, group.evaluator, self.rows, proposals, group.where)
 
-    def step(self, met: Tensor, noise: Tensor | None, total: Accumulator, draw: int, *, first: bool) -> None:
-        """Scores the examples `met` where the chains are, adds to `total`, then moves. `noise` is that of their
-        gradient at w*, with control variates; `first` says that the draw begins here."""
-        grads, away = self.grads, self.away
-        # Score first: it leaves the gradient at w in `grads`, which the kernel uses up at the end.
-        losses = self.score(met).to(torch.float64).mean(1)
-        total.loss.add_(losses)
-        torch.sub(self.rows, self.center, out=away)
+    def step(self, met: Tensor, variate: Tensor | None, total: Accumulator, draw: int, *, first: bool) -> None:
+        """Scores the examples `met` where the chains are, adds to `total`, and moves. `variate` is added to their
+        gradient, with control variates; `first` says that the draw begins here."""
         if first:
             self._tell(draw)
-        # Control variates: the noise of this minibatch at w* leaves the gradient, and what it adds to the score to
-        # first order is kept, to be subtracted by whoever reads the traces.
-        if noise is not None:
-            grads.sub_(noise)
-            total.linear.add_(torch.linalg.vecdot(away, noise))
-        total.square.add_(torch.linalg.vecdot(away, away))
-        total.slope.add_(torch.linalg.vecdot(away, grads))
-        # Judged once a draw, which then stands for all its steps in the mean.
-        if self.judge is not None and first:
-            total.acceptance.add_(self.group.schedule.steps_per_draw * self.judge(met, losses, grads, noise))
-        self.state = self.group.sampler.step(self.state, grads, next(self.noise), self.group.where)
+        # The chains move by each gradient as it comes, so that no gradient of all parameters is held: nothing may look
+        # at the weights from here to the noise. Only a step that is judged, once a draw, holds them first.
+        pull = partial(self._pull, variate, total)
+        if self.judge is None or not first:
+            losses = self.score(met, pull).to(torch.float64).mean(1)
+        else:
+            grads: list[Tensor | None] = [None] * len(self.flat.parameters)
+            losses = self.score(met, grads.__setitem__).to(torch.float64).mean(1)
+            # Judged once a draw, which then stands for all its steps in the mean.
+            total.acceptance.add_(self.group.schedule.steps_per_draw * self.judge(met, losses, grads, variate))
+            for number, gradient in enumerate(grads):
+                pull(number, gradient)
+        total.loss.add_(losses)
+        # The noise comes in blocks of its own, in the order of the parameters, whatever order the gradients came in.
+        self.group.sampler.turn(self.state)
+        for part, noise in next(self.noise):
+            self.group.sampler.push(self.state, part, noise)
+
+    def _pull(self, variate: Tensor | None, total: Accumulator, number: int, gradient: Tensor | None) -> None:
+        """Adds to `total` what a parameter contributes to its inner products, then moves it by its gradient."""
+        for part, within in self.flat.blocks(number):
+            row = self.rows[:, part]
+            away = row - self.flat.at_center[number][within].to(row)
+            slope = torch.zeros_like(away) if gradient is None else gradient[:, within]
+            # Control variates: the noise of this minibatch at w* leaves the gradient, and what it adds to the score to
+            # first order is kept, to be subtracted by whoever reads the traces.
+            if variate is not None:
+                slope = slope + variate[:, part]
+                total.linear.sub_(torch.linalg.vecdot(away, variate[:, part]))
+            total.square.add_(torch.linalg.vecdot(away, away))
+            total.slope.add_(torch.linalg.vecdot(away, slope))
+            self.group.sampler.pull(self.state, part, away, slope)
+        # An operation that still needs the weights as they were now raises an error, in place of a wrong gradient.
+        torch.autograd.graph.increment_version(self.flat.parameters[number])
 
     def _tell(self, draw: int) -> None:
-        """Binds the model to each chain's weights for those that asked to see them."""
-        if self.group.on_draw:
-            flat = self.group.evaluator.flat
-            for row, grad, chain in zip(self.rows, self.grads, self.chains, strict=True):
-                flat.bind(row, grad)
-                for call in self.group.on_draw:
-                    call(flat.model, chain, draw)
+        """Gives the model each chain's weights for those that asked to see them."""
+        for row, chain in enumerate(self.chains):
+            if self.group.on_draw:
+                self.flat.hold([value[row] for value in self.values])
+            for call in self.group.on_draw:
+                call(self.flat.model, chain, draw)
 
 
-class _CenterNoise:
-    """∇L_B(w*) − ∇L(w*) of a step's minibatches, (chain or 1, parameter): one row where the chains share them."""
+class _AtCenter:
+    """The control variate ∇L(w*) − ∇L_B(w*) of a step's minibatches, (chain or 1, parameter), in memory that the next
+    call overwrites: `rows` minibatches at once."""
 
-    def __init__(self, group: Group, full: Tensor, chains: int) -> None:
+    def __init__(self, group: Group, full: Tensor, rows: int) -> None:
         evaluator = group.evaluator
-        copies = evaluator.flat.center.expand(1 if group.schedule.shared_batches else chains, -1).clone()
-        self.full, self.slopes = full, torch.zeros_like(copies)
-        alone = len(copies) == 1  # nothing to stack, and the model's own kernels are faster
-        self.score = (Looped(evaluator.flat, evaluator.examples) if alone else evaluator).bind(copies, self.slopes)
+        self.flat, self.full = evaluator.flat, full
+        self.variate = full.new_empty(rows, len(full))
+        # Alone there is nothing to stack, and the model's own kernels are faster. w* is read where it is.
+        if rows == 1:
+            evaluator = Looped(self.flat, evaluator.examples, evaluator.micro)
+        self.score = evaluator.bind([values.expand(rows, *values.shape) for values in self.flat.center_parts()])
 
     def __call__(self, index: Tensor) -> Tensor:
-        self.score(index)
-        return self.slopes.sub_(self.full)
+        self.variate.copy_(self.full)
+        self.score(index, self._take)
+        return self.variate
+
+    def _take(self, number: int, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            for part, within in self.flat.blocks(number):
+                self.variate[:, part].sub_(gradient[:, within])

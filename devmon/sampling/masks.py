@@ -23,7 +23,7 @@ class Mask:
     text: str = ""
 
     def vector(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor | None:
-        """1 where a parameter moves and 0 where it rests, (parameter,), in the layout of `names`; None if all move."""
+        """True where a parameter moves, (parameter,), in the layout of `names`, on the device of `like`; None if all move."""
         if not self.entries:
             return None
         parts = []
@@ -31,7 +31,7 @@ class Mask:
             entries = self.entries.get(name, torch.ones(shape, dtype=torch.bool))
             if tuple(entries.shape) != shape:
                 raise InstrumentError(f"the mask of {name!r} has shape {tuple(entries.shape)}, the parameter {shape}")
-            parts.append(entries.to(like).reshape(-1))
+            parts.append(entries.to(like.device, torch.bool).reshape(-1))
         return torch.cat(parts)
 
     def __str__(self) -> str:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from devmon.sampling.acceptance import Proposal
-from devmon.sampling.constants import NOISE_BLOCK
+from devmon.sampling.constants import BLOCK, NOISE_BLOCK
 from devmon.sampling.data import draw_batches
+from devmon.sampling.kernels.sampler import Normals
 from devmon.snapshot import derive_seed
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the chains are run. `stacked` and `group` (chains held at once; None: chosen) change cost, not numbers.
-
-    Where a group does not fit into the accelerator's memory it is halved, and its chains start again.
+    """How the chains are run. `stacked`, `group` (chains held at once) and `micro_batch` (examples of a pass), None:
+    chosen, change cost, not numbers. Where memory ends they are lowered, and the chains concerned start again.
     """
 
     draws: int
@@ -31,6 +31,7 @@ class Schedule:
     proposal: Proposal | None = None
     stacked: bool | None = None
     group: int | None = None
+    micro_batch: int | None = None
 
     def streams(self, chains: Sequence[int]) -> Sequence[int | None]:
         """Whose minibatches are drawn: each chain its own, or None for those that all share."""
@@ -43,11 +44,29 @@ class Schedule:
         steps = self.draws * self.steps_per_draw
         return draw_batches(n, self.batch_size, steps, generator, replacement=self.replacement)
 
-    def normals(self, what: str, chains: Sequence[int], like: Tensor) -> Iterator[Tensor]:
-        """Standard normals (chain, parameter), step after step; each chain has its own stream."""
+    def normals(self, what: str, chains: Sequence[int], like: Tensor) -> Normals:
+        """Standard normals for positions like `like` (chain, parameter), step after step, and each step's in blocks
+        (chain, part) that share memory: each chain has its own stream."""
         generators = [torch.Generator(like.device).manual_seed(derive_seed(self.seed, what, chain)) for chain in chains]
-        block = like.new_empty(len(chains), max(1, NOISE_BLOCK // like.shape[1]), like.shape[1])
+        size = like.shape[1]
+        # A small model: many steps in one call.
+        if size <= NOISE_BLOCK:
+            block = like.new_empty(len(chains), NOISE_BLOCK // size, size)
+            while True:
+                for part, generator in zip(block, generators, strict=True):
+                    part.normal_(generator=generator)
+                yield from (iter([(slice(0, size), noise)]) for noise in block.unbind(1))
+        # A large one: a step in many calls. On the CPU normals come in sixteens, and the last sixteen of a call are made
+        # anew where the call is no multiple: so the rest, if shorter, joins the block before it.
+        cuts = [*range(0, max(size - 15, 1), BLOCK), size]
+        block = like.new_empty(len(chains), max(stop - start for start, stop in zip(cuts, cuts[1:], strict=False)))
+
+        def blocks() -> Iterator[tuple[slice, Tensor]]:
+            for start, stop in zip(cuts, cuts[1:], strict=False):
+                noise = block[:, : stop - start]
+                for row, generator in zip(noise, generators, strict=True):
+                    row.normal_(generator=generator)
+                yield slice(start, stop), noise
+
         while True:
-            for part, generator in zip(block, generators, strict=True):
-                part.normal_(generator=generator)
-            yield from block.unbind(1)
+            yield blocks()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from devmon.sampling.kernels.sampler import force, masked
+
 
 @dataclass
 class BAOABState:
-    """Positions and velocities (chain, parameter)."""
+    """Positions and velocities (chain, parameter), and what of them moves (parameter,)."""
 
     position: Tensor
-    center: Tensor
+    mask: Tensor | None
     velocity: Tensor
 
 
@@ -34,21 +37,24 @@ class BAOAB:
     gamma: float
     prior: float = 0.0
     momentum: float = 0.5
+    copies: ClassVar[int] = 2
 
-    def init(self, position: Tensor, center: Tensor) -> BAOABState:
-        """The state at `position`, which the steps will overwrite, at rest."""
-        return BAOABState(position, center, torch.zeros_like(position))
+    def init(self, position: Tensor, mask: Tensor | None) -> BAOABState:
+        """At rest; see `devmon.sampling.kernels.sampler.Sampler`."""
+        return BAOABState(position, mask, torch.zeros_like(position))
 
-    def step(self, state: BAOABState, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> BAOABState:
-        """One step; see `devmon.sampling.kernels.sgld.SGLD.step`."""
-        h = math.sqrt(self.lr)
-        drift = grad.mul_(self.nbeta)
-        drift.add_(state.position, alpha=self.gamma + self.prior).add_(state.center, alpha=-self.gamma)
-        if mask is not None:
-            drift.mul_(mask)
-            noise.mul_(mask)
-        state.velocity.add_(drift, alpha=-h)
-        state.position.add_(state.velocity, alpha=h / 2)
-        state.velocity.mul_(self.momentum).add_(noise, alpha=math.sqrt(1 - self.momentum**2))
-        state.position.add_(state.velocity, alpha=h / 2)
-        return state
+    def pull(self, state: BAOABState, part: slice, away: Tensor, grad: Tensor) -> None:
+        """The kick."""
+        drift = masked(force(self, state.position[:, part], away, grad), state.mask, part)
+        state.velocity[:, part].add_(drift, alpha=-math.sqrt(self.lr))
+
+    def turn(self, state: BAOABState) -> None:
+        """Nothing depends on all parameters."""
+
+    def push(self, state: BAOABState, part: slice, noise: Tensor) -> None:
+        """Both drifts, and the noise between them."""
+        h, position, velocity = math.sqrt(self.lr), state.position[:, part], state.velocity[:, part]
+        noise = masked(noise, state.mask, part)
+        position.add_(velocity, alpha=h / 2)
+        velocity.mul_(self.momentum).add_(noise, alpha=math.sqrt(1 - self.momentum**2))
+        position.add_(velocity, alpha=h / 2)

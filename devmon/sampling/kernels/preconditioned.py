@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from devmon.sampling.constants import BLOCK
+from devmon.sampling.kernels.sampler import force, masked
+
 
 @dataclass
 class PreconditionedState:
-    """Positions and squared gradients (chain, parameter), the preconditioner M once frozen, and the steps taken."""
+    """Positions (chain, parameter); squared drifts V until M is frozen and M itself from then on, `scale`; until then
+    the drift of a step, which waits for M, and for each chain (chain, 1) what M is made of: the mean of V, the least
+    of a root and the mean of the reciprocals."""
 
     position: Tensor
-    center: Tensor
-    square: Tensor
+    mask: Tensor | None
     scale: Tensor
+    drift: Tensor | None
     taken: int
+    total: Tensor
+    least: Tensor
+    mean: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,24 +44,52 @@ class PreconditionedSGLD:
     prior: float = 0.0
     adapt: int = 50
     eps: float = 0.1
+    copies: ClassVar[int] = 3  # while M is learned
 
-    def init(self, position: Tensor, center: Tensor) -> PreconditionedState:
-        """The state at `position`, which the steps will overwrite; M starts at 1."""
-        return PreconditionedState(position, center, torch.zeros_like(position), torch.ones_like(position), 0)
+    def init(self, position: Tensor, mask: Tensor | None) -> PreconditionedState:
+        """M starts at 1; see `devmon.sampling.kernels.sampler.Sampler`."""
+        one = torch.ones(len(position), 1, dtype=torch.float64, device=position.device)
+        drift = torch.zeros_like(position) if self.adapt else None
+        scale = torch.zeros_like(position) if self.adapt else torch.ones_like(position)
+        return PreconditionedState(position, mask, scale, drift, 0, 0 * one, one, one)
 
-    def step(
-        self, state: PreconditionedState, grad: Tensor, noise: Tensor, mask: Tensor | None = None
-    ) -> PreconditionedState:
-        """One step; see `devmon.sampling.kernels.sgld.SGLD.step`."""
-        drift = grad.mul_(self.nbeta)
-        drift.add_(state.position, alpha=self.gamma + self.prior).add_(state.center, alpha=-self.gamma)
-        # While M is learned the law is not yet the right one; from `adapt` steps on nothing here depends on the path.
-        if state.taken < self.adapt:
-            state.taken += 1
-            state.square.lerp_(drift.square(), 1 / state.taken)
-            least = self.eps * state.square.mean(1, keepdim=True).sqrt()
-            state.scale = (state.square.sqrt() + least + (least == 0)).reciprocal_()  # M is 1 before any drift
-            state.scale /= state.scale.mean(1, keepdim=True)
-        move = noise.mul_(state.scale.sqrt()).mul_(self.lr**0.5).addcmul_(drift, state.scale, value=-0.5 * self.lr)
-        state.position.add_(move if mask is None else move.mul_(mask))
-        return state
+    def pull(self, state: PreconditionedState, part: slice, away: Tensor, grad: Tensor) -> None:
+        """V while M is learned, then the move by the gradient."""
+        drift = force(self, state.position[:, part], away, grad)
+        if state.taken >= self.adapt:
+            state.drift = None  # M is frozen: nothing waits for it any more
+        if state.drift is None:
+            self._move(state, part, drift, state.scale[:, part])
+            return
+        square = state.scale[:, part].lerp_(drift.square(), 1 / (state.taken + 1))
+        state.total += square.sum(1, keepdim=True)
+        state.drift[:, part] = drift
+
+    def turn(self, state: PreconditionedState) -> None:
+        """The scales of M, which are means over all parameters. While M is learned the law is not yet the right one."""
+        if state.drift is None:
+            return
+        size = state.position.shape[1]
+        state.taken += 1
+        state.least = self.eps * (state.total / size).sqrt()
+        state.total, state.mean = torch.zeros_like(state.total), torch.ones_like(state.mean)
+        blocks = [slice(start, start + BLOCK) for start in range(0, size, BLOCK)]
+        state.mean = sum(self._learned(state, part).sum(1, keepdim=True, dtype=torch.float64) for part in blocks) / size
+
+    def push(self, state: PreconditionedState, part: slice, noise: Tensor) -> None:
+        """The noise, after the move by the gradient where that had to wait for M."""
+        scale = state.scale[:, part]
+        if state.drift is not None:
+            scale = self._learned(state, part)
+            self._move(state, part, state.drift[:, part], scale)
+            if state.taken == self.adapt:  # from here on nothing depends on the path
+                state.scale[:, part] = scale
+        state.position[:, part].add_(masked(noise, state.mask, part).mul_(scale.sqrt()), alpha=self.lr**0.5)
+
+    def _learned(self, state: PreconditionedState, part: slice) -> Tensor:
+        """M as it is while it is learned: 1 before any drift."""
+        least, mean = (t.to(state.scale.dtype) for t in (state.least, state.mean))
+        return (state.scale[:, part].sqrt() + least + (least == 0)).reciprocal_().div_(mean)
+
+    def _move(self, state: PreconditionedState, part: slice, drift: Tensor, scale: Tensor) -> None:
+        state.position[:, part].addcmul_(masked(drift, state.mask, part), scale, value=-self.lr / 2)

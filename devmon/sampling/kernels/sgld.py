@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from devmon.errors import InstrumentError
+from devmon.sampling.kernels.sampler import force, masked
 
 
 @dataclass
 class SGLDState:
-    """Where the chains are: `position` and `center` (w*) broadcast to (chain, parameter)."""
+    """Where the chains are (chain, parameter), and what of it moves (parameter,)."""
 
     position: Tensor
-    center: Tensor
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,24 @@ class SGLD:
     nbeta: float
     gamma: float
     prior: float = 0.0
+    copies: ClassVar[int] = 1
 
-    def init(self, position: Tensor, center: Tensor) -> SGLDState:
-        """The state at `position`, which the steps will overwrite."""
-        return SGLDState(position, center)
+    def init(self, position: Tensor, mask: Tensor | None) -> SGLDState:
+        """See `devmon.sampling.kernels.sampler.Sampler`."""
+        return SGLDState(position, mask)
 
-    def step(self, state: SGLDState, grad: Tensor, noise: Tensor, mask: Tensor | None = None) -> SGLDState:
-        """One step from the gradient of the mean loss and standard normals, all (chain, parameter); the state given,
-        the gradient and the noise are used up. Where `mask` is 0 a parameter rests."""
-        if mask is not None:
-            grad.mul_(mask)
-            noise.mul_(mask)
-        if self.prior:
-            noise.sub_(
-                state.position if mask is None else state.position * mask, alpha=0.5 * math.sqrt(self.lr) * self.prior
-            )
-        state.position.lerp_(state.center, self.lr * self.gamma / 2)
-        state.position.add_(grad, alpha=-self.lr * self.nbeta / 2).add_(noise, alpha=math.sqrt(self.lr))
-        return state
+    def pull(self, state: SGLDState, part: slice, away: Tensor, grad: Tensor) -> None:
+        """w ← w − (lr/2) F."""
+        position = state.position[:, part]
+        drift = force(self, position, away, grad)
+        position.add_(masked(drift, state.mask, part), alpha=-self.lr / 2)
+
+    def turn(self, state: SGLDState) -> None:
+        """Nothing depends on all parameters."""
+
+    def push(self, state: SGLDState, part: slice, noise: Tensor) -> None:
+        """w ← w + √lr N(0, 1)."""
+        state.position[:, part].add_(masked(noise, state.mask, part), alpha=math.sqrt(self.lr))
 
 
 def check_settings(lr: float, nbeta: float, gamma: float, prior: float = 0.0) -> None:

@@ -56,12 +56,14 @@ def run_chains(
 
     def at_center(plan: Plan) -> tuple[Tensor, Tensor | None]:
         if schedule.control_variate:
-            return gradient_at_center(flat, examples, plan.micro)
+            every = torch.arange(examples.n, device=flat.device)
+            return gradient_at_center(flat, examples, every, plan.micro, where)[:2]
         return score_at_center(flat, examples, met.nonzero().flatten(), plan.micro), None
 
     plan = first_plan(flat, examples, schedule, sampler, len(chains))
     (table, full), alone = _within_memory(at_center, replace(plan, size=1, stacked=False))
     plan = replace(plan, micro=alone.micro)
+    flat.release()
 
     def run(plan: Plan) -> Traces:
         evaluator: Evaluator

@@ -17,9 +17,9 @@ from devmon.sampling.constants import (
     NOISE_BATCHES,
     POWER_ROUNDS,
 )
-from devmon.sampling.data import Examples, as_examples, draw_batches
-from devmon.sampling.flat import Flat
-from devmon.sampling.losses import Loss, check_losses
+from devmon.sampling.data import Examples, as_examples
+from devmon.sampling.flat import Flat, gradient_at_center
+from devmon.sampling.losses import Loss
 from devmon.sampling.masks import as_mask
 from devmon.sampling.traces import Settings
 from devmon.snapshot import derive_seed
@@ -72,17 +72,16 @@ def noise_bias(
         return 0.0
     mask = as_mask(settings.mask, model)
     flat = Flat(model, loss, torch.float64 if settings.float64 else torch.float32, None if mask is None else mask.names)
-    where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.center)
-    examples = examples.to(flat.center.device, flat.center.dtype)
-    # The spread of minibatch gradients at w*, in the entries that move.
+    where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.at_center[0])
+    examples = examples.to(flat.device, flat.dtype)
+    # The spread of the gradients of disjoint parts, as many examples as the batches have together; a batch of distinct
+    # examples spreads less by the share of the data that it holds.
     generator = torch.Generator().manual_seed(derive_seed(seed, "gradient noise"))
-    rows = draw_batches(examples.n, settings.batch_size, batches, generator).to(flat.center.device)
-    flat.bind(flat.center, torch.zeros_like(flat.center))
-    check_losses(flat.losses(examples.batch(rows[0])), len(rows[0]))
-    grads = torch.stack([_gradient(flat, examples, row, flat.center) for row in rows])
-    grads = grads if where is None else grads * where
-    trace = float(grads.var(0).sum())
-    size = flat.center.numel() if where is None else int(where.sum())
+    index = torch.randperm(examples.n, generator=generator)[: batches * settings.batch_size].to(flat.device)
+    size = min(settings.batch_size, -(-len(index) // batches))
+    trace = gradient_at_center(flat, examples, index, size, where)[2] / settings.batch_size
+    trace *= 1 - settings.batch_size / examples.n
+    size = flat.numel if where is None else int(where.sum())
     return settings.lr * settings.nbeta_for(examples.n) ** 2 * trace / 8 / (size / 2)
 
 

@@ -43,6 +43,7 @@ class Flat:
         autocast: torch.dtype | None = None,
     ) -> None:
         self.loss, self.dtype, self.autocast = loss, dtype, autocast
+        self._held: Sequence[Tensor] | None = None
         # The twin shares the memory of all parameters: deepcopy finds each of them copied already.
         shared = {id(p): nn.Parameter(_memory(p), p.requires_grad) for p in model.parameters()}
         self.model = copy.deepcopy(model, shared).eval()
@@ -61,11 +62,8 @@ class Flat:
         self.device = self.parameters[0].device
         # What is sampled gives up its memory before the rest is converted, so that no copy of it is made.
         self.at_center = [p.detach().reshape(-1) for p in self.parameters]
-        for parameter in self.parameters:
-            parameter.data = parameter.data.new_empty(0)
+        self.release()
         self.model.to(dtype)
-        self._held: Sequence[Tensor] | None = None
-        self._bound = (0, 0)
 
     @property
     def numel(self) -> int:
@@ -101,6 +99,12 @@ class Flat:
             self._held, self._bound = values, (0, 0)
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.data, parameter.grad = value, None
+
+    def release(self) -> None:
+        """From now on the parameters hold nothing, so that the memory they had can be used again."""
+        self._held, self._bound = None, (0, 0)
+        for parameter in self.parameters:
+            parameter.data, parameter.grad = torch.empty(0, dtype=self.dtype, device=self.device), None
 
     def center_parts(self) -> list[Tensor]:
         """w* by parameter, each of its shape: the model's own memory where it has the dtype of the chains."""
@@ -178,23 +182,41 @@ def score_at_center(flat: Flat, examples: Examples, index: Tensor, batch_size: i
     return table
 
 
-def gradient_at_center(flat: Flat, examples: Examples, batch_size: int) -> tuple[Tensor, Tensor]:
-    """All losses at w*, float64 (n,), and the gradient (parameter,) of their mean over the whole data."""
-    table = torch.empty(examples.n, dtype=torch.float64, device=flat.device)
-    total = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
-    parts = total.split(flat.sizes)
+def gradient_at_center(
+    flat: Flat, examples: Examples, index: Tensor, batch_size: int, where: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Losses at w* of the examples `index` (k,) as a float64 table (n,) with NaN elsewhere, the gradient (parameter,)
+    of their mean, and the trace of the covariance of single examples' gradients; both are 0 where `where` is False.
+
+    The parts of `batch_size` that the pass is made in are disjoint minibatches: how they spread is the noise of one,
+    and Σ_b |b| ‖g_b − g‖² over them has the mean (parts − 1) trace(Cov). Raises InstrumentError when the loss has
+    another shape than (batch,) or is not finite at w*.
+    """
+    table = torch.full((examples.n,), torch.nan, dtype=torch.float64, device=index.device)
+    mean = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+    squares = torch.zeros((), dtype=torch.float64, device=flat.device)
+    done = 0
 
     def take(number: int, gradient: Tensor | None) -> None:
-        if gradient is not None:
-            parts[number].add_(gradient[0])
+        # Welford's running mean and sum of squares, each part with the weight of its examples.
+        for block, within in flat.blocks(number):
+            slope = torch.zeros_like(mean[block]) if gradient is None else gradient[0, within]
+            if where is not None:
+                slope = slope * where[block]
+            away = slope - mean[block]
+            mean[block].add_(away, alpha=len(part) / (done + len(part)))
+            squares.add_(torch.linalg.vecdot(away, away), alpha=done * len(part) / (done + len(part)))
 
     flat.hold(flat.center_parts())
-    for part in torch.arange(examples.n, device=flat.device).split(batch_size):
-        losses = flat.stream(examples.batch(part), take, examples.n)
+    check_losses(flat.losses(examples.batch(index[:1])), 1)  # before a backward pass through what may be no loss
+    parts = index.split(min(batch_size, max(1, len(index) // 2)))
+    for part in parts:
+        losses = flat.stream(examples.batch(part), take)
         check_losses(losses, len(part))
         table[part] = losses.to(torch.float64)
-    _check_finite(table)
-    return table, total
+        done += len(part)
+    _check_finite(table[index])
+    return table, mean, float(squares) / max(len(parts) - 1, 1)
 
 
 def _check_finite(losses: Tensor) -> None:

@@ -91,6 +91,7 @@ class Group:
                 if at_center is not None and (variate is None or not schedule.shared_batches):
                     variate = at_center(met)
                 lane.step(met, variate, total, draw, first=within == 0)
+        self.evaluator.flat.release()
         mean = Accumulator(*(sums / schedule.steps_per_draw).transpose(1, 2).cpu())
         distance = mean.square.sqrt()
         return Traces(mean.loss, mean.baseline, distance, mean.slope, mean.linear, mean.acceptance)

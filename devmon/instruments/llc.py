@@ -30,7 +30,8 @@ class LLC(Settings, _SampledOn):
 
     L is the mean of `loss(model, batch) -> (batch,)` over the examples of `data`, w* the snapshot's weights. A step of
     SGLD is w ← w − (lr/2)(nbeta ∇L_B(w) + gamma (w − w*)) + N(0, lr), from w* in `chains` independent chains, in
-    float32 whatever the model's precision. Lau et al. 2023 (2308.12108), with the same examples scored at w and at w*.
+    float32 whatever the model's precision (`precision` is that of a pass). Lau et al. 2023 (2308.12108), with the same
+    examples scored at w and at w*.
 
     `nbeta` None means n / log n for n examples. Each chain makes `burn_in + draws` draws of `steps_per_draw` steps.
     Noise and batches belong to the chain and the run's seed, so they are the same at every checkpoint and *changes* of
@@ -50,6 +51,8 @@ class LLC(Settings, _SampledOn):
     - `example_loss` (chain, draw, example), loss: with `examples`, the losses of so many single examples at the start
       of a draw; a forward pass of them a draw.
     - `acceptance` (chain, draw), 1: with `acceptance`, that of a Metropolis-adjusted step of SGLD; a pass a draw.
+    - `precision_shift` (chain), 1: with `precision` "bfloat16", λ̂ in it less λ̂ in float32 in a trial of 20 steps of
+      equal noise and minibatches. Null: 0 in the mean.
 
     `devmon.analysis.llc` turns them into λ̂, its standard error and a verdict. Raises InstrumentError for settings that
     cannot be run and a loss that is not finite.

@@ -38,9 +38,7 @@ class Judge:
         self.there = torch.empty_like(rows)
         self.score = evaluator.bind(self.flat.parts(self.there))
 
-    def __call__(
-        self, index: Tensor, losses: Tensor, grads: Sequence[Tensor | None], variate: Tensor | None
-    ) -> Tensor:
+    def __call__(self, index: Tensor, losses: Tensor, grads: Sequence[Tensor | None], variate: Tensor | None) -> Tensor:
         """Acceptance (chain,) for the examples `index` with `losses` and `grads` at the rows, by parameter; `variate`,
         (chain or 1, parameter), is added to gradients at both ends."""
         p, rows, there = self.proposal, self.rows, self.there

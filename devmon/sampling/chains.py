@@ -17,7 +17,7 @@ from devmon.sampling.group import Group, OnDraw, Traces
 from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.losses import Loss
 from devmon.sampling.masks import Mask
-from devmon.sampling.memory import Plan, first_plan
+from devmon.sampling.memory import Plan, first_plan, most_for_examples
 from devmon.sampling.schedule import Schedule
 
 Result = TypeVar("Result")
@@ -46,7 +46,7 @@ def run_chains(
         raise InstrumentError(f"batch_size must be from 1 to the {examples.n} examples, got {schedule.batch_size}")
     flat = Flat(model, loss, dtype, None if mask is None else mask.names, autocast=autocast)
     where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.at_center[0])
-    examples = examples.to(flat.device, dtype)
+    examples = examples.to(flat.device, dtype, most_for_examples(flat.device))
     batches = {stream: schedule.batches(stream, examples.n).to(flat.device) for stream in schedule.streams(chains)}
     # What is needed at w*, once for all chains: control variates need the gradient over the whole data, and its pass
     # gives all losses; otherwise only the examples that some chain will meet are scored.

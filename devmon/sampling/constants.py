@@ -10,15 +10,14 @@ What the calibration reaches with these is measured by `benchmarks/llc_accuracy.
 # cut into calls, and with it the noise itself: another value gives other traces from the same seed.
 NOISE_BLOCK = 8192
 
-# Parameters whose noise, displacement and sums are in memory at once, for each chain; 4 MiB in float32. A multiple of 16,
-# so that blocks of normals on the CPU are those of one call; on CUDA another value gives other traces from the same
+# Parameters whose noise, displacement and sums are in memory at once, for each chain: 4 MiB in float32. A multiple of
+# 16, so that blocks of normals on the CPU are those of one call; on CUDA another value gives other traces from the same
 # seed for models that are larger. Smaller saves memory, and on CUDA costs launches.
 BLOCK = 2**20
 
-# Parameters times numbers in a batch, by device. Below it the device spends its time on dispatch and chains are stacked;
-# above it on sums, and they take turns, with fused attention. Measured on one CPU core; on CUDA by arithmetic: a pass of
-# 6 operations each, 1e11 at the limit, takes some 2 ms at 5e13 a second, which is what its launches take. Moves cost
-# alone.
+# Parameters times numbers in a batch, by device. Below it time goes to dispatch and chains are stacked; above it to
+# sums, and they take turns, with fused attention. Measured on one CPU core; on CUDA by arithmetic: a pass has 6
+# operations for each, 1e11 at the limit, some 2 ms at 5e13 a second, which is what its launches take. Moves cost alone.
 STACK_BELOW = {"cpu": 3e7, "cuda": 2e10}
 
 # Share of an accelerator's free memory that chains may take with their weights, gradients and velocities: the rest is
@@ -28,6 +27,10 @@ MEMORY_SHARE = 0.5
 # Share of an accelerator's free memory that the examples may take. Larger data stay in main memory, and every minibatch
 # is copied as it is met.
 EXAMPLES_SHARE = 0.05
+
+# Steps a chain of the paired trial that says how far the precision of passes moves λ̂, once in each precision; and the
+# share of λ̂ from which that is worth a warning. More steps see rounding in the drift, beside that of the score.
+PRECISION_STEPS, PRECISION_SHARE = 20, 0.05
 
 # Standard deviations of the count of different numbers in a list, by which a list for one batch is longer than it must
 # be in the mean: a list is too short in 1 of 1e9 batches, which is then drawn as a permutation. Moves the batches.

@@ -20,15 +20,19 @@ Tree = Any  # a tensor, or tuples, lists and mappings of such
 
 @dataclass(frozen=True)
 class Examples:
-    """`n` examples in memory: every tensor of `tree` has the example as its leading dimension."""
+    """`n` examples in memory: every tensor of `tree` has the example as its leading dimension.
+
+    Batches are where the examples are and of their dtype, or of the dtype and on the device of `cast`.
+    """
 
     tree: Tree
     n: int
+    cast: tuple[torch.device, torch.dtype] | None = None
 
     def batch(self, index: Tensor) -> Tree:
         """The examples at `index` (any shape), as a tree of tensors of shape (*index.shape, ...)."""
         flat = index.flatten()
-        return map_tree(lambda t: t.index_select(0, flat).unflatten(0, index.shape), self.tree)
+        return self._cast(map_tree(lambda t: t.index_select(0, flat.to(t.device)).unflatten(0, index.shape), self.tree))
 
     def reader(self) -> Callable[[Tensor], Tree]:
         """`batch`, but into memory that the next call with as many indices overwrites: no page is touched anew."""
@@ -39,15 +43,28 @@ class Examples:
             if len(flat) not in kept:
                 kept[len(flat)] = [t.new_empty((len(flat), *t.shape[1:])) for t in leaves(self.tree)]
             buffers = iter(kept[len(flat)])
-            return map_tree(
-                lambda t: torch.index_select(t, 0, flat, out=next(buffers)).unflatten(0, index.shape), self.tree
+            found = map_tree(
+                lambda t: torch.index_select(t, 0, flat.to(t.device), out=next(buffers)).unflatten(0, index.shape),
+                self.tree,
             )
+            return self._cast(found)
 
         return read
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
-        """The same examples on `device`, floating-point tensors as `dtype`."""
-        return Examples(map_tree(lambda t: t.to(device, dtype if t.is_floating_point() else None), self.tree), self.n)
+    def to(self, device: torch.device, dtype: torch.dtype, most: float = math.inf) -> Examples:
+        """The same examples on `device`, floating-point tensors as `dtype`; of more than `most` bytes, only batches."""
+        held = Examples(self.tree, self.n, (device, dtype))
+        return held if self.nbytes() > most else Examples(held._cast(self.tree), self.n)
+
+    def _cast(self, tree: Tree) -> Tree:
+        if self.cast is None:
+            return tree
+        device, dtype = self.cast
+        return map_tree(lambda t: t.to(device, dtype if t.is_floating_point() else None), tree)
+
+    def nbytes(self) -> int:
+        """Bytes of all examples."""
+        return sum(t.nbytes for t in leaves(self.tree))
 
     def positions(self) -> int:
         """Tokens of one example: the second dimension of the first tensor of integers that has one, else 1."""

@@ -91,7 +91,7 @@ class Stacked:
                     with self.flat.precision():
                         found = torch.vmap(losses_of_chain, in_dims=(0, None if shared else 0))(leaves, batch)
                     loss = found.sum() / index.shape[1]
-                    gradients = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+                    gradients: list[Tensor | None] = [*torch.autograd.grad(loss, leaves, allow_unused=True)]
                 losses.append(found.detach())
                 for number, total in enumerate(totals):
                     gradient, gradients[number] = gradients[number], None

@@ -23,7 +23,7 @@ class Mask:
     text: str = ""
 
     def vector(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor | None:
-        """True where a parameter moves, (parameter,), in the layout of `names`, on the device of `like`; None if all move."""
+        """True where a parameter moves, (parameter,), in the layout of `names`, where `like` is; None if all move."""
         if not self.entries:
             return None
         parts = []

@@ -1,12 +1,13 @@
-"""How much of an estimate is in memory at once: what is planned before it starts, and what is tried where memory ends."""
+"""How much is in memory at once: what is planned before chains start, and what is tried where memory ends."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from devmon.sampling.constants import MEMORY_SHARE, STACK_BELOW
+from devmon.sampling.constants import EXAMPLES_SHARE, MEMORY_SHARE, STACK_BELOW
 from devmon.sampling.data import Examples
 from devmon.sampling.evaluators import Stacked
 from devmon.sampling.flat import Flat
@@ -66,6 +67,11 @@ def free_bytes(device: torch.device) -> int:
     """Memory of an accelerator that nobody has, with what torch holds back for itself."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def most_for_examples(device: torch.device) -> float:
+    """Bytes of examples that are held where the model is; of more each batch is brought there as it is met."""
+    return EXAMPLES_SHARE * free_bytes(device) if device.type == "cuda" else math.inf
 
 
 def _stacking_pays(flat: Flat, examples: Examples, schedule: Schedule, chains: int) -> bool:

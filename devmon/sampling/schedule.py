@@ -56,8 +56,8 @@ class Schedule:
                 for part, generator in zip(block, generators, strict=True):
                     part.normal_(generator=generator)
                 yield from (iter([(slice(0, size), noise)]) for noise in block.unbind(1))
-        # A large one: a step in many calls. On the CPU normals come in sixteens, and the last sixteen of a call are made
-        # anew where the call is no multiple: so the rest, if shorter, joins the block before it.
+        # A large one: a step in many calls. On the CPU normals come in sixteens, and the last sixteen of a call are
+        # made anew where the call is no multiple: so the rest, if shorter, joins the block before it.
         cuts = [*range(0, max(size - 15, 1), BLOCK), size]
         block = like.new_empty(len(chains), max(stop - start for start, stop in zip(cuts, cuts[1:], strict=False)))
 

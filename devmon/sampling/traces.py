@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import nn
 from devmon.errors import InstrumentError
 from devmon.sampling.acceptance import Proposal
 from devmon.sampling.chains import run_chains
+from devmon.sampling.constants import PRECISION_SHARE, PRECISION_STEPS
 from devmon.sampling.data import Examples, as_examples, map_tree
 from devmon.sampling.group import OnDraw, Traces
 from devmon.sampling.kernels.baoab import BAOAB
@@ -35,6 +38,9 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
 }
 
 
+PRECISIONS = ("float32", "bfloat16")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything but model, loss, data and seed that decides the traces of one estimate.
@@ -49,6 +55,8 @@ class Settings:
     - `mask`: restricts what is sampled (`devmon.sampling.masks.as_mask`)
     - `examples`: trace the losses of so many single examples; `acceptance`: trace that of a Metropolis-adjusted step
     - `float64`: sample in double precision
+    - `precision`: "bfloat16" for the matrix products of a pass, under chains in float32; what it moves is measured
+    - `micro_batch`: examples of a pass, so many of a minibatch at a time; None for all. It changes cost, not numbers
     """
 
     nbeta: float | None = None
@@ -68,6 +76,8 @@ class Settings:
     examples: int = 0
     acceptance: bool = False
     float64: bool = False
+    precision: str = field(default="float32", metadata={"identity": "if changed"})
+    micro_batch: int | None = field(default=None, metadata={"identity": "never"})
 
     def nbeta_for(self, n: int) -> float:
         """`nbeta`, or n / log n (Watanabe 2013) where it is None."""
@@ -108,15 +118,16 @@ def sample(
         else None,
         stacked=stacked,
         group=group,
+        micro_batch=settings.micro_batch,
     )
     numbers = list(range(settings.chains)) if chains is None else list(chains)
     dtype = torch.float64 if settings.float64 else torch.float32
     mask = as_mask(settings.mask, model)
     followed = Followed(examples, loss, settings, numbers, seed) if settings.examples else None
     on_draw = [call for call in (probe, followed) if call is not None]
-    traces, sampled = run_chains(
-        model, loss, examples, kernel, schedule, numbers, dtype=dtype, mask=mask, on_draw=on_draw
-    )
+    run = partial(run_chains, model, loss, examples, kernel, chains=numbers, dtype=dtype, mask=mask)
+    low = None if settings.precision == "float32" else torch.bfloat16
+    traces, sampled = run(schedule=schedule, autocast=low, on_draw=on_draw)
     # The attrs hold every setting that a later reader needs to repeat the traces; what only adds variables is seen in
     # the variables. Booleans become integers, which netCDF can hold. lr and gamma stay in front: the
     # order of attrs is part of the bytes of a stored row.
@@ -132,10 +143,39 @@ def sample(
         "units": "the loss's own, mean per example; nbeta times it is without unit",
         "headline": ["llc"],
     }
-    for name in ("sampler", "examples", "acceptance"):
+    for name in ("sampler", "examples", "acceptance", "micro_batch", *(["precision"] if low is None else [])):
         del attrs[name]
     attrs = {name: int(value) if isinstance(value, bool) else value for name, value in attrs.items()}
-    return _dataset(traces, settings, numbers, followed).assign_attrs(attrs)
+    dataset = _dataset(traces, settings, numbers, followed).assign_attrs(attrs)
+    if low is not None:
+        dataset["precision_shift"] = _precision_shift(run, schedule, low, dataset)
+    return dataset
+
+
+def _precision_shift(
+    run: Callable[..., tuple[Traces, int]], schedule: Schedule, low: torch.dtype, dataset: xr.Dataset
+) -> xr.DataArray:
+    """λ̂ in `low` precision less λ̂ in the chains' own, (chain,), in a short trial of the same noise and minibatches.
+
+    Warns where it is more than chance and than a share of the λ̂ of `dataset`.
+    """
+    draws = min(PRECISION_STEPS, schedule.draws * schedule.steps_per_draw)
+    trial = replace(schedule, draws=draws, steps_per_draw=1, control_variate=False, proposal=None)
+    excess = [
+        (traces.loss - traces.baseline)[:, draws // 2 :].mean(1).numpy()
+        for traces, _ in (run(schedule=trial, autocast=autocast) for autocast in (low, None))
+    ]
+    nbeta, kept = dataset.attrs["nbeta"], dataset.isel(draw=slice(dataset.attrs["burn_in"], None))
+    shift = nbeta * (excess[0] - excess[1])
+    level = nbeta * abs(float((kept["loss"] - kept["baseline"]).mean()))
+    error = shift.std(ddof=1) / math.sqrt(len(shift)) if len(shift) > 1 else 0.0
+    if abs(shift.mean()) > max(2 * error, PRECISION_SHARE * level):
+        warnings.warn(
+            f"λ̂ moves by {shift.mean():.2g} ± {error:.1g} between {low} and float32 in a paired trial, of {level:.3g} "
+            f"in all: use precision='float32'",
+            stacklevel=3,
+        )
+    return xr.DataArray(shift, dims="chain", attrs={"long_name": "shift of λ̂ by the precision of passes", "units": "1"})
 
 
 def _with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
@@ -149,6 +189,11 @@ def _with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
     for name, least in (("chains", 1), ("draws", 1), ("burn_in", 0), ("steps_per_draw", 1), ("examples", 0)):
         if (value := getattr(settings, name)) < least:
             raise InstrumentError(f"{name} must be at least {least}, got {value}")
+    if settings.micro_batch is not None and settings.micro_batch < 1:
+        raise InstrumentError(f"micro_batch must be at least 1 or None, got {settings.micro_batch}")
+    if settings.precision not in PRECISIONS or (settings.float64 and settings.precision != "float32"):
+        got = f"{settings.precision!r}" + (" with float64=True" if settings.float64 else "")
+        raise InstrumentError(f"precision must be one of {PRECISIONS}, bfloat16 without float64, got {got}")
     if settings.examples > n:
         raise InstrumentError(f"examples must be at most the {n} of the data, got {settings.examples}")
     if isinstance(kernel, str):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,9 +31,9 @@ class _Counter(TorchDispatchMode):
         for key in [key for key, (storage, _) in self.alive.items() if storage.expired()]:
             self.total -= self.alive.pop(key)[1]
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
-                if storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                    self.total += storage.nbytes()
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in given | self.alive.keys():
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.total += storage.nbytes()
         self.peak = max(self.peak, self.total)
         return result

@@ -74,7 +74,8 @@ class PreconditionedSGLD:
         state.least = self.eps * (state.total / size).sqrt()
         state.total, state.mean = torch.zeros_like(state.total), torch.ones_like(state.mean)
         blocks = [slice(start, start + BLOCK) for start in range(0, size, BLOCK)]
-        state.mean = sum(self._learned(state, part).sum(1, keepdim=True, dtype=torch.float64) for part in blocks) / size
+        sums = [self._learned(state, part).sum(1, keepdim=True, dtype=torch.float64) for part in blocks]
+        state.mean = torch.stack(sums).sum(0) / size
 
     def push(self, state: PreconditionedState, part: slice, noise: Tensor) -> None:
         """The noise, after the move by the gradient where that had to wait for M."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-Normals = Iterator[Iterator[tuple[slice, Tensor]]]  # step after step, block after block of the parameters: (chain, part)
+Normals = Iterator[
+    Iterator[tuple[slice, Tensor]]
+]  # step after step, block after block of the parameters: (chain, part)
 
 
 class Sampler(Protocol):
@@ -20,7 +22,7 @@ class Sampler(Protocol):
     `copies` tells how many numbers a parameter the kernel keeps for a chain, its position counted.
     """
 
-    copies: int
+    copies: ClassVar[int]
 
     def init(self, position: Tensor, mask: Tensor | None) -> Any:
         """The state at `position`, which the steps overwrite. Where `mask` (parameter,) is False a parameter rests."""

@@ -29,8 +29,9 @@ def run_chains(
     dtype: torch.dtype = torch.float32,
     mask: Mask | None = None,
     on_draw: Sequence[OnDraw] = (),
-) -> tuple[Traces, int]:
-    """The traces of the chains numbered `chains`, and the number of parameters sampled.
+) -> tuple[Traces, int, float]:
+    """The traces of the chains numbered `chains`, the number of parameters sampled, and the trace of the covariance of
+    a minibatch's gradient at w* (loss²/weight², 0 where a batch is all data).
 
     A chain's noise and batches follow from the schedule's seed and its own number, so any split over calls, groups or
     ranks gives the same traces up to rounding. Each on_draw(model, chain, draw) sees the weights at the start of a
@@ -43,16 +44,15 @@ def run_chains(
     where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.center)
     examples = examples.to(device, dtype)
     batches = {stream: schedule.batches(stream, examples.n).to(device) for stream in schedule.streams(chains)}
-    # What is needed at w*, once for all chains: control variates need the gradient over the whole data, and its pass
-    # gives all losses; otherwise only the examples that some chain will meet are scored.
-    full = None
-    if schedule.control_variate:
-        table, full = gradient_at_center(flat, examples, schedule.batch_size)
-    else:
-        met = torch.zeros(examples.n, dtype=torch.bool, device=device)
-        for order in batches.values():
-            met[order.flatten()] = True
-        table = score_at_center(flat, examples, met.nonzero().flatten(), schedule.batch_size)
+    # What is needed at w*, once for all chains: the gradient, over the whole data for control variates and otherwise
+    # over as many examples as one chain meets, the same on every rank; and the losses of all that some chain meets.
+    index = schedule.for_gradient(examples.n).to(device)
+    table, full, spread = gradient_at_center(flat, examples, index, schedule.batch_size, where)
+    met = torch.zeros(examples.n, dtype=torch.bool, device=device)
+    for order in batches.values():
+        met[order.flatten()] = True
+    if len(left := (met & table.isnan()).nonzero().flatten()):
+        table[left] = score_at_center(flat, examples, left, schedule.batch_size)[left]
     stack = schedule.stacked if schedule.stacked is not None else _stacking_pays(flat, examples, schedule, len(chains))
     evaluator: Evaluator = Stacked(flat, examples) if stack else Looped(flat, examples)
     group = Group(evaluator, sampler, schedule, batches, table, full, where, on_draw)
@@ -75,7 +75,10 @@ def run_chains(
         parts.append(part)
         done += len(some)
     sampled = int(where.sum()) if where is not None else flat.center.numel()
-    return Traces(*(torch.cat(column) for column in zip(*parts, strict=True))), sampled
+    # A minibatch's mean spreads as its examples do over their number, less what leaves none out.
+    finite = 0.0 if schedule.replacement else schedule.batch_size / examples.n
+    noise = spread / schedule.batch_size * (1 - finite)
+    return Traces(*(torch.cat(column) for column in zip(*parts, strict=True))), sampled, noise
 
 
 def _stacking_pays(flat: Flat, examples: Examples, schedule: Schedule, chains: int) -> bool:

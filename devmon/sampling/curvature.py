@@ -64,7 +64,8 @@ def noise_bias(
     """How much the minibatch noise at w* would add to λ̂ at these settings without control variates, over d/2.
 
     lr nbeta² tr Cov(∇L_B(w*)) / 8 (SGLD on a quadratic: (lr nbeta / 2)² Cov joins the noise lr of a step), here over
-    half of the d parameters sampled, the most that λ can be. Costs `batches` gradients; 0 where a batch is all data.
+    half of the d parameters sampled, the most that λ can be: what traces hold beside λ̂ itself is `noise_bias` of
+    `devmon.analysis.llc`. Costs `batches` gradients; 0 where a batch is all data.
     Raises InstrumentError for a loss of another shape than (batch,).
     """
     examples = as_examples(data)

@@ -176,19 +176,33 @@ def score_at_center(flat: Flat, examples: Examples, index: Tensor, batch_size: i
     return table
 
 
-def gradient_at_center(flat: Flat, examples: Examples, batch_size: int) -> tuple[Tensor, Tensor]:
-    """All losses at w*, float64 (n,), and the gradient (parameter,) of their mean over the whole data."""
+def gradient_at_center(
+    flat: Flat, examples: Examples, index: Tensor, batch_size: int, where: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Losses at w* of the examples `index` (k,) as a float64 table (n,) with NaN elsewhere, the gradient (parameter,)
+    of their mean, and the trace of the covariance of single examples' gradients; both are 0 where `where` is.
+
+    The parts that the pass is made in are disjoint minibatches: how they spread is the noise of a minibatch.
+    Raises InstrumentError when the loss has another shape than (batch,) or is not finite at w*.
+    """
     total, part_grad = torch.zeros_like(flat.center, dtype=torch.float64), torch.zeros_like(flat.center)
-    table = torch.empty(examples.n, dtype=torch.float64, device=flat.center.device)
+    table = torch.full((examples.n,), torch.nan, dtype=torch.float64, device=index.device)
     flat.bind(flat.center, part_grad)
-    for part in torch.arange(examples.n, device=flat.center.device).split(batch_size):
+    # Σ |b| |g_b − g|² over parts b has the mean (parts − 1) trace(Cov) of the examples.
+    squares = 0.0
+    parts = index.split(min(batch_size, max(1, len(index) // 2)))
+    for part in parts:
         part_grad.zero_()
         losses = flat.backward(examples.batch(part))
         check_losses(losses, len(part))
         table[part] = losses.to(torch.float64)
-        total.add_(part_grad, alpha=len(part) / examples.n)
-    _check_finite(table)
-    return table, total.to(flat.center.dtype)
+        if where is not None:
+            part_grad.mul_(where)
+        total.add_(part_grad, alpha=len(part) / len(index))
+        squares += len(part) * float(torch.linalg.vector_norm(part_grad, dtype=torch.float64)) ** 2
+    _check_finite(table[index])
+    spread = squares - len(index) * float(torch.linalg.vecdot(total, total))
+    return table, total.to(flat.center.dtype), max(0.0, spread) / max(len(parts) - 1, 1)
 
 
 def _check_finite(losses: Tensor) -> None:

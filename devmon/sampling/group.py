@@ -21,8 +21,8 @@ class Traces(NamedTuple):
     """Float64 arrays (chain, draw), on the CPU: means over the steps of a draw, for the distance the root mean square.
 
     `linear` is (∇L_B(w*) − ∇L(w*))·(w − w*), the first-order noise of the score (0 without control variates);
-    `slope` is ∇L_B(w)·(w − w*) with the gradient that moved the chain; `acceptance` is what `Schedule.proposal` asks
-    for.
+    `slope` is ∇L_B(w)·(w − w*) with the gradient that moved the chain; `first_order` is ∇L(w*)·(w − w*) and
+    `prior_slope` w·(w − w*); `acceptance` is what `Schedule.proposal` asks for.
     """
 
     loss: Tensor
@@ -30,17 +30,21 @@ class Traces(NamedTuple):
     distance: Tensor
     slope: Tensor
     linear: Tensor
+    first_order: Tensor
+    prior_slope: Tensor
     acceptance: Tensor
 
 
 class Accumulator(NamedTuple):
-    """Sums over the steps of a draw: those of `Traces`, with the squared distance."""
+    """Sums over the steps of a draw: those of `Traces`, with the squared distance in place of the distance."""
 
     loss: Tensor
     baseline: Tensor
-    square: Tensor
+    distance: Tensor
     slope: Tensor
     linear: Tensor
+    first_order: Tensor
+    prior_slope: Tensor
     acceptance: Tensor
 
 
@@ -50,7 +54,7 @@ class Group:
 
     - `batches`: examples met, (step, batch), by chain; by None where the chains share them
     - `table`: losses at w*, float64 (n,), NaN where an example is not met
-    - `full`: ∇L(w*), (parameter,), with control variates
+    - `full`: ∇L(w*), (parameter,)
     - `where`: 1 where a parameter moves and 0 where it rests, (parameter,); None if all move
     """
 
@@ -59,7 +63,7 @@ class Group:
     schedule: Schedule
     batches: Mapping[int | None, Tensor]
     table: Tensor
-    full: Tensor | None
+    full: Tensor
     where: Tensor | None
     on_draw: Sequence[OnDraw]
 
@@ -79,7 +83,7 @@ class Group:
             [self.batches[stream] for stream in schedule.streams(chains)], 1
         )  # (step, chain or 1, batch)
         baseline = self.table[index].mean(2).expand(-1, len(chains))
-        center_noise = None if self.full is None else _CenterNoise(self, self.full, len(chains))
+        center_noise = _CenterNoise(self, len(chains)) if schedule.control_variate else None
         shape = (len(Accumulator._fields), schedule.draws, len(chains))
         sums = torch.zeros(shape, dtype=torch.float64, device=center.device)
         for step in range(schedule.draws * schedule.steps_per_draw):
@@ -91,8 +95,8 @@ class Group:
                 own = slice(None) if schedule.shared_batches else part  # all chains have one row where they share it
                 lane.step(index[step, own], None if noise is None else noise[own], total, draw, first=within == 0)
         mean = Accumulator(*(sums / schedule.steps_per_draw).transpose(1, 2).cpu())
-        distance = mean.square.sqrt()
-        return Traces(mean.loss, mean.baseline, distance, mean.slope, mean.linear, mean.acceptance)
+        distance = mean.distance.sqrt()
+        return Traces(**(mean._asdict() | {"distance": distance}))
 
 
 class _Lane:
@@ -129,8 +133,10 @@ class _Lane:
         if noise is not None:
             grads.sub_(noise)
             total.linear.add_(torch.linalg.vecdot(away, noise))
-        total.square.add_(torch.linalg.vecdot(away, away))
+        total.distance.add_(torch.linalg.vecdot(away, away))
         total.slope.add_(torch.linalg.vecdot(away, grads))
+        total.first_order.add_(torch.linalg.vecdot(away, self.group.full))
+        total.prior_slope.add_(torch.linalg.vecdot(away, self.rows))
         # Judged once a draw, which then stands for all its steps in the mean.
         if self.judge is not None and first:
             total.acceptance.add_(self.group.schedule.steps_per_draw * self.judge(met, losses, grads, noise))
@@ -149,10 +155,10 @@ class _Lane:
 class _CenterNoise:
     """∇L_B(w*) − ∇L(w*) of a step's minibatches, (chain or 1, parameter): one row where the chains share them."""
 
-    def __init__(self, group: Group, full: Tensor, chains: int) -> None:
+    def __init__(self, group: Group, chains: int) -> None:
         evaluator = group.evaluator
         copies = evaluator.flat.center.expand(1 if group.schedule.shared_batches else chains, -1).clone()
-        self.full, self.slopes = full, torch.zeros_like(copies)
+        self.full, self.slopes = group.full, torch.zeros_like(copies)
         alone = len(copies) == 1  # nothing to stack, and the model's own kernels are faster
         self.score = (Looped(evaluator.flat, evaluator.examples) if alone else evaluator).bind(copies, self.slopes)
 

@@ -43,6 +43,13 @@ class Schedule:
         steps = self.draws * self.steps_per_draw
         return draw_batches(n, self.batch_size, steps, generator, replacement=self.replacement)
 
+    def for_gradient(self, n: int) -> Tensor:
+        """The examples of the gradient at w*, in an order that makes every part of them a minibatch: all of them for
+        control variates, otherwise as many as one chain meets at most."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "gradient"))
+        most = n if self.control_variate else self.draws * self.steps_per_draw * self.batch_size
+        return torch.randperm(n, generator=generator)[:most]
+
     def normals(self, what: str, chains: Sequence[int], like: Tensor) -> Iterator[Tensor]:
         """Standard normals (chain, parameter), step after step; each chain has its own stream."""
         generators = [torch.Generator(like.device).manual_seed(derive_seed(self.seed, what, chain)) for chain in chains]

@@ -34,6 +34,9 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "sgnht": SGNHT,
 }
 
+# Variables that rows of earlier versions lack: a run that began without them goes on without them.
+LATER = {"first_order", "prior_slope", "noise_bias"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -114,9 +117,12 @@ def sample(
     mask = as_mask(settings.mask, model)
     followed = Followed(examples, loss, settings, numbers, seed) if settings.examples else None
     on_draw = [call for call in (probe, followed) if call is not None]
-    traces, sampled = run_chains(
+    traces, sampled, noise = run_chains(
         model, loss, examples, kernel, schedule, numbers, dtype=dtype, mask=mask, on_draw=on_draw
     )
+    # On a quadratic (lr nbeta / 2)² Cov joins the noise lr of a step of SGLD, and λ̂ feels it where curvature ≫ gamma.
+    heat = 0.0 if settings.control_variate else getattr(kernel, "noise_gain", 1.0)
+    bias = heat * settings.lr * settings.nbeta_for(examples.n) ** 2 * noise / 8
     # The attrs hold every setting that a later reader needs to repeat the traces; what only adds variables is seen in
     # the variables. Booleans become integers, which netCDF can hold. lr and gamma stay in front: the
     # order of attrs is part of the bytes of a stored row.
@@ -135,7 +141,7 @@ def sample(
     for name in ("sampler", "examples", "acceptance"):
         del attrs[name]
     attrs = {name: int(value) if isinstance(value, bool) else value for name, value in attrs.items()}
-    return _dataset(traces, settings, numbers, followed).assign_attrs(attrs)
+    return _dataset(traces, bias, settings, numbers, followed).assign_attrs(attrs)
 
 
 def _with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
@@ -158,21 +164,32 @@ def _with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
     return settings, kernel
 
 
-def _dataset(traces: Traces, settings: Settings, chains: Sequence[int], followed: Followed | None) -> xr.Dataset:
+def _dataset(
+    traces: Traces, bias: float, settings: Settings, chains: Sequence[int], followed: Followed | None
+) -> xr.Dataset:
     names = {
         "loss": ("mean loss of the minibatch at w", "loss"),
         "baseline": ("mean loss of the same examples at w*", "loss"),
         "distance": ("root mean square distance from w*", "weight"),
         "slope": ("gradient at w times the displacement from w*", "loss"),
         "linear": ("first-order noise of the score", "loss"),
+        "first_order": ("gradient at w* times the displacement from w*", "loss"),
+        "prior_slope": ("position times the displacement from w*", "weight²"),
         "acceptance": ("acceptance of a Metropolis-adjusted step", "1"),
     }
-    left_out = {"linear": not settings.control_variate, "acceptance": not settings.acceptance}
+    left_out = {
+        "linear": not settings.control_variate,
+        "prior_slope": not settings.prior,
+        "acceptance": not settings.acceptance,
+    }
     variables: dict[str, Any] = {
         name: (("chain", "draw"), getattr(traces, name).numpy(), {"long_name": text, "units": units})
         for name, (text, units) in names.items()
         if not left_out.get(name)
     }
+    variables["noise_bias"] = ((), np.float64(bias), {"long_name": "the most that minibatch noise adds", "units": "1"})
+    for name in sorted(LATER & variables.keys()):
+        variables[name][2]["later"] = 1
     coords: dict[str, Any] = {"chain": np.array(chains), "draw": np.arange(settings.burn_in + settings.draws)}
     if followed is not None:
         words = {"long_name": "loss of single examples at the start of a draw", "units": "loss"}

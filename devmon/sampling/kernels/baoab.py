@@ -35,6 +35,11 @@ class BAOAB:
     prior: float = 0.0
     momentum: float = 0.5
 
+    @property
+    def noise_gain(self) -> float:
+        """How much more a minibatch's noise widens the law than it does for SGLD at this lr: momentum remembers it."""
+        return (1 + self.momentum) / (1 - self.momentum)
+
     def init(self, position: Tensor, center: Tensor) -> BAOABState:
         """The state at `position`, which the steps will overwrite, at rest."""
         return BAOABState(position, center, torch.zeros_like(position))

@@ -10,6 +10,7 @@ from torch import Tensor
 class Sampler(Protocol):
     """A kernel: pure functions over stacked parameters that may use up the memory they are given.
 
+    `noise_gain`, where a kernel has it, is how much more minibatch noise widens its law than that of SGLD at equal lr.
     `step` updates the position in place (the model's parameters are views of it) and returns the next state.
     """
 

@@ -38,6 +38,8 @@ class SGNHT:
     momentum: float = 0.5
     inertia: float = 30.0
 
+    noise_gain = 0.0  # the thermostat takes minibatch noise out of the law, up to √lr
+
     def init(self, position: Tensor, center: Tensor) -> SGNHTState:
         """The state at `position`, which the steps will overwrite, with velocities 0."""
         friction = position.new_full((len(position), 1), -math.log(self.momentum))

@@ -38,6 +38,7 @@ from scipy.stats import beta
 
 from devmon import Trajectory, Watch, every, log_spaced
 from devmon.analysis import Detection, Event, compare_runs, detect, llc
+from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.detection.events import meet
 from devmon.instruments import LLC, FourierSpectrum, RestrictedLoss
 from devmon.recipes.addition_networks import OneHiddenLayer, OneLayerTransformer

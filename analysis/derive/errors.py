@@ -60,7 +60,8 @@ def pooled_errors(values: np.ndarray, shared: bool = False) -> tuple[np.ndarray,
     replicates: the larger of the error of independent chains and that of their average. NaN, and 0 degrees of freedom,
     where a draw is infinite.
     """
-    values, scale, dof = _pooled(values, shared)
+    values = _replicates(values, shared)
+    scale, dof = _pooled(values)
     finite = np.isfinite(values).all((1, 2))
     se = np.full(len(values), np.nan)
     se[finite] = np.sqrt(scale * values[finite].var(2).mean(1))
@@ -77,28 +78,34 @@ def covariance(values: np.ndarray, shared: bool = False) -> np.ndarray:
     """
     finite = np.isfinite(values).all((1, 2))
     whole = np.full((len(values), len(values)), np.nan)
-    kept, scale, _ = _pooled(values[finite], shared)
-    away = kept - kept.mean(2, keepdims=True) if len(kept) else kept
-    draws = np.einsum("icd,jcd->ij", away, away) / max(away[0].size if len(away) else 1, 1)
-    level, alone = scale * np.diag(draws), np.diag(draws)
-    of_change = _pooled(np.diff(values[finite], axis=0), shared)[1] if len(kept) > 1 else np.nan
-    of_change = scale if np.isnan(of_change) else of_change  # where nothing changes, no change has an error
+    if not finite.any():
+        return whole
+    kept = _replicates(values, shared)[finite]
+    away = kept - kept.mean(2, keepdims=True)
+    draws = np.einsum("icd,jcd->ij", away, away) / away[0].size
+    alone = np.diag(draws)
+    of_level, of_change = _pooled(kept)[0], _pooled(np.diff(kept, axis=0))[0]
+    of_change = of_level if np.isnan(of_change) else of_change  # nothing changes: no change has an error
     changes = of_change * (alone[:, None] + alone - 2 * draws)
-    whole[np.ix_(finite, finite)] = (level[:, None] + level - changes) / 2
+    whole[np.ix_(finite, finite)] = (of_level * (alone[:, None] + alone) - changes) / 2
     return whole
 
 
-def _pooled(values: np.ndarray, shared: bool) -> tuple[np.ndarray, float, float]:
-    """The traces whose errors are meant, by how much the variance of a mean is that of the draws, and its dof."""
-    if shared:
-        apart, together = _pooled(values, False), _pooled(values.mean(1, keepdims=True), False)
-        larger = np.nansum(pooled_errors(together[0])[0]) > np.nansum(pooled_errors(apart[0])[0])
-        return together if larger else apart
+def _replicates(values: np.ndarray, shared: bool) -> np.ndarray:
+    """The chains; where they share minibatches their average, if its error is the larger."""
+    if not shared:
+        return values
+    together = values.mean(1, keepdims=True)
+    return max(values, together, key=lambda chains: np.nansum(pooled_errors(chains)[0]))
+
+
+def _pooled(values: np.ndarray) -> tuple[float, float]:
+    """By how much the variance of a mean (all chains of a step) is that of the draws, and with which freedom."""
     _, chains, draws = values.shape
     finite = values[np.isfinite(values).all((1, 2))]
     memory = memory_of(finite)
     if memory.dof <= 0:
-        return values, np.nan, 0.0
+        return np.nan, 0.0
     between, explained = np.array([variances_of_mean(each, memory) for each in finite]).T
     # The draws' own variance is known with as many degrees of freedom as their squares are independent.
     known = 1 / (1 / memory.dof + (memory.time + 1 / memory.time) / (2 * chains * draws))
@@ -109,7 +116,7 @@ def _pooled(values: np.ndarray, shared: bool) -> tuple[np.ndarray, float, float]
         if ratio > fdtri(of_means, known, 0.99):
             factor, known = ratio, of_means
     widen = stdtrit(known, 0.5 + LEVEL / 2) / Z
-    return values, variance_ratio(memory, draws) * factor / chains * widen**2, known
+    return float(variance_ratio(memory, draws) * factor / chains * widen**2), float(known)
 
 
 def paired_batches(values: np.ndarray, shared: bool = False) -> np.ndarray:

@@ -49,12 +49,12 @@ class LLC(Settings, _SampledOn):
       score, to be subtracted. Null: 0 in the mean.
     - `first_order` (chain, draw), loss: ∇L(w*)·(w − w*), with the gradient over the data, or over as many examples as
       one chain meets where these are fewer. Null: 0 in the mean where w* is a minimum.
-    - `prior_slope` (chain, draw), weight²: with `prior`, w·(w − w*).
     - `noise_bias`, 1: the most that minibatch noise adds to λ̂, from its spread at w*; 0 with `control_variate`.
     - `example_loss` (chain, draw, example), loss: with `examples`, the losses of so many single examples at the start
       of a draw; a forward pass of them a draw.
     - `acceptance` (chain, draw), 1: with `acceptance`, that of a Metropolis-adjusted step of SGLD; a pass a draw.
 
+    With `prior` there is `prior_slope` (chain, draw) too, weight²: w·(w − w*), for the temperature.
     `devmon.analysis.llc` turns them into λ̂, its standard error and a verdict. Raises InstrumentError for settings that
     cannot be run and a loss that is not finite.
     """

@@ -38,6 +38,7 @@ from scipy.stats import beta
 
 from devmon import Trajectory, Watch, every, log_spaced
 from devmon.analysis import Detection, Event, compare_runs, detect, llc
+from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.detection.events import meet
 from devmon.instruments import LLC, FourierSpectrum, RestrictedLoss
 from devmon.recipes.addition_networks import OneHiddenLayer, OneLayerTransformer
@@ -188,7 +189,7 @@ def facts(trajectory: Trajectory, form: Form, keys: tuple[int, ...]) -> dict[str
 def height_and_end(trajectory: Trajectory) -> dict[str, float]:
     """The largest and the last accepted λ̂; NaN where none is accepted."""
     estimates = llc(trajectory["llc"])
-    estimates = estimates.isel(step=estimates["verdict"].values.astype(str) == "ok")
+    estimates = estimates.isel(step=accepted(estimates["verdict"].values))
     if not estimates.sizes["step"]:
         return dict.fromkeys(("height", "height_se", "height_step", "end", "end_se"), math.nan)
     top, last = estimates.isel(step=int(estimates["llc"].values.argmax())), estimates.isel(step=-1)

@@ -143,6 +143,12 @@ def short_llc(*, chains: int, draws: int, burn_in: int, batch_size: int) -> LLC:
     return _llc(8192, chains=chains, draws=draws, burn_in=burn_in, batch_size=batch_size, sampler=kernel)
 
 
+def early_llc() -> LLC:
+    """For the first steps, where the basin is narrow: at the published gamma the chains leave it (the loss grows .2 of
+    a quadratic one; .94 here)."""
+    return _llc(8192, chains=2, draws=60, burn_in=60, batch_size=64, sampler=BAOAB(1e-4, NBETA, 300.0))
+
+
 def _llc(examples: int, **settings: Any) -> LLC:
     return LLC(sequences(examples, _generator(0, "llc")), squared_error, nbeta=NBETA, gamma=GAMMA, lr=RATE, **settings)
 
@@ -163,7 +169,7 @@ class Form:
 
 
 FORMS = {
-    "fast": Form("fast", 160, 1024, partial(short_llc, chains=2, draws=60, burn_in=60, batch_size=64), (0, 160)),
+    "fast": Form("fast", 160, 1024, early_llc, (40, 160)),
     "cpu": Form(
         "cpu",
         8000,
@@ -256,7 +262,7 @@ def _print(results: Mapping[str, Any], console: Console) -> None:
     console.print(f"mean: {last:.3f}; ridge {ridge_error:.3f}; predicting 0: {ZERO:.3f}")
     losses = np.interp(list(results["llc"]), results["steps"], results["loss"]).tolist()
     rows = [(step, loss, *row) for loss, (step, row) in zip(losses, results["llc"].items(), strict=True)]
-    console.print(table("λ̂ at nbeta 66.7, gamma 13.3", ["step", "loss", "λ̂", "se", "rejected"], rows))
+    console.print(table("λ̂ at nbeta 66.7", ["step", "loss", "λ̂", "se", "rejected"], rows))
     events = [
         (e["series"], e["kind"], f"{e['step']:.0f}", "{:.0f}-{:.0f}".format(*e["interval"]), e["size"])
         for e in results["events"]

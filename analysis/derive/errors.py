@@ -7,7 +7,7 @@ from statistics import NormalDist
 import numpy as np
 from scipy.special import fdtri, stdtrit
 
-from devmon.analysis.derive.mixing import memory_of, variances_of_mean
+from devmon.analysis.derive.mixing import memory_of, variance_ratio, variances_of_mean
 
 LEVEL = 0.90
 Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
@@ -60,17 +60,53 @@ def pooled_errors(values: np.ndarray, shared: bool = False) -> tuple[np.ndarray,
     replicates: the larger of the error of independent chains and that of their average. NaN, and 0 degrees of freedom,
     where a draw is infinite.
     """
-    if shared:
-        apart, together = pooled_errors(values), pooled_errors(values.mean(1, keepdims=True))
-        larger = together[0] > apart[0]
-        return np.where(larger, together[0], apart[0]), np.where(larger, together[1], apart[1])
-    steps, chains, draws = values.shape
+    values = _replicates(values, shared)
+    scale, dof = _pooled(values)
     finite = np.isfinite(values).all((1, 2))
-    memory = memory_of(values[finite])
-    se, dof = np.full(steps, np.nan), np.zeros(steps)
+    se = np.full(len(values), np.nan)
+    se[finite] = np.sqrt(scale * values[finite].var(2).mean(1))
+    return se, np.where(finite, dof, 0.0)
+
+
+def covariance(values: np.ndarray, shared: bool = False) -> np.ndarray:
+    """The covariance (step, step) of the means of traces (step, chain, draw) that are paired over steps.
+
+    The variance of a step is the square of its `pooled_errors`, and that of the change between any two steps, which is
+    C_ii + C_jj − 2 C_ij, is found in the same way: from the draws of their difference, with the autocorrelation time
+    of all changes from step to step. The noise that steps share cancels in a change, and what is left of it forgets
+    sooner or later than the chains do. NaN where a draw is infinite.
+    """
+    finite = np.isfinite(values).all((1, 2))
+    whole = np.full((len(values), len(values)), np.nan)
+    if not finite.any():
+        return whole
+    kept = _replicates(values, shared)[finite]
+    away = kept - kept.mean(2, keepdims=True)
+    draws = np.einsum("icd,jcd->ij", away, away) / away[0].size
+    alone = np.diag(draws)
+    of_level, of_change = _pooled(kept)[0], _pooled(np.diff(kept, axis=0))[0]
+    of_change = of_level if np.isnan(of_change) else of_change  # nothing changes: no change has an error
+    changes = of_change * (alone[:, None] + alone - 2 * draws)
+    whole[np.ix_(finite, finite)] = (of_level * (alone[:, None] + alone) - changes) / 2
+    return whole
+
+
+def _replicates(values: np.ndarray, shared: bool) -> np.ndarray:
+    """The chains; where they share minibatches their average, if its error is the larger."""
+    if not shared:
+        return values
+    together = values.mean(1, keepdims=True)
+    return max(values, together, key=lambda chains: np.nansum(pooled_errors(chains)[0]))
+
+
+def _pooled(values: np.ndarray) -> tuple[float, float]:
+    """By how much the variance of a mean (all chains of a step) is that of the draws, and with which freedom."""
+    _, chains, draws = values.shape
+    finite = values[np.isfinite(values).all((1, 2))]
+    memory = memory_of(finite)
     if memory.dof <= 0:
-        return se, dof
-    between, explained = np.array([variances_of_mean(each, memory) for each in values[finite]]).T
+        return np.nan, 0.0
+    between, explained = np.array([variances_of_mean(each, memory) for each in finite]).T
     # The draws' own variance is known with as many degrees of freedom as their squares are independent.
     known = 1 / (1 / memory.dof + (memory.time + 1 / memory.time) / (2 * chains * draws))
     factor = 1.0
@@ -79,9 +115,8 @@ def pooled_errors(values: np.ndarray, shared: bool = False) -> tuple[np.ndarray,
         ratio, of_means = float(np.mean(between / explained)), (chains - 1) * memory.looks
         if ratio > fdtri(of_means, known, 0.99):
             factor, known = ratio, of_means
-    se[finite] = np.sqrt(explained * factor / chains) * stdtrit(known, 0.5 + LEVEL / 2) / Z
-    dof[finite] = known
-    return se, dof
+    widen = stdtrit(known, 0.5 + LEVEL / 2) / Z
+    return float(variance_ratio(memory, draws) * factor / chains * widen**2), float(known)
 
 
 def paired_batches(values: np.ndarray, shared: bool = False) -> np.ndarray:

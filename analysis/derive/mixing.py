@@ -140,10 +140,14 @@ def drifts(values: np.ndarray, memory: Memory) -> bool:
 
 def variances_of_mean(values: np.ndarray, memory: Memory) -> tuple[float, float]:
     """The variance of the mean of one chain of (chain, draw): as chains differ, and as σ² τ / draws explains it."""
-    draws = values.shape[1]
     between = float(values.mean(1).var(ddof=1)) if len(values) > 1 else np.nan
+    return between, float(values.var(1).mean()) * variance_ratio(memory, values.shape[1])
+
+
+def variance_ratio(memory: Memory, draws: int) -> float:
+    """The variance of the mean of so many draws of a chain over that which they have around it."""
     # The mean of n correlated draws takes τ / n off their variance around it.
-    return between, float(values.var(1).mean()) / max(1 - memory.time / draws, 0.1) * memory.time / draws
+    return memory.time / draws / max(1 - memory.time / draws, 0.1)
 
 
 def _split(values: np.ndarray) -> np.ndarray:

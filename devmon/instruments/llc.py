@@ -48,12 +48,16 @@ class LLC(Settings, _SampledOn):
     - `slope` (chain, draw), loss: ∇L_B(w)·(w − w*), with the gradient that moved the chain.
     - `linear` (chain, draw), loss: with `control_variate`, (∇L_B(w*) − ∇L(w*))·(w − w*), the first-order noise of the
       score, to be subtracted. Null: 0 in the mean.
+    - `first_order` (chain, draw), loss: ∇L(w*)·(w − w*), with the gradient over the data, or over as many examples as
+      one chain meets where these are fewer. Null: 0 in the mean where w* is a minimum.
+    - `noise_bias`, 1: the most that minibatch noise adds to λ̂, from its spread at w*; 0 with `control_variate`.
     - `example_loss` (chain, draw, example), loss: with `examples`, the losses of so many single examples at the start
       of a draw; a forward pass of them a draw.
     - `acceptance` (chain, draw), 1: with `acceptance`, that of a Metropolis-adjusted step of SGLD; a pass a draw.
     - `precision_shift` (chain), 1: with `precision` "bfloat16", λ̂ in it less λ̂ in float32 in a trial of 20 steps of
       equal noise and minibatches. Null: 0 in the mean.
 
+    With `prior` there is `prior_slope` (chain, draw) too, weight²: w·(w − w*), for the temperature.
     `devmon.analysis.llc` turns them into λ̂, its standard error and a verdict. Raises InstrumentError for settings that
     cannot be run and a loss that is not finite.
     """
@@ -85,13 +89,15 @@ class LLC(Settings, _SampledOn):
         steps = (self.draws + self.burn_in) * self.steps_per_draw
         met = steps * self.chains * self.batch_size
         at_center = met if not self.shared_batches else steps * self.batch_size
-        whole = (examples.n, examples.n) if self.control_variate else (min(examples.n, met), 0)
+        # The gradient at w*, and the baselines of what else the chains meet.
+        whole = examples.n if self.control_variate else min(examples.n, steps * self.batch_size)
+        seen = min(examples.n, max(met, whole))
         twice = at_center if self.control_variate else 0
         judged = (self.draws + self.burn_in) * self.chains * self.batch_size if self.acceptance else 0
         followed = (self.draws + self.burn_in) * self.chains * self.examples
         return Cost(
-            forwards=met + twice + whole[0] + judged + followed,
-            backwards=met + twice + whole[1] + judged,
+            forwards=met + twice + seen + judged + followed,
+            backwards=met + twice + whole + judged,
             positions=examples.positions(),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,9 @@ class Judge:
         self.there = torch.empty_like(rows)
         self.score = evaluator.bind(self.flat.parts(self.there))
 
-    def __call__(self, index: Tensor, losses: Tensor, grads: Sequence[Tensor | None], variate: Tensor | None) -> Tensor:
+    def __call__(
+        self, index: Tensor, losses: Tensor, grads: Mapping[int | None, Tensor | None], variate: Tensor | None
+    ) -> Tensor:
         """Acceptance (chain,) for the examples `index` with `losses` and `grads` at the rows, by parameter; `variate`,
         (chain or 1, parameter), is added to gradients at both ends."""
         p, rows, there = self.proposal, self.rows, self.there
@@ -49,22 +51,21 @@ class Judge:
             noise = masked(noise, self.where, part)
             ratio += torch.linalg.vecdot(noise, noise) / 2
             there[:, part].add_(noise, alpha=p.lr**0.5)
-        for number, gradient in enumerate(grads):
+        for number, gradient in grads.items():
             for part, within in self.flat.blocks(number):
                 there[:, part].add_(self._drift(rows, number, part, within, gradient, variate), alpha=-p.lr / 2)
         # Score there. The gradients that come say how the way back would be made, and nothing of them is kept.
         energy = torch.zeros_like(losses)
 
-        def take(number: int, gradient: Tensor | None) -> None:
+        def take(number: int | None, gradient: Tensor | None) -> None:
             for part, within in self.flat.blocks(number):
                 back = self._drift(there, number, part, within, gradient, variate)
+                start, end = (self.flat.away(ends, number, part, within) for ends in (rows, there))
                 moved = there[:, part] - rows[:, part]
                 # ½‖b‖² − ½‖a‖² = ((a + b)/2)·(b − a): no difference of two large squares.
-                middle = (there[:, part] + rows[:, part]) / 2
+                energy.add_(p.gamma * torch.linalg.vecdot((start + end) / 2, moved))
                 if p.prior:
-                    energy.add_(p.prior * torch.linalg.vecdot(middle, moved))
-                middle -= self.flat.at_center[number][within].to(middle)
-                energy.add_(p.gamma * torch.linalg.vecdot(middle, moved))
+                    energy.add_(p.prior * torch.linalg.vecdot((rows[:, part] + there[:, part]) / 2, moved))
                 if variate is not None:  # control variates: the linear term that their gradients come from
                     energy.add_(p.nbeta * torch.linalg.vecdot(variate[:, part], moved))
                 # log q(w | w′): the way back would need this noise, over √lr.
@@ -78,16 +79,15 @@ class Judge:
     def _drift(
         self,
         rows: Tensor,
-        number: int,
+        number: int | None,
         part: slice,
         within: slice,
         gradient: Tensor | None,
         variate: Tensor | None,
     ) -> Tensor:
         """∇U at the rows in one block, 0 where a parameter rests."""
-        position = rows[:, part]
-        away = position - self.flat.at_center[number][within].to(position)
+        away = self.flat.away(rows, number, part, within)
         slope = torch.zeros_like(away) if gradient is None else gradient[:, within]
         if variate is not None:
             slope = slope + variate[:, part]
-        return masked(force(self.proposal, position, away, slope), self.where, part)
+        return masked(force(self.proposal, rows[:, part], away, slope), self.where, part)

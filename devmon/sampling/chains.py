@@ -35,8 +35,9 @@ def run_chains(
     autocast: torch.dtype | None = None,
     mask: Mask | None = None,
     on_draw: Sequence[OnDraw] = (),
-) -> tuple[Traces, int]:
-    """The traces of the chains numbered `chains`, and the number of parameters sampled.
+) -> tuple[Traces, int, float]:
+    """The traces of the chains numbered `chains`, the number of parameters sampled, and the trace of the covariance of
+    a minibatch's gradient at w* (loss²/weight², 0 where a batch is all data).
 
     A chain's noise and batches follow from the schedule's seed and its own number, so any split over calls, groups or
     ranks gives the same traces up to rounding. Each on_draw(model, chain, draw) sees the weights at the start of a
@@ -48,20 +49,21 @@ def run_chains(
     where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.at_center[0])
     examples = examples.to(flat.device, dtype, most_for_examples(flat.device))
     batches = {stream: schedule.batches(stream, examples.n).to(flat.device) for stream in schedule.streams(chains)}
-    # What is needed at w*, once for all chains: control variates need the gradient over the whole data, and its pass
-    # gives all losses; otherwise only the examples that some chain will meet are scored.
+    # What is needed at w*, once for all chains: the gradient, over the whole data for control variates and otherwise
+    # over as many examples as one chain meets, the same on every rank; and the losses of all that some chain meets.
+    index = schedule.for_gradient(examples.n).to(flat.device)
     met = torch.zeros(examples.n, dtype=torch.bool, device=flat.device)
     for order in batches.values():
         met[order.flatten()] = True
 
-    def at_center(plan: Plan) -> tuple[Tensor, Tensor | None]:
-        if schedule.control_variate:
-            every = torch.arange(examples.n, device=flat.device)
-            return gradient_at_center(flat, examples, every, plan.micro, where)[:2]
-        return score_at_center(flat, examples, met.nonzero().flatten(), plan.micro), None
+    def at_center(plan: Plan) -> tuple[Tensor, Tensor, float]:
+        table, full, spread = gradient_at_center(flat, examples, index, schedule.batch_size, plan.micro, where)
+        if len(left := (met & table.isnan()).nonzero().flatten()):
+            table[left] = score_at_center(flat, examples, left, plan.micro)[left]
+        return table, full, spread
 
     plan = first_plan(flat, examples, schedule, sampler, len(chains))
-    (table, full), alone = _within_memory(at_center, replace(plan, size=1, stacked=False))
+    (table, full, spread), alone = _within_memory(at_center, replace(plan, size=1, stacked=False))
     plan = replace(plan, micro=alone.micro)
     flat.release()
 
@@ -81,7 +83,10 @@ def run_chains(
         parts.append(part)
         done += plan.size
     sampled = int(where.sum()) if where is not None else flat.numel
-    return Traces(*(torch.cat(column) for column in zip(*parts, strict=True))), sampled
+    # A minibatch's mean spreads as its examples do over their number, less what leaves none out.
+    finite = 0.0 if schedule.replacement else schedule.batch_size / examples.n
+    noise = spread / schedule.batch_size * (1 - finite)
+    return Traces(*(torch.cat(column) for column in zip(*parts, strict=True))), sampled, noise
 
 
 def _within_memory(work: Callable[[Plan], Result], plan: Plan) -> tuple[Result, Plan]:

@@ -64,7 +64,8 @@ def noise_bias(
     """How much the minibatch noise at w* would add to λ̂ at these settings without control variates, over d/2.
 
     lr nbeta² tr Cov(∇L_B(w*)) / 8 (SGLD on a quadratic: (lr nbeta / 2)² Cov joins the noise lr of a step), here over
-    half of the d parameters sampled, the most that λ can be. Costs `batches` gradients; 0 where a batch is all data.
+    half of the d parameters sampled, the most that λ can be: what traces hold beside λ̂ itself is `noise_bias` of
+    `devmon.analysis.llc`. Costs `batches` gradients; 0 where a batch is all data.
     Raises InstrumentError for a loss of another shape than (batch,).
     """
     examples = as_examples(data)
@@ -79,7 +80,7 @@ def noise_bias(
     generator = torch.Generator().manual_seed(derive_seed(seed, "gradient noise"))
     index = torch.randperm(examples.n, generator=generator)[: batches * settings.batch_size].to(flat.device)
     size = min(settings.batch_size, -(-len(index) // batches))
-    trace = gradient_at_center(flat, examples, index, size, where)[2] / settings.batch_size
+    trace = gradient_at_center(flat, examples, index, size, size, where)[2] / settings.batch_size
     trace *= 1 - settings.batch_size / examples.n
     size = flat.numel if where is None else int(where.sum())
     return settings.lr * settings.nbeta_for(examples.n) ** 2 * trace / 8 / (size / 2)

@@ -53,7 +53,7 @@ def estimate_llc(
     lr/2 times the gradient of the log density (`devmon.sampling.kernels.sgld`); the other kernels read it so too.
     `None` for `lr` or `gamma` calibrates both (`devmon.sampling.calibrate`), and chooses `control_variate` and
     `steps_per_draw` where these are None. With both given, `control_variate` None means: where the minibatch noise at
-    w* would bias λ̂ by more than 1%.
+    w* would bias λ̂ by more than 1%, which may take a run without them to know.
 
     `draws` are kept after `burn_in` (None: half of `draws`) in each of `chains` chains. `data` is a tensor, a tuple or
     mapping of tensors, a list of batches, a DataLoader or a dataset; `loss` gets batches of the form the data has. The
@@ -97,9 +97,14 @@ def estimate_llc(
         settings = calibration.settings
     settings = replace(settings, **given)
     if calibration is None and control_variate is None:
+        # λ̂ is at most d/2: what matters beside that needs no run to be known.
         variates = noise_bias(model, loss, data, settings, seed=seed) > NOISE_MATTERS
         settings = replace(settings, control_variate=variates)
     traces = sample(model, loss, data, settings, seed=seed)
+    if calibration is None and control_variate is None and not settings.control_variate:
+        known = llc(traces)
+        if known["noise_bias"] > NOISE_MATTERS * abs(known["llc"]):
+            traces = sample(model, loss, data, replace(settings, control_variate=True), seed=seed)
     result = llc(traces)
     attrs = result.attrs
     if calibration is not None:

@@ -47,17 +47,13 @@ class Looped:
 
         def score(index: Tensor, take: Take) -> Tensor:
             self.flat.hold(own)
-            size = index.shape[1]
-            *parts, last = index[0].split(self.micro)
-            losses = [self.flat.backward(read(part), size) for part in parts]
-            if self.whole:
-                losses.append(self.flat.backward(read(last), size))
-                for number, parameter in enumerate(self.flat.parameters):
-                    gradient, parameter.grad = parameter.grad, None
-                    take(number, None if gradient is None else gradient.view(1, -1))
-            else:
-                losses.append(self.flat.stream(read(last), take, size))
-            return torch.cat(losses)[None]
+            if not self.whole:
+                return self.flat.in_parts(read, index[0], self.micro, take)[None]
+            gradients: dict[int | None, Tensor | None] = {}
+            losses = self.flat.in_parts(read, index[0], self.micro, gradients.__setitem__)
+            for number, gradient in gradients.items():
+                take(number, gradient)
+            return losses[None]
 
         return score
 
@@ -96,6 +92,9 @@ class Stacked:
                 for number, total in enumerate(totals):
                     gradient, gradients[number] = gradients[number], None
                     totals[number] = gradient if total is None or gradient is None else total + gradient
+            if self.flat.small:
+                take(None, self.flat.joined(totals, chains))
+                return torch.cat(losses, 1)
             for number in range(len(leaves)):
                 total, totals[number] = totals[number], None
                 take(number, None if total is None else total.reshape(chains, -1))

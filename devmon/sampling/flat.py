@@ -17,9 +17,10 @@ from devmon.sampling.constants import BLOCK
 from devmon.sampling.data import Examples
 from devmon.sampling.losses import Loss, check_losses
 
-# Takes the gradient (chain, size) of the parameter with that number, flattened; None where the loss does not depend on
-# it. What it is given may be memory that others read: it is not to be overwritten.
-Take = Callable[[int, Tensor | None], None]
+# Takes the gradient (chain, size) of the parameter with that number, flattened, or of all parameters of a small model,
+# number None. No gradient: the loss does not depend on it. What is given may be memory that others read, and is not to
+# be overwritten.
+Take = Callable[[int | None, Tensor | None], None]
 
 
 class Flat:
@@ -70,6 +71,11 @@ class Flat:
         """How many parameters are sampled."""
         return sum(self.sizes)
 
+    @property
+    def small(self) -> bool:
+        """Whether all parameters are one block: then their gradients are handed on together, which spares calls."""
+        return self.numel <= BLOCK
+
     @cached_property
     def center(self) -> Tensor:
         """w* as one vector (parameter,) in `dtype`."""
@@ -82,11 +88,16 @@ class Flat:
             part.copy_(values)
         return rows
 
-    def blocks(self, number: int) -> list[tuple[slice, slice]]:
-        """Parameter `number` in blocks: where each lies in a vector (parameter,), and where in the parameter."""
-        first, size = sum(self.sizes[:number]), self.sizes[number]
+    def blocks(self, number: int | None) -> list[tuple[slice, slice]]:
+        """Parameter `number` (None: all) in blocks: where each lies in a vector (parameter,), and where within it."""
+        first, size = (0, self.numel) if number is None else (sum(self.sizes[:number]), self.sizes[number])
         cuts = [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
         return [(slice(first + start, first + stop), slice(start, stop)) for start, stop in cuts]
+
+    def away(self, rows: Tensor, number: int | None, part: slice, within: slice) -> Tensor:
+        """The distance from w* (chain, size) of positions `rows` in a block."""
+        center = self.center if number is None else self.at_center[number]
+        return rows[:, part] - center[within].to(self.dtype)
 
     def parts(self, stack: Tensor) -> list[Tensor]:
         """Views of a vector (..., parameter) with the shapes of the parameters, (..., *shape)."""
@@ -123,17 +134,39 @@ class Flat:
         with torch.no_grad(), self.precision():
             return widened(self.loss(self.model, batch))
 
-    def backward(self, batch: Any, of: int | None = None) -> Tensor:
+    def backward(self, batch: Any, size: int | None = None, of: int | None = None) -> Tensor:
         """Per-example losses (batch,) at the held weights; the gradient of their sum over `of` (None: of their mean) is
-        added to that of the parameters."""
+        added to that of the parameters. Raises InstrumentError for losses that are not (size,), where that is given."""
         with torch.enable_grad():
             with self.precision():
                 losses = widened(self.loss(self.model, batch))
+            if size is not None:
+                check_losses(losses, size)
             (losses.sum() / (len(losses) if of is None else of)).backward()
         return losses.detach()
 
-    def stream(self, batch: Any, take: Take, of: int | None = None) -> Tensor:
-        """`backward`, but gradients go to `take`, each as soon as it is whole, and are dropped."""
+    def in_parts(self, read: Callable[[Tensor], Any], index: Tensor, micro: int, take: Take) -> Tensor:
+        """Losses (k,) at the held weights of the examples `index` (k,), which `read` gives, `micro` of them in a pass.
+        The gradient of their mean goes to `take`, each parameter's as soon as it is whole, and is dropped."""
+        *parts, last = index.split(micro)
+        losses = [self.backward(read(part), len(part), len(index)) for part in parts]
+        if not self.small:
+            return torch.cat([*losses, self._stream(read(last), take, len(last), len(index))])
+        losses.append(self.backward(read(last), len(last), len(index)))
+        take(None, self.joined([p.grad for p in self.parameters], 1))
+        for parameter in self.parameters:
+            parameter.grad = None
+        return torch.cat(losses)
+
+    def joined(self, gradients: Sequence[Tensor | None], chains: int) -> Tensor:
+        """Gradients by parameter as one (chain, parameter)."""
+        rows = []
+        for gradient, size in zip(gradients, self.sizes, strict=True):
+            missing = gradient is None
+            rows.append(self.parameters[0].new_zeros(chains, size) if missing else gradient.reshape(chains, -1))
+        return torch.cat(rows, 1)
+
+    def _stream(self, batch: Any, take: Take, size: int, of: int) -> Tensor:
         arrived = set()
 
         def arrive(number: int, parameter: Tensor) -> None:
@@ -143,7 +176,7 @@ class Flat:
 
         hooks = [p.register_post_accumulate_grad_hook(partial(arrive, i)) for i, p in enumerate(self.parameters)]
         try:
-            losses = self.backward(batch, of)
+            losses = self.backward(batch, size, of)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -183,21 +216,21 @@ def score_at_center(flat: Flat, examples: Examples, index: Tensor, batch_size: i
 
 
 def gradient_at_center(
-    flat: Flat, examples: Examples, index: Tensor, batch_size: int, where: Tensor | None = None
+    flat: Flat, examples: Examples, index: Tensor, batch_size: int, micro: int, where: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
     """Losses at w* of the examples `index` (k,) as a float64 table (n,) with NaN elsewhere, the gradient (parameter,)
     of their mean, and the trace of the covariance of single examples' gradients; both are 0 where `where` is False.
 
-    The parts of `batch_size` that the pass is made in are disjoint minibatches: how they spread is the noise of one,
-    and Σ_b |b| ‖g_b − g‖² over them has the mean (parts − 1) trace(Cov). Raises InstrumentError when the loss has
-    another shape than (batch,) or is not finite at w*.
+    Examples go through in passes of `micro`. The parts of `batch_size` that they are summed in are disjoint
+    minibatches: how they spread is the noise of one, and Σ_b |b| ‖g_b − g‖² over them has the mean
+    (parts − 1) trace(Cov). Raises InstrumentError when the loss has another shape than (batch,) or is not finite at w*.
     """
     table = torch.full((examples.n,), torch.nan, dtype=torch.float64, device=index.device)
     mean = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
     squares = torch.zeros((), dtype=torch.float64, device=flat.device)
     done = 0
 
-    def take(number: int, gradient: Tensor | None) -> None:
+    def take(number: int | None, gradient: Tensor | None) -> None:
         # Welford's running mean and sum of squares, each part with the weight of its examples.
         for block, within in flat.blocks(number):
             slope = torch.zeros_like(mean[block]) if gradient is None else gradient[0, within]
@@ -208,11 +241,9 @@ def gradient_at_center(
             squares.add_(torch.linalg.vecdot(away, away), alpha=done * len(part) / (done + len(part)))
 
     flat.hold(flat.center_parts())
-    check_losses(flat.losses(examples.batch(index[:1])), 1)  # before a backward pass through what may be no loss
     parts = index.split(min(batch_size, max(1, len(index) // 2)))
     for part in parts:
-        losses = flat.stream(examples.batch(part), take)
-        check_losses(losses, len(part))
+        losses = flat.in_parts(examples.batch, part, micro, take)
         table[part] = losses.to(torch.float64)
         done += len(part)
     _check_finite(table[index])

@@ -22,8 +22,8 @@ class Traces(NamedTuple):
     """Float64 arrays (chain, draw), on the CPU: means over the steps of a draw, for the distance the root mean square.
 
     `linear` is (∇L_B(w*) − ∇L(w*))·(w − w*), the first-order noise of the score (0 without control variates);
-    `slope` is ∇L_B(w)·(w − w*) with the gradient that moved the chain; `acceptance` is what `Schedule.proposal` asks
-    for.
+    `slope` is ∇L_B(w)·(w − w*) with the gradient that moved the chain; `first_order` is ∇L(w*)·(w − w*) and
+    `prior_slope` w·(w − w*); `acceptance` is what `Schedule.proposal` asks for.
     """
 
     loss: Tensor
@@ -31,17 +31,21 @@ class Traces(NamedTuple):
     distance: Tensor
     slope: Tensor
     linear: Tensor
+    first_order: Tensor
+    prior_slope: Tensor
     acceptance: Tensor
 
 
 class Accumulator(NamedTuple):
-    """Sums over the steps of a draw: those of `Traces`, with the squared distance."""
+    """Sums over the steps of a draw: those of `Traces`, with the squared distance in place of the distance."""
 
     loss: Tensor
     baseline: Tensor
-    square: Tensor
+    distance: Tensor
     slope: Tensor
     linear: Tensor
+    first_order: Tensor
+    prior_slope: Tensor
     acceptance: Tensor
 
 
@@ -51,7 +55,7 @@ class Group:
 
     - `batches`: examples met, (step, batch), by chain; by None where the chains share them
     - `table`: losses at w*, float64 (n,), NaN where an example is not met
-    - `full`: ∇L(w*), (parameter,), with control variates
+    - `full`: ∇L(w*), (parameter,)
     - `where`: True where a parameter moves and False where it rests, (parameter,); None if all move
     """
 
@@ -60,7 +64,7 @@ class Group:
     schedule: Schedule
     batches: Mapping[int | None, Tensor]
     table: Tensor
-    full: Tensor | None
+    full: Tensor
     where: Tensor | None
     on_draw: Sequence[OnDraw]
 
@@ -78,7 +82,7 @@ class Group:
             [self.batches[stream] for stream in schedule.streams(chains)], 1
         )  # (step, chain or 1, batch)
         baseline = self.table[index].mean(2).expand(-1, len(chains))
-        at_center = None if self.full is None else _AtCenter(self, self.full, index.shape[1] if not apart else 1)
+        at_center = _AtCenter(self, 1 if apart else index.shape[1]) if schedule.control_variate else None
         shape = (len(Accumulator._fields), schedule.draws, len(chains))
         sums = torch.zeros(shape, dtype=torch.float64, device=device)
         for step in range(schedule.draws * schedule.steps_per_draw):
@@ -93,8 +97,8 @@ class Group:
                 lane.step(met, variate, total, draw, first=within == 0)
         self.evaluator.flat.release()
         mean = Accumulator(*(sums / schedule.steps_per_draw).transpose(1, 2).cpu())
-        distance = mean.square.sqrt()
-        return Traces(mean.loss, mean.baseline, distance, mean.slope, mean.linear, mean.acceptance)
+        distance = mean.distance.sqrt()
+        return Traces(**(mean._asdict() | {"distance": distance}))
 
 
 class _Lane:
@@ -124,11 +128,11 @@ class _Lane:
         if self.judge is None or not first:
             losses = self.score(met, pull).to(torch.float64).mean(1)
         else:
-            grads: list[Tensor | None] = [None] * len(self.flat.parameters)
+            grads: dict[int | None, Tensor | None] = {}
             losses = self.score(met, grads.__setitem__).to(torch.float64).mean(1)
             # Judged once a draw, which then stands for all its steps in the mean.
             total.acceptance.add_(self.group.schedule.steps_per_draw * self.judge(met, losses, grads, variate))
-            for number, gradient in enumerate(grads):
+            for number, gradient in grads.items():
                 pull(number, gradient)
         total.loss.add_(losses)
         # The noise comes in blocks of its own, in the order of the parameters, whatever order the gradients came in.
@@ -136,22 +140,25 @@ class _Lane:
         for part, noise in next(self.noise):
             self.group.sampler.push(self.state, part, noise)
 
-    def _pull(self, variate: Tensor | None, total: Accumulator, number: int, gradient: Tensor | None) -> None:
+    def _pull(self, variate: Tensor | None, total: Accumulator, number: int | None, gradient: Tensor | None) -> None:
         """Adds to `total` what a parameter contributes to its inner products, then moves it by its gradient."""
         for part, within in self.flat.blocks(number):
-            row = self.rows[:, part]
-            away = row - self.flat.at_center[number][within].to(row)
+            away = self.flat.away(self.rows, number, part, within)
             slope = torch.zeros_like(away) if gradient is None else gradient[:, within]
             # Control variates: the noise of this minibatch at w* leaves the gradient, and what it adds to the score to
             # first order is kept, to be subtracted by whoever reads the traces.
             if variate is not None:
                 slope = slope + variate[:, part]
                 total.linear.sub_(torch.linalg.vecdot(away, variate[:, part]))
-            total.square.add_(torch.linalg.vecdot(away, away))
+            total.distance.add_(torch.linalg.vecdot(away, away))
             total.slope.add_(torch.linalg.vecdot(away, slope))
+            total.first_order.add_(torch.linalg.vecdot(away, self.group.full[part]))
+            if getattr(self.group.sampler, "prior", 0.0):
+                total.prior_slope.add_(torch.linalg.vecdot(away, self.rows[:, part]))
             self.group.sampler.pull(self.state, part, away, slope)
         # An operation that still needs the weights as they were now raises an error, in place of a wrong gradient.
-        torch.autograd.graph.increment_version(self.flat.parameters[number])
+        if number is not None:
+            torch.autograd.graph.increment_version(self.flat.parameters[number])
 
     def _tell(self, draw: int) -> None:
         """Gives the model each chain's weights for those that asked to see them."""
@@ -166,10 +173,10 @@ class _AtCenter:
     """The control variate ∇L(w*) − ∇L_B(w*) of a step's minibatches, (chain or 1, parameter), in memory that the next
     call overwrites: `rows` minibatches at once."""
 
-    def __init__(self, group: Group, full: Tensor, rows: int) -> None:
+    def __init__(self, group: Group, rows: int) -> None:
         evaluator = group.evaluator
-        self.flat, self.full = evaluator.flat, full
-        self.variate = full.new_empty(rows, len(full))
+        self.flat, self.full = evaluator.flat, group.full
+        self.variate = self.full.new_empty(rows, len(self.full))
         # Alone there is nothing to stack, and the model's own kernels are faster. w* is read where it is.
         if rows == 1:
             evaluator = Looped(self.flat, evaluator.examples, evaluator.micro)
@@ -180,7 +187,7 @@ class _AtCenter:
         self.score(index, self._take)
         return self.variate
 
-    def _take(self, number: int, gradient: Tensor | None) -> None:
+    def _take(self, number: int | None, gradient: Tensor | None) -> None:
         if gradient is not None:
             for part, within in self.flat.blocks(number):
                 self.variate[:, part].sub_(gradient[:, within])

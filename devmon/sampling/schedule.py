@@ -44,6 +44,13 @@ class Schedule:
         steps = self.draws * self.steps_per_draw
         return draw_batches(n, self.batch_size, steps, generator, replacement=self.replacement)
 
+    def for_gradient(self, n: int) -> Tensor:
+        """The examples of the gradient at w*, in an order that makes every part of them a minibatch: all of them for
+        control variates, otherwise as many as one chain meets at most."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "gradient"))
+        most = n if self.control_variate else self.draws * self.steps_per_draw * self.batch_size
+        return torch.randperm(n, generator=generator)[:most]
+
     def normals(self, what: str, chains: Sequence[int], like: Tensor) -> Normals:
         """Standard normals for positions like `like` (chain, parameter), step after step, and each step's in blocks
         (chain, part) that share memory: each chain has its own stream."""

@@ -37,6 +37,8 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "sgnht": SGNHT,
 }
 
+# Variables that rows of earlier versions lack: a run that began without them goes on without them.
+LATER = {"first_order", "prior_slope", "noise_bias"}
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -127,7 +129,10 @@ def sample(
     on_draw = [call for call in (probe, followed) if call is not None]
     run = partial(run_chains, model, loss, examples, kernel, chains=numbers, dtype=dtype, mask=mask)
     low = None if settings.precision == "float32" else torch.bfloat16
-    traces, sampled = run(schedule=schedule, autocast=low, on_draw=on_draw)
+    traces, sampled, noise = run(schedule=schedule, autocast=low, on_draw=on_draw)
+    # On a quadratic (lr nbeta / 2)² Cov joins the noise lr of a step of SGLD, and λ̂ feels it where curvature ≫ gamma.
+    heat = 0.0 if settings.control_variate else getattr(kernel, "noise_gain", 1.0)
+    bias = heat * settings.lr * settings.nbeta_for(examples.n) ** 2 * noise / 8
     # The attrs hold every setting that a later reader needs to repeat the traces; what only adds variables is seen in
     # the variables. Booleans become integers, which netCDF can hold. lr and gamma stay in front: the
     # order of attrs is part of the bytes of a stored row.
@@ -146,14 +151,14 @@ def sample(
     for name in ("sampler", "examples", "acceptance", "micro_batch", *(["precision"] if low is None else [])):
         del attrs[name]
     attrs = {name: int(value) if isinstance(value, bool) else value for name, value in attrs.items()}
-    dataset = _dataset(traces, settings, numbers, followed).assign_attrs(attrs)
+    dataset = _dataset(traces, bias, settings, numbers, followed).assign_attrs(attrs)
     if low is not None:
         dataset["precision_shift"] = _precision_shift(run, schedule, low, dataset)
     return dataset
 
 
 def _precision_shift(
-    run: Callable[..., tuple[Traces, int]], schedule: Schedule, low: torch.dtype, dataset: xr.Dataset
+    run: Callable[..., tuple[Traces, int, float]], schedule: Schedule, low: torch.dtype, dataset: xr.Dataset
 ) -> xr.DataArray:
     """λ̂ in `low` precision less λ̂ in the chains' own, (chain,), in a short trial of the same noise and minibatches.
 
@@ -163,7 +168,7 @@ def _precision_shift(
     trial = replace(schedule, draws=draws, steps_per_draw=1, control_variate=False, proposal=None)
     excess = [
         (traces.loss - traces.baseline)[:, draws // 2 :].mean(1).numpy()
-        for traces, _ in (run(schedule=trial, autocast=autocast) for autocast in (low, None))
+        for traces, *_ in (run(schedule=trial, autocast=autocast) for autocast in (low, None))
     ]
     nbeta, kept = dataset.attrs["nbeta"], dataset.isel(draw=slice(dataset.attrs["burn_in"], None))
     shift = nbeta * (excess[0] - excess[1])
@@ -203,21 +208,32 @@ def _with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
     return settings, kernel
 
 
-def _dataset(traces: Traces, settings: Settings, chains: Sequence[int], followed: Followed | None) -> xr.Dataset:
+def _dataset(
+    traces: Traces, bias: float, settings: Settings, chains: Sequence[int], followed: Followed | None
+) -> xr.Dataset:
     names = {
         "loss": ("mean loss of the minibatch at w", "loss"),
         "baseline": ("mean loss of the same examples at w*", "loss"),
         "distance": ("root mean square distance from w*", "weight"),
         "slope": ("gradient at w times the displacement from w*", "loss"),
         "linear": ("first-order noise of the score", "loss"),
+        "first_order": ("gradient at w* times the displacement from w*", "loss"),
+        "prior_slope": ("position times the displacement from w*", "weight²"),
         "acceptance": ("acceptance of a Metropolis-adjusted step", "1"),
     }
-    left_out = {"linear": not settings.control_variate, "acceptance": not settings.acceptance}
+    left_out = {
+        "linear": not settings.control_variate,
+        "prior_slope": not settings.prior,
+        "acceptance": not settings.acceptance,
+    }
     variables: dict[str, Any] = {
         name: (("chain", "draw"), getattr(traces, name).numpy(), {"long_name": text, "units": units})
         for name, (text, units) in names.items()
         if not left_out.get(name)
     }
+    variables["noise_bias"] = ((), np.float64(bias), {"long_name": "the most that minibatch noise adds", "units": "1"})
+    for name in sorted(LATER & variables.keys()):
+        variables[name][2]["later"] = 1
     coords: dict[str, Any] = {"chain": np.array(chains), "draw": np.arange(settings.burn_in + settings.draws)}
     if followed is not None:
         words = {"long_name": "loss of single examples at the start of a draw", "units": "loss"}

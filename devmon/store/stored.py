@@ -211,13 +211,14 @@ class StoredWatch:
         return self._folded[1]
 
     def _as_before(self, dataset: xr.Dataset) -> xr.Dataset:
-        replicates = [name for name, variable in dataset.variables.items() if "replicate" in variable.dims]
-        if not replicates:
+        """Without what the rows before lack: replicates, and variables that a later version added (`later`)."""
+        new = [name for name, v in dataset.variables.items() if "replicate" in v.dims or v.attrs.get("later")]
+        if not new:
             return dataset
         if self._stored_form is None:
             self._stored_form = self.attributes().get("shape")
         stored = self._stored_form or {}
-        return dataset.drop_vars([name for name in replicates if stored and name not in stored])
+        return dataset.drop_vars([name for name in new if stored and name not in stored])
 
     def _refuse_another_form(self, step: int, dataset: xr.Dataset) -> None:
         """Keep the form of the first row, and hold the later ones to it."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import signal
 
-from devmon.analysis.derive.errors import pooled_errors
+from devmon.analysis.derive.errors import covariance, paired_batches, pooled_errors
 from devmon.analysis.derive.mixing import chains_agree, drifts, memory_of, rhat_limit
 
 TIMES = [1, 3, 8, 20]
@@ -111,3 +111,38 @@ def test_the_limit_of_rhat_rises_with_the_memory_and_never_falls_below_its_usual
     limits = [rhat_limit((4, 100), memory_of(autoregressive((20, 4, 100), time, rng))) for time in TIMES]
     assert limits[0] == 1.1, limits
     assert limits[1] <= limits[2] - 0.1 <= limits[3] - 0.2, limits
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_the_covariance_over_steps_knows_the_error_of_every_change(time: float) -> None:
+    """Neighbours and far steps alike: what is common cancels, and the diagonal is the error of a level."""
+    rng, means, matrices = np.random.default_rng(10), [], []
+    for _ in range(200):
+        values = run(time, rng)
+        means.append(values.mean((1, 2)))
+        matrices.append(covariance(values))
+        assert np.sqrt(np.diag(matrices[-1])) == pytest.approx(pooled_errors(values)[0])
+    spread, told = np.array(means), np.mean(matrices, 0)
+    for i, j in ((0, 1), (0, 7), (2, 5)):
+        true, said = spread[:, i] - spread[:, j], told[i, i] + told[j, j] - 2 * told[i, j]
+        assert 0.8 < np.sqrt(said) / true.std() < 1.25, (i, j)
+    assert 0.8 < np.sqrt(told[0, 0]) / spread[:, 0].std() < 1.25
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_covariance_and_replicates_tell_the_same_error_of_a_change(shared: bool) -> None:
+    values = run(3, np.random.default_rng(11), shape=(4, 400))
+    matrix, batches = covariance(values, shared), paired_batches(values, shared)
+    said = np.diag(matrix)[1:] + np.diag(matrix)[:-1] - 2 * np.diag(matrix, -1)
+    by_batch = np.diff(batches, axis=1).var(0, ddof=1) / len(batches)
+    assert np.sqrt(said.mean() / by_batch.mean()) == pytest.approx(1, rel=0.25)
+    assert np.array_equal(matrix, matrix.T)
+
+
+def test_covariance_where_a_draw_is_infinite_or_nothing_changes() -> None:
+    values = run(1, np.random.default_rng(12))
+    values[5, 2, 10] = np.inf
+    assert np.isnan(np.diag(covariance(values))).tolist() == [i == 5 for i in range(8)]
+    same = np.repeat(run(1, np.random.default_rng(13))[:1], 3, axis=0)
+    matrix = covariance(same)
+    assert matrix == pytest.approx(np.full((3, 3), pooled_errors(same)[0][0] ** 2))

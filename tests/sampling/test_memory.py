@@ -45,9 +45,9 @@ def copies(model, data, **settings):
     return peak_bytes(lambda: sample(model, regression_loss, data, settings)) / size / 4
 
 
-@pytest.mark.parametrize(("kernel", "most"), [("sgld", 1.4), ("baoab", 2.4), ("sgnht", 2.4), ("preconditioned", 3.4)])
-def test_a_chain_holds_its_position_the_state_of_its_kernel_and_blocks(wide, kernel, most):
-    """With w* in the model itself 2.4 in all for SGLD, and 3.4 for the kernels that have a velocity."""
+@pytest.mark.parametrize(("kernel", "most"), [("sgld", 2.4), ("baoab", 3.4), ("sgnht", 3.4), ("preconditioned", 4.4)])
+def test_a_chain_holds_its_position_its_kernel_s_state_and_blocks(wide, kernel, most):
+    """And the gradient at w*. w* is in the model itself."""
     found = copies(*wide, sampler=kernel)
     assert most - 0.5 < found < most
 
@@ -56,12 +56,12 @@ def test_micro_batches_control_variates_masks_and_judges_cost_a_copy_each(wide):
     model, data = wide
     entries = {f"{i}.weight": torch.ones(1024, 1024, dtype=torch.bool) for i in range(20)}
     entries["0.weight"][0] = False
-    assert copies(model, data, micro_batch=2) < 2.4  # gradients of parts are summed
+    assert copies(model, data, micro_batch=2) < 3.4  # gradients of parts are summed
     assert copies(model, data, control_variate=True) < 3.5
-    assert copies(model, data, mask=entries) < 1.7  # a byte a parameter
-    assert copies(model, data, acceptance=True) < 3.6
-    assert copies(model, data, chains=3) < 1.4  # in turn
-    assert copies(copy.deepcopy(model).bfloat16(), data) < 1.4
+    assert copies(model, data, mask=entries) < 2.7  # a byte a parameter
+    assert copies(model, data, acceptance=True) < 4.5
+    assert copies(model, data, chains=3) < 2.4  # in turn
+    assert copies(copy.deepcopy(model).bfloat16(), data) < 2.4
 
 
 def test_the_count_of_live_bytes_is_that_of_storages():

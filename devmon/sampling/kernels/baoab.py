@@ -39,6 +39,11 @@ class BAOAB:
     momentum: float = 0.5
     copies: ClassVar[int] = 2
 
+    @property
+    def noise_gain(self) -> float:
+        """How much more a minibatch's noise widens the law than it does for SGLD at this lr: momentum remembers it."""
+        return (1 + self.momentum) / (1 - self.momentum)
+
     def init(self, position: Tensor, mask: Tensor | None) -> BAOABState:
         """At rest; see `devmon.sampling.kernels.sampler.Sampler`."""
         return BAOABState(position, mask, torch.zeros_like(position))

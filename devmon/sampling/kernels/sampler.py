@@ -19,6 +19,7 @@ class Sampler(Protocol):
     every parameter, as it comes from the backward pass and in any order, then `turn` once, then `push` for the noise of
     every block. `part` says which parameters they are: the other tensors are (chain, part).
 
+    `noise_gain`, where a kernel has it, is how much more minibatch noise widens its law than that of SGLD at equal lr.
     `copies` tells how many numbers a parameter the kernel keeps for a chain, its position counted.
     """
 

@@ -47,6 +47,7 @@ class SGNHT:
     momentum: float = 0.5
     inertia: float = 30.0
     copies: ClassVar[int] = 2
+    noise_gain: ClassVar[float] = 0.0  # the thermostat takes minibatch noise out of the law, up to √lr
 
     def init(self, position: Tensor, mask: Tensor | None) -> SGNHTState:
         """With velocities 0; see `devmon.sampling.kernels.sampler.Sampler`."""

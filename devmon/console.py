@@ -116,8 +116,9 @@ def events_table(detection: Any) -> Any:
     return table
 
 
-def cost_table(estimates: Sequence[Any], training: int | None) -> Any:
-    """A rich table of `devmon.cost.Estimate`s; `training` is the work of the training itself, in tokens."""
+def cost_table(estimates: Sequence[Any], training: int | None, parameters: int | None = None) -> Any:
+    """A rich table of `devmon.cost.Estimate`s; `training` is the work of the training itself, in tokens, and
+    `parameters` how many the model has, where that is known."""
     from rich.table import Table
 
     caption = (
@@ -125,24 +126,34 @@ def cost_table(estimates: Sequence[Any], training: int | None) -> Any:
     )
     if training is not None:
         caption += "; share: of a training step's forward and backward passes"
+    memory = any(e.cost is not None and e.cost.copies is not None for e in estimates)
+    if memory:
+        caption += "; memory: at most, beside the model and the activations of the examples that pass at once"
     table = Table(box=None, header_style="bold", caption_justify="left", caption=caption)
-    for column in ("watch", "instrument", "forwards", "backwards", "positions", "observations", "work"):
+    columns = ("watch", "instrument", "forwards", "backwards", "positions", "observations", "work")
+    for column in (*columns, "memory") if memory else columns:
         table.add_column(column, justify="left" if column in ("watch", "instrument") else "right")
     if training is not None:
         table.add_column("share", justify="right")
 
-    def add(name: str, kind: str, passes: Sequence[str], observations: str, work: int | None, style: str = "") -> None:
+    def add(
+        name: str, kind: str, passes: Sequence[str], observations: str, work: int | None, style: str, held: str
+    ) -> None:
         cells = [safe(name), safe(kind), *passes, observations, "unknown" if work is None else f"{work:.3g}"]
+        if memory:
+            cells.append(held)
         if training is not None:
             cells.append("" if work is None or not training else f"{work / training:.1%}")
         table.add_row(*cells, style=style)
 
     for e in estimates:
-        passes = [""] * 3
+        passes, held = [""] * 3, ""
+        if e.cost is not None and e.cost.copies is not None:
+            held = f"{e.cost.copies:g} copies" if parameters is None else f"{e.cost.bytes(parameters) / 1e9:.3g} GB"
         if e.cost is not None:
             passes = [f"{number:,}" for number in (e.cost.forwards, e.cost.backwards, e.cost.positions)]
-        add(e.name, e.instrument, passes, f"{e.observations:,}", e.work)
-    add("all", "", [""] * 3, "", sum(e.work for e in estimates if e.work is not None), "bold")
+        add(e.name, e.instrument, passes, f"{e.observations:,}", e.work, "", held)
+    add("all", "", [""] * 3, "", sum(e.work for e in estimates if e.work is not None), "bold", "")
     return table
 
 

@@ -13,6 +13,9 @@ from devmon.watch import Watch, unique_names
 class Cost:
     """Passes of one observation: `forwards` and `backwards` count sequences, each of `positions` tokens (or patches).
 
+    `copies` is what it holds at most beside the model, in float32 copies of the parameters, None where that is unknown:
+    the activations of the examples that pass at once (`micro_batch` or `batch_size`) come on top.
+
     An instrument tells it with a method `cost() -> Cost`. A backward pass costs about two forward passes, so the work
     of one observation is (forwards + 2 backwards) · positions tokens; what several instruments of a step share
     (`devmon.anatomy.activations`) is counted for each.
@@ -21,11 +24,16 @@ class Cost:
     forwards: int = 0
     backwards: int = 0
     positions: int = 0
+    copies: float | None = None
 
     @property
     def work(self) -> int:
         """In tokens passed forward."""
         return (self.forwards + 2 * self.backwards) * self.positions
+
+    def bytes(self, parameters: int) -> int | None:
+        """The memory of `copies`, for a model of so many parameters."""
+        return None if self.copies is None else int(4 * self.copies * parameters)
 
 
 @dataclass(frozen=True)

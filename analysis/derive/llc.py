@@ -97,6 +97,7 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None, without_first_order:
     return derived.isel(step=0) if single else _paired(derived, kept["excess"], shared)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a chain that diverged
 def _quantities(dataset: xr.Dataset) -> dict[str, np.ndarray]:
     """What is averaged, over (step, chain, draw): all in units of λ̂."""
     attrs, nbeta = dataset.attrs, float(dataset.attrs["nbeta"])

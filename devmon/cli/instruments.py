@@ -50,11 +50,12 @@ def cost(
     from devmon.cost import estimates
     from devmon.offline.source import load_study
 
-    _, watches = load_study(source)
+    model, watches = load_study(source)
     if watches is None:
         raise DevmonError(f"{source} has no watches: name a list of Watch, a Monitor, or what returns one")
     training = None if tokens_per_step is None else 3 * tokens_per_step * last  # a backward pass costs two forward
-    Console().print(cost_table(estimates(watches, last), training))
+    parameters = None if model is None else sum(p.numel() for p in model.parameters())
+    Console().print(cost_table(estimates(watches, last), training, parameters))
 
 
 def demo(context: typer.Context) -> None:

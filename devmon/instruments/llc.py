@@ -10,6 +10,7 @@ from typing import Any
 import xarray as xr
 
 from devmon.cost import Cost
+from devmon.sampling.constants import PRECISION_STEPS
 from devmon.sampling.data import as_examples
 from devmon.sampling.losses import Loss, next_token_loss
 from devmon.sampling.traces import Settings, sample
@@ -84,7 +85,8 @@ class LLC(Settings, _SampledOn):
         return joined.sortby("chain")
 
     def cost(self) -> Cost:
-        """The passes of all chains, those at w* of control variates and of the baseline included."""
+        """The passes of all chains, those at w* of control variates, of the baseline and of the trial of the precision
+        included, and the memory of one chain."""
         examples = as_examples(self.data)
         steps = (self.draws + self.burn_in) * self.steps_per_draw
         met = steps * self.chains * self.batch_size
@@ -94,11 +96,15 @@ class LLC(Settings, _SampledOn):
         seen = min(examples.n, max(met, whole))
         twice = at_center if self.control_variate else 0
         judged = (self.draws + self.burn_in) * self.chains * self.batch_size if self.acceptance else 0
+        if self.precision != "float32":  # two short trials, and the gradients at w* of both
+            trial = 2 * min(PRECISION_STEPS, steps) * self.batch_size
+            met, whole = met + trial * self.chains, whole + trial
         followed = (self.draws + self.burn_in) * self.chains * self.examples
         return Cost(
             forwards=met + twice + seen + judged + followed,
             backwards=met + twice + whole + judged,
             positions=examples.positions(),
+            copies=self.copies(),
         )
 
     def _traces(self, snapshot: Snapshot, chains: Sequence[int]) -> xr.Dataset:

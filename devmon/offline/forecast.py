@@ -15,7 +15,6 @@ from devmon.monitoring.isolation import isolated
 from devmon.offline.study import Study
 from devmon.watch import Watch
 
-CHAIN = 3  # float32 numbers of a chain for each weight: the weights, their gradient, the noise
 TRIAL = (4, 64)  # tokens of the forward pass that is timed
 MAX_PARAMETERS = 500_000_000  # parameters of a model that is built for that: 2 GB in float32, seconds to build
 
@@ -25,15 +24,14 @@ def memory(study: Study) -> str:
     model = study.model if study.model is not None else _untrained(study, "meta")
     numbers = sum(tensor.numel() for tensor in model.parameters())
     dtype = getattr(torch, study.plan.dtype) if study.model is None else next(model.parameters()).dtype
-    chains = max((watch.instrument.chains for watch in study.watches if isinstance(watch.instrument, LLC)), default=0)
+    copies = max((watch.instrument.copies() for watch in study.watches if isinstance(watch.instrument, LLC)), default=0)
     line = (
         f"memory of a process: a copy of the weights is {_size(numbers * dtype.itemsize)} ({numbers:,} parameters, "
         f"{study.plan.dtype}); 2 copies on {study.device.type} (the model, and what an instrument works on), 1 in main "
         "memory (the checkpoint read ahead)"
     )
-    if chains:
-        size = _size(chains * CHAIN * 4 * numbers)
-        line += f", {size} for {chains} chain{'s' * (chains > 1)} of an LLC (fewer at once where it does not fit)"
+    if copies:
+        line += f", at most {_size(copies * 4 * numbers)} for a chain of an LLC ({copies:g} copies in float32)"
     return line + "; and the activations of a batch"
 
 

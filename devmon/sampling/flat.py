@@ -160,10 +160,9 @@ class Flat:
 
     def joined(self, gradients: Sequence[Tensor | None], chains: int) -> Tensor:
         """Gradients by parameter as one (chain, parameter)."""
-        rows = []
+        like, rows = self.parameters[0], []
         for gradient, size in zip(gradients, self.sizes, strict=True):
-            missing = gradient is None
-            rows.append(self.parameters[0].new_zeros(chains, size) if missing else gradient.reshape(chains, -1))
+            rows.append(like.new_zeros(chains, size) if gradient is None else gradient.reshape(chains, -1))
         return torch.cat(rows, 1)
 
     def _stream(self, batch: Any, take: Take, size: int, of: int) -> Tensor:

@@ -85,6 +85,18 @@ class Settings:
         """`nbeta`, or n / log n (Watanabe 2013) where it is None."""
         return n / math.log(max(n, 2)) if self.nbeta is None else self.nbeta
 
+    def copies(self) -> float:
+        """Float32 copies of the sampled parameters that one chain at a time holds at most, beside the model and blocks.
+
+        The position and what the kernel keeps, of all chains where these share a control variate; the gradient at w*,
+        a control variate, a judged proposal; a gradient, of which a single pass holds no more than the largest tensors;
+        the weights that passes in bfloat16 keep.
+        """
+        kernel = SAMPLERS.get(self.sampler) if isinstance(self.sampler, str) else self.sampler
+        together = self.chains if self.control_variate and self.shared_batches else 1
+        held = together * getattr(kernel, "copies", 1) + 2 + self.control_variate + self.acceptance
+        return 2.0 * held if self.float64 else held + 0.5 * (self.precision == "bfloat16")
+
 
 def sample(
     model: nn.Module,

@@ -33,6 +33,12 @@ nothing = 3
 """
 
 
+LLCS = """
+llcs = [Watch("llc", LLC(torch.zeros(40, 8, dtype=torch.int64), lr=1e-6), every(50))]
+with_model = (nn.Linear(120, 100, bias=False), llcs)
+"""
+
+
 @pytest.mark.parametrize("name", list(instruments()))
 def test_every_instrument_explains_itself(name: str) -> None:
     kind = instruments()[name]
@@ -115,6 +121,11 @@ def test_the_commands(tmp_path: Path) -> None:
     words = {line.split()[0]: line.split() for line in shown.output.splitlines() if line.strip()}
     assert words["induction"][2:] == ["10", "0", "32", "11", "3.52e+03", "1.2%"]  # 11 · 10 · 32 of 3 · 1000 · 100
     assert words["own"][-2:] == ["21", "unknown"]
+    assert "memory" not in shown.output
+    script.write_text(f"{SOURCE}\nfrom devmon.instruments import LLC\nfrom torch import nn\n" + LLCS)
+    for name, held in (("llcs", "3 copies"), ("with_model", "0.000144 GB")):
+        shown = run(app, ["cost", f"{script}:{name}", "--last", "100"], terminal_width=160)
+        assert held in shown.output, shown.output
     assert run(app, ["cost", f"{script}:made", "--last", "100"]).exit_code == 0
     with pytest.raises(DataError, match=r"a list of Watch, a Monitor, or \(model, watches\); got int"):
         run(app, ["cost", f"{script}:nothing", "--last", "5"], catch_exceptions=False)

@@ -73,7 +73,7 @@ def test_a_dry_run_tells_memory_and_time(
     numbers = sum(p.numel() for p in family("gpt_neox").parameters())
     told = measure(*command, "--dry-run", "--workers", 2).output
     assert f"a copy of the weights is {numbers * 4 / 1e6:.3g} MB ({numbers:,} parameters, float32)" in told, told
-    assert f"{numbers * 2 * 3 * 4 / 1e6:.3g} MB for 2 chains" in told, told
+    assert f"at most {numbers * 3 * 4 / 1e6:.3g} MB for a chain of an LLC (3 copies in float32)" in told, told
     assert "time: about " in told
     assert " with 2 at once, checkpoints' reading apart, from a forward pass on this machine's cpu (" in told
     half = measure(*command, "--dry-run", "--dtype", "bfloat16").output

@@ -39,10 +39,12 @@ def wide():
 
 
 def copies(model, data, **settings):
-    """Float32 copies of the parameters at peak, beside the model."""
+    """Float32 copies of the parameters at peak, beside the model: as many as were told, and blocks."""
     settings = Settings(**({"lr": 1e-9, "chains": 1, "draws": 2, "burn_in": 0, "batch_size": 4} | settings))
     size = sum(p.numel() for p in model.parameters())
-    return peak_bytes(lambda: sample(model, regression_loss, data, settings)) / size / 4
+    found = peak_bytes(lambda: sample(model, regression_loss, data, settings)) / size / 4
+    assert found < settings.copies() + 0.4
+    return found
 
 
 @pytest.mark.parametrize(("kernel", "most"), [("sgld", 2.4), ("baoab", 3.4), ("sgnht", 3.4), ("preconditioned", 4.4)])

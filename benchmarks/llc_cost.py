@@ -1,16 +1,18 @@
 """What one step of a chain costs, against a plain forward and backward pass of the same batch.
 
-    python benchmarks/llc_cost.py [--device cpu|cuda] [--json PATH] [--large]
+    python benchmarks/llc_cost.py [--device cpu|cuda] [--json PATH] [--large] [--memory]
 
 Times are process CPU seconds of one thread on the CPU, synchronised wall seconds on CUDA: medians over rounds that take
-plain passes and chain steps in turn. The fixed cost of an estimate (one forward pass over the examples at w*) is taken
-out by comparing two lengths. `--large` adds Pythia-sized models on CUDA (bfloat16 model, float32 chains, random
-weights).
+plain passes and chain steps in turn. The fixed cost of an estimate (one pass over the examples at w*) is taken out by
+comparing two lengths. `--large` adds Pythia-sized models on CUDA (bfloat16 model, float32 chains, random weights).
+Memory is the peak of live tensors, counted between operations, beside the model and in float32 copies of its
+parameters; `--memory` measures that alone, and keeps the times of the JSON given.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import pathlib
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from devmon.sampling import Settings, next_token_loss, regression_loss, sample
+from devmon.testing.memory import peak_bytes
 
 ROUNDS = 5
 
@@ -154,6 +157,42 @@ def run_peak(kind: str) -> None:
     print(resident("VmHWM") - idle)
 
 
+def memory_copies() -> dict[str, Any]:
+    """By kernel and mode on 21M parameters in layers of 1M, and of a scaled language model in bfloat16."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(20)))
+    low, pair = copy.deepcopy(wide).bfloat16(), (torch.randn(8, 1024), torch.randn(8, 1024))
+    modes: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+        **{kernel: (wide, {"sampler": kernel}) for kernel in ("sgld", "baoab", "sgnht", "preconditioned")},
+        "sgld, model in bfloat16": (low, {}),
+        "sgld, micro-batches": (wide, {"micro_batch": 2}),
+        "sgld, passes in bfloat16": (wide, {"precision": "bfloat16"}),
+        "sgld, control variates": (wide, {"control_variate": True}),
+        "sgld, acceptance": (wide, {"acceptance": True}),
+        "sgld, 4 chains in turn": (wide, {"chains": 4}),
+        "sgld, 4 chains stacked": (wide, {"chains": 4, "stacked": True}),
+    }
+    found: dict[str, Any] = {}
+    for name, (model, options) in modes.items():
+        found[name] = copies(model, regression_loss, pair, **options)
+        print(f"{name:50s} {found[name]:.2f} copies", flush=True)
+    # A Pythia-like model in bfloat16, passes in bfloat16: what is over the copies above are activations and the
+    # gradient of the embedding, which is held twice while its parts are added.
+    lm, tokens = neox(512, 6, 8, vocab=8192).to(torch.bfloat16), torch.randint(8192, (16, 64))
+    size = sum(p.numel() for p in lm.parameters()) / 1e6
+    name = f"Pythia-like, {size:.0f}M, bfloat16, batch 4 of 64 tokens, micro-batch"
+    for micro in (4, 1):
+        found[f"{name} {micro}"] = copies(lm, next_token_loss, tokens, precision="bfloat16", micro_batch=micro)
+        print(f"{name} {micro}: {found[f'{name} {micro}']:.2f} copies", flush=True)
+    return found
+
+
+def copies(model: nn.Module, loss: Any, data: Any, *, stacked: bool = False, **options: Any) -> float:
+    settings = Settings(**{"lr": 1e-9, "chains": 1, "draws": 2, "burn_in": 0, "batch_size": 4} | options)
+    size = sum(p.numel() for p in model.parameters())
+    return peak_bytes(lambda: sample(model, loss, data, settings, stacked=stacked)) / size / 4
+
+
 def resident(field: str) -> float:
     """MiB of this process: now (VmRSS) or at most (VmHWM)."""
     status = pathlib.Path("/proc/self/status").read_text()
@@ -165,11 +204,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", default=None)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak:
         run_peak(args.peak)
+        return
+    if args.memory:
+        results = json.loads(pathlib.Path(args.json).read_text()) if args.json else {}
+        write(args.json, results | {"memory, float32 copies beside the model": memory_copies()})
         return
     tokens, chars = torch.randint(5000, (64, 128)), torch.randint(96, (64, 64))
     wide, digits = torch.randn(1024, 64), torch.randint(10, (1024,))
@@ -194,7 +238,7 @@ def main() -> None:
             {"steps": 100},
         ),
     }
-    results: dict[str, Any] = {"machine": platform.platform(), "torch": torch.__version__, "device": args.device}
+    results = {"machine": platform.platform(), "torch": torch.__version__, "device": args.device}
     if args.device == "cuda":
         results["device"] = torch.cuda.get_device_name()
         cases["demo language model, batch 16, 1 chain"] = (DemoLM(), next_token_loss, chars, 1, 16, {})
@@ -211,9 +255,13 @@ def main() -> None:
         step, chains_peak = peak("step"), peak("chains")
         results["peak memory"] = {"step_mib": step, "chains_mib": chains_peak, "ratio": chains_peak / step}
         print("peak memory", results["peak memory"])
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+        results["memory, float32 copies beside the model"] = memory_copies()
+    write(args.json, results)
+
+
+def write(path: str | None, results: dict[str, Any]) -> None:
+    if path:
+        pathlib.Path(path).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

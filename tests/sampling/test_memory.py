@@ -43,7 +43,7 @@ def copies(model, data, **settings):
     settings = Settings(**({"lr": 1e-9, "chains": 1, "draws": 2, "burn_in": 0, "batch_size": 4} | settings))
     size = sum(p.numel() for p in model.parameters())
     found = peak_bytes(lambda: sample(model, regression_loss, data, settings)) / size / 4
-    assert found < settings.copies() + 0.4
+    assert found < settings.copies() + 0.5
     return found
 
 

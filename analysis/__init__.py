@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from devmon.analysis import plots as plots
     from devmon.analysis.derive.circuit import circuit_overlap as circuit_overlap
     from devmon.analysis.derive.essential import essential_dynamics as essential_dynamics
+    from devmon.analysis.derive.ladder import ladder as ladder
     from devmon.analysis.derive.llc import llc as llc
     from devmon.analysis.derive.representation import cka as cka
     from devmon.analysis.derive.representation import drift as drift
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 _HOME = {
     # what is derived from the stored measurements
     "llc": "derive.llc",
+    "ladder": "derive.ladder",
     "cka": "derive.representation",
     "circuit_overlap": "derive.circuit",
     "drift": "derive.representation",

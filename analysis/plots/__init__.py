@@ -15,6 +15,7 @@ from devmon.analysis.plots.curves import (
 )
 from devmon.analysis.plots.events import plot_events, plot_lead_lag, plot_matched
 from devmon.analysis.plots.heatmaps import plot_heads, plot_pairs, plot_similarity
+from devmon.analysis.plots.ladder import plot_ladder
 from devmon.analysis.plots.path import plot_essential
 from devmon.analysis.plots.style import step_axis, style
 
@@ -27,6 +28,7 @@ __all__ = [  # noqa: RUF022
     "plot_layers",
     "plot_position_loss",
     "plot_calibration",
+    "plot_ladder",
     # heat maps
     "plot_heads",
     "plot_similarity",

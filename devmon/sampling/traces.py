@@ -22,6 +22,7 @@ from devmon.sampling.kernels.preconditioned import PreconditionedSGLD
 from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.kernels.sgld import SGLD, check_settings
 from devmon.sampling.kernels.sgnht import SGNHT
+from devmon.sampling.ladder import lower_rungs, lr_of_rung, reach, with_rungs
 from devmon.sampling.losses import Loss
 from devmon.sampling.masks import as_mask
 from devmon.sampling.schedule import Schedule
@@ -42,7 +43,8 @@ LATER = {"first_order", "prior_slope", "noise_bias"}
 class Settings:
     """Everything but model, loss, data and seed that decides the traces of one estimate.
 
-    - `nbeta`: inverse temperature times sample size; None for n / log n with n examples
+    - `nbeta`: inverse temperature times sample size; None for n / log n with n examples. Several numbers are a ladder:
+      λ̂ is that of the first, and chains of the same noise and batches run at the others too (`devmon.analysis.ladder`)
     - `gamma`: precision of the Gaussian around w*; `prior`: of one around 0. Both enter the exponent with a half
     - `lr`: variance of the noise of a step, which moves by lr/2 times the gradient of the log density
     - `chains` independent chains of `burn_in + draws` draws of `steps_per_draw` steps on `batch_size` examples
@@ -54,7 +56,7 @@ class Settings:
     - `float64`: sample in double precision
     """
 
-    nbeta: float | None = None
+    nbeta: float | Sequence[float] | None = None
     gamma: float = 300.0
     lr: float = 1e-4
     chains: int = 4
@@ -73,8 +75,10 @@ class Settings:
     float64: bool = False
 
     def nbeta_for(self, n: int) -> float:
-        """`nbeta`, or n / log n (Watanabe 2013) where it is None."""
-        return n / math.log(max(n, 2)) if self.nbeta is None else self.nbeta
+        """`nbeta`, or n / log n (Watanabe 2013) where it is None; of a ladder the first."""
+        if self.nbeta is None:
+            return n / math.log(max(n, 2))
+        return float(self.nbeta[0]) if isinstance(self.nbeta, Sequence) else self.nbeta
 
 
 def sample(
@@ -97,7 +101,8 @@ def sample(
     and a loss that is not finite at w*.
     """
     examples = as_examples(data)
-    settings, kernel = _with_kernel(settings, examples.n)
+    nbetas = lower_rungs(settings.nbeta, settings.sampler)
+    settings, kernel = _with_kernel(replace(settings, nbeta=settings.nbeta_for(examples.n)), examples.n)
     schedule = Schedule(
         draws=settings.burn_in + settings.draws,
         batch_size=settings.batch_size,
@@ -141,7 +146,16 @@ def sample(
     for name in ("sampler", "examples", "acceptance"):
         del attrs[name]
     attrs = {name: int(value) if isinstance(value, bool) else value for name, value in attrs.items()}
-    return _dataset(traces, bias, settings, numbers, followed).assign_attrs(attrs)
+    dataset = _dataset(traces, bias, settings, numbers, followed).assign_attrs(attrs)
+    if not nbetas:
+        return dataset
+    # The lower rungs: the same chains at other temperatures, as variables of their own beside those of the first.
+    rungs = []
+    for nbeta in nbetas:
+        lr = lr_of_rung(settings.lr, attrs["nbeta"], nbeta, settings.gamma)
+        rung = replace(settings, nbeta=nbeta, lr=lr, examples=0, acceptance=False)
+        rungs.append(sample(model, loss, examples, rung, seed=seed, chains=numbers, stacked=stacked, group=group))
+    return with_rungs(dataset, rungs, reach(model, loss, examples, settings, mask, seed=seed))
 
 
 def _with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:

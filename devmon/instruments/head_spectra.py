@@ -239,6 +239,22 @@ def _scores(q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: _Grams) -> dict[s
     return scores
 
 
+def copying_eigenvalues(anatomy: Anatomy) -> np.ndarray | None:
+    """`copying` of `HeadSpectra` alone, (layer, head); None for embeddings that are not as wide as the stream."""
+    try:
+        embed, unembed = _tables(anatomy)
+    except InstrumentError:
+        return None
+    across, rows = _product(unembed, embed), []
+    for layer in range(anatomy.layers):
+        v, o = (weight.detach().double() for weight in (anatomy.W_V(layer), anatomy.W_O(layer)))
+        cross = o @ across @ v
+        size = torch.linalg.eigvals(cross.cpu()).abs().sum(-1).numpy()
+        most = ((o @ across).flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)).cpu().numpy()
+        rows.append(_over(_trace(cross).cpu().numpy(), np.where(size >= ROUNDING_SHARE * most, size, 0.0)))
+    return np.stack(rows)
+
+
 def _singular(left: Tensor, right: Tensor, most: Tensor) -> np.ndarray:
     """Singular values (head, d_head) of A B from AᵀA and B Bᵀ, both (head, d_head, d_head); zeros where they are those
     of rounding, against `most` (head,), what their squares could be at most."""

@@ -40,7 +40,8 @@ class IntrinsicDimension(ByContent):
     The items are the states at `positions` (None: all but the first, where language models keep activations that are
     a thousand times as large as others and say nothing of the text: Sun et al. 2024, 2402.17762) of every sequence, at
     most `limit` of them, drawn by `seed`; of inputs (batch, …) of floats, such as images, an item is the mean state
-    over the places of one. Per layer (0 the input of the first block, l the output of block l; `blocks` is their path where it is not found):
+    over the places of one. Per layer (0 the input of the first block, l the output of block l; `blocks` is their path
+    where it is not found):
 
     - `twonn` (layer), dimensions: how the number of neighbours grows with distance, from the two nearest only (Facco et
       al. 2017, doi:10.1038/s41598-017-11873-y): μ = r₂/r₁ of every item has P(μ > x) = x^-d where the density hardly

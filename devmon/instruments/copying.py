@@ -44,7 +44,7 @@ class CopyingHeads(ByContent):
     - `uniform`, score in [-1, 1]: the score of a head that raises all tokens of a sequence alike, 2 / |S| − 1, near −1
       as in the paper.
     - `rank` (layer, head), share: of the other tokens of the sequence, those that a place raises less than its own
-      token, ties half, by attention: one candidate against another, which many small logits cannot swamp as they do
+      token, by attention: one candidate against another, which many small logits cannot swamp as they do
       the sum in `copying`. Null: 0.5.
     - `rank_se` (layer, head), share: its standard error over sequences.
     - `eigenvalue` (layer, head), 1: Re Σλ / Σ|λ| of the OV circuit between embedding and unembedding, `copying` of
@@ -153,7 +153,7 @@ class _Reader:
             lifted = torch.einsum("bkd,dbt->bkt", added, toward)
             # rivals of a place's own token: the other tokens, once each
             own = lifted.diagonal(0, 1, 2)[:, :, None]
-            beaten = ((own > lifted).double() + (own == lifted).double() / 2) * rivals
+            beaten = (own > lifted) & rivals
             looks = weight[:, head] * (lifted != 0).any(2)
             raised = lifted.clamp(min=0) * weight[:, head, :, None]
             everything = (raised * self.types[rows][:, None]).sum((1, 2))

@@ -109,15 +109,20 @@ def _encoder(where: Path, home: Home | None) -> Callable[[str], list[int]]:
             f"{where} is text, and no tokenizer lies with the series: give --tokenizer FOLDER (or owner/name), or "
             "tokens in a .npy, .pt or .safetensors file"
         )
+    tokenizer = load_tokenizer(home)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return lambda text: [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+
+
+def load_tokenizer(home: Home) -> Any:
+    """The tokenizer of a folder or a name on the hub. Raises DataError where it cannot be had."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(home[0], revision=home[1] or "main", trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(home[0], revision=home[1] or "main", trust_remote_code=False)
     except Exception as error:  # of files, the network, the hub and transformers
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(f"the tokenizer {home[0]} cannot be had ({reason}): give --tokenizer") from error
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return lambda text: [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
 
 
 def _dataset(folder: Path) -> tuple[Any, str]:

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-STEMS = (
-    "walk talk look jump help open play turn call want need pass form plant add ask fill fix land last lift list mark "
-    "mix pick print pull push"
-).split()
+STEMS = [
+    "walk",
+    "talk",
+    "look",
+    "jump",
+    "help",
+    "open",
+    "play",
+    "turn",
+    "call",
+    "want",
+    "need",
+    "pass",
+    "form",
+    "plant",
+    "add",
+    "ask",
+    "fill",
+    "fix",
+    "land",
+    "last",
+    "lift",
+    "list",
+    "mark",
+    "mix",
+    "pick",
+    "print",
+    "pull",
+    "push",
+]
 
 
 class Words:

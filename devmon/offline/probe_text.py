@@ -58,7 +58,8 @@ def read_probe(
 
     Of an array `sequences` and `length` take the first; its examples are all of it (unless the file brings them). Text
     is cut into pieces, whose order is shuffled by a fixed seed, with the tokenizer's end of text between them; the
-    first `sequences` x `length` tokens are the batch and the next `examples` sequences the examples. Raises DataError
+    first `sequences` x `length` tokens are the batch and the next `examples` sequences the examples; while there are
+    pieces each gives one sequence, because sequences of one piece are alike and standard errors count them as many. Raises DataError
     where there is nothing to read, no tokenizer, or too little text.
     """
     if where.suffix in ARRAYS:
@@ -66,13 +67,24 @@ def read_probe(
         tokens = held["tokens"][:sequences, :length]
         return Probe(tokens, held.get("examples", held["tokens"]))
     sequences, length = sequences or SEQUENCES, length or LENGTH
-    stream: list[int] = []
+    # A sequence of every piece, so that sequences are as independent as the pieces are; short ones are joined, and what
+    # is left of long ones serves where there are too few.
+    rows: list[int] = []
+    short: list[int] = []
+    rest: list[int] = []
     needed = (sequences + examples) * length
     for part in _parts(where, tokenizer, length):
-        stream += part
-        if len(stream) >= needed:
+        if len(part) < length:
+            short += part
+            whole = len(short) // length * length
+            rows, short = rows + short[:whole], short[whole:]
+        else:
+            rows += part[:length]
+            rest += part[length:]
+        if len(rows) >= needed:
             break
-    else:
+    stream = rows + short + rest if len(rows) < needed else rows
+    if len(stream) < needed:
         raise DataError(
             f"{where} gives {len(stream)} tokens, {sequences} + {examples} sequences of {length} need {needed}: give "
             "more text, or less of --sequences, --length or --llc examples=N"

@@ -58,9 +58,9 @@ def read_probe(
 
     Of an array `sequences` and `length` take the first; its examples are all of it (unless the file brings them). Text
     is cut into pieces, whose order is shuffled by a fixed seed, with the tokenizer's end of text between them; the
-    first `sequences` x `length` tokens are the batch and the next `examples` sequences the examples; while there are
-    pieces each gives one sequence, because sequences of one piece are alike and standard errors count them as many. Raises DataError
-    where there is nothing to read, no tokenizer, or too little text.
+    first `sequences` x `length` tokens are the batch and the next `examples` sequences the examples. While there are
+    pieces each gives one sequence: sequences of one piece are alike, and standard errors would count them as many.
+    Raises DataError where there is nothing to read, no tokenizer, or too little text.
     """
     if where.suffix in ARRAYS:
         held = _arrays(where)

@@ -48,6 +48,7 @@ COUNT = 60  # observations of a run, in the tiers above `economy`
 # Prompts of patching and circuits, and the tokens of their first copy: while induction emerges, 128 prompts of 20 show
 # its effect at 6.0 standard errors where 32 of 8 show it at 2.4, below the 3 that a share needs.
 PAIRS, PERIOD = 128, 20
+EXACT = 64  # heads that patching measures at a step: all of a small model, so that none comes and goes
 
 
 class Shared(TypedDict, total=False):
@@ -146,7 +147,7 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
     pairs = broken_repeats(**drawn, prompts=PAIRS, period=min(PERIOD, (probe["length"] - 2) * 2 // 3))
     watches += [
         Watch("ablation", HeadAblation(**probe), seldom),
-        Watch("patching", ActivationPatching(pairs), seldom),
+        Watch("patching", ActivationPatching(pairs, exact=EXACT), seldom),
         Watch("circuit", Circuit(pairs), seldom),
         Watch("few_shot", FewShot(**drawn), seldom),
         Watch("layers", LayerRoles(tokens), seldom),

@@ -204,12 +204,12 @@ def _dataset(sums: list[np.ndarray], eigenvalue: np.ndarray | None, types: np.nd
     result.put("shuffled", dims, 2 * shuffled - 1, None, label, units=units, nan=silent)
     uniform = 2 * np.mean(1 / types) - 1
     result.put("uniform", (), uniform, None, "score of raising all tokens alike", units=units, nan=silent)
-    about = {"smallest_change": 0.05, "nan": "the head writes nothing at the places it looks at"}
+    about = {"smallest_change": 0.05, "nan": "the head writes nothing at the places it looks at", "later": True}
     label = "share of other tokens raised less than the attended one"
     result.put("rank", dims, rank, rank_se, label, units="share", replicates=clustered_groups(beaten, met), **about)
     narrow = "the circuit is zero, or the embedding is no map from tokens to the stream"
     values = np.full(shape, np.nan) if eigenvalue is None else eigenvalue
-    result.put("eigenvalue", dims, values, None, "Re Σλ / Σ|λ| of the OV circuit", units="1", nan=narrow)
+    result.put("eigenvalue", dims, values, None, "Re Σλ / Σ|λ| of the OV circuit", units="1", nan=narrow, later=True)
     raised = everything.sum(0) / (len(own) * length)
     result.put("raised", dims, raised, None, "raised in all, for one query", units="logit")
     return result.dataset(layer=np.arange(shape[0]), head=np.arange(shape[1]))

@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, activations, next_token
+from devmon.anatomy.patching import check_heads
 from devmon.anatomy.sites import Site, Write
 from devmon.cost import Cost
 from devmon.data import ByContent, RepeatProbe, clustered_groups, clustered_mean, minibatches, probe_tokens
@@ -121,7 +122,7 @@ class HeadAblation(ByContent, OnRepeats):
         pool = np.zeros((anatomy.layers, anatomy.heads), np.int64)
         for layer, others, _ in self._choices(group, anatomy.heads, found):
             pool[layer, others] = 1
-        result.put("matched", ("layer", "head"), pool, None, "1 for the heads of random groups", units="1")
+        result.put("matched", ("layer", "head"), pool, None, "1 for the heads of random groups", units="1", later=True)
 
         # the model as it is first, then without the group, then without each random group
         runs, measured = [(), group, *matched], slice(half, self.sequences)
@@ -147,11 +148,7 @@ class HeadAblation(ByContent, OnRepeats):
             found = tuple((int(layer), int(head)) for layer, head in np.argwhere(matching >= self.threshold))
         else:
             group = self.heads
-            if any(not (0 <= layer < anatomy.layers and 0 <= head < anatomy.heads) for layer, head in group):
-                raise InstrumentError(
-                    f"{anatomy.who}: heads={group} are not all in the {anatomy.layers} layers of {anatomy.heads} heads "
-                    f"of {type(anatomy.model).__name__}: give pairs (layer, head) of this model"
-                )
+            check_heads(anatomy, group)
         chosen = np.zeros((anatomy.layers, anatomy.heads), np.int64)
         chosen[tuple(np.array(group).T)] = 1
         result.put("in_group", dims, chosen, None, "1 for the heads of the group", units="1")

@@ -123,7 +123,8 @@ class IntrinsicDimension(ByContent):
         for name, value in zip(("participation_ratio", "effective_rank"), flat, strict=True):
             label = f"{name} of isotropic Gaussian items"
             result.put(f"{name}_reference", (), value, None, label, units=units)
-        result.put("massive", "layer", columns["massive"], None, "number of states left out as massive", units="1")
+        label = "number of states left out as massive"
+        result.put("massive", "layer", columns["massive"], None, label, units="1", later=True)
         result.put("distinct", "layer", columns["distinct"], None, "number of distinct states", units="1")
         return result.dataset(layer=np.arange(len(layers)))
 

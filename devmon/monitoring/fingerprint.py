@@ -73,7 +73,14 @@ def _array(array: np.ndarray, dtype: str) -> str:
     return f"{dtype}{list(array.shape)} sha256:{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
 
 
+def _counts(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field is part of the identity: by its `metadata["identity"]` not "never" (it changes cost, not
+    numbers), and "if changed" only away from its default (it came after runs were stored without it)."""
+    when = field.metadata.get("identity", "always")
+    return when == "always" or (when == "if changed" and getattr(value, field.name) != field.default)
+
+
 def _fields(value: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(value):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if _counts(f, value)}
     return {key: item for key, item in getattr(value, "__dict__", {}).items() if not key.startswith("_")}

@@ -5,6 +5,7 @@ with a line at its estimate. Nothing here shows a window, picks a backend or lea
 """
 
 from devmon.analysis.plots.calibration import plot_calibration
+from devmon.analysis.plots.components import plot_components
 from devmon.analysis.plots.curves import (
     plot_layers,
     plot_llc,
@@ -31,6 +32,7 @@ __all__ = [  # noqa: RUF022
     "plot_ladder",
     # heat maps
     "plot_heads",
+    "plot_components",
     "plot_similarity",
     "plot_pairs",
     # the path of the outputs

@@ -102,7 +102,7 @@ def sample(
     """
     examples = as_examples(data)
     nbetas = lower_rungs(settings.nbeta, settings.sampler)
-    settings, kernel = _with_kernel(replace(settings, nbeta=settings.nbeta_for(examples.n)), examples.n)
+    settings, kernel = with_kernel(replace(settings, nbeta=settings.nbeta_for(examples.n)), examples.n)
     schedule = Schedule(
         draws=settings.burn_in + settings.draws,
         batch_size=settings.batch_size,
@@ -158,7 +158,7 @@ def sample(
     return with_rungs(dataset, rungs, reach(model, loss, examples, settings, mask, seed=seed))
 
 
-def _with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
+def with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
     """The settings with what their kernel brings, and the kernel. Raises InstrumentError where they cannot be run."""
     kernel = settings.sampler
     if not isinstance(kernel, str):

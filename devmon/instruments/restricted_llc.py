@@ -38,12 +38,9 @@ class RestrictedLLC(Settings, _Components):
 
     The weight-refined LLC of Wang et al. 2024 (2410.02984): the traces of component c are those of
     `devmon.instruments.LLC` with its mask, at the same settings and seed, up to rounding. `components` is a choice of
-
-    - "heads": the head's columns of queries, keys and values with their biases, and its rows of the output map; with
-      grouped attention the keys and values of its group
-    - "mlps": the parameters of a block that are neither its attention's nor a norm's
-    - "layers": all parameters of a block
-
+    "heads" (the head's columns of queries, keys and values with their biases, and its rows of the output map; with
+    grouped attention the keys and values of its group), "mlps" (what of a block is neither its attention's nor a
+    norm's) and "layers" (all of a block)
     of a model that `devmon.anatomy.Anatomy` knows or is told by `layout`; or masks by name, such as
     `{"first": "layers.0.*"}` (`devmon.sampling.masks.as_mask`), of any model. With `null`, a random mask of as many
     parameters stands beside each: of its own tensors where it is at most half of each of them (a head), else of its

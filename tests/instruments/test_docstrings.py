@@ -25,6 +25,7 @@ from devmon.instruments import (
     Curvature,
     FourierSpectrum,
     HeadAblation,
+    RestrictedLLC,
     RestrictedLoss,
     Sketch,
 )
@@ -90,6 +91,9 @@ MORE: dict[str, Any] = {
             ),
             gpt2,
         )
+    ],
+    "RestrictedLLC": lambda x: [
+        (RestrictedLLC(x, components=("mlps",), draws=2, burn_in=0, chains=2, batch_size=3, control_variate=True), gpt2)
     ],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "FourierSpectrum": lambda x: [(FourierSpectrum(P, ("embed.weight",)), adder)],

@@ -137,10 +137,10 @@ def _groups(derived: xr.Dataset) -> dict[str, xr.DataArray]:
     varies = np.flatnonzero((p < FLAT) & ~random)
     # Two curves are compared where both are accepted.
     apart = np.zeros((len(varies), len(varies)))
-    for a, i in enumerate(varies):
-        for b, j in enumerate(varies[:a]):
-            both = good[i] & good[j]
-            r = np.corrcoef(values[i, both], values[j, both])[0, 1] if both.sum() >= 3 else np.nan
+    for a, one in enumerate(varies):
+        for b, other in enumerate(varies[:a]):
+            both = good[one] & good[other]
+            r = np.corrcoef(values[one, both], values[other, both])[0, 1] if both.sum() >= 3 else np.nan
             apart[a, b] = apart[b, a] = 1 - np.nan_to_num(r)
     if len(varies) > 1:
         labels = fcluster(linkage(squareform(apart, checks=False), "complete"), 1 - ALIKE, "distance")

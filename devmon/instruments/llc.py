@@ -54,6 +54,7 @@ class LLC(Settings, _SampledOn):
     - `example_loss` (chain, draw, example), loss: with `examples`, the losses of so many single examples at the start
       of a draw; a forward pass of them a draw.
     - `acceptance` (chain, draw), 1: with `acceptance`, that of a Metropolis-adjusted step of SGLD; a pass a draw.
+
     With a ladder, the same at its further nbetas (coordinate `rung`), under the same noise and batches:
 
     - `ladder_loss` (rung, chain, draw), loss: as `loss`.
@@ -61,6 +62,7 @@ class LLC(Settings, _SampledOn):
     - `ladder_distance` (rung, chain, draw), weight: as `distance`.
     - `ladder_slope` (rung, chain, draw), loss: as `slope`.
     - `ladder_linear` (rung, chain, draw), loss: as `linear`.
+    - `ladder_first_order` (rung, chain, draw), loss: as `first_order`.
     - `ladder_lr` (rung), 1: the step size, in proportion to 1 / nbeta.
     - `ladder_reach`, loss: mean of L(w) − L(w*) under N(w*, 1/gamma), the localising Gaussian alone.
     - `ladder_reach_beyond`, loss: its part beyond the second order.

@@ -57,7 +57,8 @@ class Plan:
         index = torch.stack([schedule.batches(stream, examples.n) for stream in streams], 1).to(device)
         full: Mapping[str, Tensor] = {}
         if schedule.control_variate:
-            table, gradient = gradient_at_center(flat, examples, schedule.batch_size)
+            everything = torch.arange(examples.n, device=device)
+            table, gradient, _ = gradient_at_center(flat, examples, everything, schedule.batch_size)
             full = dict(zip(flat.names, flat.parts(gradient), strict=True))
         else:
             met = torch.zeros(examples.n, dtype=torch.bool, device=device)

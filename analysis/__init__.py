@@ -14,7 +14,9 @@ if __name__ == "analysis":
 if TYPE_CHECKING:
     from devmon.analysis import plots as plots
     from devmon.analysis.derive.circuit import circuit_overlap as circuit_overlap
+    from devmon.analysis.derive.components import component_llc as component_llc
     from devmon.analysis.derive.essential import essential_dynamics as essential_dynamics
+    from devmon.analysis.derive.ladder import ladder as ladder
     from devmon.analysis.derive.llc import llc as llc
     from devmon.analysis.derive.representation import cka as cka
     from devmon.analysis.derive.representation import drift as drift
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 _HOME = {
     # what is derived from the stored measurements
     "llc": "derive.llc",
+    "ladder": "derive.ladder",
+    "component_llc": "derive.components",
     "cka": "derive.representation",
     "circuit_overlap": "derive.circuit",
     "drift": "derive.representation",

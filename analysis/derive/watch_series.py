@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterator
 import numpy as np
 import xarray as xr
 
+from devmon.analysis.derive.components import component_llc, is_component_llc
 from devmon.analysis.derive.llc import llc
 from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.run import RunData, has_rows
@@ -23,12 +24,13 @@ def series_of(
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 
     LLC traces give `llc/llc` with its standard error, points whose verdict is neither "ok" nor "finite-time" marked as
-    rejected. Any other watch gives the variables that are `followed`: a scalar as `watch/variable`, an array as
-    `watch/variable max` (the largest element at each step, with that element's error) and, up to 64 elements,
-    `watch/variable[layer=1, head=3]` each. An infinite value is marked as rejected. A variable's attribute
-    `smallest_change` becomes the series' `smallest`. Values by group of items (`variable_replicates`), and of λ̂ by
-    batch of draws, become `replicates`; those of a maximum are of the element that is largest at each step. A series
-    has none that are not finite where its values are, and none of one group.
+    rejected; those of a RestrictedLLC give `watch/llc[layer 0 head 1]` for each component. Any other watch gives the
+    variables that are `followed`: a scalar as `watch/variable`, an array as `watch/variable max` (the largest element
+    at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each. An infinite
+    value is marked as rejected. A variable's attribute `smallest_change` becomes the series' `smallest`. Values by
+    group of items (`variable_replicates`), and of λ̂ by batch of draws, become `replicates`; those of a maximum are of
+    the element that is largest at each step. A series has none that are not finite where its values are, and none of
+    one group.
 
     - `costs`: each watch gives `watch/seconds` too, what its observations took
     - `each`: without it, arrays give their maximum alone
@@ -54,6 +56,8 @@ def series_of_watch(
     """The series of one watch, from its rows; `estimate` is `llc(dataset)`, where that is known already."""
     if is_llc(dataset):
         series = _llc_series(name, llc(dataset) if estimate is None else estimate)
+    elif is_component_llc(dataset):
+        series = _component_series(name, component_llc(dataset)) if each else []
     else:
         series = _plain_series(name, dataset, each)
     if costs and "seconds" in dataset.coords:
@@ -117,6 +121,18 @@ def elements(array: xr.DataArray) -> Iterator[tuple[str, xr.DataArray]]:
 def _llc_series(name: str, estimate: xr.Dataset) -> list[Series]:
     rejected = ~accepted(estimate["verdict"].values)
     return [_series(f"{name}/llc", estimate["llc"], estimate["se"], estimate.get("llc_replicates"), rejected)]
+
+
+def _component_series(name: str, derived: xr.Dataset) -> list[Series]:
+    """The components of an LLC by component; random masks are what they are compared with, and no series."""
+    random = set(derived["null"].values.tolist())
+    series = []
+    for i, label in enumerate(derived["component"].values):
+        one = derived.isel(component=i, drop=True)
+        if i not in random:
+            rejected = ~accepted(one["verdict"].values)
+            series.append(_series(f"{name}/llc[{label}]", one["llc"], one["se"], one.get("llc_replicates"), rejected))
+    return series
 
 
 def _plain_series(name: str, dataset: xr.Dataset, each: bool) -> list[Series]:

@@ -5,6 +5,7 @@ with a line at its estimate. Nothing here shows a window, picks a backend or lea
 """
 
 from devmon.analysis.plots.calibration import plot_calibration
+from devmon.analysis.plots.components import plot_components
 from devmon.analysis.plots.curves import (
     plot_layers,
     plot_llc,
@@ -15,6 +16,7 @@ from devmon.analysis.plots.curves import (
 )
 from devmon.analysis.plots.events import plot_events, plot_lead_lag, plot_matched
 from devmon.analysis.plots.heatmaps import plot_heads, plot_pairs, plot_similarity
+from devmon.analysis.plots.ladder import plot_ladder
 from devmon.analysis.plots.path import plot_essential
 from devmon.analysis.plots.style import step_axis, style
 
@@ -27,8 +29,10 @@ __all__ = [  # noqa: RUF022
     "plot_layers",
     "plot_position_loss",
     "plot_calibration",
+    "plot_ladder",
     # heat maps
     "plot_heads",
+    "plot_components",
     "plot_similarity",
     "plot_pairs",
     # the path of the outputs

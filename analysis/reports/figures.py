@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis import plots
+from devmon.analysis.derive.ladder import ladder
 from devmon.analysis.derive.verdicts import FINITE_TIME, accepted
 from devmon.analysis.detection.events import Event
 from devmon.analysis.plots.events import in_order
@@ -141,6 +142,27 @@ def llc_figure(page: Page, name: str, estimates: xr.Dataset, events: Sequence[Ev
     steps, values = np.asarray(estimates["step"].values), np.asarray(estimates["llc"].values, dtype=float)
     where = [curves(ax, [Series(f"{name}/llc", steps, values)])]
     return page.add(f"{name}-llc", drawing, caption, thinned(columns, rows), where)
+
+
+def ladder_figure(page: Page, name: str, traces: xr.Dataset) -> Figure:
+    """λ̂ of one watch at each nbeta of its ladder, at the last step; the table has every step."""
+    rungs = ladder(traces)
+    last = rungs.isel(step=-1)
+    drawing, ax = plots.plot_ladder(last)
+    caption = (
+        f"{name}: λ̂ by nbeta at step {int(last['step'])}: {last['limit'].item()}. Bars: ±1.64 standard errors, for the "
+        "most part common to all nbeta. Band: λ by the slope of the mean loss in 1 / nbeta, which needs no loss at w*."
+    )
+    words = {"wbic_slope": "λ by slope", "offset": "valley's loss − L(w*)", "trend": "trend an e-fold"}
+    columns = ["step", "limit", *(f"{text} (± se)" for text in words.values()), "multiplicity"]
+    rows = []
+    for i, at in enumerate(rungs["step"].values):
+        cells = [f"{number(float(rungs[k][i]), 3)} ± {number(float(rungs[f'{k}_se'][i]), 2)}" for k in words]
+        told = rungs["multiplicity"].values[i]
+        multiplicity = number(float(told), 1) if np.isfinite(told) else "not told"
+        rows.append(Row([str(int(at)), str(rungs["limit"].values[i]), *cells, multiplicity], False))
+    where = [curves(ax, [Series(f"{name}/llc by nbeta", last["nbeta"].values, last["llc"].values)])]
+    return page.add(f"{name}-ladder", drawing, caption, thinned(columns, rows), where)
 
 
 def calibration_figure(page: Page, stored: Mapping[str, Any]) -> tuple[str, Figure]:

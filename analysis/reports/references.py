@@ -22,6 +22,11 @@ CITED = {
         _HOOGLAND,
         "Vehtari et al. (2021), Rank-normalization, folding, and localization: an improved R̂. Bayesian Analysis 16(2)",
     ),
+    "RestrictedLLC": (
+        _LLC,
+        "Wang et al. (2024), Differentiation and specialization of attention heads via the refined local learning "
+        "coefficient. arXiv:2410.02984",
+    ),
     "InductionHeads": (_OLSSON,),
     "PreviousTokenHeads": (_OLSSON,),
     "RepeatGain": (_OLSSON,),

@@ -12,6 +12,7 @@ from devmon.analysis.reports.drawing import Page
 from devmon.analysis.reports.figures import (
     calibration_figure,
     forest,
+    ladder_figure,
     lead_lag_figure,
     llc_figure,
     overview,
@@ -86,7 +87,11 @@ def _order(page: Page, findings: Findings) -> list[Section]:
 
 
 def _llc(page: Page, findings: Findings) -> list[Section]:
-    drawn: list[Block] = [llc_figure(page, name, data, findings.events) for name, data in findings.estimates.items()]
+    drawn: list[Block] = []
+    for name, data in findings.estimates.items():
+        drawn.append(llc_figure(page, name, data, findings.events))
+        if "ladder_loss" in findings.watches[name]:
+            drawn.append(ladder_figure(page, name, findings.watches[name]))
     return [Section("llc", "Local learning coefficient", drawn)] if drawn else []
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis import plots
+from devmon.analysis.derive.components import groups_of
 from devmon.analysis.derive.watch_series import elements
 from devmon.analysis.plots.heatmaps import short
 from devmon.analysis.plots.style import MAX_COLUMNS, thin
@@ -89,6 +90,37 @@ def essential_figure(page: Page, name: str, dynamics: xr.Dataset) -> Figure:
     rows = [Row([str(int(s)), *(number(float(v)) for v in row)]) for s, row in zip(steps, path, strict=True)]
     columns = ["step", *(f"component {int(c)}" for c in dynamics["component"].values)]
     return page.add(f"{name}-essential", drawing, caption, thinned(columns, rows))
+
+
+def components_figure(page: Page, name: str, derived: xr.Dataset) -> Figure:
+    """A heat map of λ̂ by component, in the order of the layers; the last values beside random masks behind it."""
+    drawing, ax = plots.plot_components(derived)
+    groups = "; ".join(f"{i}: {', '.join(members)}" for i, members in groups_of(derived).items() if i >= 0)
+    flat = ", ".join(groups_of(derived).get(-1, []))
+    caption = (
+        f"{name}: λ̂ of each component at each checkpoint, all other parameters at rest, beside random masks of equal "
+        "size; colours are logarithmic, rejected estimates grey."
+    )
+    caption += f" Groups whose curves go together (r ≥ 0.9 between all members): {groups}." if groups else ""
+    caption += f" No change beyond errors, or too few accepted: {flat}." if flat else ""
+    last = derived.isel(step=-1)
+    columns = ["component", "group", "parameters", "λ̂ at the last step", "above random", "verdict"]
+    rows = [
+        Row([
+            str(last["component"].values[i]),
+            str(int(last["group"].values[i])) if "group" in last and last["group"].values[i] >= 0 else "–",
+            str(int(last["parameters"].values[i])),
+            f"{number(float(last['llc'].values[i]))} ± {number(float(last['se'].values[i]), 2)}",
+            f"{number(float(last['above_null'].values[i]))} ± {number(float(last['above_null_se'].values[i]), 2)}"
+            if last["null"].values[i] >= 0
+            else "–",
+            str(last["verdict"].values[i]),
+        ])
+        for i in range(last.sizes["component"])
+    ]  # fmt: skip
+    shown = derived["step"].values[thin(derived.sizes["step"], MAX_COLUMNS)]
+    where = [heat(ax, shown.tolist(), [label.get_text() for label in ax.get_yticklabels()])]
+    return page.add(f"{name}-components", drawing, caption, Table(columns, rows), where)
 
 
 def positions_figure(page: Page, name: str, data: xr.Dataset) -> Figure:

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis.derive.circuit import circuit_overlap
+from devmon.analysis.derive.components import component_llc, is_component_llc
 from devmon.analysis.derive.essential import essential_dynamics
 from devmon.analysis.derive.representation import similarity
 from devmon.analysis.derive.watch_series import MAX_ELEMENTS, followed, is_llc
@@ -18,6 +19,7 @@ from devmon.analysis.reports.figures import PANELS, bands, stack
 from devmon.analysis.reports.findings import Findings
 from devmon.analysis.reports.glossary import TOPICS
 from devmon.analysis.reports.watch_figures import (
+    components_figure,
     essential_figure,
     heads_figure,
     layers_figure,
@@ -143,6 +145,8 @@ def _chosen(series: Sequence[Series], eventful: set[str], most: int) -> list[Ser
 def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
     """What is made of stored sketches, outputs, edges and pairs of heads; a note where there is too little of them."""
     makers: list[Callable[[], list[Figure]]] = []
+    if is_component_llc(data):
+        makers.append(lambda: [components_figure(page, name, component_llc(data))])
     if "sketch" in data and {"step", "item"} <= set(data["sketch"].dims) and data.sizes["step"] > 1:
         makers.append(lambda: _similarity(page, name, data))
     if "outputs" in data and "step" in data["outputs"].dims:

@@ -64,3 +64,13 @@ def slopes(
 
 def _writes(source: Tensor, index: Index) -> Write:
     return lambda value: patched(value, source, index)
+
+
+def check_heads(anatomy: Anatomy, heads: Iterable[tuple[int, int]]) -> None:
+    """InstrumentError unless all pairs (layer, head) are of this model."""
+    wrong = [pair for pair in heads if not (0 <= pair[0] < anatomy.layers and 0 <= pair[1] < anatomy.heads)]
+    if wrong:
+        raise InstrumentError(
+            f"{anatomy.who}: heads={tuple(heads)} are not all in the {anatomy.layers} layers of {anatomy.heads} heads "
+            f"of {type(anatomy.model).__name__}: give pairs (layer, head) of this model"
+        )

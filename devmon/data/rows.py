@@ -49,12 +49,15 @@ class Rows:
         nan: str | None = None,
         error: str | None = None,
         replicates: ArrayLike | None = None,
+        later: bool = False,
     ) -> None:
         """Add `name` over `dims` and, where there is an `se`, its standard error as `name_se`.
 
         `smallest_change`, in `units`, is the least change of a headline that anybody would care about: alarms and the
         search for events leave smaller ones out. `nan` says when a value is NaN. `error` is the label of this standard
         error, where it differs from that of the others.
+
+        `later` marks what a later version added: it is left out of runs whose first rows lack it.
 
         `replicates` (replicate, *dims) are the value on fixed groups of items (`devmon.data.clustered_groups`), kept as
         `name_replicates` in float32: how contrasts of them over steps differ is the error of that contrast. They are
@@ -65,9 +68,10 @@ class Rows:
             attrs["smallest_change"] = smallest_change
         if nan is not None:
             attrs["nan"] = nan
-        self._variables[name] = (dims, value, attrs)
+        added = {"later": 1} if later else {}
+        self._variables[name] = (dims, value, attrs | added)
         if se is not None:
-            self._variables[f"{name}_se"] = (dims, se, {"long_name": error or self.error, "units": units})
+            self._variables[f"{name}_se"] = (dims, se, {"long_name": error or self.error, "units": units} | added)
         if replicates is not None and name in self.headline:
             with np.errstate(over="ignore"):
                 groups = np.asarray(replicates, np.float32)

@@ -55,17 +55,21 @@ def symbol_tasks(
     seed: int = 0,
     bos: int | None = None,
     exclude: tuple[int, ...] = (),
+    plain: bool = False,
 ) -> TaskPrompts:
     """Random one-to-one maps of symbols, shown by examples: x_1 → y_1 , x_2 → y_2 , … x_q →, `prompts` for each task.
 
-    Of the allowed tokens, in order, the first two are the arrow and the comma, the next `symbols` are inputs and the
-    next `symbols` outputs: tasks share them and differ in the map alone, which `seed` draws. The x of a prompt are
-    different; x_q is a `new` one, so that only a model that knows the maps can answer, or one of those `shown`, which
-    looking back in the prompt answers. In the shuffled prompt each x has the y of another example.
+    The arrow, the comma, `symbols` inputs and `symbols` outputs are drawn by `seed` from the tokens below `vocab_size`
+    without `bos` and `exclude`: tasks share them and differ in the map alone. The x of a prompt are different; x_q is a
+    `new` one, so that only a model that knows the maps can answer, or one of those `shown`, which looking back in the
+    prompt answers. In the shuffled prompt each x has the y of another example. `plain` leaves out arrows and commas, so
+    that a `shown` x is followed by its y, as an induction head says.
 
     >>> made = symbol_tasks(100, tasks=1, prompts=4, shots=3, symbols=4, seed=1)
-    >>> made.prompts[0].tolist(), made.shuffled[0].tolist(), int(made.answer[0])
-    ([2, 0, 7, 1, 4, 0, 8, 1, 5, 0, 6, 1, 3, 0], [2, 0, 8, 1, 4, 0, 6, 1, 5, 0, 7, 1, 3, 0], 9)
+    >>> made.prompts[0].tolist(), int(made.answer[0])
+    ([63, 45, 79, 15, 35, 45, 72, 15, 32, 45, 17, 15, 90, 45], 96)
+    >>> made.shuffled[0].tolist()
+    [63, 45, 17, 15, 35, 45, 79, 15, 32, 45, 72, 15, 90, 45]
     """
     allowed = [token for token in range(vocab_size) if token != bos and token not in exclude]
     if len(allowed) < 2 + 2 * symbols or not 2 <= shots <= symbols - (query == "new") or min(tasks, prompts) < 1:
@@ -74,8 +78,9 @@ def symbol_tasks(
             f"shots, got {len(allowed)} tokens and {shots} shots"
         )
     generator = torch.Generator().manual_seed(seed)
-    arrow, comma = allowed[:2]
-    inputs, outputs = torch.tensor(allowed[2 : 2 + symbols]), torch.tensor(allowed[2 + symbols : 2 + 2 * symbols])
+    drawn = torch.tensor(allowed)[torch.randperm(len(allowed), generator=generator)[: 2 + 2 * symbols]]
+    arrow, comma = ([], []) if plain else ([int(drawn[0])], [int(drawn[1])])
+    inputs, outputs = drawn[2:].split(symbols)
     right: list[list[int]] = []
     wrong: list[list[int]] = []
     answers: list[int] = []
@@ -88,8 +93,8 @@ def symbol_tasks(
             asked = order[shots] if query == "new" else order[torch.randint(shots, (1,), generator=generator)[0]]
             other = y.roll(int(torch.randint(1, shots, (1,), generator=generator)))
             for labels, rows in ((y, right), (other, wrong)):
-                pairs = [[int(a), arrow, int(b), comma] for a, b in zip(shown, labels, strict=True)]
-                rows.append([*start, *(token for pair in pairs for token in pair), int(inputs[asked]), arrow])
+                pairs = [[int(a), *arrow, int(b), *comma] for a, b in zip(shown, labels, strict=True)]
+                rows.append([*start, *(token for pair in pairs for token in pair), int(inputs[asked]), *arrow])
             answers.append(int(made[asked]))
     task = torch.arange(tasks).repeat_interleave(prompts)
     return TaskPrompts(torch.tensor(right), torch.tensor(wrong), torch.tensor(answers), task)

@@ -26,6 +26,7 @@ from devmon.instruments.probe_loss import ProbeLoss
 from devmon.instruments.repeat_gain import RepeatGain
 from devmon.instruments.representation_sketch import Sketch
 from devmon.instruments.residual_attribution import ResidualAttribution
+from devmon.instruments.restricted_llc import RestrictedLLC
 from devmon.instruments.restricted_loss import RestrictedLoss
 from devmon.instruments.superposition import Superposition
 from devmon.instruments.tuned_lens import TunedLens
@@ -65,6 +66,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "Polysemanticity",
     # weights and geometry
     "LLC",
+    "RestrictedLLC",
     "Curvature",
     "WeightStatistics",
     # addition modulo p

@@ -16,6 +16,7 @@ from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
+from devmon.instruments.head_spectra import copying_eigenvalues
 from devmon.snapshot import Snapshot, derive_seed
 
 # share of max |z|; bfloat16 rounds by 0.004. Beyond it a head writes something else than its pattern times its values
@@ -42,6 +43,13 @@ class CopyingHeads(ByContent):
       that: its own null.
     - `uniform`, score in [-1, 1]: the score of a head that raises all tokens of a sequence alike, 2 / |S| − 1, near −1
       as in the paper.
+    - `rank` (layer, head), share: of the other tokens of the sequence, those that a place raises less than its own
+      token, by attention: one candidate against another, which many small logits cannot swamp as they do
+      the sum in `copying`. Null: 0.5.
+    - `rank_se` (layer, head), share: its standard error over sequences.
+    - `eigenvalue` (layer, head), 1: Re Σλ / Σ|λ| of the OV circuit between embedding and unembedding, `copying` of
+      `HeadSpectra` (Elhage et al. 2021): what the head would copy of tokens themselves. NaN where the embedding is of
+      another width. Null: `null` there, about 0.
     - `raised` (layer, head), logit: the denominator for a query: how much there is to share.
 
     The probe is `sequences` of `length` different tokens drawn by `seed` from `vocab_size` without `exclude` (the paper
@@ -90,8 +98,9 @@ class CopyingHeads(ByContent):
                 [read.sums(layer, rows, reads) for rows in minibatches(len(self._probe), self.batch_size)]
                 for layer in range(anatomy.layers)
             ]
-        sums = [torch.cat(layer, 1).cpu().numpy() for layer in parts]  # each (3, batch, head)
-        return _dataset(sums, read.types.sum(1).cpu().numpy(), self._probe.shape[1] - read.start)
+            eigenvalue = copying_eigenvalues(anatomy)
+        sums = [torch.cat(layer, 1).cpu().numpy() for layer in parts]  # each (5, batch, head)
+        return _dataset(sums, eigenvalue, read.types.sum(1).cpu().numpy(), self._probe.shape[1] - read.start)
 
     @cached_property
     def _allowed(self) -> list[int]:
@@ -122,7 +131,8 @@ class _Reader:
         self.types = ~(content[:, :, None] == content[:, None, :]).tril(-1).any(-1)
 
     def sums(self, layer: int, rows: slice, reads: Reads) -> Tensor:
-        """(3, batch, head): raised of the attended tokens, of the tokens after them, of all tokens."""
+        """(5, batch, head): raised of the attended tokens, of the tokens after them, of all tokens; tokens that the
+        attended ones beat, and how many they met."""
         a = self.anatomy
         v, z, pattern = (reads[site, layer][rows].double() for site in ("v", "z", "pattern"))
         stream = reads["resid_post", a.layers - 1][rows]
@@ -134,14 +144,22 @@ class _Reader:
         scale = end.scale(whole.to(dtype)).double() * final.scale(stream.to(dtype)).double()  # (batch, q, 1)
         weight = (pattern / scale[:, None]).sum(2)[:, :, self.start :]  # (batch, head, k), over queries
         toward = a.W_U.detach()[:, self.tokens[rows, self.start :]].double() - self.mean[:, None, None]  # (d, batch, t)
+        content = self.tokens[rows, self.start :]
+        rivals = self.types[rows][:, None] & (content[:, :, None] != content[:, None])  # (batch, k, t)
         # the norms are linear once their scale is frozen, and that has been divided out of the weight above
         unit, by_head = torch.ones_like(scale[:, :1]), []
         for head in range(a.heads):
             added = final.linear(end.linear(v[:, self.start :, head] @ w_o[head], unit), unit)  # (batch, k, d)
-            raised = torch.einsum("bkd,dbt->bkt", added, toward).clamp(min=0) * weight[:, head, :, None]
+            lifted = torch.einsum("bkd,dbt->bkt", added, toward)
+            # rivals of a place's own token: the other tokens, once each
+            own = lifted.diagonal(0, 1, 2)[:, :, None]
+            beaten = (own > lifted) & rivals
+            looks = weight[:, head] * (lifted != 0).any(2)
+            raised = lifted.clamp(min=0) * weight[:, head, :, None]
             everything = (raised * self.types[rows][:, None]).sum((1, 2))
             after = raised.roll(-1, 2).diagonal(0, 1, 2).sum(1)
-            by_head.append(torch.stack([raised.diagonal(0, 1, 2).sum(1), after, everything]))
+            met = [(looks * beaten.sum(2)).sum(1), (looks * rivals.sum(2)).sum(1)]
+            by_head.append(torch.stack([raised.diagonal(0, 1, 2).sum(1), after, everything, *met]))
         return torch.stack(by_head, 2)
 
 
@@ -165,16 +183,17 @@ def _check(anatomy: Anatomy, expected: Tensor, z: Tensor, layer: int) -> None:
         )
 
 
-def _dataset(sums: list[np.ndarray], types: np.ndarray, length: int) -> xr.Dataset:
-    """From (3, batch, head) of each layer and the number of distinct tokens of each sequence."""
-    own, after, everything = np.stack(sums, 2)  # (batch, layer, head)
+def _dataset(sums: list[np.ndarray], eigenvalue: np.ndarray | None, types: np.ndarray, length: int) -> xr.Dataset:
+    """From (5, batch, head) of each layer, `eigenvalue` (layer, head) and the distinct tokens of each sequence."""
+    own, after, everything, beaten, met = np.stack(sums, 2)  # (batch, layer, head)
     shape = own.shape[1:]
-    share, se, shuffled = (np.full(shape, np.nan) for _ in range(3))
+    share, se, shuffled, rank, rank_se = (np.full(shape, np.nan) for _ in range(5))
     for place in np.ndindex(shape):
         here = (slice(None), *place)
         share[place], se[place] = clustered_mean(own[here], everything[here])
+        rank[place], rank_se[place] = clustered_mean(beaten[here], met[here])
         shuffled[place] = clustered_mean(after[here], everything[here])[0]
-    dims, result = ("layer", "head"), Rows(headline=["copying"])
+    dims, result = ("layer", "head"), Rows(headline=["copying", "rank"])
     units, silent = "score in [-1, 1]", "the head raises no token of the probe"
     label = "share raised at the attended token, scaled"
     groups = 2 * clustered_groups(own, everything) - 1
@@ -185,6 +204,12 @@ def _dataset(sums: list[np.ndarray], types: np.ndarray, length: int) -> xr.Datas
     result.put("shuffled", dims, 2 * shuffled - 1, None, label, units=units, nan=silent)
     uniform = 2 * np.mean(1 / types) - 1
     result.put("uniform", (), uniform, None, "score of raising all tokens alike", units=units, nan=silent)
+    about = {"smallest_change": 0.05, "nan": "the head writes nothing at the places it looks at", "later": True}
+    label = "share of other tokens raised less than the attended one"
+    result.put("rank", dims, rank, rank_se, label, units="share", replicates=clustered_groups(beaten, met), **about)
+    narrow = "the circuit is zero, or the embedding is no map from tokens to the stream"
+    values = np.full(shape, np.nan) if eigenvalue is None else eigenvalue
+    result.put("eigenvalue", dims, values, None, "Re Σλ / Σ|λ| of the OV circuit", units="1", nan=narrow, later=True)
     raised = everything.sum(0) / (len(own) * length)
     result.put("raised", dims, raised, None, "raised in all, for one query", units="logit")
     return result.dataset(layer=np.arange(shape[0]), head=np.arange(shape[1]))

@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, activations, next_token
+from devmon.anatomy.patching import check_heads
 from devmon.anatomy.sites import Site, Write
 from devmon.cost import Cost
 from devmon.data import ByContent, RepeatProbe, clustered_groups, clustered_mean, minibatches, probe_tokens
@@ -24,6 +25,7 @@ from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
 
 Heads = tuple[tuple[int, int], ...]
+NO_MATCH = "a layer has too few other heads for a matched random group"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +39,16 @@ class HeadAblation(ByContent, OnRepeats):
     The group is `heads`, pairs (layer, head), or, without it, the heads whose prefix matching (`InductionHeads`) is at
     least `threshold`, or the best head where there are none, or the `top` best; one head of a layer is always left
     out. It is chosen anew on every snapshot: one half of the repeat probe (`devmon.data.repeats`) chooses, the other
-    half measures. A matched random group has as many heads in each layer, none of them of the group (all that are
-    left, where the group takes more than half of a layer: compare `size` and `size_random`); `groups` of them are drawn
-    without repetition by `seed`, or all are taken where there are no more.
+    half measures. A matched random group has as many heads in each layer, none of them of the group, nor, where the
+    instrument chooses, one whose prefix matching is at least `threshold`; `groups` of them are drawn without repetition
+    by `seed`, or all are taken where there are no more. Where a layer has too few such heads there is no matched group,
+    and all that compares with one is NaN.
 
     - `prefix_matching` (layer, head), attention: what chose the group, in [0, 1]; where the instrument chooses.
     - `in_group` (layer, head), 1: 1 for the heads of the group.
     - `size`, 1: the heads in the group.
-    - `size_random`, 1: the heads in a random group.
+    - `size_random`, 1: the heads in a random group, as many, or 0 where no group matches.
+    - `matched` (layer, head), 1: 1 for the heads that random groups are drawn from.
     - `delta_loss`, nats per token: loss without the group - loss, on `tokens` (batch, pos) such as text, or on the
       probe. Null: `delta_loss_random`.
     - `delta_loss_se`, nats per token: its standard error over sequences.
@@ -111,10 +115,14 @@ class HeadAblation(ByContent, OnRepeats):
         result = Rows(headline=["gain_share", "excess_loss"], error="standard error", how=self.how)
 
         # the half that chooses the group does not measure it: the best of many heads is better by chance where it won
-        group = self._group(result, anatomy, probe, slice(half))
-        matched, possible = self._matched(group, anatomy.heads)
+        group, found = self._group(result, anatomy, probe, slice(half))
+        matched, possible = self._matched(group, anatomy.heads, found)
         result.put("size", (), len(group), None, "heads in the group", units="1")
-        result.put("size_random", (), len(matched[0]), None, "heads in a random group", units="1")
+        result.put("size_random", (), len(group) if matched else 0, None, "heads in a random group", units="1")
+        pool = np.zeros((anatomy.layers, anatomy.heads), np.int64)
+        for layer, others, _ in self._choices(group, anatomy.heads, found):
+            pool[layer, others] = 1
+        result.put("matched", ("layer", "head"), pool, None, "1 for the heads of random groups", units="1", later=True)
 
         # the model as it is first, then without the group, then without each random group
         runs, measured = [(), group, *matched], slice(half, self.sequences)
@@ -128,25 +136,23 @@ class HeadAblation(ByContent, OnRepeats):
             layer=np.arange(anatomy.layers), head=np.arange(anatomy.heads), group=np.arange(self.groups)
         )
 
-    def _group(self, result: Rows, anatomy: Anatomy, probe: RepeatProbe, rows: slice) -> Heads:
-        """The heads to ablate: those given, or those whose prefix matching on these sequences is highest."""
-        dims = ("layer", "head")
+    def _group(self, result: Rows, anatomy: Anatomy, probe: RepeatProbe, rows: slice) -> tuple[Heads, Heads]:
+        """The heads to ablate, those given or those whose prefix matching on these sequences is highest, and all that
+        reach the threshold, of which no random group is made."""
+        dims, found = ("layer", "head"), ()
         if self.heads is None:
             matching = prefix_matching(anatomy, probe, rows, self.batch_size)
             label = "attention to the place after the last match, on the choosing half"
             result.put("prefix_matching", dims, matching, None, label, units="attention")
             group = _highest(matching, self.threshold, self.top, anatomy.who)
+            found = tuple((int(layer), int(head)) for layer, head in np.argwhere(matching >= self.threshold))
         else:
             group = self.heads
-            if any(not (0 <= layer < anatomy.layers and 0 <= head < anatomy.heads) for layer, head in group):
-                raise InstrumentError(
-                    f"{anatomy.who}: heads={group} are not all in the {anatomy.layers} layers of {anatomy.heads} heads "
-                    f"of {type(anatomy.model).__name__}: give pairs (layer, head) of this model"
-                )
+            check_heads(anatomy, group)
         chosen = np.zeros((anatomy.layers, anatomy.heads), np.int64)
         chosen[tuple(np.array(group).T)] = 1
         result.put("in_group", dims, chosen, None, "1 for the heads of the group", units="1")
-        return group
+        return group, found
 
     def _put_gains(self, result: Rows, gains: np.ndarray, counts: np.ndarray, possible: int) -> None:
         """From sums (run, sequence) of the repeat gain, and the tokens (sequence,) they are over."""
@@ -157,14 +163,16 @@ class HeadAblation(ByContent, OnRepeats):
 
         # shares of the gain; that of random groups also has the error of having drawn these groups and not others
         of_groups = np.array([share(each, whole)[0] for each in lost[1:]])
-        mean, se = share(whole - gains[2:].mean(0), whole)
-        se = np.sqrt(se**2 + _variance(of_groups, possible))
+        mean, se = np.nan, np.nan
+        if possible:
+            mean, se = share(whole - gains[2:].mean(0), whole)
+            se = np.sqrt(se**2 + _variance(of_groups, possible))
         label = "share of the gain that the group carries"
         own = share(lost[0], whole)
         about: dict[str, Any] = {"nan": NO_SIGNAL, "smallest_change": 0.1, "replicates": share_groups(lost[0], whole)}
         result.put("gain_share", (), *own, label, units="share", **about)
         label = "the same, mean over matched random groups"
-        result.put("gain_share_random", (), mean, se, label, units="share", nan=NO_SIGNAL)
+        result.put("gain_share_random", (), mean, se, label, units="share", nan=f"{NO_SIGNAL}, or {NO_MATCH}")
 
         padded = np.full(self.groups, np.nan)
         padded[: len(of_groups)] = of_groups
@@ -174,18 +182,24 @@ class HeadAblation(ByContent, OnRepeats):
         if not signal(whole)[2]:
             result.attrs["below_floor"] = "the gain is within 3 standard errors of 0: no shares of it"
 
-    def _matched(self, group: Heads, heads: int) -> tuple[list[Heads], int]:
-        """The random groups, and how many there could be."""
-        taken = {layer: [h for at, h in group if at == layer] for layer, _ in group}
+    def _choices(self, group: Heads, heads: int, found: Heads) -> list[tuple[int, list[int], int]]:
+        """For each layer of the group: the heads that a random group may have there, and how many it has."""
         choices = []
-        for layer, own in taken.items():
-            others = [h for h in range(heads) if h not in own]
-            if not others:
+        for layer in dict(group):
+            own, rest = [h for at, h in group if at == layer], {h for at, h in found if at == layer}
+            if len(own) == heads:
                 raise InstrumentError(
                     f"HeadAblation: the group holds all {heads} heads of layer {layer}: leave some out to compare with"
                 )
-            choices.append((layer, others, min(len(own), len(others))))
+            choices.append((layer, [h for h in range(heads) if h not in {*own, *rest}], len(own)))
+        return choices
+
+    def _matched(self, group: Heads, heads: int, found: Heads = ()) -> tuple[list[Heads], int]:
+        """The random groups, and how many there could be."""
+        choices = self._choices(group, heads, found)
         possible = math.prod(math.comb(len(others), size) for _, others, size in choices)
+        if not possible:
+            return [], 0
 
         # all groups where there are no more than asked for, else different ones at random
         if possible <= self.groups:
@@ -284,15 +298,26 @@ def _gains(nats: np.ndarray, probe: RepeatProbe, rows: slice) -> tuple[np.ndarra
 def _put_losses(result: Rows, nats: np.ndarray, possible: int) -> None:
     """From nats (run, batch, pos - 1): as it is, without the group, without each random group out of `possible`."""
     losses, tokens = nats.sum(2), np.full(nats.shape[1], nats.shape[2])
-    own, random = losses[1] - losses[0], (losses[2:] - losses[0]).mean(0)
+    own, random = losses[1] - losses[0], np.full(len(tokens), np.nan)
+    if possible:
+        random = (losses[2:] - losses[0]).mean(0)
     of_draw = _variance((losses[2:] - losses[0]).sum(1) / tokens.sum(), possible)
     units, label = "nats per token", "loss without the group minus loss"
     result.put("delta_loss", (), *_mean(own, tokens), label, units=units)
     random_mean, label = _mean(random, tokens, of_draw), "the same, mean over matched random groups"
-    result.put("delta_loss_random", (), *random_mean, label, units=units)
+    result.put("delta_loss_random", (), *random_mean, label, units=units, nan=f"NaN where {NO_MATCH}")
     excess, label = _mean(own - random, tokens, of_draw), "loss without the group minus loss without a random group"
     groups = clustered_groups(own - random, tokens)
-    result.put("excess_loss", (), *excess, label, units=units, smallest_change=0.05, replicates=groups)
+    result.put(
+        "excess_loss",
+        (),
+        *excess,
+        label,
+        units=units,
+        smallest_change=0.05,
+        replicates=groups,
+        nan=f"NaN where {NO_MATCH}",
+    )
 
 
 def _variance(each: np.ndarray, possible: int) -> float:

@@ -232,11 +232,39 @@ def _scores(q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: _Grams) -> dict[s
         ),
     ):
         trace = _trace(cross).cpu().numpy()
-        size = torch.linalg.eigvals(cross.cpu()).abs().sum(-1).numpy()
+        size = _eigenvalue_sum(cross)
         singular = _singular(left, right, most).sum(1)
         scores[name] = _over(trace, np.where((singular > 0) & (size >= ROUNDING_SHARE * singular), size, 0.0))
         scores[f"{name}_singular"] = _over(trace, singular)
     return scores
+
+
+def copying_eigenvalues(anatomy: Anatomy) -> np.ndarray | None:
+    """`copying` of `HeadSpectra` alone, (layer, head); None for embeddings that are not as wide as the stream."""
+    try:
+        embed, unembed = _tables(anatomy)
+    except InstrumentError:
+        return None
+    across, rows = _product(unembed, embed), []
+    for layer in range(anatomy.layers):
+        v, o = (weight.detach().double() for weight in (anatomy.W_V(layer), anatomy.W_O(layer)))
+        cross = o @ across @ v
+        size = _eigenvalue_sum(cross)
+        most = ((o @ across).flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)).cpu().numpy()
+        rows.append(_over(_trace(cross).cpu().numpy(), np.where(size >= ROUNDING_SHARE * most, size, 0.0)))
+    return np.stack(rows)
+
+
+def _eigenvalue_sum(matrices: Tensor) -> np.ndarray:
+    """Σ|λ| of square matrices (…, n, n)."""
+    matrices = matrices.cpu()
+    try:
+        return torch.linalg.eigvals(matrices).abs().sum(-1).numpy()
+    except torch.linalg.LinAlgError:  # repeated eigenvalues can defeat LAPACK: moved apart below rounding, they do not
+        generator = torch.Generator().manual_seed(0)
+        size = matrices.flatten(-2).norm(dim=-1)[..., None, None]
+        apart = torch.randn(matrices.shape, generator=generator, dtype=matrices.dtype) * size * 1e-15
+        return torch.linalg.eigvals(matrices + apart).abs().sum(-1).numpy()
 
 
 def _singular(left: Tensor, right: Tensor, most: Tensor) -> np.ndarray:

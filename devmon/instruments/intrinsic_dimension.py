@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 
 MIN_STATES = 20  # distinct states, below which no dimension is given: a cloud of n fills n - 1 directions at most
 SAME = 8.0  # roundings of the stream's own dtype: states that near are a single state; smaller, and twonn sees rounding
+FAR = 10.0  # median distances from the median state: states beyond it carry massive activations
 BLUR = 1e-7  # of the size of the cloud, below which distances are rounding themselves
 GROUPS = 10  # of the jackknife
 LABELS = {
@@ -36,9 +37,11 @@ LABELS = {
 class IntrinsicDimension(ByContent):
     """Three dimensions of the cloud of residual-stream states at fixed places of `tokens` (batch, pos) int64.
 
-    The items are the states at `positions` (None: all) of every sequence, at most `limit` of them, drawn by `seed`; of
-    inputs (batch, …) of floats, such as images, an item is the mean state over the places of one. Per
-    layer (0 the input of the first block, l the output of block l; `blocks` is their path where it is not found):
+    The items are the states at `positions` (None: all but the first, where language models keep activations that are
+    a thousand times as large as others and say nothing of the text: Sun et al. 2024, 2402.17762) of every sequence, at
+    most `limit` of them, drawn by `seed`; of inputs (batch, …) of floats, such as images, an item is the mean state
+    over the places of one. Per layer (0 the input of the first block, l the output of block l; `blocks` is their path
+    where it is not found):
 
     - `twonn` (layer), dimensions: how the number of neighbours grows with distance, from the two nearest only (Facco et
       al. 2017, doi:10.1038/s41598-017-11873-y): μ = r₂/r₁ of every item has P(μ > x) = x^-d where the density hardly
@@ -59,12 +62,14 @@ class IntrinsicDimension(ByContent):
     - `participation_ratio_reference`, dimensions: of Gaussian items equally large in every direction of the stream,
       that is the most that can be measured at this n.
     - `effective_rank_reference`, dimensions: the same for the effective rank.
-    - `distinct` (layer), 1: the number of different states; without positional embeddings layer 0 has a single state
-      for a token type. Equal states count once, in all three. Below 20 distinct states all are NaN: n items fill at
-      most n - 1 directions.
+    - `massive` (layer), 1: the number of states left out, for lying ten times as far from the median state as the
+      median of all (massive activations sit on a few places beside the first). Null: 0.
+    - `distinct` (layer), 1: the number of different states of the rest; without positional embeddings layer 0 has a
+      single state for a token type. Equal states count once, in all three. Below 20 distinct states all are NaN: n
+      items fill at most n - 1 directions.
 
     All three depend on n, and twonn falls far below a high true dimension, so compare at the same n, with the
-    references. A single huge direction (a rogue dimension, a far token) takes the participation ratio to 1 and says
+    references. A single huge direction (a rogue dimension) takes the participation ratio to 1 and says
     little of the rest. Cost: one forward pass of `tokens`; eigenvalues of size min(n, d) eleven times and n² distances
     a layer. Raises InstrumentError for a model whose blocks are not found, DataError for settings that name no items.
     """
@@ -118,6 +123,8 @@ class IntrinsicDimension(ByContent):
         for name, value in zip(("participation_ratio", "effective_rank"), flat, strict=True):
             label = f"{name} of isotropic Gaussian items"
             result.put(f"{name}_reference", (), value, None, label, units=units)
+        label = "number of states left out as massive"
+        result.put("massive", "layer", columns["massive"], None, label, units="1", later=True)
         result.put("distinct", "layer", columns["distinct"], None, "number of distinct states", units="1")
         return result.dataset(layer=np.arange(len(layers)))
 
@@ -126,9 +133,9 @@ class IntrinsicDimension(ByContent):
 
     def _items(self) -> Tensor:
         """(item, 2): sequence and position, in order."""
-        places = torch.arange(places_of(self.tokens))[
-            list(self.positions) if self.positions is not None else slice(None)
-        ]
+        length = places_of(self.tokens)
+        text = slice(1, None) if length > 1 else slice(None)
+        places = torch.arange(length)[text if self.positions is None else list(self.positions)]
         pairs = torch.cartesian_prod(torch.arange(len(self.tokens)), places).reshape(-1, 2)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "IntrinsicDimension", "items"))
         return pairs[torch.randperm(len(pairs), generator=generator)[: self.limit].sort().values]
@@ -136,13 +143,17 @@ class IntrinsicDimension(ByContent):
 
 def _layer(states: Array, eps: float, group: NDArray[np.int64], trim: float, noise: Array) -> dict[str, Any]:
     """The numbers of one layer from its states (item, d), exact up to `eps` of their norm."""
+    # massive activations: their few states would be nearly all of the variance
+    away = np.sqrt(((states - np.median(states, 0)) ** 2).sum(1))
+    usual = (away <= FAR * np.median(away)) | (np.median(away) == 0)
+    states, group = states[usual], group[usual]
     rounding = SAME * eps * np.sqrt((states**2).sum(1).mean())
     states = states - states.mean(0)
     distances = _distances(states)
     # a state that equals an earlier state, up to rounding, would have a nearest neighbour at distance 0
     keep = ~np.tril(distances <= rounding + BLUR * np.sqrt((states**2).sum(1).mean()), -1).any(1)
     names = ("twonn", "participation_ratio", "effective_rank")
-    values: dict[str, Any] = {"distinct": float(keep.sum())}
+    values: dict[str, Any] = {"massive": float((~usual).sum()), "distinct": float(keep.sum())}
     values |= {f"{name}{end}": np.nan for name in names for end in ("", "_se")}
     values |= {f"{name}_groups": np.full(REPLICATES, np.nan) for name in names}
     if keep.sum() < MIN_STATES:

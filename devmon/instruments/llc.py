@@ -34,7 +34,8 @@ class LLC(Settings, _SampledOn):
     float32 whatever the model's precision (`precision` is that of a pass). Lau et al. 2023 (2308.12108), with the same
     examples scored at w and at w*.
 
-    `nbeta` None means n / log n for n examples. Each chain makes `burn_in + draws` draws of `steps_per_draw` steps.
+    `nbeta` None means n / log n for n examples; several numbers are a ladder (`devmon.analysis.ladder`), of which the
+    first is that of λ̂. Each chain makes `burn_in + draws` draws of `steps_per_draw` steps.
     Noise and batches belong to the chain and the run's seed, so they are the same at every checkpoint and *changes* of
     λ̂ are sharper than its level. `control_variate` moves by ∇L_B(w) − ∇L_B(w*) + ∇L(w*): about twice the cost of a
     step (less with `shared_batches`), and the right law where label noise would widen it. `prior` adds (prior/2)‖w‖²
@@ -57,6 +58,18 @@ class LLC(Settings, _SampledOn):
     - `acceptance` (chain, draw), 1: with `acceptance`, that of a Metropolis-adjusted step of SGLD; a pass a draw.
     - `precision_shift` (chain), 1: with `precision` "bfloat16", λ̂ in it less λ̂ in float32 in a trial of 20 steps of
       equal noise and minibatches. Null: 0 in the mean.
+
+    With a ladder, the same at its further nbetas (coordinate `rung`), under the same noise and batches:
+
+    - `ladder_loss` (rung, chain, draw), loss: as `loss`.
+    - `ladder_baseline` (rung, chain, draw), loss: as `baseline`.
+    - `ladder_distance` (rung, chain, draw), weight: as `distance`.
+    - `ladder_slope` (rung, chain, draw), loss: as `slope`.
+    - `ladder_linear` (rung, chain, draw), loss: as `linear`.
+    - `ladder_first_order` (rung, chain, draw), loss: as `first_order`.
+    - `ladder_lr` (rung), 1: the step size, in proportion to 1 / nbeta.
+    - `ladder_reach`, loss: mean of L(w) − L(w*) under N(w*, 1/gamma), the localising Gaussian alone.
+    - `ladder_reach_beyond`, loss: its part beyond the second order.
 
     With `prior` there is `prior_slope` (chain, draw) too, weight²: w·(w − w*), for the temperature.
     `devmon.analysis.llc` turns them into λ̂, its standard error and a verdict. Raises InstrumentError for settings that
@@ -100,9 +113,10 @@ class LLC(Settings, _SampledOn):
             trial = 2 * min(PRECISION_STEPS, steps) * self.batch_size
             met, whole = met + trial * self.chains, whole + trial
         followed = (self.draws + self.burn_in) * self.chains * self.examples
+        rungs = len(self.nbeta) if isinstance(self.nbeta, Sequence) else 1
         return Cost(
-            forwards=met + twice + seen + judged + followed,
-            backwards=met + twice + whole + judged,
+            forwards=rungs * (met + twice + seen) + judged + followed,
+            backwards=rungs * (met + twice + whole) + judged,
             positions=examples.positions(),
             copies=self.copies(),
         )

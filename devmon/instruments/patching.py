@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, Reads, activations
 from devmon.anatomy.edges import Edges
-from devmon.anatomy.patching import Index, logit_difference, run_patched, slopes
+from devmon.anatomy.patching import Index, check_heads, logit_difference, run_patched, slopes
 from devmon.anatomy.realism import Gauge
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, minibatches
@@ -72,8 +72,9 @@ class ActivationPatching(ByContent):
     are Σ (clean - corrupt) · slope of LD at the corrupt, or the clean prompt, over signal: attribution patching (Nanda
     2023; Kramár et al. 2403.00745), the first order of the two, exact where LD is linear in the site and poor behind
     saturated attention and norms. They screen: of each kind only the `exact` sites with the largest attribution, of
-    either sort, are patched; others are NaN. Shares are NaN where the signal is not above 3 of its standard errors;
-    `_se` are over prompts.
+    either sort, are patched at a step; others are NaN. `heads`, pairs (layer, head), are patched at every step: without
+    gaps, and a maximum over them is one of the same heads all along. Shares are NaN where the signal is not above 3 of
+    its standard errors; `_se` are over prompts.
 
     `paths` are (layer, head, "q" | "k" | "v", layer, head), from a head to the queries, keys or values of a later head
     (with grouped attention keys and values are counted by their own heads): path patching (Wang et al. 2211.00593),
@@ -135,9 +136,9 @@ class ActivationPatching(ByContent):
       prompt. Null: 0.
     - `path_restored_se` (path), share: its standard error.
 
-    Cost: at most 3 passes of all prompts for each of `exact` sites of a kind, 1 for each path, 5 more, 2 of them back.
-    Raises InstrumentError for models whose parts are not known or whose vocabulary is too small, DataError for
-    settings.
+    Cost: at most 3 passes of all prompts for each of `exact` sites of a kind and of `heads`, 1 for each path, 5 more, 2
+    of them back. Raises InstrumentError for models whose parts or `heads` are not known or whose vocabulary is too
+    small, DataError for settings.
     """
 
     pairs: PromptPairs
@@ -145,6 +146,7 @@ class ActivationPatching(ByContent):
     paths: tuple[HeadPath, ...] = ()
     layout: Layout | None = None
     batch_size: int = 32
+    heads: tuple[tuple[int, int], ...] = field(default=(), metadata={"identity": "if changed"})
 
     def __post_init__(self) -> None:
         if self.exact < 0 or len(self.pairs.clean) < 6:
@@ -155,13 +157,14 @@ class ActivationPatching(ByContent):
 
     def cost(self) -> Cost:
         count, length = self.pairs.clean.shape
-        passes = 4 + 9 * self.exact + (1 + len(self.paths) if self.paths else 0)
+        passes = 4 + 9 * self.exact + 3 * len(self.heads) + (1 + len(self.paths) if self.paths else 0)
         return Cost(forwards=passes * count, backwards=2 * count, positions=length)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         pairs = self.pairs
         anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
         kinds = {name: kind for name, kind in SITE_KINDS.items() if name != "mlp" or anatomy.layout.neurons}
+        check_heads(anatomy, self.heads)
         runs = self._unpatched(snapshot, anatomy, kinds.values())
         rows = Rows(headline=["signal", "z_restored"], error="standard error over prompts")
         self._put_unpatched(rows, anatomy, runs)
@@ -169,7 +172,9 @@ class ActivationPatching(ByContent):
         # each kind of site: attribution screens all of them, patching measures the largest
         for name, kind in kinds.items():
             guesses = {effect: _attributed(runs, kind, slope) for effect, slope in runs.slopes.items()}
-            patched = self._patch(anatomy, kind, runs, _largest(guesses, self.exact))
+            chosen = _largest(guesses, self.exact)
+            chosen = list(dict.fromkeys([*(self.heads if name == "z" else ()), *chosen]))
+            patched = self._patch(anatomy, kind, runs, chosen)
             _put_kind(rows, name, kind, runs.whole, guesses, patched)
 
         coords = {"layer": np.arange(anatomy.layers), "pos": np.arange(pairs.clean.shape[1])}

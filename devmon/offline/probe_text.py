@@ -58,21 +58,33 @@ def read_probe(
 
     Of an array `sequences` and `length` take the first; its examples are all of it (unless the file brings them). Text
     is cut into pieces, whose order is shuffled by a fixed seed, with the tokenizer's end of text between them; the
-    first `sequences` x `length` tokens are the batch and the next `examples` sequences the examples. Raises DataError
-    where there is nothing to read, no tokenizer, or too little text.
+    first `sequences` x `length` tokens are the batch and the next `examples` sequences the examples. While there are
+    pieces each gives one sequence: sequences of one piece are alike, and standard errors would count them as many.
+    Raises DataError where there is nothing to read, no tokenizer, or too little text.
     """
     if where.suffix in ARRAYS:
         held = _arrays(where)
         tokens = held["tokens"][:sequences, :length]
         return Probe(tokens, held.get("examples", held["tokens"]))
     sequences, length = sequences or SEQUENCES, length or LENGTH
-    stream: list[int] = []
+    # A sequence of every piece, so that sequences are as independent as the pieces are; short ones are joined, and what
+    # is left of long ones serves where there are too few.
+    rows: list[int] = []
+    short: list[int] = []
+    rest: list[int] = []
     needed = (sequences + examples) * length
     for part in _parts(where, tokenizer, length):
-        stream += part
-        if len(stream) >= needed:
+        if len(part) < length:
+            short += part
+            whole = len(short) // length * length
+            rows, short = rows + short[:whole], short[whole:]
+        else:
+            rows += part[:length]
+            rest += part[length:]
+        if len(rows) >= needed:
             break
-    else:
+    stream = rows + short + rest if len(rows) < needed else rows
+    if len(stream) < needed:
         raise DataError(
             f"{where} gives {len(stream)} tokens, {sequences} + {examples} sequences of {length} need {needed}: give "
             "more text, or less of --sequences, --length or --llc examples=N"
@@ -109,15 +121,20 @@ def _encoder(where: Path, home: Home | None) -> Callable[[str], list[int]]:
             f"{where} is text, and no tokenizer lies with the series: give --tokenizer FOLDER (or owner/name), or "
             "tokens in a .npy, .pt or .safetensors file"
         )
+    tokenizer = load_tokenizer(home)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return lambda text: [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+
+
+def load_tokenizer(home: Home) -> Any:
+    """The tokenizer of a folder or a name on the hub. Raises DataError where it cannot be had."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(home[0], revision=home[1] or "main", trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(home[0], revision=home[1] or "main", trust_remote_code=False)
     except Exception as error:  # of files, the network, the hub and transformers
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(f"the tokenizer {home[0]} cannot be had ({reason}): give --tokenizer") from error
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return lambda text: [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
 
 
 def _dataset(folder: Path) -> tuple[Any, str]:

@@ -27,6 +27,8 @@ def run(plan: Plan, dry_run: bool) -> int:
     work = study.missing()
     out, errors = (Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False) for stderr in (False, True))
     out.print(f"{len(study.steps)} of {len(study.series.steps)} checkpoints chosen; {len(work)} to measure")
+    if study.assumed:
+        out.print(study.assumed)
     if dry_run:
         _print_plan(study, work, out)
         return 0

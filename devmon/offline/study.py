@@ -30,7 +30,7 @@ from devmon.monitoring.isolation import private_copy
 from devmon.monitoring.observe import observe
 from devmon.offline.in_parts import OUT_OF_MEMORY, in_parts
 from devmon.offline.plan import Plan, pairs
-from devmon.offline.probe_text import Probe, read_probe
+from devmon.offline.probe_text import Home, Probe, load_tokenizer, read_probe
 from devmon.offline.source import load_study
 from devmon.store.place import store_path
 from devmon.store.rows import plain
@@ -51,7 +51,8 @@ class Progress:
 class Study:
     """A plan with everything that it names opened: the `series`, the chosen `steps`, the `watches`, the `trajectory`.
 
-    `read_only` leaves the run as it is (there may be none). Raises DevmonError where something is missing, and where
+    `assumed` says what had to be taken for granted, "" for nothing. `read_only` leaves the run as it is (there may be
+    none). Raises DevmonError where something is missing, and where
     the run holds another configuration of a watch.
     """
 
@@ -75,6 +76,7 @@ class Study:
         if watches is not None and plan.preset is not None:
             raise DataError(f"{plan.source} gives its own watches: leave --preset out")
         self.probe: Probe | None = None
+        self.assumed = ""
         self.watches = self._chosen(self._preset() if watches is None else watches)
         self.device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.model is not None:
@@ -170,14 +172,32 @@ class Study:
             )
         make = getattr(presets, self.plan.preset)
         given = {"vocab_size": size, "last": max(2, self.steps[-1]), "bos": self.plan.bos, "llc": self._llc()}
+        given["tokenizer"] = self._vocabulary()
         return [dataclasses.replace(watch, steps=frozenset(self.steps)) for watch in make(tokens, **given)]
 
     def _probe(self) -> Probe:
         assert self.plan.tokens is not None
         settings = pairs(self.plan.llc, "llc")
         examples = settings.get("examples", 16 * settings.get("batch_size", 32)) if settings else 0
-        tokenizer = (self.plan.tokenizer, None) if self.plan.tokenizer is not None else self.series.tokenizer()
-        return read_probe(Path(self.plan.tokens), tokenizer, self.plan.sequences, self.plan.length, examples)
+        return read_probe(Path(self.plan.tokens), self._tokenizer(), self.plan.sequences, self.plan.length, examples)
+
+    def _vocabulary(self) -> Any:
+        """The tokenizer that tells the preset which tokens are real; None, and what is assumed, where there is none."""
+        home = self._tokenizer()
+        reason = "no tokenizer lies with the series"
+        if home is not None:
+            try:
+                return load_tokenizer(home)
+            except DataError as error:
+                if self.plan.tokenizer is not None:
+                    raise
+                reason = str(error).partition(":")[0]
+        first = "no token starts a text" if self.plan.bos is None else f"token {self.plan.bos} starts a text"
+        self.assumed = f"{reason}: all tokens of the vocabulary are taken for real, none for padding, and {first}"
+        return None
+
+    def _tokenizer(self) -> Home | None:
+        return (self.plan.tokenizer, None) if self.plan.tokenizer is not None else self.series.tokenizer()
 
     def _llc(self) -> LLC | None:
         """The LLC of the plan's settings, on the examples of its probe; `examples` among them is their number."""
@@ -227,7 +247,7 @@ class Study:
         if self.probe is None or "://" in str(self.trajectory.path):
             return plan
         file = self.probe.save(folder.resolve() / "_probe")
-        return dataclasses.replace(plan, tokens=str(file), tokenizer=None, sequences=None, length=None)
+        return dataclasses.replace(plan, tokens=str(file), sequences=None, length=None)
 
 
 def _in_parts(watches: Iterable[Watch], parts: int) -> list[Watch]:

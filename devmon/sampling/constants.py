@@ -59,6 +59,10 @@ NOISE_BATCHES = 8
 # Relative bias of λ̂ from which `estimate_llc` takes control variates unasked. They double the cost of a step.
 NOISE_MATTERS = 0.01
 
+# Draws of the localising Gaussian alone, for the scale inside the logarithm of a multiplicity: its logarithm is then
+# known to about ±½, which moves a multiplicity of 2 by less than a fifth.
+REACH_DRAWS = 8
+
 # -- trials of a calibration -----------------------------------------------------------------------------------------
 
 # Draws kept, draws of burn-in, and the least number of chains of a trial. More draws make smaller moves visible.

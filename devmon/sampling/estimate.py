@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ def estimate_llc(
     loss: Loss,
     data: Any,
     *,
-    nbeta: float | None = None,
+    nbeta: float | Sequence[float] | None = None,
     gamma: float | None = None,
     lr: float | None = None,
     chains: int = 4,
@@ -48,9 +49,10 @@ def estimate_llc(
     The scales. `loss(model, batch) -> (batch,)` gives one loss an example, and L is their *mean* over the data, never
     a sum. Twice the loss is twice nbeta: λ does not change, but how near λ̂ comes to it does, so with squared errors
     say whether you halve them (`regression_loss` does: unit noise). The law is exp(−nbeta L(w) − (gamma/2)‖w − w*‖²):
-    `nbeta` is one number, inverse temperature times sample size, None for n / log n with n examples; `gamma` is the
-    precision of the localising Gaussian, with its half. `lr` is the variance of the noise of one step, which moves by
-    lr/2 times the gradient of the log density (`devmon.sampling.kernels.sgld`); the other kernels read it so too.
+    `nbeta` is one number, inverse temperature times sample size, None for n / log n with n examples; several numbers
+    are a ladder, and `devmon.analysis.ladder(result)` says whether λ̂, that of the first, is at its limit. `gamma` is
+    the precision of the localising Gaussian, with its half. `lr` is the variance of the noise of one step, which moves
+    by lr/2 times the gradient of the log density (`devmon.sampling.kernels.sgld`); the other kernels read it so too.
     `None` for `lr` or `gamma` calibrates both (`devmon.sampling.calibrate`), and chooses `control_variate` and
     `steps_per_draw` where these are None. With both given, `control_variate` None means: where the minibatch noise at
     w* would bias λ̂ by more than 1%, which may take a run without them to know.
@@ -94,7 +96,7 @@ def estimate_llc(
     calibration = None
     if lr is None or gamma is None:
         calibration = calibrate(model, loss, data, settings, seed=seed)
-        settings = calibration.settings
+        settings = replace(calibration.settings, nbeta=settings.nbeta)
     settings = replace(settings, **given)
     if calibration is None and control_variate is None:
         # λ̂ is at most d/2: what matters beside that needs no run to be known.

@@ -25,6 +25,7 @@ from devmon.sampling.kernels.preconditioned import PreconditionedSGLD
 from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.kernels.sgld import SGLD, check_settings
 from devmon.sampling.kernels.sgnht import SGNHT
+from devmon.sampling.ladder import lower_rungs, lr_of_rung, reach, with_rungs
 from devmon.sampling.losses import Loss
 from devmon.sampling.masks import as_mask
 from devmon.sampling.schedule import Schedule
@@ -47,7 +48,8 @@ PRECISIONS = ("float32", "bfloat16")
 class Settings:
     """Everything but model, loss, data and seed that decides the traces of one estimate.
 
-    - `nbeta`: inverse temperature times sample size; None for n / log n with n examples
+    - `nbeta`: inverse temperature times sample size; None for n / log n with n examples. Several numbers are a ladder:
+      λ̂ is that of the first, and chains of the same noise and batches run at the others too (`devmon.analysis.ladder`)
     - `gamma`: precision of the Gaussian around w*; `prior`: of one around 0. Both enter the exponent with a half
     - `lr`: variance of the noise of a step, which moves by lr/2 times the gradient of the log density
     - `chains` independent chains of `burn_in + draws` draws of `steps_per_draw` steps on `batch_size` examples
@@ -61,7 +63,7 @@ class Settings:
     - `micro_batch`: examples of a pass, so many of a minibatch at a time; None for all. It changes cost, not numbers
     """
 
-    nbeta: float | None = None
+    nbeta: float | Sequence[float] | None = None
     gamma: float = 300.0
     lr: float = 1e-4
     chains: int = 4
@@ -82,8 +84,10 @@ class Settings:
     micro_batch: int | None = field(default=None, metadata={"identity": "never"})
 
     def nbeta_for(self, n: int) -> float:
-        """`nbeta`, or n / log n (Watanabe 2013) where it is None."""
-        return n / math.log(max(n, 2)) if self.nbeta is None else self.nbeta
+        """`nbeta`, or n / log n (Watanabe 2013) where it is None; of a ladder the first."""
+        if self.nbeta is None:
+            return n / math.log(max(n, 2))
+        return float(self.nbeta[0]) if isinstance(self.nbeta, Sequence) else self.nbeta
 
     def copies(self) -> float:
         """Float32 copies of the sampled parameters that one chain at a time holds at most, beside the model and blocks.
@@ -118,7 +122,8 @@ def sample(
     and a loss that is not finite at w*.
     """
     examples = as_examples(data)
-    settings, kernel = _with_kernel(settings, examples.n)
+    nbetas = lower_rungs(settings.nbeta, settings.sampler)
+    settings, kernel = with_kernel(replace(settings, nbeta=settings.nbeta_for(examples.n)), examples.n)
     schedule = Schedule(
         draws=settings.burn_in + settings.draws,
         batch_size=settings.batch_size,
@@ -166,7 +171,15 @@ def sample(
     dataset = _dataset(traces, bias, settings, numbers, followed).assign_attrs(attrs)
     if low is not None:
         dataset["precision_shift"] = _precision_shift(run, schedule, low, dataset)
-    return dataset
+    if not nbetas:
+        return dataset
+    # The lower rungs: the same chains at other temperatures, as variables of their own beside those of the first.
+    rungs = []
+    for nbeta in nbetas:
+        lr = lr_of_rung(settings.lr, attrs["nbeta"], nbeta, settings.gamma)
+        rung = replace(settings, nbeta=nbeta, lr=lr, examples=0, acceptance=False)
+        rungs.append(sample(model, loss, examples, rung, seed=seed, chains=numbers, stacked=stacked, group=group))
+    return with_rungs(dataset, rungs, reach(model, loss, examples, settings, mask, seed=seed))
 
 
 def _precision_shift(
@@ -195,7 +208,7 @@ def _precision_shift(
     return xr.DataArray(shift, dims="chain", attrs={"long_name": "shift of λ̂ by the precision of passes", "units": "1"})
 
 
-def _with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
+def with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
     """The settings with what their kernel brings, and the kernel. Raises InstrumentError where they cannot be run."""
     kernel = settings.sampler
     if not isinstance(kernel, str):

@@ -104,11 +104,12 @@ def tanh_network(hidden: int) -> Known:
 
 
 def deep_linear_point(
-    widths: Sequence[int], rank: int, rng: np.random.Generator, *, scale: float = 1.0
+    widths: Sequence[int], rank: int, rng: np.random.Generator, *, scale: float = 1.0, spread: float = 1.0
 ) -> list[NDArray[np.float64]]:
     """Weights W_k (width k, width k − 1) whose product has `rank`, generic on a stratum that attains the least λ.
 
-    All singular values are `scale` where they are not zero, so that the curvature across the stratum is even.
+    Singular values that are not zero lie log-uniformly from `scale / spread` to `scale * spread`. At a spread of 1 the
+    curvature across the stratum is even; a spread of 2 makes it uneven by up to 2^(4 (layers − 1)).
     """
     _, ranks = deep_linear_strata(widths, rank)
     weights, image = [], np.eye(widths[0])  # columns span the image of the partial product
@@ -117,8 +118,9 @@ def deep_linear_point(
         source[:, :before] = image @ _orthogonal(before, rng)
         target = _orthogonal(width, rng)
         free = min(width - after, len(image) - before)  # directions that the partial product never meets
-        weight = target[:, :after] @ source[:, :after].T
-        weight += target[:, after : after + free] @ source[:, before : before + free].T
+        values = spread ** rng.uniform(-1, 1, after + free) if spread != 1 else np.ones(after + free)
+        weight = (target[:, :after] * values[:after]) @ source[:, :after].T
+        weight += (target[:, after : after + free] * values[after:]) @ source[:, before : before + free].T
         weights.append(scale * weight)
         image = target[:, :after]
     return weights

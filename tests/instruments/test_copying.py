@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any
 
@@ -62,6 +63,23 @@ def test_an_identity_copies_wherever_it_looks() -> None:
         np.testing.assert_allclose(found["copying"][head], 1.0, atol=1e-6)
     assert np.isnan(found["copying"][0, 1]), "the previous-token head writes nothing that is unembedded"
     assert found["copying"].attrs["nan"]
+
+
+def test_one_rival_at_a_time_sees_a_copy_under_noise() -> None:
+    """OV = a I + noise of variance 1: each rival is beaten with probability Φ(a / √2), however many there are, while
+    the share of the rectified sum is swamped."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, 400, generator=generator, dtype=torch.float64)
+    for a in (0.0, 1.0, 3.0):
+        found = score(a * torch.eye(400, dtype=torch.float64) + noise, length=20, sequences=40)
+        expected = (1 + math.erf(a / 2)) / 2
+        assert abs(found["rank"].item() - expected) < 4 * found["rank_se"].item() + 0.01, (a, found["rank"])
+        assert found["copying"].item() < -0.4
+        values = np.linalg.eigvals(a * np.eye(400) + noise.numpy())
+        np.testing.assert_allclose(found["eigenvalue"], values.sum().real / np.abs(values).sum(), rtol=1e-8)
+    for circuit, rank in ((torch.eye(20), 1.0), (-torch.eye(20), 0.0)):
+        found = score(circuit.double(), length=9)
+        np.testing.assert_allclose([found["rank"], (1 + found["eigenvalue"]) / 2], rank)
 
 
 def test_circuits_in_closed_form() -> None:

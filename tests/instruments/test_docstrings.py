@@ -25,6 +25,7 @@ from devmon.instruments import (
     Curvature,
     FourierSpectrum,
     HeadAblation,
+    RestrictedLLC,
     RestrictedLoss,
     Sketch,
 )
@@ -76,7 +77,23 @@ MORE: dict[str, Any] = {
         )
     ],
     "LLC": lambda x: [
-        (LLC(x, draws=5, chains=2, gamma=1.0, batch_size=3, control_variate=True, examples=2, acceptance=True), gpt2)
+        (
+            LLC(
+                x,
+                nbeta=[9.0, 3.0],
+                draws=5,
+                chains=2,
+                gamma=1.0,
+                batch_size=3,
+                control_variate=True,
+                examples=2,
+                acceptance=True,
+            ),
+            gpt2,
+        )
+    ],
+    "RestrictedLLC": lambda x: [
+        (RestrictedLLC(x, components=("mlps",), draws=2, burn_in=0, chains=2, batch_size=3, control_variate=True), gpt2)
     ],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "FourierSpectrum": lambda x: [(FourierSpectrum(P, ("embed.weight",)), adder)],

@@ -175,13 +175,15 @@ def test_no_gain_no_effect() -> None:
 def test_symbol_tasks(query: Any) -> None:
     made = symbol_tasks(50, tasks=3, prompts=40, shots=4, symbols=6, query=query, seed=3, bos=7, exclude=(0,))
     maps: dict[int, dict[int, int]] = {0: {}, 1: {}, 2: {}}
+    seen: set[int] = set()
     for row, other, answer, task in zip(
         made.prompts.tolist(), made.shuffled.tolist(), made.answer.tolist(), made.task.tolist(), strict=True
     ):
         assert row[0] == other[0] == 7
         shots, labels = row[1:-2:4], row[3:-2:4]
         assert other[1:-2:4] == shots
-        assert (row[2::4], row[4::4]) == ([1] * 5, [2] * 4)
+        assert (len({*row[2::4]}), len({*row[4::4]})) == (1, 1)
+        seen |= {*row, answer}
         assert row[-2:] == other[-2:]
         assert sorted(other[3:-2:4]) == sorted(labels)
         assert all(a != b for a, b in zip(other[3:-2:4], labels, strict=True))
@@ -189,8 +191,15 @@ def test_symbol_tasks(query: Any) -> None:
             assert maps[task].setdefault(x, y) == y
         assert len(set(shots)) == 4
         assert (row[-2] in shots) == (query == "shown")
-    assert all(sorted(m) == [3, 4, 5, 6, 8, 9] and len(set(m.values())) == 6 for m in maps.values())
+    assert all(sorted(m) == sorted(maps[0]) and len({*m.values()} - {*m}) == 6 for m in maps.values())
     assert maps[0] != maps[1]
+    assert 0 not in seen
+    assert len(seen - {7}) == 14
+    assert max(seen) > 25, "symbols are drawn from all tokens: the first of a vocabulary are special"
+    bare = symbol_tasks(50, tasks=1, prompts=40, shots=4, symbols=6, query=query, seed=3, plain=True)
+    assert bare.prompts.shape == (40, 9)
+    for row, answer in zip(bare.prompts.tolist(), bare.answer.tolist(), strict=True):
+        assert query == "new" or row[row.index(row[-1]) + 1] == answer
     assert made == symbol_tasks(50, tasks=3, prompts=40, shots=4, symbols=6, query=query, seed=3, bos=7, exclude=(0,))
 
 

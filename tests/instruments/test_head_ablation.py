@@ -163,7 +163,25 @@ def test_matched_groups_are_distinct_and_of_the_same_layers_and_sizes() -> None:
     assert replace(instrument, seed=1)._matched(group, 8)[0] != drawn
     every, possible = instrument._matched(((1, 0), (1, 1)), 5)
     assert (sorted(every), possible) == ([((1, 2), (1, 3)), ((1, 2), (1, 4)), ((1, 3), (1, 4))], 3)
-    assert instrument._matched(((1, 0), (1, 1), (1, 2)), 4)[0] == [((1, 3),)]
+    assert instrument._matched(((1, 0), (1, 1), (1, 2)), 4) == ([], 0), "one head is no match for three"
+    kept, possible = instrument._matched(((1, 0),), 5, found=((1, 0), (1, 2), (0, 3)))
+    assert (sorted(kept), possible) == ([((1, 1),), ((1, 3),), ((1, 4),)], 3), "no head that was found is in a null"
+
+
+def test_no_null_of_induction_heads() -> None:
+    """With all heads above the threshold nothing is left to match the group with: the null is NaN and says why."""
+    model = snapshot(random_model(4))
+    found = HeadAblation(VOCAB, 8, 32, threshold=0.0, top=1)(model)
+    assert (int(found["size"]), int(found["size_random"]), int(found["matched"].sum())) == (1, 0, 0)
+    for name in ("delta_loss_random", "excess_loss", "gain_share_random"):
+        assert np.isnan(found[name])
+        assert "too few other heads" in found[name].attrs["nan"]
+    assert np.isfinite(found["delta_loss"])
+    usual = HeadAblation(VOCAB, 8, 32, top=1)(model)
+    layer = usual["in_group"].values.sum(1).argmax()
+    assert usual["matched"].values.tolist() == [
+        [0, 0, 0] if at != layer else list(1 - usual["in_group"].values[at]) for at in (0, 1)
+    ]
 
 
 def test_the_error_of_the_draw_is_that_of_the_mean_over_groups() -> None:

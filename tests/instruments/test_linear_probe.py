@@ -34,11 +34,17 @@ def test_label_is_read_from_the_layer_that_holds_it() -> None:
     np.testing.assert_allclose(found["majority"], majority, rtol=1e-12)
     np.testing.assert_allclose(found["accuracy"], [majority, 1, 1], rtol=1e-12)
     np.testing.assert_allclose(found["r2"], [0, 1, 1], atol=1e-2)
-    control = np.zeros(32, dtype=int)
-    control[tokens.numpy().ravel()] = instrument._task().control
     features = np.column_stack([np.eye(3)[label], 1 - 2 * (np.concatenate([np.arange(n) for n in (18, 8, 6)]) % 2)])
-    guess = features @ np.linalg.lstsq(features, np.eye(3)[control], rcond=None)[0]  # over types: all are as frequent
-    known = (guess.argmax(1) == control).mean()
+    shares = []
+    for draw in instrument._task().control:
+        control = np.zeros(32, dtype=int)
+        control[tokens.numpy().ravel()] = draw
+        guess = features @ np.linalg.lstsq(features, np.eye(3)[control], rcond=None)[0]  # all types are as frequent
+        shares.append((guess.argmax(1) == control).mean())
+    known = np.mean(shares)
+    # with all types in every sequence the draw of labels is all the error there is
+    expected = [np.std(shares, ddof=1) / len(shares) ** 0.5, 0]
+    np.testing.assert_allclose(found["selectivity_se"][1:], expected, atol=1e-12)
     np.testing.assert_allclose(found["control_accuracy"][1], known, rtol=1e-12)
     np.testing.assert_allclose(found["selectivity"][1], 1 - known, rtol=1e-12)
     np.testing.assert_allclose(found["control_accuracy"][2], 1.0, rtol=1e-12)
@@ -58,23 +64,29 @@ def test_probe_against_scikit_learn() -> None:
     train[np.unique(task.sequence[task.train])] = True
     assert train.sum() == 10
     used = labels != -100
-    control = torch.full_like(labels, -100)
-    control[used] = torch.tensor(task.control)
+    controls = []
+    for draw in task.control:
+        controls.append(torch.full_like(labels, -100))
+        controls[-1][used] = torch.tensor(draw)
     half = {part: used & torch.tensor(train == part)[:, None] for part in (True, False)}
     for layer, state in enumerate(residual_stream(model, tokens)):
         mean, sd = state[half[True]].mean(0), state[half[True]].std(0, correction=0)
         x = {part: ((state - mean) / sd)[where].numpy() for part, where in half.items()}
-        for name, target in (("accuracy", labels), ("control_accuracy", control)):
+        by_chance = []
+        for target in (labels, *controls):
             y = {part: F.one_hot(target[where], 4).double().numpy() for part, where in half.items()}
             guess = Ridge(alpha=0.01 * len(x[True])).fit(x[True], y[True]).predict(x[False])
             hits = guess.argmax(1) == y[False].argmax(1)
-            np.testing.assert_allclose(found[name][layer], hits.mean(), rtol=1e-10)
-            if name == "accuracy":
+            if target is not labels:
+                by_chance.append(hits.mean())
+            else:
+                np.testing.assert_allclose(found["accuracy"][layer], hits.mean(), rtol=1e-10)
                 r2 = 1 - ((y[False] - guess) ** 2).sum() / ((y[False] - y[True].mean(0)) ** 2).sum()
                 np.testing.assert_allclose(found["r2"][layer], r2, rtol=1e-8)
                 by_sequence = half[False].nonzero()[:, 0].numpy()
                 total, count = np.bincount(by_sequence, hits), np.bincount(by_sequence)
                 np.testing.assert_allclose(found["accuracy_se"][layer], clustered_mean(total, count)[1], rtol=1e-8)
+        np.testing.assert_allclose(found["control_accuracy"][layer], np.mean(by_chance), rtol=1e-10)
     assert float(found["accuracy"][0]) > float(found["majority"]) + 0.1
 
 
@@ -94,7 +106,9 @@ def test_control_labels_belong_to_types_and_follow_the_label_frequencies() -> No
         instrument = LinearProbe(tokens, labels, types)
         task = instrument._task()
         kinds = (tokens if types is None else types)[labels != -100].numpy()
-        assert all(len(set(task.control[kinds == kind])) == 1 for kind in range(kinds.max() + 1))
+        for draw in task.control:
+            assert all(len(set(draw[kinds == kind])) == 1 for kind in range(kinds.max() + 1))
+        assert len({tuple(draw) for draw in task.control}) == len(task.control) == 8
         assert 0.12 < task.control.mean() < 0.28, "a fifth of the labels are nines"
     assert not np.array_equal(task.control, replace(instrument, seed=1)._task().control)
 

@@ -17,6 +17,7 @@ from devmon.anatomy.realism import Gauge
 from devmon.data.prompt_pairs import PromptPairs, broken_repeats
 from devmon.errors import DataError, InstrumentError
 from devmon.instruments.patching import ActivationPatching
+from devmon.monitoring.fingerprint import identity
 from devmon.snapshot import Snapshot
 from devmon.testing import AttentionOnly, InstrumentContract, fixed_offset, induction
 from tests.anatomy.test_anatomy_sites import CONFIGS, MASKED, VISION, VOCAB, family
@@ -205,7 +206,17 @@ def test_screening_keeps_the_sites_with_the_largest_attribution() -> None:
     assert kept.sum() == 2
     assert size[kept].min() > size[~kept].max()
     np.testing.assert_allclose(few["z_restored"].values[kept], every["z_restored"].values[kept])
-    none = ActivationPatching(pairs, exact=0)(snapshot(model))
+    fixed = ActivationPatching(pairs, exact=0, heads=((1, 2), (0, 0)))
+    found = fixed(snapshot(model))
+    assert np.argwhere(np.isfinite(found["z_restored"].values)).tolist() == [[0, 0], [1, 2]], (
+        "those named, at every step"
+    )
+    np.testing.assert_allclose(found["z_restored"][1, 2], every["z_restored"][1, 2])
+    with pytest.raises(InstrumentError, match=r"heads=\(\(2, 0\),\) are not all in the 2 layers of 3 heads"):
+        replace(fixed, heads=((2, 0),))(snapshot(model))
+    none = ActivationPatching(pairs, exact=0)
+    assert "heads" not in identity(none)["fields"], "what runs hold without it goes on"
+    none = none(snapshot(model))
     assert np.isnan(none["resid_restored"]).all()
     assert np.isfinite(none["resid_restored_attribution"]).all()
 
@@ -249,7 +260,7 @@ def test_the_cost_is_an_upper_bound_that_is_met() -> None:
         nonlocal passed
         passed += count
 
-    instrument = ActivationPatching(telling(model, VOCAB), exact=2, paths=((0, 1, "v", 1, 1),))
+    instrument = ActivationPatching(telling(model, VOCAB), exact=2, paths=((0, 1, "v", 1, 1),), heads=((0, 0),))
     passed = 0
     instrument(snapshot(model))
     cost = instrument.cost()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from devmon.analysis import circuit_overlap, essential_dynamics, plots
+from devmon.analysis import report as write_report
 from devmon.analysis.derive.representation import similarity
 from tests.support.reports import LONG, circuits, sketches
-from tests.support.synthetic import watch
+from tests.support.synthetic import induction_run, watch
 
 
 def test_similarity_has_blocks_and_its_last_row_on_top() -> None:
@@ -51,3 +54,18 @@ def test_pairs_that_rise_highest_come_first_above_their_null() -> None:
     _, ax = plots.plot_pairs(data, most=3)
     assert [label.get_text() for label in ax.get_yticklabels()][:2] == ["K L1H0 from L0H1", "V L1H1 from L0H0"]
     np.testing.assert_allclose(np.asarray(ax.images[0].get_array())[0], [0.0, 0.1, 0.8, 0.4], atol=1e-12)
+
+
+def test_a_ladder_of_nbeta_is_drawn_with_its_word(tmp_path: Path) -> None:
+    """Each further rung has the loss of the first, at half its nbeta: λ̂ is proportional to nbeta, so it rises."""
+    run = induction_run()
+    traces = run.data["llc"].isel(step=slice(-8, None))
+    run.data.clear()
+    half = float(traces.attrs["nbeta"]) / 2
+    rungs = {f"ladder_{name}": traces[name].expand_dims(rung=[half]) for name in ("loss", "baseline")}
+    reach = {"ladder_reach": ("step", np.ones(len(traces["step"]))), "ladder_reach_beyond": traces["step"] * 0.0}
+    run.data["llc"] = traces.assign(rungs | reach)
+    page = write_report(run, tmp_path / "report.html").read_text()
+    assert "λ̂ by nbeta at step" in page
+    assert "rising" in page
+    assert "multiplicity" in page

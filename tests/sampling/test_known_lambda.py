@@ -49,11 +49,16 @@ def test_one_hidden_unit_is_a_normal_crossing():
     assert exact.deep_linear([1, 1, 1, 1], 0) == exact.normal_crossing([1, 1, 1]) == (Fraction(1, 2), 3)
 
 
-def test_deep_linear_point_lies_on_the_cheapest_stratum():
+@pytest.mark.parametrize("spread", [1.0, 2.0])
+def test_deep_linear_point_lies_on_the_cheapest_stratum(spread):
     """The rank of the product's derivative is the codimension: 2λ independent directions change the product."""
     rng = np.random.default_rng(1)
     for widths, rank in [([8, 6, 8], 3), ([4, 9, 8, 8, 9, 5], 0), ([6, 6, 6, 6], 2), ([5, 7], 3)]:
-        weights = exact.deep_linear_point(widths, rank, rng)
+        weights = exact.deep_linear_point(widths, rank, rng, spread=spread)
+        values = np.concatenate([np.linalg.svd(w, compute_uv=False) for w in weights])
+        values = values[values > 1e-9]
+        assert 1 / spread - 1e-9 <= values.min() <= values.max() <= spread + 1e-9
+        assert (values.std() > 0.1) == (spread > 1)
         ranks, blocks = [], []
         for k in range(len(weights)):
             before = np.linalg.multi_dot([np.eye(widths[k]), *weights[:k][::-1], np.eye(widths[0])])

@@ -14,6 +14,13 @@ from devmon import IdentityError, Snapshot, Trajectory, Watch, observe
 from devmon.monitoring.fingerprint import identity
 from tests.support.stored_run import STEPS, STORED, model, watches
 
+# Variables that mean something else since then, as CHANGELOG.md says.
+CHANGED = {
+    "dimension": {"twonn", "participation_ratio", "effective_rank", "distinct"},  # without the first place
+    "probe": {"control_accuracy", "selectivity"},  # a mean over draws
+    "ablation": {"size_random", "delta_loss_random", "excess_loss", "gain_share_random", "gain_share_by_group"},
+}
+
 
 def test_every_watch_is_read_with_its_steps() -> None:
     run = Trajectory(STORED, "r")
@@ -36,6 +43,9 @@ def test_the_same_weights_give_the_same_numbers(tmp_path: Path) -> None:
         then, now = stored[name], again[name]
         for variable in then.data_vars:
             old, new = then[variable].values, now[variable].values
+            if variable.partition("_se")[0].partition("_reference")[0] in CHANGED.get(name, ()):
+                assert (old.shape, old.dtype) == (new.shape, new.dtype)
+                continue
             assert then[variable].dims == now[variable].dims, f"{name}/{variable}"
             assert then[variable].attrs.get("units") == now[variable].attrs.get("units"), f"{name}/{variable}"
             assert old.dtype == new.dtype, f"{name}/{variable}"

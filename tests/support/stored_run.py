@@ -11,8 +11,20 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from devmon import Trajectory, Watch, observe, presets
-from devmon.data import random_tokens
-from devmon.instruments import LLC, InContextLearning, LinearProbe, MDLProbe, Polysemanticity, Superposition
+from devmon.data import broken_repeats, random_tokens
+from devmon.data.symbol_tasks import TaskPrompts
+from devmon.instruments import (
+    LLC,
+    ActivationPatching,
+    Circuit,
+    FunctionVectorHeads,
+    FuzzyInduction,
+    InContextLearning,
+    LinearProbe,
+    MDLProbe,
+    Polysemanticity,
+    Superposition,
+)
 from devmon.sampling import next_token_loss
 
 STORED = Path(__file__).parents[1] / "stored" / "version_0_1.zarr"
@@ -38,8 +50,20 @@ def watches() -> list[Watch]:
     """The full preset with an LLC and a corpus, and the instruments that no preset has."""
     tokens, corpus = random_tokens(VOCAB, 12, 24, seed=0), random_tokens(VOCAB, 8, 24, seed=1)
     llc = LLC(tokens, next_token_loss, nbeta=10.0, gamma=10.0, lr=1e-3, chains=2, draws=4, burn_in=0, batch_size=2)
-    made = presets.full(tokens, vocab_size=VOCAB, last=10, count=10, llc=llc, corpus=corpus)
+    made = [
+        watch
+        for watch in presets.full(tokens, vocab_size=VOCAB, last=10, count=10, llc=llc, corpus=corpus)
+        if watch.name not in ("patching", "circuit", "function_vectors")
+    ]
     steps = range(11)
+    # what the preset of then held, of probes that it holds no longer
+    pairs, order = broken_repeats(VOCAB, period=8), torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
+    made += [
+        Watch("patching", ActivationPatching(pairs), steps),
+        Watch("circuit", Circuit(pairs), steps),
+        Watch("function_vectors", FunctionVectorHeads(tasks_of_then()), steps),
+        Watch("fuzzy_induction", FuzzyInduction(order, length=24), steps),
+    ]
     more = [
         Watch("context", InContextLearning(tokens, 2, 20), steps),
         Watch("probe", LinearProbe(tokens, tokens % 3), steps),
@@ -48,6 +72,25 @@ def watches() -> list[Watch]:
         Watch("superposition", Superposition(), steps),
     ]
     return [*(Watch(watch.name, watch.instrument, steps) for watch in made), *more]
+
+
+def tasks_of_then() -> TaskPrompts:
+    """`symbol_tasks(VOCAB, shots=3, symbols=5, query="shown")` as it was: the first tokens of the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    right, wrong, answers = [], [], []
+    for _ in range(4):
+        made = 7 + torch.randperm(5, generator=generator)
+        for _ in range(32):
+            order = torch.randperm(5, generator=generator)
+            shown, y = 2 + order[:3], made[order[:3]]
+            asked = order[torch.randint(3, (1,), generator=generator)[0]]
+            other = y.roll(int(torch.randint(1, 3, (1,), generator=generator)))
+            for labels, rows in ((y, right), (other, wrong)):
+                pairs = [[int(a), 0, int(b), 1] for a, b in zip(shown, labels, strict=True)]
+                rows.append([*(token for pair in pairs for token in pair), 2 + int(asked), 0])
+            answers.append(int(made[asked]))
+    task = torch.arange(4).repeat_interleave(32)
+    return TaskPrompts(torch.tensor(right), torch.tensor(wrong), torch.tensor(answers), task)
 
 
 def write(path: Path) -> None:

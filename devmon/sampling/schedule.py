@@ -18,6 +18,7 @@ from devmon.snapshot import derive_seed
 class Schedule:
     """How the chains are run. `stacked` and `group` (chains held at once; None: chosen) change cost, not numbers.
 
+    `mirrored`: chains 2k and 2k + 1 have opposite noise.
     Where a group does not fit into the accelerator's memory it is halved, and its chains start again.
     """
 
@@ -28,6 +29,7 @@ class Schedule:
     control_variate: bool = False
     shared_batches: bool = False
     replacement: bool = False
+    mirrored: bool = False
     proposal: Proposal | None = None
     stacked: bool | None = None
     group: int | None = None
@@ -52,9 +54,12 @@ class Schedule:
 
     def normals(self, what: str, chains: Sequence[int], like: Tensor) -> Iterator[Tensor]:
         """Standard normals (chain, parameter), step after step; each chain has its own stream."""
-        generators = [torch.Generator(like.device).manual_seed(derive_seed(self.seed, what, chain)) for chain in chains]
+        own = [chain - chain % 2 for chain in chains] if self.mirrored else chains
+        generators = [torch.Generator(like.device).manual_seed(derive_seed(self.seed, what, chain)) for chain in own]
         block = like.new_empty(len(chains), max(1, NOISE_BLOCK // like.shape[1]), like.shape[1])
         while True:
             for part, generator in zip(block, generators, strict=True):
                 part.normal_(generator=generator)
+            if self.mirrored:
+                block[[i for i, chain in enumerate(chains) if chain % 2]] *= -1
             yield from block.unbind(1)

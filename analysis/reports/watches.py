@@ -202,7 +202,7 @@ def _susceptibilities(page: Page, name: str, data: xr.Dataset) -> list[Block]:
     found = (
         f"Susceptibilities that change sign: {'; '.join(told)}." if told else "No susceptibility surely changes sign."
     )
-    count = min(3, data.sizes["component"])
+    count = max(2, min(3, data.sizes["component"] - 1))  # with all of them no basis turns
     return [Paragraph(found), susceptibilities_figure(page, name, data, susceptibility_components(data, count))]
 
 

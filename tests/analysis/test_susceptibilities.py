@@ -9,7 +9,7 @@ from devmon.analysis.derive.influence import transition_data
 from devmon.analysis.derive.susceptibilities import on_the_whole, sign_changes, susceptibility_components
 from devmon.analysis.derive.watch_series import series_of_watch
 from devmon.errors import DataError
-from tests.support.responses import influences, susceptibilities
+from tests.support.synthetic import influences, susceptibilities
 
 
 def test_components_of_a_plane_are_the_plane() -> None:

@@ -12,8 +12,7 @@ from devmon.analysis.derive.representation import similarity
 from devmon.analysis.reports.drawing import Page
 from devmon.analysis.reports.watches import _susceptibilities
 from tests.support.reports import LONG, circuits, sketches
-from tests.support.responses import susceptibilities
-from tests.support.synthetic import induction_run, watch
+from tests.support.synthetic import induction_run, susceptibilities, watch
 
 
 def test_similarity_has_blocks_and_its_last_row_on_top() -> None:

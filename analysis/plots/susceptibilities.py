@@ -31,8 +31,8 @@ def plot_susceptibilities(components: xr.Dataset) -> tuple[Figure, tuple[Axes, A
         left.plot(*last[mine].T, ".", color=colour, ms=4, alpha=0.8, label=str(probe))
     far = np.argsort(-np.linalg.norm(last, axis=1), kind="stable")[:NAMED]
     for item in far if "label" in components.coords else ():
-        text = str(components["label"].values[item]).replace("$", r"\$").replace("\n", "⏎")
-        left.annotate(brief(text, 28), last[item], xytext=(4, 3), textcoords="offset points", fontsize=7)
+        text = str(components["label"].values[item]).replace("\n", "⏎")
+        left.annotate(brief(text, 28), last[item], xytext=(4, 3), textcoords="offset points", fontsize=7, parse_math=False)
     share = [f"{float(value):.0%}" for value in components["explained"].isel(step=-1).values[:2]]
     left.set(xlabel=f"component 1 ({share[0]} of the variance)", ylabel=f"component 2 ({share[1]} of the variance)")
     left.set_title(f"Tokens at step {int(components['step'][-1])}")
@@ -46,7 +46,7 @@ def plot_susceptibilities(components: xr.Dataset) -> tuple[Figure, tuple[Axes, A
     for step in steps[noisy]:
         right.axvline(step, color="#d9d9d9", lw=4, zorder=0)
     step_axis(right, steps)
-    right.set(ylabel="standard deviation over tokens", title="Spread in the common components")
+    right.set(ylabel="standard deviation in the component", title="Spread over tokens")
     if noisy.any():
         draw_note(right, f"{int(noisy.sum())} of {len(steps)} steps are mostly noise (grey)")
     right.legend(loc="best")

@@ -4,8 +4,9 @@
 
 A two-layer GPT-NeoX, trained for 300 steps on the characters of Python's standard library, is measured by both from
 several seeds, at the same nβ, γ, step size, chains, draws and data. The error is the root mean square over tokens and
-components of the standard deviation over seeds; CPU seconds × error² is what an error costs, whatever
-the number of draws.
+components of the standard deviation over seeds; CPU seconds × error² is what an error costs, whatever the number of
+draws. devinterp centres ℓ − L on its mean with all parameters free: a term of λ̂ times that mean, which is most of its
+χ and of its error here. So what is compared is the covariance under the component's own law, from the draws of each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from devmon.data.text import SYMBOLS, read_text
 from devmon.instruments import Susceptibilities
 from devmon.sampling import next_token_loss
 from devmon.sampling.masks import as_mask
+from devmon.sampling.responses.covariances import responses
 from devmon.snapshot import Snapshot
 
 LENGTH, BATCH, PROBED = 25, 16, 16
@@ -88,6 +90,31 @@ def theirs(model: nn.Module, data: Tensor, probe: Tensor, seed: int) -> np.ndarr
     return np.asarray(tree["susceptibilities"]["sus"].values.T)
 
 
+def theirs_own_law(model: nn.Module, data: Tensor, probe: Tensor, seed: int) -> np.ndarray:
+    """What we measure, from devinterp's draws: −Cov[L, ℓ − L] under the law of the component alone."""
+    from datasets import Dataset
+    from devinterp.slt.sampling import sample
+
+    sets = {
+        name: Dataset.from_dict({"input_ids": part.tolist()}).with_format("torch")
+        for name, part in (("data", data), ("probe", probe))
+    }
+    found = []
+    for name in COMPONENTS:
+        mask = as_mask(name, model)
+        assert mask is not None
+        tree = sample(
+            model, sets["data"], {key: (each, PROBED // BATCH) for key, each in sets.items()},
+            param_masks={parameter: mask.entries.get(parameter) for parameter in mask.names}, lr=SETTINGS["lr"],
+            n_beta=SETTINGS["nbeta"], localization=SETTINGS["gamma"], num_chains=CHAINS, num_draws=DRAWS,
+            num_burnin_steps=BURN_IN, batch_size=BATCH, num_init_loss_batches=1, init_seed=1000 * seed, device="cpu",
+        )  # fmt: skip
+        level = tree["loss_data"].values.astype(float).mean((2, 3))
+        losses = tree["loss_probe"].values.astype(float).reshape(*level.shape, -1)
+        found.append(responses(level, losses - level[..., None], 1.0).value)
+    return np.array(found)
+
+
 def measured(run: Any, seeds: int) -> dict[str, float]:
     """CPU seconds of a run, the error by the spread over seeds, and the size of what is measured."""
     values, seconds = [], []
@@ -119,6 +146,7 @@ def main() -> None:
     model, data, probe = trained()
     cases: dict[str, Any] = {
         "devinterp 2": lambda seed: theirs(model, data, probe, seed),
+        "devinterp 2's draws, own law": lambda seed: theirs_own_law(model, data, probe, seed),
         "devmon": lambda seed: ours(model, data, probe, seed),
         "devmon, 2 steps a draw": lambda seed: ours(model, data, probe, seed, steps_per_draw=2),
         "devmon, not mirrored": lambda seed: ours(model, data, probe, seed, mirrored=False),
@@ -144,7 +172,7 @@ def _write(out: Path, rows: dict[str, Any], seeds: int) -> None:
             row[key] = value
     for row in rows.values():
         for key in ("cost_at_equal_error", "cost_at_equal_error_over_signal"):
-            peer = rows.get("devinterp 2", {}).get(key)
+            peer = rows.get("devinterp 2's draws, own law", {}).get(key)
             row[f"{key}_to_devinterp"] = row[key] / peer if peer and row[key] else None
     result = {
         "settings": SETTINGS | {"chains": CHAINS, "draws": DRAWS, "burn_in": BURN_IN, "batch_size": BATCH},

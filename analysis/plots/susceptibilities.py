@@ -32,7 +32,9 @@ def plot_susceptibilities(components: xr.Dataset) -> tuple[Figure, tuple[Axes, A
     far = np.argsort(-np.linalg.norm(last, axis=1), kind="stable")[:NAMED]
     for item in far if "label" in components.coords else ():
         text = str(components["label"].values[item]).replace("\n", "⏎")
-        left.annotate(brief(text, 28), last[item], xytext=(4, 3), textcoords="offset points", fontsize=7, parse_math=False)
+        left.annotate(
+            brief(text, 28), last[item], xytext=(4, 3), textcoords="offset points", fontsize=7, parse_math=False
+        )
     share = [f"{float(value):.0%}" for value in components["explained"].isel(step=-1).values[:2]]
     left.set(xlabel=f"component 1 ({share[0]} of the variance)", ylabel=f"component 2 ({share[1]} of the variance)")
     left.set_title(f"Tokens at step {int(components['step'][-1])}")

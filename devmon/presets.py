@@ -167,8 +167,7 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
 
 
 def _known(shared: Shared) -> Vocabulary:
-    names = ("vocab_size", "tokenizer", "bos")
-    return _vocabulary(*(shared.get(name) for name in names), shared.get("exclude", ()))
+    return _vocabulary(shared.get("vocab_size"), shared.get("tokenizer"), shared.get("bos"), shared.get("exclude", ()))
 
 
 def _vocabulary(vocab_size: int | None, tokenizer: Any, bos: int | None, exclude: Sequence[int]) -> Vocabulary:
@@ -180,7 +179,7 @@ def _vocabulary(vocab_size: int | None, tokenizer: Any, bos: int | None, exclude
     own = vocabulary(tokenizer)
     size = own.size if vocab_size is None else min(own.size, vocab_size)
     first = own.bos if bos is None else bos
-    left_out = ({*own.exclude, *exclude} | ({own.bos} - {None})) - {first}
+    left_out = {*own.exclude, *exclude, *(() if own.bos is None else (own.bos,))} - {first}
     return Vocabulary(size, first, own.pad, tuple(sorted(token for token in left_out if token < size)))
 
 

@@ -113,13 +113,15 @@ def sample(
     stacked: bool | None = None,
     group: int | None = None,
     probe: OnDraw | None = None,
+    mirrored: bool = False,
 ) -> xr.Dataset:
     """The stored traces (chain, draw) of `settings`, burn-in included; see `devmon.instruments.LLC`.
 
     `chains` picks some of the chains (a rank's share); `stacked` and `group` choose how they are run, not the numbers.
-    `probe(model, chain, draw)` sees the weights at the start of each draw. A kernel given as an object brings its own
-    lr, nbeta, gamma and prior, which then stand in the attrs. Raises InstrumentError for settings that cannot be run
-    and a loss that is not finite at w*.
+    `probe(model, chain, draw)` sees the weights at the start of each draw. `mirrored` gives chains 2k and 2k + 1
+    opposite noise: each has the law, and what is odd in w − w* cancels in their mean. A kernel given as an object
+    brings its own lr, nbeta, gamma and prior, which then stand in the attrs. Raises InstrumentError for settings that
+    cannot be run and a loss that is not finite at w*.
     """
     examples = as_examples(data)
     nbetas = lower_rungs(settings.nbeta, settings.sampler)
@@ -132,6 +134,7 @@ def sample(
         control_variate=settings.control_variate,
         shared_batches=settings.shared_batches,
         replacement=settings.replacement,
+        mirrored=mirrored,
         proposal=Proposal(settings.lr, settings.nbeta_for(examples.n), settings.gamma, settings.prior)
         if settings.acceptance
         else None,

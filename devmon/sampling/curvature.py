@@ -84,7 +84,7 @@ def noise_bias(
     grads = grads if where is None else grads * where
     trace = float(grads.var(0).sum())
     size = flat.center.numel() if where is None else int(where.sum())
-    return settings.lr * settings.nbeta_for(examples.n) ** 2 * trace / 8 / (size / 2)
+    return settings.lr_and_gamma[0] * settings.nbeta_for(examples.n) ** 2 * trace / 8 / (size / 2)
 
 
 def _gradient(flat: Flat, examples: Examples, index: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

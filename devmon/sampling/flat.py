@@ -191,10 +191,10 @@ def gradient_at_center(
     # Σ |b| |g_b − g|² over parts b has the mean (parts − 1) trace(Cov) of the examples.
     squares = 0.0
     parts = index.split(min(batch_size, max(1, len(index) // 2)))
+    check_losses(flat.losses(examples.batch(parts[0])), len(parts[0]))
     for part in parts:
         part_grad.zero_()
         losses = flat.backward(examples.batch(part))
-        check_losses(losses, len(part))
         table[part] = losses.to(torch.float64)
         if where is not None:
             part_grad.mul_(where)

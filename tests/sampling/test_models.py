@@ -124,7 +124,7 @@ def test_instrument_returns_traces_and_settings():
     instrument = LLC(data, loss=classification_loss, gamma=10.0, lr=1e-4, chains=3, draws=20, burn_in=10)
     traces = instrument(Snapshot(step=5, model=net, seed=3))
     assert dict(traces.sizes) == {"chain": 3, "draw": 30}
-    assert set(traces.data_vars) == {"loss", "baseline", "distance", "slope"}
+    assert set(traces.data_vars) == {"loss", "baseline", "distance", "slope", "first_order", "noise_bias"}
     expected = {"kind": "llc", "gamma": 10.0, "lr": 1e-4, "burn_in": 10, "batch_size": 32, "n": 60, "kernel": "sgld"}
     expected |= {"steps_per_draw": 1, "control_variate": False, "parameters": 66, "seed": 3}
     assert {name: traces.attrs[name] for name in expected} == expected

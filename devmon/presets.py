@@ -82,8 +82,8 @@ def economy(
     padding is cut off the probe batch. Without one, `vocab_size` is the model's, all tokens below it but `bos`, which
     then stands first, and `exclude` are taken for real, and no place of the probe batch for padding. `llc` is the LLC,
     measured at half as many steps: `LLC(tokens)` chooses its settings as training goes, `devmon calibrate` gives
-    careful ones; without it there is none, for what it costs. Raises DataError without vocab_size and tokenizer, and for rows that are mostly
-    padding. Watches: loss, repeats, induction, previous_token, weights, llc.
+    careful ones; without it there is none, for what it costs. Raises DataError without vocab_size and tokenizer, and
+    for rows that are mostly padding. Watches: loss, repeats, induction, previous_token, weights, llc.
     """
     known = _vocabulary(vocab_size, tokenizer, bos, exclude)
     tokens = unpadded(tokens, known.pad)

@@ -43,7 +43,12 @@ def choose(
     given = nbeta if start.nbeta is None else start.nbeta
     settings = replace(start, sampler="baoab", nbeta=given, lr=lr, gamma=gamma)
     reasons = f"The largest curvature of nbeta L is {curvature:.3g}; gamma lets chains rest within their burn-in."
-    trial: dict[str, Any] = {"chains": min(2, start.chains), "draws": min(CHOICE_TRIAL, start.draws), "examples": 0, "nbeta": nbeta}
+    trial: dict[str, Any] = {
+        "chains": min(2, start.chains),
+        "draws": min(CHOICE_TRIAL, start.draws),
+        "examples": 0,
+        "nbeta": nbeta,
+    }
     for variates in (start.control_variate, True):
         settings = replace(settings, control_variate=variates)
         results = [llc(sample(model, loss, examples, replace(settings, **trial), seed=seed)) for model in models]

@@ -168,8 +168,8 @@ def sample(
     # The lower rungs: the same chains at other temperatures, as variables of their own beside those of the first.
     rungs = []
     for nbeta in nbetas:
-        lr = lr_of_rung(settings.lr, attrs["nbeta"], nbeta, settings.gamma)
-        rung = replace(settings, nbeta=nbeta, lr=lr, examples=0, acceptance=False)
+        lr_below = lr_of_rung(lr, attrs["nbeta"], nbeta, gamma)
+        rung = replace(settings, nbeta=nbeta, lr=lr_below, examples=0, acceptance=False)
         rungs.append(sample(model, loss, examples, rung, seed=seed, chains=numbers, stacked=stacked, group=group))
     return with_rungs(dataset, rungs, reach(model, loss, examples, settings, mask, seed=seed))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,6 +63,22 @@ class Divisible(Instrument, Protocol):
 
     def join(self, parts: list[xr.Dataset], /) -> xr.Dataset:
         """The whole from the parts, in order of rank, those of ranks that had nothing to do left out."""
+
+
+@runtime_checkable
+class Choosing(Instrument, Protocol):
+    """An instrument with settings that are chosen at the weights, once for a run, unless it is `settled`.
+
+    `choose` at some weights gives a record that JSON can hold, `settle` of that the instrument to measure with. The run
+    keeps the record. InstrumentError from `choose` says that it cannot be made at these weights.
+    """
+
+    @property
+    def settled(self) -> bool: ...
+
+    def choose(self, models: Sequence[torch.nn.Module], seed: int, later: bool = True) -> dict[str, Any]: ...
+
+    def settle(self, record: Mapping[str, Any], /) -> Instrument: ...
 
 
 def derive_seed(seed: int, *what: object) -> int:

@@ -24,14 +24,14 @@ def series_of(
 ) -> list[Series]:
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 
-    LLC traces give `llc/llc` with its standard error, points whose verdict is neither "ok" nor "finite-time" marked as
-    rejected; those of a RestrictedLLC give `watch/llc[layer 0 head 1]` for each component. Any other watch gives the
-    variables that are `followed`: a scalar as `watch/variable`, an array as `watch/variable max` (the largest element
-    at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each. An infinite
-    value, and one whose `accepted` is 0, is marked as rejected. A variable's attribute `smallest_change` becomes the
-    series' `smallest`. Values by group of items (`variable_replicates`), and of λ̂ by batch of draws, become
-    `replicates`; those of a maximum are of the element that is largest at each step. A series has none that are not
-    finite where its values are, and none of one group.
+    LLC traces give `llc/llc` with its standard error, points whose verdict is not `accepted` marked as rejected; those
+    of a RestrictedLLC give `watch/llc[layer 0 head 1]` for each component. Any other watch gives the variables that are
+    `followed`: a scalar as `watch/variable`, an array as `watch/variable max` (the largest element at each step, with
+    that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each. An infinite value, and one
+    whose `accepted` is 0, is marked as rejected. A variable's attribute `smallest_change` becomes the series'
+    `smallest`. Values by group of items (`variable_replicates`), and of λ̂ by batch of draws, become `replicates`; those
+    of a maximum are of the element that is largest at each step. A series has none that are not finite where its values
+    are, and none of one group.
 
     - `costs`: each watch gives `watch/seconds` too, what its observations took
     - `each`: without it, arrays give their maximum alone
@@ -68,7 +68,7 @@ def series_of_watch(
 
 def numbers_of(dataset: xr.Dataset) -> dict[str, float]:
     """The followed scalars of one observation (no `step` dimension); of LLC traces λ̂ as `llc`, its standard error `se`
-    and `accepted`, 1 where the verdict is "ok" or "finite-time"."""
+    and `accepted`, 1 where the verdict leaves it of use."""
     if is_llc(dataset):
         derived = llc(dataset)
         usable = float(accepted(derived["verdict"].item()))

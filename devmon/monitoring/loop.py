@@ -14,6 +14,7 @@ import xarray as xr
 
 from devmon.errors import DevmonError, StoreError
 from devmon.monitoring.budget import Budget
+from devmon.monitoring.choices import forget_after
 from devmon.monitoring.companion import Companion
 from devmon.monitoring.densify import Densify
 from devmon.monitoring.failures import Failures
@@ -234,6 +235,7 @@ def resume(trajectory: Trajectory, watches: Iterable[Watch], step: int, model: t
     for name in held:
         trajectory.holds(name, step, weights=weights)
     trajectory.supersede(after=step)
+    forget_after(trajectory, step)
     # The lists of single steps are cut as the rows are: steps left out, and steps that only an alarm made due.
     for key in ("skipped", "densified"):
         listed = trajectory.attrs.get(key, {})

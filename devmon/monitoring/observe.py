@@ -12,10 +12,11 @@ import torch
 import xarray as xr
 
 from devmon.errors import DevmonError, IdentityError, InstrumentError, StoreError
+from devmon.monitoring.choices import chosen, confirm
 from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.isolation import guarded, isolated, private_copy
 from devmon.monitoring.ranks import SINGLE, Ranks
-from devmon.snapshot import Divisible, Instrument, Snapshot, derive_seed, weights_digest
+from devmon.snapshot import Choosing, Divisible, Instrument, Snapshot, derive_seed, weights_digest
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
 
@@ -47,6 +48,9 @@ def observe(
     (None elsewhere), decides what is missing in it and calls `each`. Every rank measures its share of a `Divisible`
     instrument, at the weights of rank 0; the other instruments run on rank 0. What is raised is raised on every rank.
 
+    What an instrument leaves open (`devmon.snapshot.Choosing`) is chosen at the first step where it can be, and kept in
+    `attrs["chosen"]`; until then its rows are left out, with the reason among the failures and without a warning.
+
     Raises `InstrumentError` where an instrument does not fit the model or changed the caller's own, `IdentityError`
     where the trajectory holds another configuration or other weights for this step.
     """
@@ -63,8 +67,15 @@ def observe(
         if watch.name not in seeds:
             continue
         started = time.perf_counter()
+        instrument, record = watch.instrument, None
+        # What it leaves open is chosen by rank 0, once for the run; where that cannot be done yet there is no row.
+        if isinstance(instrument, Choosing) and not instrument.settled:
+            record = ranks.first(book.chosen, watch.name, instrument, step, model, seeds[watch.name])
+            if record is None:
+                continue
+            instrument = instrument.settle(record)
         try:
-            dataset = _measure(watch.instrument, step, model, seeds[watch.name], ranks, memo)
+            dataset = _measure(instrument, step, model, seeds[watch.name], ranks, memo)
         except DevmonError:  # a misfit: it would fail at every step
             raise
         except Exception as error:
@@ -72,7 +83,7 @@ def observe(
                 raise
             ranks.first(book.fail, watch.name, step, error)
             continue
-        if ranks.first(book.append, watch.name, step, dataset, weights, time.perf_counter() - started):
+        if ranks.first(book.append, watch.name, step, dataset, weights, time.perf_counter() - started, record):
             appended.append(watch.name)
     return appended
 
@@ -136,12 +147,37 @@ class Book:
                 seeds[watch.name] = derive_seed(self.trajectory.seed, watch.name)
         return weights, seeds
 
-    def append(self, name: str, step: int, dataset: xr.Dataset | None, weights: str, seconds: float) -> bool:
-        """Whether the row was written."""
+    def chosen(
+        self, name: str, instrument: Choosing, step: int, model: torch.nn.Module, seed: int
+    ) -> dict[str, Any] | None:
+        """The record of what was chosen for this watch, or None where that cannot be done at these weights."""
+        assert self.trajectory is not None
+        try:
+            return chosen(self.trajectory, name, instrument, step, model, seed)
+        except InstrumentError as error:
+            self.fail(name, step, error, warn=False)
+        except (StoreError, OSError) as error:
+            if self.strict or not by_system(error):
+                raise
+            self.fail(name, step, error)
+        return None
+
+    def append(
+        self,
+        name: str,
+        step: int,
+        dataset: xr.Dataset | None,
+        weights: str,
+        seconds: float,
+        record: dict[str, Any] | None,
+    ) -> bool:
+        """Whether the row was written; `record` is what was chosen for it."""
         assert self.trajectory is not None
         assert dataset is not None
         try:
             self.trajectory.append(name, step, dataset, weights=weights, seconds=seconds)
+            if record is not None:
+                confirm(self.trajectory, name, step, record, dataset)
         except (StoreError, OSError) as error:
             if self.strict or not by_system(error):
                 raise
@@ -150,7 +186,7 @@ class Book:
         self._measured(name, dataset)
         return True
 
-    def fail(self, name: str, step: int, error: Exception, record: bool = True) -> None:
+    def fail(self, name: str, step: int, error: Exception, record: bool = True, warn: bool = True) -> None:
         """Record that there is no row, and warn of it once."""
         assert self.trajectory is not None
         notes = (f"({note})" for note in getattr(error, "__notes__", []))
@@ -164,7 +200,7 @@ class Book:
         except (StoreError, OSError) as refused:  # not even that can be written: the warning has to do
             if not by_system(refused):
                 raise
-        if not earlier:
+        if warn and not earlier:
             warnings.warn(f"{name} failed at step {step} ({reason}); the others go on", stacklevel=6)
         if self.failures is not None:
             self.failures.setdefault(name, {})[step] = reason

@@ -33,6 +33,8 @@ def run(plan: Plan, dry_run: bool) -> int:
         _print_plan(study, work, out)
         return 0
     study.record()
+    if work:
+        study.choose()
 
     # measure in this process, or hand the steps to an engine; a line for every row that will be missing
     counts = Counter[str]()

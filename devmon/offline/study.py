@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
@@ -25,13 +26,15 @@ from devmon.checkpoints.series import Checkpoint, Series
 from devmon.checkpoints.weights import fitting
 from devmon.errors import DataError, IdentityError, InstrumentError
 from devmon.instruments import LLC
+from devmon.monitoring.choices import keep
 from devmon.monitoring.fingerprint import describe, identity
-from devmon.monitoring.isolation import private_copy
+from devmon.monitoring.isolation import isolated, private_copy
 from devmon.monitoring.observe import observe
 from devmon.offline.in_parts import OUT_OF_MEMORY, in_parts
 from devmon.offline.plan import Plan, pairs
 from devmon.offline.probe_text import Home, Probe, load_tokenizer, read_probe
-from devmon.offline.source import load_study
+from devmon.offline.source import late_and_middle, load_study
+from devmon.snapshot import Choosing, derive_seed
 from devmon.store.place import store_path
 from devmon.store.rows import plain
 from devmon.store.trajectory import Trajectory
@@ -98,6 +101,27 @@ class Study:
             if due:
                 work[step] = due
         return work
+
+    def choose(self) -> None:
+        """Choose what instruments leave open, at the last checkpoint and a middle one, and keep it in the run.
+
+        Where it cannot be done there, `observe` tries at each.
+        """
+        held = self.trajectory.attrs.get("chosen", {})
+        for watch in self.watches:
+            instrument = watch.instrument
+            if not isinstance(instrument, Choosing) or instrument.settled or watch.name in held:
+                continue
+            steps = late_and_middle([step for step in self.steps if step in watch.steps])
+            models = []
+            for _, checkpoint in self.series.stream(steps):
+                if isinstance(checkpoint, DataError):
+                    raise checkpoint
+                models.append(private_copy(self._filled(checkpoint)))
+            seed = derive_seed(self.trajectory.seed, watch.name)
+            with isolated(), contextlib.suppress(InstrumentError):
+                made = instrument.choose(models, seed, later=False)
+                keep(self.trajectory, "chosen", watch.name, {"step": max(steps), "steps": steps} | made)
 
     def measure(self, steps: Iterable[int] | None = None, tell: Callable[[Progress], None] = lambda news: None) -> None:
         """Do what is missing at `steps` (all, by default); checkpoints are prefetched, one ahead of what is measured.

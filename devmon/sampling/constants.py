@@ -63,6 +63,21 @@ NOISE_MATTERS = 0.01
 # known to about ±½, which moves a multiplicity of 2 by less than a fifth.
 REACH_DRAWS = 8
 
+# -- a choice without trials -----------------------------------------------------------------------------------------
+
+# By how much the largest curvature may grow until lr is as large for it as it would be without a margin. Along a small
+# language model it went up and down by 8. Larger is safer, and localises λ̂ in proportion.
+CHOICE_MARGIN = 10.0
+
+# Power iterations, and draws of each of two chains of a trial.
+CHOICE_ROUNDS, CHOICE_TRIAL = 6, 50
+
+# Relaxation times of the flattest direction in a burn-in: e^(−2·2) = 2% of the way is left for the spread then.
+CHOICE_RELAXATIONS = 2.0
+
+# Of λ̂: bias by minibatch noise from which control variates are taken. Half of what makes an estimate no level.
+CHOICE_NOISE = 0.05
+
 # -- trials of a calibration -----------------------------------------------------------------------------------------
 
 # Draws kept, draws of burn-in, and the least number of chains of a trial. More draws make smaller moves visible.

@@ -83,7 +83,7 @@ def noise_bias(
     trace = gradient_at_center(flat, examples, index, size, size, where)[2] / settings.batch_size
     trace *= 1 - settings.batch_size / examples.n
     size = flat.numel if where is None else int(where.sum())
-    return settings.lr * settings.nbeta_for(examples.n) ** 2 * trace / 8 / (size / 2)
+    return settings.lr_and_gamma[0] * settings.nbeta_for(examples.n) ** 2 * trace / 8 / (size / 2)
 
 
 def _gradient(flat: Flat, examples: Examples, index: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

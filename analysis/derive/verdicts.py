@@ -52,7 +52,7 @@ def verdict(numbers: dict[str, Any], excess: np.ndarray, data: xr.Dataset) -> st
     - "gradient noise": minibatch noise may add more than a tenth to λ̂: control variates, larger batches or a smaller lr
     - "not a minimum": more than a tenth of λ̂ is first-order, by more than its error
 
-    `estimate_llc` makes "localised" of an "ok" whose calibration found no plateau in gamma: a lower bound, kept as well.
+    `estimate_llc` makes "localised" of an "ok" whose calibration found no plateau in gamma: a lower bound, kept too.
     """
     memory, value = numbers["memory"], numbers["llc"]
     if not np.isfinite(value):

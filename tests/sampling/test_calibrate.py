@@ -122,12 +122,12 @@ def test_calibration_records_every_trial_and_its_reasons():
     (fit,) = calibration.fits
     assert fit.low < 2 < fit.high
     for sentence in (
-        "gives the λ̂ of a step three times smaller.",
+        "runs healthily; smaller steps would take longer than allowed.",
         f"gamma {settings.gamma:.3g}: λ̂ is flat there",
-        f"With gamma λ̂ goes to {fit.limit:.3g}",
+        f"to {fit.limit:.3g} [{fit.low:.3g}, {fit.high:.3g}]",
         "Control variates do not pay.",
         f"steps_per_draw {settings.steps_per_draw}.",
-        f"uncertain by {calibration.systematic:.1%}",
+        f"Minibatch noise biases λ̂ by {calibration.systematic:.1%}",
     ):
         assert sentence in calibration.reasons, (sentence, calibration.reasons)
     assert not any(word in calibration.reasons for word in ("localises", "no two", "did not settle"))
@@ -214,3 +214,11 @@ def test_a_loss_of_another_shape_is_told_before_its_noise_is_measured(answer):
     model = nn.Linear(2, 1)
     with pytest.raises(InstrumentError, match="one loss per example"):
         estimate_llc(model, lambda m, b: answer, torch.zeros(20, 2), lr=1e-3, gamma=1.0, batch_size=10)
+    with pytest.raises(InstrumentError, match="one loss per example"):
+        estimate_llc(model, lambda m, b: answer, torch.zeros(20, 2), batch_size=10)
+
+
+def test_a_loss_without_finite_curvature_is_told():
+    model = nn.Linear(2, 1)
+    with pytest.raises(InstrumentError, match="not finite"):
+        estimate_llc(model, lambda m, b: m(b)[:, 0] * torch.nan, torch.ones(20, 2), batch_size=10)

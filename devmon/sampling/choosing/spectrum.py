@@ -25,7 +25,7 @@ from devmon.sampling.constants import (
 )
 from devmon.sampling.data import Examples, as_examples
 from devmon.sampling.flat import Flat
-from devmon.sampling.losses import Loss
+from devmon.sampling.losses import Loss, check_losses
 from devmon.sampling.masks import as_mask
 from devmon.sampling.traces import Settings
 from devmon.snapshot import derive_seed
@@ -93,6 +93,8 @@ def spectrum(
     generator = torch.Generator().manual_seed(derive_seed(seed, "curvature"))
     index = torch.randperm(every.n, generator=generator)[:examples]
     some = Examples(every.batch(index), len(index)).to(flat.center.device, torch.float64)
+    flat.bind(flat.center, torch.zeros_like(flat.center))
+    check_losses(flat.losses(some.batch(torch.arange(1, device=flat.center.device))), 1)
     hessian = _Hessian(flat, some, settings.batch_size, where)
 
     # Few directions one by one; of many, what random vectors see of the density.
@@ -105,8 +107,6 @@ def spectrum(
         parts = [_lanczos(hessian, generator, len(free)) for _ in range(PROBES)]
         nodes, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
         counts = counts / PROBES
-    if not np.isfinite(nodes).all():
-        raise InstrumentError("the curvature of the loss at w* is not finite: look for a norm, root or logarithm at 0")
 
     # Least and largest eigenvalue of the part of the data say what of the small ones is noise.
     scales = nbeta * nodes
@@ -129,6 +129,10 @@ class _Hessian:
         step = DIFFERENCE_STEP * (1 + self.flat.center.norm() / math.sqrt(len(center))) / norm
         ends = [self._gradient(center + sign * step * direction) for sign in (1, -1)]
         product = (ends[0] - ends[1]) / (2 * step)
+        if at is None and not torch.isfinite(product).all():
+            raise InstrumentError(
+                "the curvature of the loss at w* is not finite: look for a norm, root or logarithm at 0"
+            )
         return product if self.where is None else product * self.where
 
     def _gradient(self, position: Tensor) -> Tensor:

@@ -121,4 +121,6 @@ def estimate_llc(
         result["high"] = result["llc"] / (1 - calibration.missing) + half if calibration.flat else np.inf + half
         if not calibration.flat and result["verdict"].item() == "ok":
             result["verdict"].values[...] = LOCALISED
+    # A trace keeps its name, so that the whole can be derived again: `llc` has the number of that name.
+    result = result.drop_vars([name for name in traces.data_vars if name in result])
     return xr.merge([result, traces], combine_attrs="drop").assign_attrs(attrs)

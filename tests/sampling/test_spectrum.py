@@ -10,7 +10,7 @@ from torch import nn
 from devmon.errors import InstrumentError
 from devmon.sampling import BAOAB, SGLD, Settings, regression_loss
 from devmon.sampling.choosing.extrapolation import fit
-from devmon.sampling.choosing.spectrum import Spectrum, mobility, spectrum
+from devmon.sampling.choosing.spectrum import Spectrum, largest_curvature, mobility, spectrum
 from devmon.testing import exact
 
 
@@ -35,6 +35,8 @@ def test_few_parameters_are_taken_one_by_one_and_exactly():
     for gamma in (1.0, 50.0):
         assert found.llc(gamma) == pytest.approx(exact.gibbs_quadratic(found.scales, 1.0, gamma))
     assert found.llc() == 2.0
+    largest = largest_curvature(model, regression_loss, data, Settings(batch_size=64))
+    assert largest == pytest.approx(found.scales.max() / 80, rel=1e-4)
 
 
 def test_many_parameters_are_seen_by_random_vectors():

@@ -194,8 +194,8 @@ class Susceptibilities(Settings, _Of):
         nulls = {name: np.full((3, len(self.probes)), np.nan) for name in NULLS}
         if self.nulls:
             drawn = {"gaussian": moment.sums}
-            if self.gamma > 0:
-                drawn["localisation"] = localisation(model, mask, self.gamma, self.nulls, seed)
+            if (gamma := settings.lr_and_gamma[1]) > 0:
+                drawn["localisation"] = localisation(model, mask, gamma, self.nulls, seed)
             for name, displacements in drawn.items():
                 around = Excess(sets, range(2), self.nulls, 0, excess.start)
                 for moved, side, draw in both_sides(model, displacements, dtype):

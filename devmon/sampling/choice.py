@@ -11,8 +11,8 @@ from torch import nn
 from devmon.analysis.derive.llc import llc
 from devmon.analysis.derive.verdicts import accepted
 from devmon.errors import InstrumentError
+from devmon.sampling.choosing.spectrum import largest_curvature
 from devmon.sampling.constants import CHOICE_MARGIN, CHOICE_NOISE, CHOICE_RELAXATIONS, CHOICE_ROUNDS, CHOICE_TRIAL
-from devmon.sampling.curvature import largest_curvature
 from devmon.sampling.data import as_examples
 from devmon.sampling.losses import Loss
 from devmon.sampling.traces import Settings, sample

@@ -33,6 +33,7 @@ class Series:
     rejected: NDArray[Any] | None = None
     smallest: float = 0.0
     replicates: NDArray[Any] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def good(self) -> NDArray[np.bool_]:

@@ -93,6 +93,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         if isinstance(tensor, torch.Tensor):
+            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of FSDP 2
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")

@@ -85,6 +85,7 @@ class Study:
         if self.model is not None:
             self.model = private_copy(self.model).to(self.device)
         self.trajectory = self._open(read_only)
+        self._begun: set[str] = set()  # the watches that were measured before
 
     def _shard(self) -> list[int]:
         """The chosen steps of this shard, dealt in turn."""
@@ -129,9 +130,10 @@ class Study:
         `tell` hears of every row and of every checkpoint that was skipped. A checkpoint that cannot be read, or does
         not fit, is recorded as a failure of its watches with the reason, and so is an instrument that fails: the others
         go on, and the next time both are tried again. Raises InstrumentError where an instrument does not fit the
-        model.
+        model: a watch of which the run has no row yet, at weights that are finite.
         """
         work = self.missing()
+        self._begun = {name for name in self.known if self.trajectory.steps(name)}
         wanted = work if steps is None else (step for step in steps if step in work)
         for step, checkpoint in self.series.stream(wanted):
             try:
@@ -156,7 +158,11 @@ class Study:
             failures.clear()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* failed at step", UserWarning)  # `tell` says it
-                observe(step, model, _in_parts(todo.values(), parts), self.trajectory, strict=False, failures=failures)
+                done = observe(
+                    step, model, _in_parts(todo.values(), parts), self.trajectory, strict=False, failures=failures,
+                    begun=self._begun,
+                )  # fmt: skip
+            self._begun.update(done)
             for name, watch in list(todo.items()):
                 reason = failures.get(name, {}).get(step)
                 if reason is None:

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from devmon.anatomy.attention import Patterns
-from devmon.anatomy.forward import forward, logits
+from devmon.anatomy.find import candidates
+from devmon.anatomy.fit import mlp_site, rebuilt_logits, rebuilt_stream, try_layout
+from devmon.anatomy.forward import forward, logits, original
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.parts import Parts
 from devmon.anatomy.sites import ENDS, SITES, Reads, Site, Write
 from devmon.anatomy.taps import Taps
 from devmon.errors import InstrumentError
-
-GUESS_TOKENS = 8  # a layout that was guessed is tried on the first tokens of the vocabulary, one sequence of so many
-GUESS_ERROR = 1e-2  # of the largest logit: bfloat16 rounds to 4e-3, another norm or multiplier is off by tenths
 
 
 class Anatomy(Parts):
@@ -41,13 +40,40 @@ class Anatomy(Parts):
     Raises InstrumentError, with the declaration to write, where the parts of the model are not found.
 
     `layout` tells where they are; without it a class attribute `anatomy` of a module does, or the family of
-    transformers that it belongs to, or the first known layout whose paths all exist.
+    transformers that it belongs to, or any known layout whose paths all exist. None of them is trusted: each is tried
+    on the first of `inputs`, or on tokens or images made up (`devmon.anatomy.fit`), and the first that gives what the
+    model computes is taken. Raises InstrumentError, with the line to change, where none does. Where no input is known
+    that the model runs on, it is tried at the first `run`; `tried` says whether it was.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout | None = None, who: str = "Anatomy") -> None:
-        super().__init__(model, layout, who)
-        if self.guessed and self.layout.embed:
-            self._refuse_wrong_guess()
+    def __init__(
+        self, model: nn.Module, layout: Layout | None = None, who: str = "Anatomy", inputs: Any = None
+    ) -> None:
+        refused: InstrumentError | None = None
+        fitting = candidates(original(model), layout, who)
+        towers = {body for _, body, _ in fitting}
+        for found in fitting:
+            try:
+                super().__init__(model, layout, who, found)
+                self.tried = try_layout(self, inputs, alone=len(towers) == 1)
+            except InstrumentError as error:
+                refused = refused or error
+            else:
+                if self.tried or len(towers) == 1:
+                    return
+        if refused is None:
+            paths = ", ".join(path for path, module in self.model.named_modules() if module in towers)
+            refused = InstrumentError(
+                f"{who}: {type(self.model).__name__} holds several transformers ({paths}), and no input is known that "
+                "shows which of them runs: hand over one (Monitor(model=...) takes such a path)"
+            )
+        raise refused
+
+    @property
+    def trust(self) -> dict[str, str]:
+        """For the attributes of what was read off weights alone: that the layout was not tried, where it was not."""
+        untried = "not tried: no input is known that the model runs on (no `embed`, no image size in a config)"
+        return {} if self.tried else {"layout": untried}
 
     # -- activations -------------------------------------------------------------------------------------------------
 
@@ -83,6 +109,8 @@ class Anatomy(Parts):
     ) -> tuple[Tensor, Reads]:
         """One forward pass: the logits (batch, pos, vocab), or the last hidden state of a model without them, and
         what was read."""
+        if not self.tried:
+            self.tried = try_layout(self, inputs)
         with self.tapped(read, write, grad=grad) as reads:
             output = forward(self.model, inputs, self.who, grad=grad)
         if self.has_logits:
@@ -95,24 +123,17 @@ class Anatomy(Parts):
         equal up to rounding."""
         # The parts are taken from one pass, layer by layer, so that an error in one layer shows as that and not as its
         # consequences further up.
-        sites = ["z", "neurons"] if self.layout.neurons else ["z"]
         last = ("resid_post", self.layers - 1)
-        output, reads = self.run(inputs, [("resid_pre", 0), last, *sites])
+        output, reads = self.run(inputs, [("resid_pre", 0), last, "z", *mlp_site(self)])
         stream = reads["resid_pre", 0]
         with torch.no_grad():
             for layer in range(self.layers):
-                added = torch.einsum("bphe,hed->bpd", reads["z", layer], self.W_O(layer)) + self.bias(layer, "out")
-                stream = self._add(layer, "attention_end", stream, added)
-                if self.layout.neurons:
-                    added = reads["neurons", layer] @ self.W_out(layer) + self.bias(layer, "neurons")
-                    stream = self._add(layer, "mlp_end", stream, added)
+                stream = rebuilt_stream(self, reads, layer, stream)
 
             # Where more layers stand between the stream and the logits (BERT), the stream itself is compared.
             if not (self.has_logits and self.layout.direct):
                 return reads[last], stream
-            unembedded = self.final_norm(stream) @ self.W_U
-            bias = getattr(self.unembedding, "bias", None)
-            return output, self.capped(unembedded if bias is None else unembedded + bias)
+            return output, rebuilt_logits(self, stream)
 
     def expand(self, site: Site) -> list[tuple[str, int]]:
         """The site layer by layer: "z" is [("z", 0), ("z", 1), …]. Raises InstrumentError where it does not exist."""
@@ -123,31 +144,16 @@ class Anatomy(Parts):
             raise InstrumentError(f"{self.who}: {name!r} is no site; those are {', '.join((*SITES, *ENDS))}")
         if any(not -self.layers <= layer < self.layers for layer in layers):
             raise InstrumentError(f"{self.who}: the model has layers 0 to {self.layers - 1}, got {site!r}")
-        if name in ("neurons", "mlp_out") and not self.layout.neurons:
+        if name == "neurons" and self.has_mlp and not self.layout.neurons:
+            raise InstrumentError(
+                f"{self.who}: the MLP of {type(self.model).__name__} is one of experts, whose neurons are not those of "
+                "one map: read 'mlp_out'"
+            )
+        if name in ("neurons", "mlp_out") and not self.has_mlp:
             raise InstrumentError(f"{self.who}: {type(self.model).__name__} has no MLP that its layout declares")
-        if name == "resid_mid" and (self.parallel or self.layout.post_norm or not self.layout.neurons):
+        if name == "resid_mid" and (self.parallel or self.layout.post_norm or not self.has_mlp):
             raise InstrumentError(
                 f"{self.who}: {type(self.model).__name__} has no stream between attention and MLP that both add to; "
                 "read 'resid_pre' and 'attn_out'"
             )
         return [(name, layer % self.layers) for layer in layers]
-
-    # -- private -----------------------------------------------------------------------------------------------------
-
-    def _refuse_wrong_guess(self) -> None:
-        """Names alone do not tell how the parts are put together (multipliers, other norms): a guess is tried."""
-        output, rebuilt = self.rebuild(torch.arange(min(GUESS_TOKENS, len(self.W_E)))[None])
-        error = float((output - rebuilt).abs().max() / output.abs().max().clamp(min=1e-30))
-        if not error < GUESS_ERROR:  # NaN is no fit
-            raise InstrumentError(
-                f"{self.who}: the parts of {type(self.model).__name__} have known names, but put together they do not "
-                f"give its logits (off by {error:.0%}): say how they are, anatomy = Layout(...) (devmon.anatomy.Layout)"
-                ", if it is a sum of what heads and MLPs write"
-            )
-
-    def _add(self, layer: int, end: str, stream: Tensor, added: Tensor) -> Tensor:
-        """The stream after an addition, with the norm or scale that stands before or after it."""
-        module = self.optional(layer, end)
-        if module is None:
-            return stream + added
-        return module(stream + added) if self.layout.post_norm else stream + module(added)

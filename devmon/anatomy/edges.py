@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from devmon.anatomy.anatomy import Anatomy
+from devmon.anatomy.fit import mlp_entry
 from devmon.anatomy.forward import forward, logits
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.sites import Site, Write
@@ -66,7 +67,7 @@ class Edges:
             )
 
         # Senders in the order in which a forward pass runs them, each with its layer and kind.
-        self.has_mlp = bool(a.layout.neurons)
+        self.has_mlp = a.has_mlp
         self.senders, sent_by = ["embed"], [(-1, "embed")]
         for layer in range(a.layers):
             self.senders += [f"head {layer}.{h}" for h in range(a.heads)]
@@ -248,12 +249,11 @@ class Edges:
         """The module in which an MLP or the logits begin, and the hook that gives it a stream of its own."""
         # The norm before it; without one the module around the MLP, or the unembedding.
         (layer, part), a = group, self.anatomy
-        path = a.layout.norm if part == "logits" else a.layout.mlp_norm
-        within = "" if path or part == "logits" else a.layout.neurons.rpartition(".")[0]
+        within = "" if part == "logits" or a.layout.mlp_norm else mlp_entry(a)
         if part == "logits":
-            module = a.module(None, "norm") if path else a.unembedding
-        elif path or within:
-            module = a.blocks[layer].get_submodule(path or within)
+            module = a.module(None, "norm") if a.layout.norm else a.unembedding
+        elif mlp_entry(a):
+            module = a.blocks[layer].get_submodule(mlp_entry(a))
         else:
             raise InstrumentError(
                 f"{self.who} must set the input of the MLP apart: {type(a.model).__name__} shows no norm before it and "
@@ -328,7 +328,7 @@ class Edges:
 
 def _note(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
     def write(value: Tensor) -> Tensor:
-        kept[layer] = value
+        kept[layer] = value.clone()  # some models (Falcon) add to it in place
         return value
 
     return write

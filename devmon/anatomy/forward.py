@@ -21,6 +21,18 @@ def original(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def refuse_two_stacks(model: nn.Module, who: str) -> None:
+    """Raises InstrumentError for an encoder–decoder of transformers: what is its `layer`, or its next token?"""
+    for path, module in model.named_modules():
+        both = {"encoder", "decoder"} <= dict(module.named_children()).keys()
+        if both and getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            where = ".".join(part for part in (path, "encoder") if part)
+            raise InstrumentError(
+                f"{who}: {type(model).__name__} is an encoder–decoder, whose layers are those of two stacks: "
+                f"hand over one of them ({where!r} or {where[:-7] + 'decoder'!r}; Monitor(model=...) takes such a path)"
+            )
+
+
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Runs compiled parts of the model as plain Python inside: hooks and captures do not fire in compiled code."""

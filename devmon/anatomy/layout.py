@@ -14,11 +14,13 @@ class Layout:
     that holds the blocks' list by that path; all others are relative to a block:
 
     - `query`, `key`, `value`: the linear maps of all heads side by side; or `qkv`, one map for all three, whose output
-      is ordered as `fused` says: "parts" (all queries, all keys, all values) or "heads" (query, key, value by head)
+      is ordered as `fused` says: "parts" (all queries, all keys, all values) or "heads" (by key-value head: its
+      queries, its key, its value)
     - `out`: the linear map that takes the heads' outputs side by side and writes what attention adds
     - `neurons`: the linear map that takes the MLP's activations and writes what the MLP adds
     - `attention_norm`, `mlp_norm`: what the residual stream passes on its way in
-    - `attention_end`, `mlp_end`: a norm or a scale between `out` or `neurons` and the residual stream
+    - `attention_end`, `mlp_end`: a norm or a scale between `out` or `neurons` and the residual stream; without
+      `neurons`, `mlp_end` is the module that gives what the MLP adds (a mixture of experts)
     - `heads`: the number of query heads, or the path of an attribute that holds it, from the block or from the module
       that holds the list; grouped key and value heads are counted from the size of `key`
     - `parallel`: attention and MLP read the same stream (or the path of an attribute that says so)
@@ -83,6 +85,7 @@ OLMO2 = replace(
     attention_end="post_attention_layernorm",
     mlp_end="post_feedforward_layernorm",
 )
+EXPERTS = replace(LLAMA, neurons="", mlp_end="mlp")
 PHI = replace(LLAMA, out="self_attn.dense", neurons="mlp.fc2", mlp_norm="", norm="final_layernorm", parallel=True)
 PHI3 = replace(LLAMA, query="", key="", value="", qkv="self_attn.qkv_proj")
 GPT2 = Layout(
@@ -95,6 +98,7 @@ GPT2 = Layout(
     embed="wte",
     norm="ln_f",
 )
+GPT_BIGCODE_BY_HEAD = replace(GPT2, fused="heads")
 GPT_NEOX = Layout(
     blocks="layers",
     qkv="attention.query_key_value",
@@ -134,6 +138,9 @@ BLOOM = replace(
     norm="ln_f",
     parallel=False,
 )
+FALCON = replace(BLOOM, fused="parts", mlp_norm="", parallel=True)
+FALCON_BY_GROUP = replace(BLOOM, attention_norm="ln_attn", mlp_norm="ln_mlp", parallel=True)
+STABLELM_PARALLEL = replace(LLAMA, mlp_norm="", parallel=True)
 OPT = replace(
     LLAMA,
     out="self_attn.out_proj",
@@ -141,6 +148,16 @@ OPT = replace(
     attention_norm="self_attn_layer_norm",
     mlp_norm="final_layer_norm",
     norm="final_layer_norm",
+)
+OPT_POST_NORM = replace(
+    OPT,
+    attention_norm="",
+    mlp_norm="",
+    attention_end="self_attn_layer_norm",
+    mlp_end="final_layer_norm",
+    norm="",
+    post_norm=True,
+    direct=False,
 )
 VIT = Layout(
     blocks="layers",
@@ -210,16 +227,26 @@ LAYOUTS = {
     "olmo": LLAMA,
     "stablelm": LLAMA,
     "starcoder2": replace(LLAMA, neurons="mlp.c_proj"),
+    "mixtral": EXPERTS,
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "olmoe": EXPERTS,
+    "stablelm, parallel": STABLELM_PARALLEL,
     "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "gpt_bigcode, by head": GPT_BIGCODE_BY_HEAD,
     "gpt_neo": GPT_NEO,
     "gptj": GPT_J,
     "bloom": BLOOM,
+    "falcon": FALCON,
+    "falcon, by group": FALCON_BY_GROUP,
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
+    "opt, norms after": OPT_POST_NORM,
     "vit": VIT,
     "dinov2": DINOV2,
     "clip_vision_model": CLIP_VISION,
     "bert": BERT,
     "esm": ESM,
 }
-"""By `config.model_type` of transformers. Any other model is tried against all of them, and its logits rebuilt once."""
+"""By `config.model_type` of transformers. Variants and other models are tried against all of them; none is trusted."""

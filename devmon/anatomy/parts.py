@@ -13,6 +13,7 @@ from devmon.anatomy.find import find
 from devmon.anatomy.forward import original
 from devmon.anatomy.frozen_norm import FrozenNorm
 from devmon.anatomy.layout import Layout
+from devmon.anatomy.linear import linear_map, table
 from devmon.errors import InstrumentError
 
 
@@ -24,13 +25,21 @@ class Parts:
     - `layers`, `heads`, `kv_heads` (fewer with grouped attention), `d_model`, `d_head`
     - `parallel`: attention and MLP read the same stream
 
-    Weights are matrices that a row vector is multiplied with, (in, out). Raises InstrumentError as `find` does, and
-    where the heads do not share the width of the output map evenly.
+    `found` is one of `candidates`, the first where it is not given. Weights are matrices that a row vector is
+    multiplied with, (in, out): what the modules compute (`linear_map`), which the weights that they hold need not be.
+    Raises InstrumentError as `find` does, and where the heads do not share the width of the output map evenly.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout | None = None, who: str = "Parts") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout | None = None,
+        who: str = "Parts",
+        found: tuple[Layout, nn.Module, bool] | None = None,
+    ) -> None:
         self.model, self.who = original(model), who
-        self.layout, self.body, self.guessed = find(self.model, layout, who)
+        self._maps: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        self.layout, self.body, self.guessed = find(self.model, layout, who) if found is None else found
         self.blocks = list(self.body.get_submodule(self.layout.blocks).children())
         self.layers = len(self.blocks)
         self.parallel = bool(self._setting(self.layout.parallel))
@@ -44,8 +53,16 @@ class Parts:
             raise InstrumentError(
                 f"{who}: {self.layout.out!r} reads {width} numbers, no multiple of {self.heads} heads: declare `heads`"
             )
-        grouped = self._fused_widths(0)[1] if self.layout.qkv else self._matrix(0, "key").shape[1]
+        if self.layout.qkv:
+            grouped = (self._matrix(0, "qkv").shape[1] - width) // 2
+        else:
+            grouped = self._matrix(0, "key").shape[1]
         self.kv_heads = grouped // self.d_head
+        if not self.kv_heads or self.heads % self.kv_heads or grouped % self.d_head:
+            raise InstrumentError(
+                f"{who}: keys are {grouped} numbers wide, which is no number of heads of {self.d_head} that "
+                f"{self.heads} query heads could share: declare `heads`"
+            )
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
@@ -119,38 +136,51 @@ class Parts:
 
     @property
     def W_E(self) -> Tensor:
-        """(vocab, d), unscaled where a family scales its embeddings."""
-        weight: Any = self.module(None, "embed").weight
-        return weight
+        """(vocab, d), what the module of embeddings gives; a scale that the model applies later is not in it."""
+        return table(self.module(None, "embed"), self.who, self.layout.embed)
 
     @property
     def W_U(self) -> Tensor:
         """(d, vocab)."""
-        return _matrix(self.unembedding)
+        return self._map(self.unembedding, self.layout.unembed or "unembed")[0]
+
+    @property
+    def bias_U(self) -> Tensor | None:
+        """The bias (vocab,) of the unembedding; None where it has none."""
+        return self._map(self.unembedding, self.layout.unembed or "unembed")[1]
 
     def bias(self, layer: int, part: str) -> Tensor:
         """The bias (d,) of the linear map "out" or "neurons"; zeros where it has none."""
-        bias = getattr(self.module(layer, part), "bias", None)
-        return self._matrix(layer, part).new_zeros(self.d_model) if bias is None else bias
+        weight, bias = self._map(self.module(layer, part), getattr(self.layout, part))
+        return weight.new_zeros(self.d_model) if bias is None else bias
 
     def bias_in(self, layer: int, which: int) -> Tensor | None:
         """The bias (head, d_head) of queries (0), keys (1) or values (2), not repeated; None where there is none."""
-        fused = bool(self.layout.qkv)
-        bias = getattr(self.module(layer, "qkv" if fused else ("query", "key", "value")[which]), "bias", None)
+        part = "qkv" if self.layout.qkv else ("query", "key", "value")[which]
+        bias = self._map(self.module(layer, part), getattr(self.layout, part))[1]
         if bias is None:
             return None
-        return self.split(layer, bias)[which] if fused else bias.unflatten(0, (-1, self.d_head))
+        return self.split(layer, bias)[which] if self.layout.qkv else bias.unflatten(0, (-1, self.d_head))
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether the layout names what an MLP adds."""
+        return bool(self.layout.neurons or self.layout.mlp_end)
 
     def split(self, layer: int, fused: Tensor) -> list[Tensor]:
         """q, k, v (…, head, d_head) from what the fused map writes (…, all)."""
+        groups, size = self.kv_heads, self.d_head
         if self.layout.fused == "heads":
-            return list(fused.unflatten(-1, (self.heads, 3, self.d_head)).unbind(-2))
-        return [part.unflatten(-1, (-1, self.d_head)) for part in fused.split(self._fused_widths(layer), -1)]
+            q, k, v = fused.unflatten(-1, (groups, -1, size)).split([self.heads // groups, 1, 1], -2)
+            return [q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)]
+        widths = [self.heads * size, groups * size, groups * size]
+        return [part.unflatten(-1, (-1, size)) for part in fused.split(widths, -1)]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`."""
         if self.layout.fused == "heads":
-            return torch.stack(list(parts), -2).flatten(-3)
+            grouped = [part.unflatten(-2, (self.kv_heads, -1)) for part in parts]
+            return torch.cat(grouped, -2).flatten(-3)
         return torch.cat([part.flatten(-2) for part in parts], -1)
 
     # -- norms and ends ----------------------------------------------------------------------------------------------
@@ -189,13 +219,13 @@ class Parts:
         return None
 
     def _matrix(self, layer: int, part: str) -> Tensor:
-        return _matrix(self.module(layer, part))
+        return self._map(self.module(layer, part), getattr(self.layout, part))[0]
 
-    def _fused_widths(self, layer: int) -> list[int]:
-        """The widths of q, k, v in a fused map: queries as wide as what `out` reads, keys and values share the rest."""
-        total, width = self._matrix(layer, "qkv").shape[1], self._matrix(layer, "out").shape[0]
-        rest = (total - width) // 2
-        return [width, rest, rest]
+    def _map(self, module: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
+        """Matrix (in, out) and bias of a module, worked out once: this object lives for one set of weights."""
+        if module not in self._maps:
+            self._maps[module] = linear_map(module, self.who, path)
+        return self._maps[module]
 
     def _input_weight(self, layer: int, which: int) -> Tensor:
         if self.layout.qkv:
@@ -220,10 +250,3 @@ class Parts:
         raise InstrumentError(
             f"{self.who}: {type(self.body).__name__} has no {value!r}: declare `heads` as a number, or its path"
         )
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear map as (in, out), which is how a Conv1D of transformers holds it."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight if type(module).__name__ == "Conv1D" else weight.T

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from devmon.anatomy.parts import Parts
-from devmon.anatomy.sites import LayerSite, Reads, Write
+from devmon.anatomy.sites import ENDS, SITES, LayerSite, Reads, Write
 from devmon.errors import InstrumentError
 
 # The part of a layout in which a site is seen, where it has another name.
@@ -66,13 +66,15 @@ class Taps:
         """What `Patterns` does with an attention pattern: the pattern to use instead, or None."""
         # The first of a layer with its number of heads: softmaxes over other things may follow or come before.
         key = ("pattern", self.layer)
-        if key in self.fired or pattern.shape[-3] != self.parts.heads:
+        square = pattern.shape[-2:] == (self.shape[1], self.shape[1])
+        if key in self.fired or pattern.shape[-3] != self.parts.heads or not square:
             return None
         return self._meet(key, pattern)
 
     def refuse_missing(self) -> None:
         """Raises InstrumentError where a site was not reached: its hook did not fire, which would go unseen."""
-        missing = sorted((self.wanted | set(self.writes)) - self.fired, key=str)
+        order = (*SITES, *ENDS)
+        missing = sorted((self.wanted | set(self.writes)) - self.fired, key=lambda at: (order.index(at[0]), at[1]))
         if not missing:
             return
         name, layer = missing[0]
@@ -120,7 +122,8 @@ class Taps:
 
     def _last(self, layer: int, linear: str, end: str) -> nn.Module:
         """The module whose output is added to the stream; with `post_norm` the norm comes after the addition."""
-        module = None if self.parts.layout.post_norm else self.parts.optional(layer, end)
+        has_linear = bool(getattr(self.parts.layout, linear))
+        module = None if self.parts.layout.post_norm and has_linear else self.parts.optional(layer, end)
         return self.parts.module(layer, linear) if module is None else module
 
     # -- hooks: each returns what torch uses in the place of an input or output, or None -----------------------------

@@ -83,7 +83,8 @@ class Composition:
             for later in range(1, layers):
                 for earlier in range(later):
                     values[:, later, :, earlier] = _scores(weights[earlier], weights[later]).cpu().numpy()
-        return self._dataset(values, *_null(anatomy.d_model, anatomy.d_head, self.draws, self.seed))
+        measured = self._dataset(values, *_null(anatomy.d_model, anatomy.d_head, self.draws, self.seed))
+        return measured.assign_attrs(anatomy.trust)
 
     def _refuse(self, anatomy: Anatomy) -> None:
         name = type(anatomy.model).__name__

@@ -109,7 +109,7 @@ class HeadSpectra:
                 for name, values in _copies(anatomy, layer, embed, unembed, drawn, grams).items():
                     row[name] = np.where(silent, np.nan, values)
             null = self._null(anatomy, grams)
-        return _dataset(rows, null, vocab, reason)
+        return _dataset(rows, null, vocab, reason).assign_attrs(anatomy.trust)
 
     def _generator(self, *what: object) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, "HeadSpectra", *what))

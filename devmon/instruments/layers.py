@@ -97,11 +97,11 @@ class LayerRoles(ByContent):
         _, reads = activations(snapshot, self.tokens, sites, who, self.layout, self.batch_size)
         stream = torch.stack([reads["resid_pre", 0], *reads.stack("resid_post")])
         plain = self._loss(anatomy, {})
-        parts = [part for part in PARTS if part != "mlp" or anatomy.layout.neurons]
+        parts = [part for part in PARTS if part != "mlp" or anatomy.has_mlp]
         effects: dict[str, list[np.ndarray]] = {part: [] for part in (*parts, "random")}
         for layer in range(anatomy.layers):
             for part in parts:
-                written = [site for site in PARTS[part] if site == "attn_out" or anatomy.layout.neurons]
+                written = [site for site in PARTS[part] if site == "attn_out" or anatomy.has_mlp]
                 dropped = self._loss(anatomy, {(site, layer): torch.zeros_like for site in written})
                 effects[part].append(dropped - plain)
             effects["random"].append(self._loss(anatomy, {}, layer, stream) - plain)

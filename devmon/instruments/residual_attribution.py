@@ -162,7 +162,7 @@ class ResidualAttribution(ByContent):
         """The logits (prompt, pos, vocab) before any cap, which is no linear map, and what the parts are made of."""
         capped = not torch.equal(anatomy.capped(torch.ones(1)), torch.ones(1))
         sites: list[str | tuple[str, int]] = [("resid_pre", 0), "z", ("resid_post", anatomy.layers - 1)]
-        sites += [*(["mlp_out"] if anatomy.layout.neurons else []), *(["unembedded"] if capped else [])]
+        sites += [*(["mlp_out"] if anatomy.has_mlp else []), *(["unembedded"] if capped else [])]
         logits, reads = activations(snapshot, self.tokens, sites, anatomy.who, self.layout, self.batch_size)
         return (reads["unembedded", 0] if capped else logits), reads
 
@@ -196,7 +196,7 @@ class ResidualAttribution(ByContent):
             mean = reads["z", layer][:count].mean(0, dtype=torch.float64)  # (pos, head, d_head)
             columns += [effect({("z", layer): partial(_put, head, mean[:, head])}) for head in range(anatomy.heads)]
             columns.append(nothing)
-            if anatomy.layout.neurons:
+            if anatomy.has_mlp:
                 mean = reads["mlp_out", layer][:count].mean(0, dtype=torch.float64)  # (pos, d)
                 columns.append(effect({("mlp_out", layer): partial(_constant, mean)}))
         return np.stack([*columns, nothing], 1)
@@ -229,7 +229,7 @@ class _Parts:
                 parts.append(end.linear(heads, scale[:, None]))
                 parts.append((end.linear(bias, scale) + end.bias)[:, None])
                 self.names += [f"head {layer}.{head}" for head in range(anatomy.heads)] + [f"attention bias {layer}"]
-                if anatomy.layout.neurons:
+                if anatomy.has_mlp:
                     parts.append(reads["mlp_out", layer][:, None])
                     self.names.append(f"mlp {layer}")
             # the final norm, its scale frozen at that of the whole stream

@@ -33,7 +33,8 @@ class Superposition:
     - `dimensionality_reference` (feature), dimensions: among random directions.
     - `interference` (feature), squared weight: Σ_{j≠i} (ŵᵢ·Wⱼ)². Null: `interference_reference`.
     - `interference_reference` (feature), squared weight: among random directions.
-    - `features_per_dimension`, features: ‖W‖²_F / dimensions, 1 for an orthonormal basis.
+    - `features_per_dimension`, features: ‖W‖²_F / dimensions, 1 for an orthonormal basis; it grows with the scale of W
+      squared, so it counts features only where those that are there have length 1, and is no headline.
     - `mean_dimensionality`, dimensions: mean over the features. Null: `mean_dimensionality_reference`.
     - `mean_dimensionality_reference`, dimensions: among random directions.
     - `mean_interference`, 1: Σ_{i≠j} (Wᵢ·Wⱼ)² / Σᵢ ‖Wᵢ‖⁴, 0 for orthogonal features; below its reference it is
@@ -95,7 +96,7 @@ class Superposition:
             "mean_interference_reference": (_weighted(expected, square), "among random directions", "1"),
             "directions": (total**2 / (gram**2).sum() if total else np.nan, "participation ratio of W", "dimensions"),
         }
-        headline = ["features_per_dimension", "mean_dimensionality", "mean_interference", "directions"]
+        headline = ["mean_dimensionality", "mean_interference", "directions"]
         rows, stored = Rows(headline, proxy=int(self.parameter is None)), features <= MAX_FEATURES
         for name, (array, label, units) in by_feature.items() if stored else ():
             rows.put(name, "feature", array, None, label, units=units)

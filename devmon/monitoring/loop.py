@@ -257,7 +257,7 @@ def resume(trajectory: Trajectory, watches: Iterable[Watch], step: int, model: t
     """Refuse another configuration or another run first, then set aside what training on from `step` supersedes."""
     known = [watch for watch in watches if watch.name in trajectory]
     for watch in known:
-        trajectory.declare(watch.name, identity(watch.instrument))
+        trajectory.redeclare(watch.name, identity(watch.instrument))
     held = [watch.name for watch in known if trajectory.holds(watch.name, step)]
     weights = weights_digest(model) if held else ""
     for name in held:

@@ -194,7 +194,7 @@ class Book:
         seeds = {}
         for watch in due:
             try:
-                self.trajectory.declare(watch.name, identity(watch.instrument))
+                self.trajectory.redeclare(watch.name, identity(watch.instrument))
                 held = self.trajectory.holds(watch.name, step, weights=weights)
             except Exception as error:
                 if self.strict or not (by_system(error) or watch.name in self.begun):

@@ -255,7 +255,7 @@ class Study:
         trajectory = Trajectory(place, "r" if read_only else "a", seed=self.plan.seed)
         for watch in self.watches:
             if not read_only or watch.name in trajectory:  # then nothing is written
-                trajectory.declare(watch.name, identity(watch.instrument))
+                trajectory.redeclare(watch.name, identity(watch.instrument))
         self.known = set(trajectory.names())
         return trajectory
 

@@ -129,6 +129,13 @@ class StoredWatch:
             "one, or give the watch another name or the run another path"
         )
 
+    def redeclare(self, identity: Mapping[str, Any]) -> None:
+        """As `declare`, but a declaration under which nothing was measured, as one that was refused, gives way."""
+        if self.name in self.place.names() and not self.steps():
+            with self.place.locked():
+                self.place.update(lambda attrs: dict(identity), self.name)
+        self.declare(identity)
+
     def append(self, step: int, dataset: xr.Dataset, weights: str, seconds: float) -> None:
         """Commit one row, unless `step` has one of the same weights. IdentityError where its form or weights differ.
 

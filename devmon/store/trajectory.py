@@ -133,6 +133,10 @@ class Trajectory(Mapping[str, xr.Dataset]):
         """
         self._watch(name).declare(identity)
 
+    def redeclare(self, name: str, identity: Mapping[str, Any]) -> None:
+        """As `declare`, but a configuration under which nothing was measured, as one that was refused, gives way."""
+        self._watch(name).redeclare(identity)
+
     def append(self, name: str, step: int, dataset: xr.Dataset, *, weights: str, seconds: float = float("nan")) -> None:
         """Commit one row. A step that is held already with the same weights is left as it is.
 

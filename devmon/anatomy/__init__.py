@@ -1,7 +1,7 @@
 """How to read and write the inside of a model: sites by name, weights by head, attention patterns, residual stream."""
 
 from devmon.anatomy.anatomy import Anatomy
-from devmon.anatomy.attention import attention_patterns, stack_heads
+from devmon.anatomy.attention import attention_patterns, layer_patterns, stack_heads
 from devmon.anatomy.forward import forward, logits, next_token
 from devmon.anatomy.frozen_norm import FrozenNorm
 from devmon.anatomy.layout import Layout
@@ -20,6 +20,7 @@ __all__ = [
     "attention_patterns",
     "find_blocks",
     "forward",
+    "layer_patterns",
     "logits",
     "next_token",
     "predictions",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from devmon.anatomy.forward import forward, original
+from devmon.anatomy.running import Call, Running, by_block
 from devmon.errors import InstrumentError
 
 SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax})
@@ -21,17 +22,25 @@ SHOWN = (None, "eager", "sdpa")  # the attention of transformers whose calls are
 
 
 def attention_patterns(model: nn.Module, tokens: Tensor, who: str = "attention_patterns") -> list[Tensor]:
-    """Attention patterns, one tensor (batch, head, q, k) per attention call in call order, which is layer order.
+    """The patterns of `layer_patterns` in the order of the layers."""
+    return list(layer_patterns(model, tokens, who).values())
+
+
+def layer_patterns(model: nn.Module, tokens: Tensor, who: str = "layer_patterns") -> dict[int, Tensor]:
+    """Attention patterns (batch, head, q, k) by layer: the index of the block in its list, so that blocks which do not
+    attend (convolutions, state spaces) count too.
 
     Seen are `F.scaled_dot_product_attention` (the pattern is computed again from its arguments), softmax over the
     keys of a (batch, head, pos, pos) tensor, and `nn.MultiheadAttention`; patterns over other lengths, as in
     cross-attention, are left out. Hugging Face models with other kernels run with eager attention meanwhile. Nothing
     the model computes is changed. Half precision is raised to float32, other dtypes are kept. Raises InstrumentError
-    where no pattern is seen.
+    where no pattern is seen, or where they are of an encoder and a decoder.
     """
     model = original(model)
     batch, length = tokens.shape[:2]
     patterns: list[Tensor] = []
+    during: list[list[Call]] = []
+    running = Running(model)
 
     def keep(pattern: Tensor) -> None:
         # Some modules attend with (batch · head) in one dimension.
@@ -39,8 +48,9 @@ def attention_patterns(model: nn.Module, tokens: Tensor, who: str = "attention_p
             pattern = pattern.detach().reshape(batch, -1, length, length)
             half = pattern.dtype in (torch.float16, torch.bfloat16)
             patterns.append(pattern.float() if half else pattern.clone())
+            during.append(list(running.now))
 
-    with Patterns.of(model, keep):
+    with Patterns.of(model, keep), running.watched():
         forward(model, tokens, who)
     if not patterns:
         raise InstrumentError(
@@ -48,7 +58,7 @@ def attention_patterns(model: nn.Module, tokens: Tensor, who: str = "attention_p
             "F.scaled_dot_product_attention, a softmax over (batch, head, pos, pos) or nn.MultiheadAttention "
             "(flash and flex kernels hide theirs), or leave this instrument out"
         )
-    return patterns
+    return by_block(patterns, during, who, type(model).__name__)
 
 
 def stack_heads(layers: Sequence[np.ndarray]) -> np.ndarray:

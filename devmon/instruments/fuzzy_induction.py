@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import attention_patterns, logits, stack_heads
+from devmon.anatomy import layer_patterns, logits, stack_heads
 from devmon.cost import Cost
 from devmon.data import ByContent, best_fixed_offset, clustered_groups, clustered_mean, minibatches
 from devmon.data.match_scores import attention_sums, loss_sums
@@ -46,17 +46,19 @@ class _Matching(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         probe, who = self._probe, type(self).__name__
-        attention, losses = [], []
+        attention, losses, layer = [], [], [0]
         for rows in minibatches(len(probe.tokens), self.batch_size):
-            patterns = attention_patterns(snapshot.model, probe.tokens[rows], who)
-            if any(float(pattern.triu(1).amax()) > MIN_ATTENTION for pattern in patterns):
+            patterns = layer_patterns(snapshot.model, probe.tokens[rows], who)
+            layer = list(patterns)
+            if any(float(pattern.triu(1).amax()) > MIN_ATTENTION for pattern in patterns.values()):
                 raise InstrumentError(
                     f"{who} needs a causal language model: {type(snapshot.model).__name__} attends to later places, "
                     "where it sees what it is to predict: leave this instrument out"
                 )
-            attention.append([attention_sums(pattern, probe, rows) for pattern in patterns])
+            attention.append([attention_sums(pattern, probe, rows) for pattern in patterns.values()])
             losses.append(loss_sums(logits(snapshot.model, probe.tokens[rows], who), probe, rows, who))
-        return _dataset(probe, list(zip(*attention, strict=True)), torch.cat(losses).numpy())
+        measured = _dataset(probe, list(zip(*attention, strict=True)), torch.cat(losses).numpy())
+        return measured.assign_coords(layer=np.array(layer))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import attention_patterns, stack_heads
+from devmon.anatomy import layer_patterns, stack_heads
+from devmon.anatomy.sight import sees_ahead, shortest_window, uniform_attention
 from devmon.cost import Cost
 from devmon.data import best_fixed_offset, clustered_groups, clustered_mean, minibatches
-from devmon.data.repeats import OnRepeats
+from devmon.data.repeats import OnRepeats, RepeatProbe, repeats
 from devmon.data.rows import Rows
+from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
 
 
@@ -31,22 +33,24 @@ class InductionHeads(OnRepeats):
     - `duplicate_token_se` (layer, head), attention: its standard error over sequences.
     - `fixed_offset` (layer, head), attention: max over o of the mean of A[q, q - o], what the head's best fixed offset
       gets of the same queries; a head whose prefix matching is no higher looks at positions, not at content.
-    - `uniform`, attention: the mean of 1 / (q + 1), the score of attention spread evenly over the past.
+    - `uniform`, attention: the mean of 1 / (q + 1), the score of attention spread evenly over the past; of 1 / `length`
+      in a model that attends to later places.
 
-    Raises InstrumentError for a model that shows no attention patterns, DataError for a probe that cannot be drawn.
+    `layer` is the index of the block. Where a layer's window is shorter than the way to the last match, the sequences
+    are shortened until it is not, and the attribute `length` says so. Raises InstrumentError for a model that shows no
+    attention patterns or sees too little of the past, DataError for a probe that cannot be drawn.
     """
 
     batch_size: int = 32
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        probe = self._repeats
-        parts = [
-            [
-                _sums(pattern, probe.period[rows], probe.query[rows])
-                for pattern in attention_patterns(snapshot.model, probe.tokens[rows], type(self).__name__)
-            ]
-            for rows in minibatches(self.sequences, self.batch_size)
-        ]
+        probe, ahead = self._fitting(snapshot), False
+        layer: list[int] = []
+        parts = []
+        for rows in minibatches(self.sequences, self.batch_size):
+            patterns = layer_patterns(snapshot.model, probe.tokens[rows], type(self).__name__)
+            layer, ahead = list(patterns), ahead or sees_ahead(patterns)
+            parts.append([_sums(pattern, probe.period[rows], probe.query[rows]) for pattern in patterns.values()])
 
         # whole sequences go into the errors, whatever minibatch they came in
         layers = list(zip(*parts, strict=True))  # layer, minibatch, (prefix, duplicate, offset)
@@ -57,7 +61,7 @@ class InductionHeads(OnRepeats):
         groups = stack_heads([clustered_groups(total.numpy(), count) for total in totals])
         duplicate, duplicate_se = _by_head([torch.cat([part[1] for part in layer]) for layer in layers], count)
         offset = stack_heads([best_fixed_offset(sum(part[2] for part in layer), queries).numpy() for layer in layers])
-        uniform = float((queries / torch.arange(1, self.length + 1)).sum() / queries.sum())
+        uniform = uniform_attention(queries, ahead)
 
         dims, units, result = ("layer", "head"), "attention", Rows(headline=["prefix_matching"])
         label = "attention to the place after the last match"
@@ -67,7 +71,26 @@ class InductionHeads(OnRepeats):
         result.put("duplicate_token", dims, duplicate, duplicate_se, label, units=units)
         result.put("fixed_offset", dims, offset, None, "best fixed offset for the same queries", units=units)
         result.put("uniform", (), uniform, None, "prefix matching of uniform attention", units=units)
-        return result.dataset(layer=np.arange(prefix.shape[0]), head=np.arange(prefix.shape[1]))
+        dataset = result.dataset(layer=np.array(layer), head=np.arange(prefix.shape[1]))
+        shorter = probe.tokens.shape[1]
+        if shorter < self.length:
+            dataset.attrs["length"] = f"{shorter}, not {self.length}: a layer sees no further than a shorter period"
+        return dataset
+
+    def _fitting(self, snapshot: Snapshot) -> RepeatProbe:
+        """The probe, with periods short enough that the last match lies in every layer's window."""
+        probe, who = self._repeats, type(self).__name__
+        window = shortest_window(snapshot.model, layer_patterns(snapshot.model, probe.tokens[:1], who))
+        if window is None or int(probe.period.max()) - 1 <= window:
+            return probe
+        start = 0 if self.bos is None else 1
+        length = 2 * (window + 1) + start  # the longest period is half of what follows bos, its match one place less
+        if length - start < 8:
+            raise InstrumentError(
+                f"{who}: a layer of {type(snapshot.model).__name__} sees {window} places back, too few for any repeat "
+                "of random tokens: leave this instrument out"
+            )
+        return repeats(self.vocab_size, self.sequences, length, self.seed, self.bos, self.exclude)
 
     def cost(self) -> Cost:
         return Cost(forwards=self.sequences, positions=self.length)

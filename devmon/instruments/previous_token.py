@@ -11,7 +11,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import attention_patterns, stack_heads
+from devmon.anatomy import layer_patterns, stack_heads
+from devmon.anatomy.sight import sees_ahead, uniform_attention
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens, random_tokens
 from devmon.data.rows import Rows
@@ -27,9 +28,11 @@ class PreviousTokenHeads(ByContent):
 
     - `previous_token` (layer, head), attention: weight on the position before, in [0, 1]. Null: `uniform`.
     - `previous_token_se` (layer, head), attention: its standard error over sequences.
-    - `uniform`, attention: the mean of 1 / (i + 1), the score of attention spread evenly over the past.
+    - `uniform`, attention: the mean of 1 / (i + 1), the score of attention spread evenly over the past; of 1 / length
+      in a model that attends to later places.
 
-    Raises InstrumentError for a model that shows no attention patterns, DataError unless exactly one probe is given.
+    `layer` is the index of the block. Raises InstrumentError for a model that shows no attention patterns, DataError
+    unless exactly one probe is given.
     """
 
     vocab_size: int | None = None
@@ -47,21 +50,22 @@ class PreviousTokenHeads(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         tokens = self._probe
-        parts = [
-            [_sums(pattern) for pattern in attention_patterns(snapshot.model, tokens[rows], type(self).__name__)]
-            for rows in minibatches(len(tokens), self.batch_size)
-        ]
-        layers = [torch.cat(layer).numpy() for layer in zip(*parts, strict=True)]
+        parts, layer, ahead = [], [0], False
+        for rows in minibatches(len(tokens), self.batch_size):
+            patterns = layer_patterns(snapshot.model, tokens[rows], type(self).__name__)
+            layer, ahead = list(patterns), ahead or sees_ahead(patterns)
+            parts.append([_sums(pattern) for pattern in patterns.values()])
+        layers = [torch.cat(sums).numpy() for sums in zip(*parts, strict=True)]
         count = np.full(len(tokens), tokens.shape[1] - 2)
         pairs = [clustered_mean(sums, count) for sums in layers]
         mean, se = stack_heads([m for m, _ in pairs]), stack_heads([s for _, s in pairs])
-        uniform = float(np.mean(1 / np.arange(3, tokens.shape[1] + 1)))
+        uniform = uniform_attention(torch.arange(tokens.shape[1]) >= 2, ahead)
         rows, label = Rows(headline=["previous_token"]), "attention to the place before"
         groups = stack_heads([clustered_groups(sums, count) for sums in layers])
         about: dict[str, Any] = {"units": "attention", "smallest_change": 0.05, "replicates": groups}
         rows.put("previous_token", ("layer", "head"), mean, se, label, **about)
         rows.put("uniform", (), uniform, None, "previous-token score of uniform attention", units="attention")
-        return rows.dataset(layer=np.arange(mean.shape[0]), head=np.arange(mean.shape[1]))
+        return rows.dataset(layer=np.array(layer), head=np.arange(mean.shape[1]))
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self._probe), positions=self._probe.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from devmon.anatomy import logits, next_token
 from devmon.anatomy.forward import forward
 from devmon.errors import InstrumentError
 from devmon.testing import Bigram, even
+from tests.anatomy.families import CONFIGS, ENCODERS, KINDS, MASKED, OTHERS, family
 from tests.support.attention_models import BATCH, LENGTH, VOCAB, tokens
 
 
@@ -86,3 +88,46 @@ def test_tokens_reach_the_model_in_one_piece() -> None:
     tokens = torch.arange(6).reshape(2, 3).T
     assert forward(Views(), tokens, "test").tolist() == [0, 3, 1, 4, 2, 5]
     assert forward(Views(), {"tokens": tokens[:, :1]}, "test").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", [*MASKED, *ENCODERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoders_are_refused_before_they_are_trained(name: str, dtype: torch.dtype) -> None:
+    """At its initialisation an encoder sees ahead by a thousandth of what it says: no rounding, but near it."""
+    model = untrained(name).to(dtype)
+    for length in (24, 2):
+        given = torch.randint(3, 23, (4, length), generator=torch.Generator().manual_seed(0))
+        with pytest.raises(InstrumentError, match="depends on later tokens"):
+            next_token(model, given)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_next", "jamba", "bloom", "gpt_oss", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_models_pass_however_little_they_say(name: str, dtype: torch.dtype) -> None:
+    given = torch.randint(3, 23, (4, 24), generator=torch.Generator().manual_seed(0))
+    for model in (untrained(name), family(name)):
+        with torch.no_grad():
+            assert next_token(model.to(dtype), given)[0].isfinite().all()
+            for parameter in model.parameters():
+                parameter.mul_(0)
+            next_token(model, given)
+            model.get_output_embeddings().weight.fill_(float("nan"))
+        next_token(model, given)  # a diverged training is no encoder
+
+
+def untrained(name: str) -> Any:
+    config = (CONFIGS | OTHERS)[name]()
+    config.bos_token_id = config.eos_token_id = None
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        return KINDS.get(name, transformers.AutoModelForCausalLM).from_config(config).eval()
+
+
+def test_positions_beyond_the_trained_range_are_told() -> None:
+    given = torch.randint(3, 23, (1, 40), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="Loss: LlamaForCausalLM was made for 32 positions, these are 40"):
+        next_token(family("llama"), given, "Loss")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next_token(family("llama"), given[:, :32], "Loss")

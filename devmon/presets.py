@@ -194,8 +194,8 @@ def vision(
 ) -> list[Watch]:
     """A vision model by its weights and its layers: `images` (batch, …) of floats, `labels` (batch,) of integers.
 
-    `blocks` is the path of the layers where they are not found (a convolutional network, whose layers differ in width).
-    Watches: weights, probe, llc, and for layers of one width sketch and dimension.
+    `blocks` is the path of the layers where they are not found, or paths, "layer1, layer2"; stages may differ in width.
+    Watches: weights, probe, sketch, dimension, llc.
     """
     if not torch.as_tensor(images).is_floating_point() or len(images) != len(labels):
         raise DataError(
@@ -205,9 +205,9 @@ def vision(
     watches = [
         Watch("weights", WeightStatistics(), steps),
         Watch("probe", LinearProbe(images, labels, blocks=blocks), steps),
+        Watch("sketch", Sketch(images, blocks=blocks), steps),
+        Watch("dimension", IntrinsicDimension(images, blocks=blocks), steps),
     ]
-    if blocks is None:
-        watches += [Watch("sketch", Sketch(images), steps), Watch("dimension", IntrinsicDimension(images), steps)]
     return watches if llc is None else [*watches, Watch("llc", llc, steps)]
 
 

@@ -18,25 +18,25 @@ def residual_stream(
     """The input of the first block, then the output of each block: block count + 1 tensors (batch, pos, d).
 
     `tokens` is (batch, pos) int64, or other inputs (batch, …) such as images, where pos is whatever number of places
-    the blocks have; feature maps (batch, d, height, width) are seen as places (batch, height · width, d), and blocks
-    whose path is given may then differ in width. `blocks` is the path of the container of blocks, such as
-    "transformer.h"; without it `find_blocks` looks for it. The tensors are copies, so a block that writes in place
-    cannot change them; the hooks are removed in every case. Raises InstrumentError where a block does not run once or
-    returns another shape.
+    the blocks have; feature maps (batch, d, height, width) are seen as places (batch, height · width, d), and the
+    blocks of images may differ in width. `blocks` is the path of the container of blocks, such as "transformer.h", or
+    of several, "layer1, layer2", whose blocks are taken as they run; without it `find_blocks` looks for it. The tensors
+    are copies, so a block that writes in place cannot change them; the hooks are removed in every case. Raises
+    InstrumentError where a block does not run once or returns another shape.
     """
     model = original(model)
     path = find_blocks(model, tokens[:1], who) if blocks is None else blocks
     children = _children(model, path, who)
     shape = _expected(tokens)
 
-    # The input of the first block and every block's output, copied at once: a later block may write into them.
+    # The input of the block that runs first and every block's output, copied: a later block may write into them.
     stream: list[Tensor] = []
     calls = [0] * len(children)
 
     def enter(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls[index] += 1
-            if index == 0 and (state := _state((*args, *kwargs.values()), shape)) is not None:
+            if sum(calls) == 1 and (state := _state((*args, *kwargs.values()), shape)) is not None:
                 stream.append(state.detach().clone())
 
         return hook
@@ -55,7 +55,7 @@ def residual_stream(
 
     # One state a block, each as wide as the others: else the "blocks" are no chain, or a block ran twice or not at all.
     widths = {state.shape[-1] for state in stream}
-    free = blocks is not None and shape[1] is None
+    free = shape[1] is None
     if len(stream) != len(children) + 1 or not (free or len(widths) == 1):
         shapes = [tuple(state.shape) for state in stream]
         raise InstrumentError(
@@ -68,7 +68,9 @@ def residual_stream(
 def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> str:
     """The path of the largest nn.ModuleList or nn.Sequential, by parameters, whose modules all return (batch, pos, d).
 
-    Tries one forward pass of `tokens` (batch, pos). Raises InstrumentError, naming the field `blocks`, for none.
+    Of images, the paths of all stages, "layer1, layer2": the outermost lists of modules that are made of others and
+    return states or feature maps, which may differ in width. Tries one forward pass of `tokens` (batch, pos). Raises
+    InstrumentError, naming the field `blocks`, for none.
     """
     model = original(model)
     shape = _expected(tokens)
@@ -92,6 +94,13 @@ def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> s
         for handle in handles:
             handle.remove()
 
+    # Images pass stages of different widths: a network of one list of them, or of several.
+    if shape[1] is None:
+        whole = [path for path, m in lists.items() if all(_is_stage(child, widths) for child in m.children())]
+        outer = [path for path in whole if not any(_within(path, other) for other in whole)]
+        if outer:
+            return ", ".join(outer)
+
     # Of the lists whose modules all return states of one width, the largest: an MLP of two layers is such a list too.
     sizes: dict[str, int] = {}
     for path, module in lists.items():
@@ -106,9 +115,19 @@ def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> s
     return max(sizes, key=lambda path: sizes[path])
 
 
+def _is_stage(module: nn.Module, widths: dict[nn.Module, set[int | None]]) -> bool:
+    """Whether a module is made of others, and what it returned was a state."""
+    return any(True for _ in module.children()) and None not in widths.get(module, {None})
+
+
+def _within(path: str, other: str) -> bool:
+    return path != other and (not other or path.startswith(f"{other}."))
+
+
 def _children(model: nn.Module, path: str, who: str) -> list[nn.Module]:
     try:
-        children = list(model.get_submodule(path).children())
+        lists = [model.get_submodule(part.strip()) for part in path.split(",")]
+        children = [child for each in lists for child in each.children()]
     except AttributeError as error:
         raise InstrumentError(
             f"{who}: {type(model).__name__} has no module {path!r} ({error}): set blocks=..."

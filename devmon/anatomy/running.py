@@ -14,10 +14,10 @@ from devmon.errors import InstrumentError
 
 
 class Call(NamedTuple):
-    """The `index`-th module of the list at `path` runs, in the `serial`-th call to a module of that list."""
+    """The `number`-th module of the list at `path` runs, in the `serial`-th call to a module of that list."""
 
     path: str
-    index: int
+    number: int
     serial: int
 
 
@@ -104,6 +104,6 @@ def _blocks(during: Sequence[Sequence[Call]]) -> list[int] | None:
         within.setdefault(call.serial, set()).update(inner[:1])
     if any(len(inner) > 1 for inner in within.values()):
         return list(range(len(during)))
-    again = len({call.serial for call in calls}) > len({call.index for call in calls})
+    again = len({call.serial for call in calls}) > len({call.number for call in calls})
     first = min(call.serial for call in calls)
-    return [call.serial - first if again else call.index for call in calls]
+    return [call.serial - first if again else call.number for call in calls]

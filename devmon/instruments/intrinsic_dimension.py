@@ -59,8 +59,8 @@ class IntrinsicDimension(ByContent):
     - `effective_rank_se` (layer), dimensions: its jackknife standard error over groups of sequences.
     - `twonn_reference` (layer), dimensions: twonn of Gaussian items of the same number and the same eigenvalues λ:
       below it, the cloud is curved or clustered.
-    - `participation_ratio_reference`, dimensions: of Gaussian items equally large in every direction of the stream,
-      that is the most that can be measured at this n.
+    - `participation_ratio_reference`, dimensions: of Gaussian items equally large in every direction of the stream
+      (of the widest stage), that is the most that can be measured at this n.
     - `effective_rank_reference`, dimensions: the same for the effective rank.
     - `massive` (layer), 1: the number of states left out, for lying ten times as far from the median state as the
       median of all (massive activations sit on a few places beside the first). Null: 0.
@@ -109,7 +109,7 @@ class IntrinsicDimension(ByContent):
         layers = [state[items[:, 0], items[:, 1]] for state in states]
         group = items[:, 0].numpy() % GROUPS
         generator = np.random.default_rng(derive_seed(self.seed, who, "reference"))
-        noise = generator.normal(size=(len(items), layers[0].shape[1]))
+        noise = generator.normal(size=(len(items), max(state.shape[1] for state in layers)))
         rows_of = [_layer(s.double().numpy(), torch.finfo(s.dtype).eps, group, self.trim, noise) for s in layers]
         flat = _linear(_eigenvalues(noise))
         columns = {name: np.array([row[name] for row in rows_of]) for name in rows_of[0]}

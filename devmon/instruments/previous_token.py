@@ -51,8 +51,8 @@ class PreviousTokenHeads(ByContent):
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         tokens = self._probe
         parts, layer, ahead = [], [0], False
-        for rows in minibatches(len(tokens), self.batch_size):
-            patterns = layer_patterns(snapshot.model, tokens[rows], type(self).__name__)
+        for part in minibatches(len(tokens), self.batch_size):
+            patterns = layer_patterns(snapshot.model, tokens[part], type(self).__name__)
             layer, ahead = list(patterns), ahead or sees_ahead(patterns)
             parts.append([_sums(pattern) for pattern in patterns.values()])
         layers = [torch.cat(sums).numpy() for sums in zip(*parts, strict=True)]

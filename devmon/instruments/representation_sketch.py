@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor, nn
 
@@ -85,17 +86,18 @@ class Sketch(ByContent):
         halves, label = {}, "mean squared distance from the mean, per dimension"
         if self.layers:
             layers = self._stream(snapshot)
-            sketches, spreads = zip(*(self._keep(states, "stream") for states in layers), strict=True)
+            wide = max(states.shape[1] for states in layers)
+            sketches, spreads = zip(*(self._keep(states, "stream", wide) for states in layers), strict=True)
             dims, sketch = ("layer", "item", "feature"), np.stack(sketches)
             rows.put("sketch", dims, sketch, None, "residual stream in random directions", units="activation")
             spread, error = np.array([spread[:2] for spread in spreads]).T
             groups = np.stack([spread[2] for spread in spreads], 1)
             rows.put("spread", "layer", spread, error, label, units="squared activation", replicates=groups)
             coords |= {"layer": np.arange(len(sketch)), "feature": np.arange(sketch.shape[2])}
-            halves["sketch"] = self._halves(layers[0].shape[1])
+            halves["sketch"] = self._halves(wide)
         if self.outputs:
             scores = self._logits(snapshot.model)
-            sketch, (spread, error, groups) = self._keep(scores, "outputs")
+            sketch, (spread, error, groups) = self._keep(scores, "outputs", scores.shape[1])
             text = "logits less their mean, in random directions"
             rows.put("outputs", ("item", "output"), sketch, None, text, units="nats")
             rows.put("output_spread", (), spread, error, label, units="squared nats", replicates=groups)
@@ -128,16 +130,20 @@ class Sketch(ByContent):
         """Independent halves of the directions; 1 where the whole state is kept."""
         return 2 if self.dims < width else 1
 
-    def _keep(self, states: Tensor, what: str) -> tuple[np.ndarray, tuple[float, float, np.ndarray]]:
-        """The sketch (item, feature) of the states (item, d), and their spread, its standard error, and by group."""
+    def _keep(self, states: Tensor, what: str, wide: int) -> tuple[np.ndarray, tuple[float, float, np.ndarray]]:
+        """The sketch (item, feature) of the states (item, d), and their spread, its standard error, and by group. Where
+        layers differ in width, up to `wide`, the sketches of narrower ones end in zeros, which no product sees."""
         width = states.shape[1]
         away = (states - states.mean(0)).square().mean(1).reshape(len(self.tokens), -1).cpu().numpy()
         total, count = away.sum(1), np.full(len(away), away.shape[1])
         mean, se = clustered_mean(total, count)
-        if self.dims < width:
-            half = self.dims // 2
+        if self.dims < wide:
+            half = min(self.dims // 2, width)
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "Sketch", what))
             drawn = torch.randn(2, width, half, generator=generator, dtype=torch.float64)
-            directions = torch.cat(list(torch.linalg.qr(drawn)[0]), 1) * (width / half) ** 0.5
-            states = states @ directions.to(states.device)
+            directions = torch.linalg.qr(drawn)[0] * (width / half) ** 0.5
+            halves = [F.pad(states @ each.to(states.device), (0, self.dims // 2 - half)) for each in directions]
+            states = torch.cat(halves, 1)
+        else:
+            states = F.pad(states, (0, wide - width))
         return states.float().cpu().numpy(), (float(mean), float(se), clustered_groups(total, count))

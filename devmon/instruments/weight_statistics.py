@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
+from torch import Tensor, nn
 
 from devmon.cost import Cost
 from devmon.data.rows import Rows
@@ -37,12 +38,15 @@ MEANS = {
 class WeightStatistics:
     """What the weights look like without any data: Hu et al. 2023 (2308.09543), whose hidden Markov models read this.
 
-    A matrix is a parameter of two or more dimensions; more than two are flattened to (first, all others), as the
-    kernels of a convolution. A parameter that is used twice (tied embeddings) counts once, under its first name. The
-    dimension `parameter` are the names of the matrices; `kind` is weight (all matrices) or vector (biases and gains of
-    norms). Singular values are the min(rows, columns) of a matrix. A reference is the value of a Gaussian matrix of the
-    same shape and l2. All are exact functions of the weights, in float64: there is no standard error. All numbers of a
-    matrix with entries that are not finite are NaN.
+    A matrix is a parameter of two dimensions, or the kernels of a convolution, flattened to (first, all others). One of
+    more dimensions, such as the experts of a mixture (expert, out, in) or the heads of a layer, is a stack of matrices,
+    "experts.up[0]", "experts.up[1]", …; leading dimensions of one have no index. A weight that a parametrization or
+    `weight_norm` makes of other parameters is read as it is used, under its own name, in their place. A parameter that
+    is used twice (tied embeddings) counts once, under its first name. The dimension `parameter` are the names of the
+    matrices; `kind` is weight (all matrices) or vector (biases and gains of norms). Singular values are the min(rows,
+    columns) of a matrix. A reference is the value of a Gaussian matrix of the same shape and l2. All are exact
+    functions of the weights, in float64: there is no standard error. All numbers of a matrix with entries that are not
+    finite are NaN.
 
     - `l1` (parameter), weight: Σ|w|.
     - `l2` (parameter), weight: (Σw²)^½.
@@ -69,9 +73,11 @@ class WeightStatistics:
     - `mean_sv_variance`, squared weight: sv_variance, plain average over the matrices.
 
     Pitfalls: singular values below 1e-8 of the largest are rounding. Norms depend on the units of the parametrisation:
-    weight decay, or a scale that a later norm undoes, moves them with no change of function. The authors average over
-    the matrices of a kind and divide the variance by n - 1. Cost: no forward pass, one product and eigenvalues of size
-    min(rows, columns) a matrix. Raises InstrumentError for a model without matrices.
+    weight decay, or a scale that a later norm undoes, moves them with no change of function (`density` is free of it).
+    The authors average over the matrices of a kind and divide the variance by n - 1. Adapters (LoRA) are matrices of
+    their own, beside the frozen one. Cost: no forward pass, one product and eigenvalues of size min(rows, columns) a
+    matrix. Raises InstrumentError for a model without matrices, and for weights that are packed whole numbers
+    (quantised).
 
     >>> import torch
     >>> from devmon.snapshot import Snapshot
@@ -83,8 +89,8 @@ class WeightStatistics:
     """
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        named = [(n.replace("_orig_mod.", ""), p.detach()) for n, p in snapshot.model.named_parameters() if p.numel()]
-        matrices = {name: p for name, p in named if p.ndim >= 2}
+        named = _weights(snapshot.model)
+        matrices = dict(pair for name, p, kernel in named if p.ndim >= 2 for pair in _matrices(name, p, kernel))
         if not matrices:
             raise InstrumentError(
                 f"WeightStatistics needs parameters of two or more dimensions; {type(snapshot.model).__name__} has "
@@ -107,13 +113,57 @@ class WeightStatistics:
 
         for name, (source, label, units) in MEANS.items():
             rows.put(name, (), float(np.mean(values[source])), None, f"{label}, mean over matrices", units=units)
-        _put_whole(rows, [p for _, p in named])
+        _put_whole(rows, [p for _, p, _ in named])
         kinds = np.array(["weight", "vector"], dtype=object)
         return rows.dataset(parameter=np.array(list(matrices), dtype=object), kind=kinds)
 
     def cost(self) -> Cost:
         """No passes: a singular value decomposition of each matrix."""
         return Cost()
+
+
+def _weights(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
+    """The weights as they are used, each with its name and whether it is the kernels of a convolution, each once."""
+    found: list[tuple[str, Tensor, bool]] = []
+    for name, parameter in model.named_parameters():
+        path, _, last = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if (at := f".{name}".find(".parametrizations.")) >= 0:
+            # The tensor that a parametrization makes stands for the parameters that it makes it of.
+            path, last = name[: max(at - 1, 0)], name[at:].split(".")[1]
+            owner, name = model.get_submodule(path), ".".join(part for part in (path, last) if part)
+            used = getattr(owner, last)
+        elif (hook := _norm_of(owner, last)) is not None:
+            hook(owner, ())
+            name, used = name.removesuffix("_g").removesuffix("_v"), getattr(owner, hook.name)
+        else:
+            used = parameter
+        if used.numel() and name not in {each for each, _, _ in found}:
+            kernel = isinstance(owner, nn.modules.conv._ConvNd) or used.ndim > 3
+            found.append((name.replace("_orig_mod.", ""), used.detach(), kernel))
+    packed = [name for name, used, _ in found if not used.is_floating_point()]
+    if packed:
+        raise InstrumentError(
+            f"WeightStatistics needs weights that are numbers; {', '.join(packed[:2])} of {type(model).__name__} are "
+            "packed (quantised): measure the model before it is quantised, or leave this instrument out"
+        )
+    return found
+
+
+def _norm_of(owner: nn.Module, name: str) -> Any:
+    """The hook of `torch.nn.utils.weight_norm` that makes a weight of the parameter `name`."""
+    hooks: list[Any] = [
+        h for h in owner._forward_pre_hooks.values() if type(h).__module__ == "torch.nn.utils.weight_norm"
+    ]
+    return next((h for h in hooks if name in (f"{h.name}_g", f"{h.name}_v")), None)
+
+
+def _matrices(name: str, weight: Tensor, kernel: bool) -> list[tuple[str, Tensor]]:
+    """The matrices of a weight, with their names: one, or as many as its leading dimensions say."""
+    if weight.ndim == 2 or kernel:
+        return [(name, weight)]
+    stack = weight.reshape(-1, *weight.shape[-2:])
+    return [(name, stack[0])] if len(stack) == 1 else [(f"{name}[{i}]", each) for i, each in enumerate(stack)]
 
 
 def _matrix(parameter: Tensor) -> dict[str, float]:

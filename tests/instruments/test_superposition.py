@@ -46,6 +46,13 @@ def test_a_polygon_gives_each_side_its_share_of_the_plane(sides: int, expected: 
     np.testing.assert_allclose(found["mean_dimensionality"], expected * sides / (sides + 1))
 
 
+def test_headlines_are_free_of_the_scale_of_the_weights() -> None:
+    rows = torch.randn(7, 4, generator=torch.Generator().manual_seed(2))
+    one, scaled = sharing(rows), sharing(5 * rows)
+    for name in one.attrs["headline"]:
+        np.testing.assert_allclose(scaled[name], one[name], rtol=1e-6, err_msg=name)
+
+
 def test_against_the_definition_and_its_null() -> None:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(200, 12, generator=generator, dtype=torch.float64) * torch.rand(
@@ -189,7 +196,7 @@ def toy(seed: int) -> nn.Module:
 
 class TestSuperposition(InstrumentContract):
     without_error = dict.fromkeys(
-        ("features_per_dimension", "mean_dimensionality", "mean_interference", "directions"),
+        ("mean_dimensionality", "mean_interference", "directions"),
         "exact functions of the weights",
     )
 

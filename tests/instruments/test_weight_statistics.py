@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -141,6 +143,58 @@ def test_half_precision_and_compiled_names() -> None:
     np.testing.assert_allclose(half["spectral"], full["spectral"], rtol=1e-2)
     wrapped = nn.ModuleDict({"_orig_mod": random_model(0)})
     assert measure(wrapped)["parameter"].values.tolist() == full["parameter"].values.tolist()
+
+
+class Experts(nn.Module):
+    """Four experts in one parameter, as transformers keeps them, a position table of one, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up = nn.Parameter(torch.randn(4, 6, 5, generator=generator, dtype=torch.float64))
+        self.places = nn.Parameter(torch.randn(1, 3, 2, generator=generator, dtype=torch.float64))
+        self.conv = nn.Conv1d(3, 4, 2).double()
+
+
+def test_experts_are_matrices_of_their_own() -> None:
+    model = Experts()
+    found = measure(model)
+    assert found["parameter"].values.tolist() == [*(f"up[{i}]" for i in range(4)), "places", "conv.weight"]
+    for i, expert in enumerate(model.up.detach().numpy()):
+        np.testing.assert_allclose(
+            found["spectral"].sel(parameter=f"up[{i}]"), np.linalg.svd(expert, compute_uv=False).max()
+        )
+    np.testing.assert_allclose(found["l2"].sel(parameter="places"), model.places.detach().norm())
+    whole = torch.cat([p.detach().flatten() for p in model.parameters()])
+    np.testing.assert_allclose(found["model_l2"], whole.norm())
+    twin = Experts()
+    twin.up = nn.Parameter(torch.eye(5, dtype=torch.float64).expand(9, 5, 5).clone())
+    np.testing.assert_allclose(measure(twin)["spectral"][:9], 1)  # flattened together it would be 3
+
+
+def test_weights_are_those_that_are_used() -> None:
+    plain = nn.Sequential(nn.Linear(5, 4), nn.Conv1d(2, 3, 2)).double()
+    used = copy.deepcopy(plain)
+    torch.nn.utils.parametrizations.weight_norm(used[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(used[1])
+    for found in (measure(used), measure(nn.ModuleDict({"a": used}))):
+        expected = measure(plain)
+        names = [name.removeprefix("a.") for name in found["parameter"].values]
+        assert sorted(names) == sorted(expected["parameter"].values)
+        for name in ("l1", "spectral", "sv_variance"):
+            np.testing.assert_allclose(np.sort(found[name]), np.sort(expected[name]))
+        np.testing.assert_allclose(found["model_l2"], expected["model_l2"])
+    with torch.no_grad():
+        used[1].weight_g.mul_(3)  # the tensor of the last pass is stale
+    np.testing.assert_allclose(
+        measure(used)["spectral"].sel(parameter="1.weight"), 3 * expected["spectral"].sel(parameter="1.weight")
+    )
+    packed = nn.Linear(4, 4)
+    packed.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(InstrumentError, match="weight of Linear are packed"):
+        measure(packed)
 
 
 class TestWeightStatistics(InstrumentContract):

@@ -98,6 +98,7 @@ class Taps:
         if key in self.writes:
             write = self.writes[key]
             new = write(value) if callable(write) else write.to(value).expand_as(value)
+            new = new.clone()  # some models (Falcon) add to it in place
             if new.shape != value.shape:
                 raise InstrumentError(
                     f"{self.parts.who}: {key[0]!r} of layer {key[1]} is {tuple(value.shape)}, "

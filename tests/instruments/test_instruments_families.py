@@ -25,7 +25,7 @@ from devmon.instruments import Sketch
 from devmon.presets import vision
 from devmon.snapshot import Snapshot
 from devmon.testing.contract import headlines, state
-from tests.anatomy.test_anatomy_sites import CONFIGS, MASKED, VISION, VOCAB, D, family
+from tests.anatomy.families import CONFIGS, KINDS, MASKED, PYRAMIDS, VISION, VOCAB, D, T, family
 
 CAUSAL = tuple(name for name in CONFIGS if name not in (*MASKED, *VISION))
 LENGTH = 24
@@ -58,6 +58,7 @@ def tasks() -> Any:
 
 
 ALL = tuple(CONFIGS)
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # whose neurons are those of no one map
 UNMIXED = tuple(name for name in CONFIGS if name != "bert")  # whose stream is a sum of what the layers add
 OUTSIDE = (0, 1, 2)
 UNIGRAM = "there is no common_ratio of order 1"
@@ -128,7 +129,14 @@ INSTRUMENTS = [
     Case("intrinsic_dimension", "IntrinsicDimension", lambda make, x: make(x), (), ALL),
     Case("representation_sketch", "Sketch", lambda make, x: make(x, dims=8), (LAYER,), ALL),
     Case("superposition", "Superposition", lambda make, x: make(), (), (*CAUSAL, *MASKED), refuses=True),
-    Case("polysemanticity", "Polysemanticity", lambda make, x: make(x, x % 3), (), ALL),
+    Case(
+        "polysemanticity",
+        "Polysemanticity",
+        lambda make, x: make(x, x % 3),
+        (),
+        tuple(name for name in ALL if name not in EXPERTS),
+        refuses=True,
+    ),
     # weights
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]
@@ -146,24 +154,32 @@ ELSEWHERE = {
 class OfPatches(nn.Module):
     """A vision encoder of images put together from a book of patches: tokens (batch, pos), the first is not read."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, side: int = 8) -> None:
         super().__init__()
         self.inner = inner
         generator = torch.Generator().manual_seed(0)
-        self.book = nn.Parameter(torch.randn(VOCAB, 3, 8, 8, generator=generator))
+        self.book = nn.Parameter(torch.randn(VOCAB, 3, side, side, generator=generator))
 
     def forward(self, tokens: Tensor) -> Any:
-        rows = self.book[tokens[:, 1:]].unflatten(1, (2, 2))  # (batch, 2, 2, 3, 8, 8)
+        if tokens.shape[1] != PATCHES:
+            raise ValueError(f"images of {PATCHES} places")
+        rows = self.book[tokens[:, 1:]].unflatten(1, (2, 2))  # (batch, 2, 2, 3, side, side)
         return self.inner(rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3))
 
 
 @cache
 def model_of(name: str) -> nn.Module:
-    return OfPatches(family(name)).eval() if name in VISION else family(name)
+    if not of_images(name):
+        return family(name)
+    return OfPatches(family(name), 16 if name in PYRAMIDS else 8).eval()
+
+
+def of_images(name: str) -> bool:
+    return KINDS.get(name) is T.AutoModel and "towers" not in name
 
 
 def tokens_of(name: str) -> Tensor:
-    return TEXT[:, :PATCHES] if name in VISION else TEXT
+    return TEXT[:, :PATCHES] if of_images(name) else TEXT
 
 
 def instrument_of(case: Case, name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from devmon.anatomy.attention import Patterns
 from devmon.anatomy.find import candidates
 from devmon.anatomy.fit import mlp_site, rebuilt_logits, rebuilt_stream, try_layout
-from devmon.anatomy.forward import forward, logits, original
+from devmon.anatomy.forward import check_causal, forward, logits, original
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.parts import Parts
 from devmon.anatomy.sites import ENDS, SITES, Reads, Site, Write
@@ -74,6 +74,11 @@ class Anatomy(Parts):
         """For the attributes of what was read off weights alone: that the layout was not tried, where it was not."""
         untried = "not tried: no input is known that the model runs on (no `embed`, no image size in a config)"
         return {} if self.tried else {"layout": untried}
+
+    def need_causal(self, tokens: Tensor) -> None:
+        """Raises InstrumentError for a model that sees the tokens (batch, pos) which it should predict."""
+        with suppress(IndexError):  # tokens that the model does not know are told by the pass that measures
+            check_causal(self.model, tokens, self.who, watched=False)
 
     # -- activations -------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from devmon.anatomy.attention import Patterns
-from devmon.anatomy.forward import logits, uncompiled
+from devmon.anatomy.forward import logits, unwatched
 from devmon.anatomy.parts import Parts
 from devmon.anatomy.sites import LayerSite, Reads
 from devmon.anatomy.taps import Taps
@@ -38,7 +38,7 @@ def try_layout(parts: Parts, inputs: Any = None, alone: bool = True) -> bool:
             if module is not parts.model and not alone:
                 continue
             try:
-                _pass(module, given)
+                unwatched(module, given)
             except Exception:
                 continue
             _Fit(parts, module, given).check()
@@ -207,7 +207,7 @@ class _Fit:
                 entry = parts.blocks[layer].get_submodule(mlp_entry(parts))
                 stack.callback(entry.register_forward_pre_hook(enter(layer)).remove)
             stack.enter_context(Patterns.of(parts.model, meet))
-            output = _pass(self.module, self.given)
+            output = unwatched(self.module, self.given)
         # A kernel may hide its patterns: what they would tell is then left out.
         taps.fired |= places
         taps.refuse_missing()
@@ -246,13 +246,6 @@ def _trials(parts: Parts, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
             yield parts.model, image.to(dtype)
             yield module, image.to(dtype)
     yield parts.model, torch.arange(TOKENS)[None]
-
-
-def _pass(module: nn.Module, given: Tensor) -> Any:
-    """The forward pass, past the hooks of who watches the whole model: a trial is none of its passes."""
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), given.device)
-    with uncompiled(module):
-        return module.forward(given.to(device))
 
 
 def _add(parts: Parts, layer: int, end: str, stream: Tensor, added: Tensor) -> Tensor:

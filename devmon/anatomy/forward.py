@@ -80,6 +80,13 @@ def forward(model: nn.Module, inputs: Any, who: str, *, grad: bool = False) -> A
         ) from error
 
 
+def unwatched(model: nn.Module, inputs: Tensor) -> Any:
+    """The forward pass past the hooks of who watches the whole model: a trial is none of its passes."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), inputs.device)
+    with torch.no_grad(), uncompiled(model):
+        return original(model).forward(inputs.to(device))
+
+
 def _warn_beyond(model: nn.Module, inputs: Any, who: str) -> None:
     """A warning where the config says that the model was made for fewer positions: rotary ones raise no error."""
     config = getattr(model, "config", None)
@@ -126,7 +133,7 @@ def next_token(
     (without `check`, as in a pass that writes states of these very tokens, that goes unseen).
     """
     if check:
-        _check_causal(model, tokens, who)
+        check_causal(model, tokens, who)
     # Log-sum-exp over a vocabulary in half precision is off by more than a step of training changes the loss.
     scores = logits(model, tokens, who)[:, :-1]
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
@@ -140,7 +147,7 @@ def next_token(
     return nats.double().cpu(), (scores.argmax(-1) == target).cpu()
 
 
-def _check_causal(model: nn.Module, tokens: Tensor, who: str) -> None:
+def check_causal(model: nn.Module, tokens: Tensor, who: str, watched: bool = True) -> None:
     """A sequence, and the same with other tokens in its second half: what a language model says before that must not
     change, whatever it changes after."""
     # Tokens are exchanged for others of the batch, which the model knows; the length stays, as some models take one.
@@ -149,11 +156,11 @@ def _check_causal(model: nn.Module, tokens: Tensor, who: str) -> None:
         return
     half, changed = tokens.shape[1] // 2, tokens[:1].clone()
     changed[0, half:] = known[(torch.searchsorted(known, changed[0, half:]) + 1) % len(known)]
-    before, after = _moved(model, tokens[:1], changed, half, who)
+    before, after = _moved(model, tokens[:1], changed, half, who, watched)
 
     # Half precision rounds as coarsely as an untrained encoder looks ahead: what moved is asked again in float32.
     if before and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        before, after = _moved(copy.deepcopy(original(model)).float(), tokens[:1], changed, half, who)
+        before, after = _moved(copy.deepcopy(original(model)).float(), tokens[:1], changed, half, who, watched)
     if before > SEES_AHEAD * after:
         raise InstrumentError(
             f"{who} needs a model that predicts each token from those before it; what {type(original(model)).__name__} "
@@ -161,7 +168,8 @@ def _check_causal(model: nn.Module, tokens: Tensor, who: str) -> None:
         )
 
 
-def _moved(model: nn.Module, one: Tensor, other: Tensor, half: int, who: str) -> tuple[float, float]:
+def _moved(model: nn.Module, one: Tensor, other: Tensor, half: int, who: str, watched: bool) -> tuple[float, float]:
     """The largest change of a logit before the place `half`, and from there on; what is not finite does not count."""
-    change = (logits(model, other, who).double() - logits(model, one, who).double()).abs().nan_to_num(0, 0, 0)
+    ran = (logits(model, x, who, output=None if watched else unwatched(model, x)).double() for x in (other, one))
+    change = (next(ran) - next(ran)).abs().nan_to_num(0, 0, 0)
     return float(change[:, :half].max()), float(change[:, half:].max())

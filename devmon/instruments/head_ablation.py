@@ -112,6 +112,7 @@ class HeadAblation(ByContent, OnRepeats):
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who, probe, half = type(self).__name__, self._repeats, self.sequences // 2
         anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy.need_causal(self._repeats.tokens)
         result = Rows(headline=["gain_share", "excess_loss"], error="standard error", how=self.how)
 
         # the half that chooses the group does not measure it: the best of many heads is better by chance where it won

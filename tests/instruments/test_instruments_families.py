@@ -223,8 +223,14 @@ def test_images_go_in_as_they_are(name: str) -> None:
     np.testing.assert_allclose(sketch[2], reads["resid_post", 1].mean(1), rtol=1e-4, atol=1e-5)
 
 
+PREDICTS = (
+    *("ProbeLoss", "RepeatGain", "InContextLearning", "FewShot", "NgramStages"),
+    *("HeadAblation", "ActivationPatching", "FunctionVectorHeads"),
+)
+
+
 @pytest.mark.parametrize("name", MASKED)
-@pytest.mark.parametrize("predicts", ["ProbeLoss", "RepeatGain", "InContextLearning", "FewShot", "NgramStages"])
+@pytest.mark.parametrize("predicts", PREDICTS)
 def test_models_that_see_the_answer_are_refused(predicts: str, name: str) -> None:
     case = next(case for case in INSTRUMENTS if case.name == predicts)
     with pytest.raises(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.anatomy.families import CONFIGS, OTHERS
+from tests.anatomy.families_page import GROUPS, PAGE, RAW, REFUSES, outcome
 from tests.instruments.test_instruments_families import INSTRUMENTS
-from tests.support.families_page import GROUPS, PAGE, RAW, REFUSES, outcome
 
 NAMES = list(dict.fromkeys(case.name for case in INSTRUMENTS))
 QUICK = ("ProbeLoss", "PreviousTokenHeads", "Composition", "HeadSpectra", "WeightStatistics", "Sketch")
@@ -20,7 +20,7 @@ def rows() -> dict[str, set[str]]:
             family, runs, refused = (cell.strip() for cell in line.strip("|").split("|"))
             told = {"all": set(NAMES), "none": set()}.get(runs, set(runs.split(", ")))
             rest = {"all": set(NAMES), "": set()}.get(refused, set(refused.split(", ")))
-            assert told | rest == set(NAMES), f"{family}: write the page again (python -m tests.support.families_page)"
+            assert told | rest == set(NAMES), f"{family}: write the page again (python -m tests.anatomy.families_page)"
             assert not told & rest
             found[family] = told
     return found

@@ -1,6 +1,6 @@
 """docs/families.md: what every instrument does with every family, as the contract tests run them.
 
-python -m tests.support.families_page          # measure, and write the page
+python -m tests.anatomy.families_page          # measure, and write the page
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def page(outcomes: dict[str, dict[str, str]]) -> str:
 
 HEAD = """# Which instrument reads which family
 
-Made by `python -m tests.support.families_page` from tiny random models of each family of transformers, and held by
+Made by `python -m tests.anatomy.families_page` from tiny random models of each family of transformers, and held by
 `tests/instruments/test_families_page.py`. An instrument runs on a family, or refuses it in one line that says what it
 lacks; there is no third way: layouts, known, guessed or declared, are tried on the model before they are believed
 (`devmon.anatomy.fit`), and weights are what the modules compute, whatever adapter or packing they have

@@ -87,7 +87,7 @@ INSTRUMENTS = [
     ),
     Case("fuzzy_induction", "AbstractInduction", lambda make, x: make(torch.arange(VOCAB) % 9, 8, 18), (HEAD, ())),
     Case("fuzzy_induction", "HierarchicalInduction", lambda make, x: make((3, 4), (5, 6), 8, 18), (HEAD, ())),
-    Case("copying", "CopyingHeads", lambda make, x: make(tokens=x), (HEAD,), refuses=True),
+    Case("copying", "CopyingHeads", lambda make, x: make(tokens=x), (HEAD, HEAD), refuses=True),
     Case("composition", "Composition", lambda make, x: make(draws=16), (), UNMIXED, refuses=True),
     Case("head_spectra", "HeadSpectra", lambda make, x: make(sample=16, length=8), (), refuses=True),
     Case(

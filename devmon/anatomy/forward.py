@@ -84,7 +84,7 @@ def unwatched(model: nn.Module, inputs: Tensor) -> Any:
     """The forward pass past the hooks of who watches the whole model: a trial is none of its passes."""
     device = next((t.device for t in (*model.parameters(), *model.buffers())), inputs.device)
     with torch.no_grad(), uncompiled(model):
-        return original(model).forward(inputs.to(device))
+        return original(model).forward(inputs.to(device).contiguous())
 
 
 def _warn_beyond(model: nn.Module, inputs: Any, who: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from devmon.sampling.constants import NOISE_BATCHES
 from devmon.sampling.data import as_examples
 from devmon.sampling.flat import Flat, gradient_at_center
-from devmon.sampling.losses import Loss
+from devmon.sampling.losses import Loss, check_losses
 from devmon.sampling.masks import as_mask
 from devmon.sampling.traces import Settings
 from devmon.snapshot import derive_seed
@@ -37,6 +37,10 @@ def noise_bias(
     # examples spreads less by the share of the data that it holds.
     generator = torch.Generator().manual_seed(derive_seed(seed, "gradient noise"))
     index = torch.randperm(examples.n, generator=generator)[: batches * settings.batch_size].to(flat.device)
+    # A loss of another shape is told by a whole batch: one of few examples may happen to fit.
+    flat.hold(flat.center_parts())
+    first = index[: settings.batch_size]
+    check_losses(flat.losses(examples.batch(first)), len(first))
     size = min(settings.batch_size, -(-len(index) // batches))
     trace = gradient_at_center(flat, examples, index, size, size, where)[2] / settings.batch_size
     trace *= 1 - settings.batch_size / examples.n

@@ -69,6 +69,7 @@ def returned(name: str) -> dict[str, xr.DataArray]:
     return {str(key): values for key, values in variables if not str(key).endswith("_replicates")}
 
 
+FEW: dict[str, Any] = {"draws": 5, "chains": 2, "batch_size": 3, "gamma": 100.0, "lr": 1e-4}
 MORE: dict[str, Any] = {
     "HeadAblation": lambda x: [(HeadAblation(VOCAB, 8, LENGTH, exclude=OUTSIDE, groups=2), gpt2)],
     "Composition": lambda x: [(Composition(pair=((0, 1), (1, 2)), draws=16), gpt2)],
@@ -92,15 +93,14 @@ MORE: dict[str, Any] = {
                 acceptance=True,
             ),
             gpt2,
-        )
+        ),
+        (LLC(x, **{**FEW, "draws": 30}, precision="bfloat16"), gpt2),
     ],
     "RestrictedLLC": lambda x: [
-        (RestrictedLLC(x, components=("mlps",), draws=2, burn_in=0, chains=2, batch_size=3, control_variate=True), gpt2)
+        (RestrictedLLC(x, components=("mlps",), **{**FEW, "draws": 2, "burn_in": 0}, control_variate=True), gpt2)
     ],
-    "Susceptibilities": lambda x: [
-        (Susceptibilities(x, {"a": x}, ["layer 0 mlp"], draws=5, chains=2, batch_size=3, nulls=2), gpt2)
-    ],
-    "BayesianInfluence": lambda x: [(BayesianInfluence(x, {"a": x}, draws=5, chains=2, batch_size=3), gpt2)],
+    "Susceptibilities": lambda x: [(Susceptibilities(x, {"a": x}, ["layer 0 mlp"], **FEW, nulls=2), gpt2)],
+    "BayesianInfluence": lambda x: [(BayesianInfluence(x, {"a": x}, **FEW), gpt2)],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "FourierSpectrum": lambda x: [(FourierSpectrum(P, ("embed.weight",)), adder)],
     "Sketch": lambda x: [(Sketch(x, outputs=True), gpt2)],

@@ -111,12 +111,14 @@ def test_how_far_chains_have_come_is_that_of_the_gaussian():
 def test_the_mobility_is_what_a_force_of_one_moves_a_chain_a_step(momentum):
     """Down a linear loss, with noise 0 and the velocity settled."""
     kernel = SGLD(1e-3, 100.0, 0.0) if momentum is None else BAOAB(1e-3, 100.0, 0.0, momentum=momentum)
-    state = kernel.init(torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
-    before = 0.0
+    state = kernel.init(torch.zeros(1, 1, dtype=torch.float64), None)
+    before, whole = 0.0, slice(None)
     for _ in range(400):
         before = float(state.position)
         force = torch.full((1, 1), -1 / 100.0, dtype=torch.float64)
-        state = kernel.step(state, force, torch.zeros(1, 1, dtype=torch.float64))
+        kernel.pull(state, whole, torch.zeros_like(force), force)
+        kernel.turn(state)
+        kernel.push(state, whole, torch.zeros_like(force))
     moved = (float(state.position) - before) / 1e-3
     assert moved == pytest.approx(mobility(Settings(sampler=kernel)), rel=1e-6)
 

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from devmon.analysis.derive.circuit import circuit_overlap as circuit_overlap
     from devmon.analysis.derive.components import component_llc as component_llc
     from devmon.analysis.derive.essential import essential_dynamics as essential_dynamics
+    from devmon.analysis.derive.influence import transition_data as transition_data
     from devmon.analysis.derive.ladder import ladder as ladder
     from devmon.analysis.derive.llc import llc as llc
     from devmon.analysis.derive.representation import cka as cka
     from devmon.analysis.derive.representation import drift as drift
     from devmon.analysis.derive.representation import similarity as similarity
+    from devmon.analysis.derive.susceptibilities import sign_changes as sign_changes
+    from devmon.analysis.derive.susceptibilities import susceptibility_components as susceptibility_components
     from devmon.analysis.derive.watch_series import series_of as series_of
     from devmon.analysis.detection.detector import Detector as Detector
     from devmon.analysis.detection.events import Event as Event
@@ -55,6 +58,9 @@ _HOME = {
     "drift": "derive.representation",
     "similarity": "derive.representation",
     "essential_dynamics": "derive.essential",
+    "susceptibility_components": "derive.susceptibilities",
+    "sign_changes": "derive.susceptibilities",
+    "transition_data": "derive.influence",
     "series_of": "derive.watch_series",
     "Series": "series",
     # where training changed phase

@@ -48,6 +48,24 @@ class ReadOnce:
         return short
 
 
+def same_weights(run: Any) -> list[list[int]]:
+    """The steps that have one set of weights, where several do: in the order of the first of each group.
+
+    Of two checkpoints of a training one is then not what its name says, or nothing was learned between them (a learning
+    rate of 0). `run` is a trajectory or anything like it; rows without a digest tell nothing.
+    """
+    digests: dict[int, str] = {}
+    for name in run.names():
+        if hasattr(run, "weights"):
+            digests |= run.weights(name)
+        elif "weights" in (data := run[name]):
+            digests |= dict(zip(data["step"].values.tolist(), data["weights"].values.tolist(), strict=True))
+    groups: dict[str, list[int]] = {}
+    for step in sorted(digests):
+        groups.setdefault(digests[step], []).append(step)
+    return [steps for steps in groups.values() if len(steps) > 1]
+
+
 def has_rows(data: xr.Dataset) -> bool:
     """Whether anything of a watch was measured yet."""
     return data.sizes.get("step", 0) > 0

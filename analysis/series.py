@@ -22,7 +22,7 @@ class Series:
     `rejected` (n,) true where the instrument's own health check refused the value, or None. `smallest` is the smallest
     change of interest, in `units`: nothing below it is an event. `replicates` (R, n) is the same quantity on R fixed
     groups of items, or by R chains, the same at every step: what its changes over steps vary by from one to the next is
-    their error.
+    their error. `notes` say what was done to the rows that it was read from.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Series:
     rejected: NDArray[Any] | None = None
     smallest: float = 0.0
     replicates: NDArray[Any] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def good(self) -> NDArray[np.bool_]:

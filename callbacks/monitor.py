@@ -35,6 +35,11 @@ class Monitor(L.Callback):
     switches are put back. Steps are counted once under gradient accumulation. When training resumes from step k, rows
     past k are set aside as an earlier attempt, once configuration and weights at k are found to be those stored.
 
+    With `Trainer(fast_dev_run=True)` every watch is tried once, before the first batch, and nothing is written.
+
+    Where several optimizers move `global_step` by more than 1 (a GAN), what is due in between is measured at the step
+    reached next, and `trajectory.attrs["meant"]` says so.
+
     Under data parallelism every rank has this callback, with the same watches. Rank 0 holds the trajectory and
     measures; the work of instruments that can be divided (`devmon.snapshot.Divisible`: the chains of an `LLC`) is dealt
     to all ranks, with the same numbers up to rounding. What ends training ends it on every rank. The ranks talk over
@@ -62,6 +67,7 @@ class Monitor(L.Callback):
         self._trainer: L.Trainer | None = None
         self._ranks = SINGLE
         self._takes_part = False
+        self._dry = False
 
     @property
     def watches(self) -> tuple[Watch, ...]:
@@ -84,6 +90,9 @@ class Monitor(L.Callback):
         if stage != "fit":
             return
         refuse_sharded(trainer.strategy)
+        self._dry = bool(getattr(trainer, "fast_dev_run", False))
+        if self._dry:  # nothing is kept of it: the watches are tried, and no store is made
+            return
         self._trainer = trainer
         self._ranks = Ranks.of_training() if trainer.world_size > 1 else SINGLE
         # Ranks without torch.distributed (TPUs) cannot talk to each other: rank 0 measures, the others go without.
@@ -95,6 +104,8 @@ class Monitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._takes_part:
             self.loop.step(trainer.global_step, pl_module)
+        elif self._dry and trainer.is_global_zero:
+            self.loop.attempt(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._takes_part:

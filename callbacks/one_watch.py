@@ -16,9 +16,10 @@ OPTIONS = {"model", "log", *MonitorOptions.__annotations__}  # of `Monitor`; wha
 
 
 class LLCMonitor(Monitor):
-    """`LLCMonitor("run.zarr", tokens, steps=every(500), nbeta=30, gamma=300, lr=1e-4)`: a `Monitor` that watches `llc`.
+    """`LLCMonitor("run.zarr", tokens, steps=every(500))`: a `Monitor` that watches `llc`.
 
-    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.LLC`.
+    What is neither `steps` nor an option of `Monitor` goes to `devmon.instruments.LLC`; lr and gamma are chosen as
+    training goes where they are not given.
     """
 
     def __init__(

@@ -11,14 +11,18 @@ def run_view(trajectory: Any, run: str) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from devmon.analysis.reports.run_words import alarms, skipped
-    from devmon.analysis.run import ReadOnce
+    from devmon.analysis.reports.run_words import alarms, one_set_of_weights, skipped, steps_of
+    from devmon.analysis.run import ReadOnce, same_weights
 
     attrs, held = trajectory.attrs, ReadOnce(trajectory)
     title = Text(str(attrs.get("title", run)), style="bold")
     parts: list[Any] = [title.append(f"  run {attrs['run_id']}, seed {attrs['seed']}, {attrs['created']}", "not bold")]
     if left_out := skipped(attrs):
         parts.append(Text(f"left out to keep max_overhead: {left_out}"))
+    if late := steps_of({name: [int(at) for at in steps] for name, steps in attrs.get("meant", {}).items()}):
+        parts.append(Text(f"measured at the next step reached, for training passed over the one that was due: {late}"))
+    if words := one_set_of_weights(same_weights(held)):
+        parts.append(Text(f"{words}: check their files"))
     parts += [Text(line) for line in alarms(attrs)]
     return Group(*parts, watches_table(held, trajectory), latest_table(held))
 

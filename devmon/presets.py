@@ -80,10 +80,10 @@ def economy(
     `count` steps, spaced evenly in log(step), and at step 0 all is measured. A `tokenizer` of transformers tells which
     tokens are real, which one starts a text, and which are special or padding: they stand in no random text, and
     padding is cut off the probe batch. Without one, `vocab_size` is the model's, all tokens below it but `bos`, which
-    then stands first, and `exclude` are taken for real, and no place of the probe batch for padding. `llc` is the LLC
-    with its calibrated settings (`devmon calibrate`), measured at half as many steps; without it there is none, because
-    no setting suits every model. Raises DataError without vocab_size and tokenizer, and for rows that are mostly
-    padding. Watches: loss, repeats, induction, previous_token, weights, llc.
+    then stands first, and `exclude` are taken for real, and no place of the probe batch for padding. `llc` is the LLC,
+    measured at half as many steps: `LLC(tokens)` chooses its settings as training goes, `devmon calibrate` gives
+    careful ones; without it there is none, for what it costs. Raises DataError without vocab_size and tokenizer, and
+    for rows that are mostly padding. Watches: loss, repeats, induction, previous_token, weights, llc.
     """
     known = _vocabulary(vocab_size, tokenizer, bos, exclude)
     tokens = unpadded(tokens, known.pad)
@@ -167,8 +167,7 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
 
 
 def _known(shared: Shared) -> Vocabulary:
-    names = ("vocab_size", "tokenizer", "bos")
-    return _vocabulary(*(shared.get(name) for name in names), shared.get("exclude", ()))
+    return _vocabulary(shared.get("vocab_size"), shared.get("tokenizer"), shared.get("bos"), shared.get("exclude", ()))
 
 
 def _vocabulary(vocab_size: int | None, tokenizer: Any, bos: int | None, exclude: Sequence[int]) -> Vocabulary:
@@ -180,7 +179,7 @@ def _vocabulary(vocab_size: int | None, tokenizer: Any, bos: int | None, exclude
     own = vocabulary(tokenizer)
     size = own.size if vocab_size is None else min(own.size, vocab_size)
     first = own.bos if bos is None else bos
-    left_out = ({*own.exclude, *exclude} | ({own.bos} - {None})) - {first}
+    left_out = {*own.exclude, *exclude, *(() if own.bos is None else (own.bos,))} - {first}
     return Vocabulary(size, first, own.pad, tuple(sorted(token for token in left_out if token < size)))
 
 
@@ -215,11 +214,11 @@ def vision(
 def toy(data: Any, loss: Callable[..., Tensor], *, last: int, count: int = 100, llc: LLC | None = None) -> list[Watch]:
     """A small model of any kind by the geometry of its loss: `loss(model, batch) -> (batch,)` on `data`.
 
-    Watches: llc (with the given settings, else nbeta n / log n and gamma 1: calibrate them), curvature, weights.
+    Watches: llc (with the given settings, else chosen as training goes: `devmon.instruments.LLC`), curvature, weights.
     """
     steps = log_spaced(count, last)
     return [
-        Watch("llc", LLC(data, loss, gamma=1.0) if llc is None else llc, steps),
+        Watch("llc", LLC(data, loss) if llc is None else llc, steps),
         Watch("curvature", Curvature(data, loss), log_spaced(max(2, count // 2), last)),
         Watch("weights", WeightStatistics(), steps),
     ]

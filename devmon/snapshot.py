@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -64,6 +65,22 @@ class Divisible(Instrument, Protocol):
         """The whole from the parts, in order of rank, those of ranks that had nothing to do left out."""
 
 
+@runtime_checkable
+class Choosing(Instrument, Protocol):
+    """An instrument with settings that are chosen at the weights, once for a run, unless it is `settled`.
+
+    `choose` at some weights gives a record that JSON can hold, `settle` of that the instrument to measure with. The run
+    keeps the record. InstrumentError from `choose` says that it cannot be made at these weights.
+    """
+
+    @property
+    def settled(self) -> bool: ...
+
+    def choose(self, models: Sequence[torch.nn.Module], seed: int, later: bool = True) -> dict[str, Any]: ...
+
+    def settle(self, record: Mapping[str, Any], /) -> Instrument: ...
+
+
 def derive_seed(seed: int, *what: object) -> int:
     """A 63-bit seed for `what` under `seed`: independent of order of calls, process and platform."""
     text = "/".join([str(seed), *(str(part) for part in what)])
@@ -76,6 +93,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         if isinstance(tensor, torch.Tensor):
+            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of FSDP 2
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")

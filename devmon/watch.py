@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from devmon.errors import DevmonError
@@ -15,7 +16,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Steps:
-    """A set of optimizer steps given by a rule; `a | b` is the union with any other container of steps."""
+    """A set of optimizer steps given by a rule; `a | b` is the union with any other container of steps.
+
+    Rules of this module can be pickled, so that watches travel to the processes of `strategy="ddp_spawn"`.
+    """
 
     rule: Callable[[int], bool]
     text: str
@@ -24,7 +28,7 @@ class Steps:
         return isinstance(step, int) and step >= 0 and self.rule(step)
 
     def __or__(self, other: Container[int]) -> Steps:
-        return Steps(lambda step: step in self or step in other, f"{self.text} | {other!r}")
+        return Steps(partial(_in_either, self, other), f"{self.text} | {other!r}")
 
     __ror__ = __or__
 
@@ -37,7 +41,7 @@ def every(n: int, *, start: int = 0, stop: int | None = None) -> Steps:
     if n < 1 or start < 0:
         raise DevmonError(f"every(n, start=...) needs n >= 1 and start >= 0, got n={n}, start={start}")
     text = f"every({n}" + (f", start={start}" if start else "") + (f", stop={stop})" if stop is not None else ")")
-    return Steps(lambda s: s >= start and (s - start) % n == 0 and (stop is None or s <= stop), text)
+    return Steps(partial(_periodic, n, start, stop), text)
 
 
 def log_spaced(count: int, last: int, *, first: int = 1) -> Steps:
@@ -58,6 +62,14 @@ def log_spaced(count: int, last: int, *, first: int = 1) -> Steps:
     chosen = frozenset({0, *(round(first * math.exp(i * ratio)) for i in range(count))})
     text = f"log_spaced({count}, {last})" if first == 1 else f"log_spaced({count}, {last}, first={first})"
     return Steps(chosen.__contains__, text)
+
+
+def _periodic(n: int, start: int, stop: int | None, step: int) -> bool:
+    return step >= start and (step - start) % n == 0 and (stop is None or step <= stop)
+
+
+def _in_either(one: Container[int], other: Container[int], step: int) -> bool:
+    return step in one or step in other
 
 
 @dataclass(frozen=True)

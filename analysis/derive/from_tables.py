@@ -1,14 +1,12 @@
-"""Tables from elsewhere as series: `series_of_table(frame)` for pandas, `read_table(path)` for CSV."""
+"""Tables from elsewhere as series: `series_of_table(frame)`; `table_rows.read_table(path)` reads them from files."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from devmon.analysis.derive.table_rows import is_numeric, series_of_rows
 from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.series import Series
 from devmon.errors import DataError
@@ -22,8 +20,9 @@ def series_of_table(table: pd.DataFrame, *, step: str = STEP_COLUMN) -> list[Ser
 
     Wide: each other numeric column is a series, and `x_se` the standard errors of `x`. Long: a column `value`, with the
     names in `series`, or in `watch` and `variable` as `devmon export` writes them; optional are `se`, `units` and
-    `verdict` (a verdict other than "ok", "finite-time" or nothing marks a rejected point). Rows keep their order: the
-    steps of each series must be sorted and distinct.
+    `verdict` (a verdict other than "ok", "finite-time" or nothing marks a rejected point). Rows may be in any order,
+    several may share a step where one of them has a value, and of a run that was resumed the last attempt counts
+    (`series_of_rows`).
     """
     if not isinstance(table, pd.DataFrame):
         raise DataError(f"expected a pandas DataFrame, got {type(table).__name__}")
@@ -42,38 +41,11 @@ def series_of_table(table: pd.DataFrame, *, step: str = STEP_COLUMN) -> list[Ser
     return series
 
 
-def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A CSV file, or a DataError that names it."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no file {path}: give the path of a CSV file with a header")
-    try:
-        return pd.read_csv(path)
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' ParserError and EmptyDataError are ValueErrors
-        raise DataError(
-            f"{path} does not read as CSV ({str(error).strip()}): expected a header and comma-separated rows"
-        ) from None
-
-
-def numbers(table: pd.DataFrame, column: str, what: str = "") -> np.ndarray:
-    """A column in float64; missing entries are NaN. Raises DataError on text."""
-    if column not in table.columns:
-        known = ", ".join(map(str, table.columns))
-        raise DataError(f"no column {column!r}{f' for the {what}' if what else ''}; the table has {known}")
-    try:
-        return np.asarray(table[column].to_numpy(dtype=np.float64, na_value=np.nan))
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"column {column!r} must hold numbers ({error}): give another column, or drop those rows"
-        ) from None
-
-
 def _wide(table: pd.DataFrame, step: str) -> list[Series]:
-    steps = numbers(table, step)
-    names = [c for c in table.columns if c != step and pd.api.types.is_numeric_dtype(table[c])]
+    names = [column for column in table.columns if column != step and is_numeric(table, column)]
     errors = {c for c in names if c.endswith(ERROR_SUFFIX) and c.removesuffix(ERROR_SUFFIX) in names}
     return [
-        Series(c, steps, numbers(table, c), numbers(table, c + ERROR_SUFFIX) if c + ERROR_SUFFIX in errors else None)
+        series_of_rows(table, step, c, c + ERROR_SUFFIX if c + ERROR_SUFFIX in errors else None, name=c)
         for c in names
         if c not in errors
     ]
@@ -86,14 +58,12 @@ def _long(table: pd.DataFrame, step: str) -> list[Series]:
     )
     series = []
     for key, rows in groups:
-        se = numbers(rows, "se") if "se" in rows.columns and rows["se"].notna().any() else None
+        error = "se" if "se" in rows.columns and rows["se"].notna().any() else None
         rejected = None
         if "verdict" in rows.columns:
             verdicts = rows["verdict"].fillna("").astype(str)
             rejected = ~accepted(verdicts) & (verdicts != "").to_numpy() if (verdicts != "").any() else None
         units = str(rows["units"].iloc[0]) if "units" in rows.columns and rows["units"].notna().any() else ""
-        name = "/".join(map(str, key))
-        series.append(
-            Series(name, numbers(rows, step), numbers(rows, "value"), se, "" if units == "1" else units, rejected)
-        )
+        name, units = "/".join(map(str, key)), "" if units == "1" else units
+        series.append(series_of_rows(rows, step, "value", error, name=name, units=units, rejected=rejected))
     return series

@@ -78,12 +78,12 @@ def llc(dataset: xr.Dataset, *, burn_in: int | None = None, without_first_order:
             raise DataError("these traces hold no first_order, which version 0.1 did not measure: measure them again")
         whole = whole.assign_attrs(without_first_order=1)
     shared = bool(dataset.attrs.get("shared_batches"))
-    traces = _quantities(whole)
-    # A chain that met infinity in its burn-in has no law either: λ̂ is NaN, while the healthy chains keep their means.
-    finite = np.isfinite(traces["excess"]).all((1, 2))
-    kept = {name: values[:, :, skip:] for name, values in traces.items()}
-    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+    with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
+        traces = _quantities(whole)
+        # A chain that met infinity in its burn-in has no law either: λ̂ is NaN, while the healthy ones keep their means.
+        finite = np.isfinite(traces["excess"]).all((1, 2))
+        kept = {name: values[:, :, skip:] for name, values in traces.items()}
         numbers = _levels(kept, finite, whole.attrs, shared) | _others(whole, kept["excess"], skip)
         numbers |= _mixing(kept["excess"], finite)
     numbers["verdict"] = np.array(

@@ -24,9 +24,9 @@ SHARE_THAT_MATTERS = 0.1
 # Standard errors that a number must lie beyond a limit.
 SIGMAS = 2.0
 
-OK, FINITE_TIME, NO_MINIMUM, NOISY = "ok", "finite-time", "not a minimum", "gradient noise"
+OK, FINITE_TIME, NO_MINIMUM, NOISY, LOCALISED = "ok", "finite-time", "not a minimum", "gradient noise", "localised"
 # Numbers of their settings, not levels: a bound, or biased in a way that is alike at checkpoints of equal settings.
-KEPT = (FINITE_TIME, NO_MINIMUM, NOISY, "localised")
+KEPT = (FINITE_TIME, NO_MINIMUM, NOISY, LOCALISED)
 
 
 def accepted(verdicts: Any) -> np.ndarray:
@@ -51,6 +51,8 @@ def verdict(numbers: dict[str, Any], excess: np.ndarray, data: xr.Dataset) -> st
     - "finite-time": the temperature is not within .1 of 1, nor by its standard error, while the chains agree
     - "gradient noise": minibatch noise may add more than a tenth to λ̂: control variates, larger batches or a smaller lr
     - "not a minimum": more than a tenth of λ̂ is first-order, by more than its error
+
+    `estimate_llc` makes "localised" of an "ok" whose calibration found no plateau in gamma: a lower bound, kept too.
     """
     memory, value = numbers["memory"], numbers["llc"]
     if not np.isfinite(value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -23,14 +24,14 @@ def series_of(
 ) -> list[Series]:
     """All series of a run, in the order of its watches; those of one array follow its maximum.
 
-    LLC traces give `llc/llc` with its standard error, points whose verdict is neither "ok" nor "finite-time" marked as
-    rejected; those of a RestrictedLLC give `watch/llc[layer 0 head 1]` for each component. Any other watch gives the
-    variables that are `followed`: a scalar as `watch/variable`, an array as `watch/variable max` (the largest element
-    at each step, with that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each. An infinite
-    value is marked as rejected. A variable's attribute `smallest_change` becomes the series' `smallest`. Values by
-    group of items (`variable_replicates`), and of λ̂ by batch of draws, become `replicates`; those of a maximum are of
-    the element that is largest at each step. A series has none that are not finite where its values are, and none of
-    one group.
+    LLC traces give `llc/llc` with its standard error, points whose verdict is not `accepted` marked as rejected; those
+    of a RestrictedLLC give `watch/llc[layer 0 head 1]` for each component. Any other watch gives the variables that are
+    `followed`: a scalar as `watch/variable`, an array as `watch/variable max` (the largest element at each step, with
+    that element's error) and, up to 64 elements, `watch/variable[layer=1, head=3]` each. An infinite value, and one
+    whose `accepted` is 0, is marked as rejected. A variable's attribute `smallest_change` becomes the series'
+    `smallest`. Values by group of items (`variable_replicates`), and of λ̂ by batch of draws, become `replicates`; those
+    of a maximum are of the element that is largest at each step. A series has none that are not finite where its values
+    are, and none of one group.
 
     - `costs`: each watch gives `watch/seconds` too, what its observations took
     - `each`: without it, arrays give their maximum alone
@@ -67,7 +68,7 @@ def series_of_watch(
 
 def numbers_of(dataset: xr.Dataset) -> dict[str, float]:
     """The followed scalars of one observation (no `step` dimension); of LLC traces λ̂ as `llc`, its standard error `se`
-    and `accepted`, 1 where the verdict is "ok" or "finite-time"."""
+    and `accepted`, 1 where the verdict leaves it of use."""
     if is_llc(dataset):
         derived = llc(dataset)
         usable = float(accepted(derived["verdict"].item()))
@@ -141,19 +142,27 @@ def _plain_series(name: str, dataset: xr.Dataset, each: bool) -> list[Series]:
         array = dataset[variable].transpose("step", ...)
         error = _beside(dataset.get(f"{variable}_se"), array.dims)
         groups = _beside(dataset.get(f"{variable}_replicates"), ("replicate", *array.dims))
+        rejected = _rejected(dataset, array)
         if array.ndim == 1:
-            series.append(_series(f"{name}/{variable}", array, error, groups))
+            series.append(_series(f"{name}/{variable}", array, error, groups, rejected))
         elif array[0].size > 0:
-            series.append(_series(f"{name}/{variable} max", *_largest(array, error, groups)))
+            series.append(_series(f"{name}/{variable} max", *_largest(array, error, groups, rejected)))
             if each and array[0].size <= MAX_ELEMENTS:
                 labels, values = zip(*elements(array), strict=True)
-                errors, by_group = (
+                errors, by_group, refused = (
                     [None] * len(values) if part is None else [element for _, element in elements(part)]
-                    for part in (error, groups)
+                    for part in (error, groups, rejected)
                 )
-                for label, *element in zip(labels, values, errors, by_group, strict=True):
+                for label, *element in zip(labels, values, errors, by_group, refused, strict=True):
                     series.append(_series(f"{name}/{variable}[{label}]", *element))
     return series
+
+
+def _rejected(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray | None:
+    """Where `accepted`, over some of the dimensions of an array, is 0: the chains were not healthy there."""
+    if "accepted" not in dataset or not set(dataset["accepted"].dims) <= set(array.dims):
+        return None
+    return (dataset["accepted"] == 0).broadcast_like(array).transpose(*array.dims)
 
 
 def _beside(array: xr.DataArray | None, dims: tuple[Hashable, ...]) -> xr.DataArray | None:
@@ -166,9 +175,9 @@ def _series(
     values: xr.DataArray,
     se: xr.DataArray | None,
     groups: xr.DataArray | None,
-    rejected: np.ndarray | None = None,
+    refused: xr.DataArray | np.ndarray | None = None,
 ) -> Series:
-    numbers = _floats(values)
+    numbers, rejected = _floats(values), None if refused is None else np.asarray(refused, dtype=bool)
     error, by_group = (None if part is None else _floats(part) for part in (se, groups))
     if error is not None:
         error = np.where(np.isinf(error), np.nan, error)
@@ -183,19 +192,16 @@ def _series(
     return Series(name, steps, numbers, error, units_of(values), rejected, smallest, by_group)
 
 
-def _largest(
-    array: xr.DataArray, error: xr.DataArray | None, groups: xr.DataArray | None
-) -> tuple[xr.DataArray, xr.DataArray | None, xr.DataArray | None]:
-    """The largest element at each step (NaN where there is none), the standard error and the replicates of that one."""
+def _largest(array: xr.DataArray, *parts: xr.DataArray | None) -> tuple[Any, ...]:
+    """The largest element at each step (NaN where there is none), and that one of each of the parts beside it."""
     within = [dim for dim in array.dims if dim != "step"]
     flat = array.stack(element=within, create_index=False)
     best = flat.fillna(-np.inf).argmax("element")
     chosen = flat.isel(element=best).assign_attrs(array.attrs)
-    of_best, by_group = (
-        None if part is None else part.stack(element=within, create_index=False).isel(element=best)
-        for part in (error, groups)
+    of_best = (
+        None if part is None else part.stack(element=within, create_index=False).isel(element=best) for part in parts
     )
-    return chosen, of_best, by_group
+    return chosen, *of_best
 
 
 def _floats(array: xr.DataArray) -> np.ndarray:

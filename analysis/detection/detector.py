@@ -63,7 +63,7 @@ class Detector:
     def _fit(self, series: Series) -> Fit:
         # what is missing, and what can be said without a search
         refused = 0 if series.rejected is None else int(np.sum(series.rejected))
-        notes = [f"{refused} of {len(series.values)} points rejected"] if refused else []
+        notes = [*series.notes, *([f"{refused} of {len(series.values)} points rejected"] if refused else [])]
         series, settings = accepted(series), asdict(self)
         t, y, se = checked(series.steps, series.values, series.se, series.name)
         replicates = checked_replicates(series, t, notes)

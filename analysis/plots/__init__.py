@@ -19,6 +19,7 @@ from devmon.analysis.plots.heatmaps import plot_heads, plot_pairs, plot_similari
 from devmon.analysis.plots.ladder import plot_ladder
 from devmon.analysis.plots.path import plot_essential
 from devmon.analysis.plots.style import step_axis, style
+from devmon.analysis.plots.susceptibilities import plot_susceptibilities
 
 __all__ = [  # noqa: RUF022
     # curves over steps
@@ -37,6 +38,8 @@ __all__ = [  # noqa: RUF022
     "plot_pairs",
     # the path of the outputs
     "plot_essential",
+    # tokens in the components of susceptibilities
+    "plot_susceptibilities",
     # events
     "plot_events",
     "plot_lead_lag",

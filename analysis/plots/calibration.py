@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import offset_copy
 
+from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.plots.style import (
     COLOURS,
     LINES,
@@ -26,13 +27,16 @@ from devmon.analysis.plots.style import (
 
 
 @styled
-def plot_calibration(trials: xr.Dataset, *, ax: Sequence[Axes] | None = None) -> tuple[Figure, list[Axes]]:
+def plot_calibration(
+    trials: xr.Dataset, fits: Sequence[Mapping[str, Any]] = (), *, ax: Sequence[Axes] | None = None
+) -> tuple[Figure, list[Axes]]:
     """λ̂ of a calibration's trials against lr and, on a second axis, against gamma; upright lines mark what was chosen.
 
     A line joins the accepted trials of one model (0 is the late checkpoint, 1 the middle one) and one gamma, or one lr
     on the second axis; a trial that none of these holds is on the first. Where settings were tried twice, the first is
     faint. Bars are ±1.64 standard errors, hollow marks rejected trials, at the edge where they are off the scale of the
-    accepted ones. Models stand side by side by a few points.
+    accepted ones. Models stand side by side by a few points. `fits` are λ̂ in gamma, one a model, as a calibration
+    stores them (`gamma`, `value`): dashed on the second axis.
     """
     if ax is None:
         fig = Figure(figsize=(8.6, 3.7), layout="constrained")
@@ -47,6 +51,10 @@ def plot_calibration(trials: xr.Dataset, *, ax: Sequence[Axes] | None = None) ->
     handles: dict[str, Any] = {}
     for panel, lines, along, fixed in ((axes[0], by_lr, "lr", "gamma"), (axes[1], by_gamma, "gamma", "lr")):
         handles |= _trials(panel, table, lines, along, fixed, trials.attrs)
+    for model, fit in enumerate(fits):
+        curve = axes[1].plot(fit["gamma"][2:], fit["value"][2:], color=COLOURS[model % 7], ls="--", lw=1, zorder=1)
+        handles |= {} if model else {"fit": curve[0]}
+        curve[0].set_label("fit of λ̂ in gamma")
     axes[0].set_ylabel("LLC")
     if ax is None:
         fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=4, handlelength=2.4)
@@ -68,7 +76,7 @@ def _trials(ax: Axes, table: dict[str, np.ndarray], lines: Sequence[np.ndarray],
     """One axis of `plot_calibration`; returns the legend's handles by their labels."""
     values, half = table["llc"].astype(float), Z90 * np.nan_to_num(table["se"].astype(float), posinf=0, neginf=0)
     verdicts = table["verdict"].astype(str)
-    good = (verdicts == "ok") & np.isfinite(values)
+    good = accepted(verdicts) & np.isfinite(values)
     # the axis is that of the accepted trials; a rejected trial beyond it is drawn at the edge
     scale = good if good.any() else np.isfinite(values)
     low, high = (float((values - half)[scale].min()), float((values + half)[scale].max())) if scale.any() else (0, 1)

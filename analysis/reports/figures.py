@@ -169,11 +169,12 @@ def calibration_figure(page: Page, stored: Mapping[str, Any]) -> tuple[str, Figu
     """The reasons and the figure of what `devmon calibrate` stored."""
     table, settings = stored["trials"], stored["settings"]
     trials = xr.Dataset({name: ("trial", _array(values)) for name, values in table.items()}, attrs=settings)
-    drawing, _ = plots.plot_calibration(trials)
+    drawing, _ = plots.plot_calibration(trials, stored.get("fits", []))
     steps = " and ".join(f"{step} ({name})" for name, step in stored["steps"].items())
     caption = (
         f"λ̂ of the trials at step {steps}. Bars: ±1.64 standard errors. Hollow: a rejected trial, at the edge where "
-        "it is off the scale. Faint: the first of two trials of the same settings. Dotted: the chosen lr and gamma."
+        "it is off the scale. Faint: the first of two trials of the same settings. Dotted: the chosen lr and gamma. "
+        "Dashed: the fit of λ̂ in gamma."
     )
     names = {"model": "checkpoint", "llc": "LLC", "se": "standard error", "ess": "ESS", "rhat": "R̂"}
     columns = [
@@ -182,7 +183,7 @@ def calibration_figure(page: Page, stored: Mapping[str, Any]) -> tuple[str, Figu
     models = list(stored["steps"])
     rows = []
     for model, *values, verdict in zip(*(table[name] for name in columns), strict=True):
-        rows.append(Row([models[int(model)], *(number(value, 4) for value in values), verdict], verdict != "ok"))
+        rows.append(Row([models[int(model)], *(number(value, 4) for value in values), verdict], not accepted(verdict)))
     data = Table([names.get(name, name) for name in columns], rows)
     return str(stored["reasons"]), page.add("calibration", drawing, caption, data)
 

@@ -67,6 +67,14 @@ CITED = {
     "Sketch": (_CKA, _HOOGLAND),
     "Superposition": (_TOY,),
     "Polysemanticity": (_TOY,),
+    "Susceptibilities": (
+        "Baker et al. (2025), Structural inference: interpreting small language models with susceptibilities. "
+        "arXiv:2504.18274",
+        "Wang et al. (2025), Embryology of a language model. arXiv:2508.00331",
+    ),
+    "BayesianInfluence": (
+        "Kreer et al. (2025), Bayesian influence functions for Hessian-free data attribution. arXiv:2509.26544",
+    ),
     "Curvature": (
         "Ghorbani et al. (2019), An investigation into neural net optimization via Hessian eigenvalue density. "
         "arXiv:1901.10159",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from devmon.analysis.wording import NAMED, some
 
 
 def skipped(attrs: Mapping[str, Any]) -> str:
@@ -22,6 +24,30 @@ def steps_of(by_watch: Any) -> str:
         f"{name} at {len(steps)} step{'s' * (len(steps) > 1)} ({min(steps)}{f' to {max(steps)}' * (len(steps) > 1)})"
         for name, steps in held.items()
     )
+
+
+def one_set_of_weights(groups: Sequence[Sequence[int]]) -> str:
+    """What is to be said of steps that share their weights (`devmon.analysis.run.same_weights`); empty where none do.
+
+    >>> one_set_of_weights([[0, 1], [512, 1000, 2000, 3000, 4000]])
+    'steps 0 and 1 have one set of weights, and so do steps 512, 1000, 2000 and 2 more'
+    >>> one_set_of_weights([])
+    ''
+    """
+    words = [f"steps {some([str(step) for step in group])}" for group in groups]
+    if not words:
+        return ""
+    more = f"; and so do {len(words) - NAMED} more groups of steps" if len(words) > NAMED else ""
+    return f"{words[0]} have one set of weights" + "".join(f", and so do {w}" for w in words[1:NAMED]) + more
+
+
+def weights_within(groups: Sequence[Sequence[int]], start: float, end: float, measured: Sequence[int]) -> str:
+    """What is to be said of a change between `start` and `end` that may be of the files alone: the groups that reach
+    into it, or stand at the measured steps beside it; empty where none do."""
+    low = max((step for step in measured if step <= start), default=start)
+    high = min((step for step in measured if step >= end), default=end)
+    touched = [group for group in groups if any(low <= step <= high for step in group)]
+    return one_set_of_weights(touched)
 
 
 def alarms(attrs: Mapping[str, Any]) -> list[str]:

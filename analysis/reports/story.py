@@ -10,6 +10,8 @@ import numpy as np
 from devmon.analysis.derive.verdicts import FINITE_TIME, accepted
 from devmon.analysis.detection.events import Event
 from devmon.analysis.reports.findings import Findings
+from devmon.analysis.reports.run_words import one_set_of_weights, weights_within
+from devmon.analysis.run import same_weights
 from devmon.analysis.series import run_level
 from devmon.analysis.transitions.clusters import Transition, headline, main_first
 from devmon.analysis.wording import NAMED, count, listed, number, probability, some, step
@@ -62,7 +64,16 @@ def _transitions(findings: Findings) -> list[str]:
         rank = "the main one" if change.main else "a minor event"
         which = "It" if len(changes) == 1 else f"Transition {i + 1}, {rank},"
         sentences.append(" ".join([_transition(findings, change, which), *findings.evidence[i].sentences]))
+        if words := shared_weights(findings, change):
+            sentences[-1] += f" But {words}: this change may be of the files and not of the training."
     return sentences
+
+
+def shared_weights(findings: Findings, change: Transition) -> str:
+    """What is to be said of steps of a transition that have one set of weights."""
+    start, end = min(change.interval[0], change.span[0]), max(change.interval[1], change.span[1])
+    measured = sorted({int(step) for series in findings.series for step in series.steps})
+    return weights_within(same_weights(findings.run), start, end, measured)
 
 
 def _transition(findings: Findings, change: Transition, which: str) -> str:
@@ -166,6 +177,8 @@ def _against(findings: Findings) -> list[str]:
         refused = 0 if series.rejected is None else int(np.sum(series.rejected))
         if refused and series.name.rpartition("/")[0] not in verdicts:
             said.append(f"{series.name}: {refused} of {len(series.steps)} values are infinite and not used.")
+    if words := one_set_of_weights(same_weights(findings.run)):
+        said.append(f"{words[0].upper()}{words[1:]}: one of them may be another step's file, or nothing was learned.")
     # series that show nothing, and what p-values of simulated nulls can say at most
     level = {name: fit for name, fit in detection.fits.items() if run_level(name)}
     silent = [name for name in level if name not in {event.series for event in sure}]

@@ -20,6 +20,8 @@ from devmon.analysis.series import Series
 from devmon.analysis.table import Row, Table, thinned
 from devmon.analysis.wording import number
 
+TOP_SHOWN = 4  # tokens of each component of the model in a table
+
 
 def layers_figure(page: Page, name: str, data: xr.Dataset, variable: str, own: Sequence[Series]) -> Figure:
     """A line a layer, each with a switch."""
@@ -121,6 +123,35 @@ def components_figure(page: Page, name: str, derived: xr.Dataset) -> Figure:
     shown = derived["step"].values[thin(derived.sizes["step"], MAX_COLUMNS)]
     where = [heat(ax, shown.tolist(), [label.get_text() for label in ax.get_yticklabels()])]
     return page.add(f"{name}-components", drawing, caption, Table(columns, rows), where)
+
+
+def susceptibilities_figure(page: Page, name: str, data: xr.Dataset, components: xr.Dataset) -> Figure:
+    """Tokens in the common components of susceptibilities; behind it the top tokens of each component of the model."""
+    drawing, _ = plots.plot_susceptibilities(components)
+    last = components.isel(step=-1)
+    angles = ", ".join(
+        f"{float(x):.0f}° (noise makes {float(y):.0f}°)" for x, y in zip(last["angle"], last["angle_null"], strict=True)
+    )
+    caption = (
+        f"{name}: each token is a point in the space of components of the model, by how λ̂ of each answers to more of "
+        f"it in the data; the axes are the principal components of all steps together. {float(last['noise']):.0%} of "
+        f"the variance at the last step is noise of the chains; its own components are turned from these by {angles}. "
+        "In the table: the tokens of largest |χ| at the last step, which lean outward because they were chosen so."
+    )
+    step = data.sel(step=int(last["step"]))
+    rows = [
+        Row([
+            str(component),
+            str(one["top_label"].values[i]).replace("\n", "⏎"),
+            number(float(one["top_susceptibility"].values[i]), 2),
+            number(float(one["top_susceptibility_se"].values[i]), 2),
+        ])
+        for component in step["component"].values
+        for one in [step.sel(component=component)]
+        for i in range(min(TOP_SHOWN, one.sizes["rank"]))
+    ]  # fmt: skip
+    table = Table(["component", "context ▸ token", "χ", "standard error"], rows)
+    return page.add(f"{name}-susceptibilities", drawing, caption, table, opened=True)
 
 
 def positions_figure(page: Page, name: str, data: xr.Dataset) -> Figure:

@@ -11,6 +11,7 @@ from devmon.analysis.derive.circuit import circuit_overlap
 from devmon.analysis.derive.components import component_llc, is_component_llc
 from devmon.analysis.derive.essential import essential_dynamics
 from devmon.analysis.derive.representation import similarity
+from devmon.analysis.derive.susceptibilities import sign_changes, susceptibility_components
 from devmon.analysis.derive.watch_series import MAX_ELEMENTS, followed, is_llc
 from devmon.analysis.plots.style import thin
 from devmon.analysis.reports.content import Block, Figure, Heading, Paragraph
@@ -26,9 +27,11 @@ from devmon.analysis.reports.watch_figures import (
     pairs_figure,
     positions_figure,
     square_figure,
+    susceptibilities_figure,
 )
 from devmon.analysis.run import has_rows
 from devmon.analysis.series import Series
+from devmon.analysis.wording import number
 from devmon.errors import DataError
 
 MAX_COMPARED = 60  # steps of which all pairs are compared: the heat map has a column for each
@@ -144,7 +147,7 @@ def _chosen(series: Sequence[Series], eventful: set[str], most: int) -> list[Ser
 
 def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
     """What is made of stored sketches, outputs, edges and pairs of heads; a note where there is too little of them."""
-    makers: list[Callable[[], list[Figure]]] = []
+    makers: list[Callable[[], Sequence[Block]]] = []
     if is_component_llc(data):
         makers.append(lambda: [components_figure(page, name, component_llc(data))])
     if "sketch" in data and {"step", "item"} <= set(data["sketch"].dims) and data.sizes["step"] > 1:
@@ -155,6 +158,8 @@ def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
         makers.append(lambda: [_overlap(page, name, data)])
     if "composition" in data and set(data["composition"].dims) == PAIR_DIMS:
         makers.append(lambda: [pairs_figure(page, name, data)])
+    if "top_susceptibility" in data and data.sizes["step"] > 1:
+        makers.append(lambda: _susceptibilities(page, name, data))
     blocks: list[Block] = []
     for make in makers:
         try:
@@ -182,6 +187,23 @@ def _similarity(page: Page, name: str, data: xr.Dataset) -> list[Figure]:
         layer["cka"].attrs["long_name"] = f"CKA of the representation{which}"
         drawn.append(square_figure(page, f"{name}-similarity", layer, "cka", caption))
     return drawn
+
+
+def _susceptibilities(page: Page, name: str, data: xr.Dataset) -> list[Block]:
+    """Which signs changed, or that none surely did, and the tokens in the components of all steps together."""
+    changes = sign_changes(data)
+    told = [
+        f"that of {component} to {probe} turns {'positive' if to > 0 else 'negative'} between steps {after} and "
+        f"{before} (p {number(p, 2)})"
+        for component, probe, to, after, before, p in zip(
+            *(changes[key].values for key in ("component", "probe", "to", "after", "before", "p")), strict=True
+        )
+    ]
+    found = (
+        f"Susceptibilities that change sign: {'; '.join(told)}." if told else "No susceptibility surely changes sign."
+    )
+    count = max(2, min(3, data.sizes["component"] - 1))  # with all of them no basis turns
+    return [Paragraph(found), susceptibilities_figure(page, name, data, susceptibility_components(data, count))]
 
 
 def _overlap(page: Page, name: str, data: xr.Dataset) -> Figure:

@@ -179,7 +179,7 @@ def _table_md(table: Table) -> list[str]:
     if not table.rows:
         return [_md(table.note)]
     rows = [
-        list(map(_md, table.columns)),
+        list(map(_cell, table.columns)),
         ["---"] * len(table.columns),
         *map(_cells, table.rows),
     ]
@@ -189,15 +189,26 @@ def _table_md(table: Table) -> list[str]:
 
 def _cells(row: Row) -> list[str]:
     """The cells of a row; the first of a weak row says that it is weak."""
-    first, *rest = map(_md, row.cells)
+    first, *rest = map(_cell, row.cells)
     return [first + " (weak)" * row.weak, *rest]
 
 
+def _cell(text: str) -> str:
+    return _md(text).replace("|", "\\|")
+
+
 def _md(text: str) -> str:
-    """Text on one line in which no character is markup; an underscore within a word needs no escape."""
+    """Text on one line in which no character is markup. Only what could be markup where it stands is escaped, for some
+    readers show the backslash of any other, and people read the file as it is."""
     text = re.sub(r"\s+", " ", text).strip()
-    text = re.sub(r"([\\`*\[\]<>|$~&])", r"\\\1", text)
+    text = re.sub(r"([\\`*])", r"\\\1", text)
+    if re.search(r"\][(\[:]|\[[\^ xX]", text):  # a link, a footnote, a task
+        text = re.sub(r"([\[\]])", r"\\\1", text)
+    for pair in "$~":  # a formula, struck text
+        text = text.replace(pair, f"\\{pair}") if text.count(pair) > 1 else text
+    text = re.sub(r"&(?=#|\w+;)", "&amp;", text)
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
     text = re.sub(r"(?<=\w)(://|@)", "\\1\u200b", text)  # no link of its own making
     text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", text)  # no list; before a digit a backslash would be shown
-    return re.sub(r"^([#+\-])", r"\\\1", text)
+    return re.sub(r"^([#+>\-])", r"\\\1", text)

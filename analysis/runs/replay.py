@@ -11,7 +11,7 @@ import hashlib
 import os
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from devmon.analysis.derive.from_tables import numbers, read_table
+from devmon.analysis.derive.table_rows import read_table, series_of_rows
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event, Fit
 from devmon.analysis.series import Array
@@ -42,6 +42,7 @@ class Replay:
     - `hits` of `of` boundaries are found over all seeds, `further` events beside them
     - `expected`: how many turned events find; `p_value`: the share of turns with as many (None without boundaries or
       events)
+    - `notes`: what was done to the rows, such as those that a resumption superseded
     """
 
     fits: Mapping[str, Fit]
@@ -52,12 +53,13 @@ class Replay:
     expected: float | None
     p_value: float | None
     provenance: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def to_text(self) -> str:
         """The table and a summary, for a terminal."""
         seeds = len(self.fits)
         outcomes = "; ".join(f"{name or 'all rows'}: {fit.outcome}" for name, fit in self.fits.items())
-        lines = [f"{seeds} seed{'s' * (seeds != 1)}. {outcomes}"]
+        lines = [f"{seeds} seed{'s' * (seeds != 1)}. {outcomes}", *self.notes]
         if len(self.table):
             shown = self.table.astype(object).where(self.table.notna(), "–")
             lines += [shown.to_string(index=False, float_format=lambda v: f"{v:.5g}")]
@@ -95,10 +97,12 @@ def replay(
     detector = Detector() if detector is None else detector
     table = _rows(read(path, allow_pickle=allow_pickle), where or {})
     fits, ends, rows = {}, {}, []
-    for name, rows_of_seed in _by_seed(table, seed):
-        steps, values, se = _columns(rows_of_seed, step, value, error, name)
-        fits[name] = detector.fit(steps, values, se, name=name)
-        ends[name] = float(steps[0]), float(steps[-1])
+    groups, notes = _by_seed(table, seed)
+    for name, rows_of_seed in groups:
+        series = series_of_rows(rows_of_seed, step, value, error, name=f"seed {name}" if name else "")
+        notes += [f"seed {name}: {note}" if name else note for note in series.notes]
+        fits[name] = detector.fit_all([replace(series, name=name)])[0]
+        ends[name] = float(series.steps[0]), float(series.steps[-1])
         rows += _compare(name, fits[name].events(), bounds, tolerance)
     compared = pd.DataFrame(
         rows, columns=["seed", "boundary", "found", "kind", "step", "low", "high", "p_value", "off", "inside"]
@@ -111,7 +115,7 @@ def replay(
         "file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "columns": columns,
         "where": dict(where or {}), "tolerance": tolerance, "detector": asdict(detector), "devmon": version("devmon"),
     }  # fmt: skip
-    return Replay(fits, compared, hits, of, further, expected, p, provenance)
+    return Replay(fits, compared, hits, of, further, expected, p, provenance, tuple(notes))
 
 
 def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> pd.DataFrame:
@@ -148,7 +152,7 @@ def _rows(table: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
             raise DataError(
                 f"no column {column!r} to choose rows by; the table has {', '.join(map(str, table.columns))}"
             )
-        kept = table[table[column].astype(str) == str(wanted)]
+        kept = table[_is(table[column], str(wanted))]
         if kept.empty:
             known = ", ".join(map(str, table[column].unique()[:8]))
             raise DataError(f"no row has {column} = {wanted}; it holds {known}")
@@ -156,29 +160,30 @@ def _rows(table: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     return table
 
 
-def _by_seed(table: pd.DataFrame, seed: str | None) -> list[tuple[str, pd.DataFrame]]:
+def _is(cells: Any, wanted: str) -> Any:
+    """Which cells are this text, or this number however it is written."""
+    number = pd.to_numeric(wanted, errors="coerce")
+    same = cells.astype(str).str.strip() == wanted.strip()
+    return same | (pd.to_numeric(cells, errors="coerce") == number)
+
+
+def _by_seed(table: pd.DataFrame, seed: str | None) -> tuple[list[tuple[str, pd.DataFrame]], list[str]]:
+    """The rows of each seed, and what is to be said of those without one."""
     if seed is None:
-        return [("", table)]
+        return [("", table)], []
     if seed not in table.columns:
         raise DataError(f"no column {seed!r} for the seed; the table has {', '.join(map(str, table.columns))}")
-    return [(str(name), rows) for name, rows in table.groupby(seed, sort=True)]
+    blank = int(table[seed].isna().sum())
+    notes = [f"{blank} of {len(table)} rows have no {seed}: left out"] if blank else []
+    groups = [(_name(name), rows) for name, rows in table.groupby(seed, sort=True)]
+    if not groups:
+        raise DataError(f"column {seed!r} is blank: name another that tells the runs apart, or none")
+    return groups, notes
 
 
-def _columns(
-    table: pd.DataFrame, step: str, value: str, error: str | None, name: str
-) -> tuple[Array, Array, Array | None]:
-    """Steps in ascending order, with their values and errors."""
-    steps = numbers(table, step, "steps")
-    order = np.argsort(steps, kind="stable")
-    twice = np.flatnonzero(np.diff(steps[order]) == 0)
-    if len(twice):
-        which = f"seed {name}" if name else "the table"
-        raise DataError(
-            f"{which} has more than one row for step {steps[order][twice[0]]:g}: name the column that tells them apart "
-            "as seed, or choose rows with where"
-        )
-    se = None if error is None else numbers(table, error, "standard errors")[order]
-    return steps[order], numbers(table, value, "values")[order], se
+def _name(seed: Any) -> str:
+    """The seed as it was written: a blank among integers makes them floats."""
+    return f"{seed:.0f}" if isinstance(seed, float) and seed.is_integer() else str(seed)
 
 
 def _compare(seed: str, events: list[Event], bounds: Array, tolerance: float) -> list[tuple[Any, ...]]:

@@ -45,8 +45,8 @@ def forward(model: nn.Module, inputs: Any, who: str, *, grad: bool = False) -> A
     try:
         with torch.set_grad_enabled(grad), uncompiled(model):
             if isinstance(inputs, Mapping):
-                return original(model)(**{key: value.to(device) for key, value in inputs.items()})
-            return original(model)(inputs.to(device))
+                return original(model)(**{key: value.to(device).contiguous() for key, value in inputs.items()})
+            return original(model)(inputs.to(device).contiguous())  # some models take a view of their tokens
     except IndexError as error:
         if not isinstance(inputs, Tensor) or inputs.is_floating_point():
             raise

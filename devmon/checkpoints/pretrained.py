@@ -48,15 +48,23 @@ def causal_lm(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: torch.
 
 def _architecture(checkpoint: Checkpoint) -> tuple[Any, Any, dict[str, Any]]:
     """Its class, its configuration, and that as it is written."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     try:
         if checkpoint.folder is None:
             raise OSError("it is a single file, without a config.json")
         own = json.loads((checkpoint.folder / "config.json").read_text())
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            kind = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model"
+            raise DataError(
+                f"{checkpoint.name} is {kind} ({config.model_type}), which cannot be made from its config.json alone: "
+                "name a function that makes the model and gives watches that fit it, --source script.py:name"
+            )
         with torch.device("meta"):
             return type(AutoModelForCausalLM.from_config(config, trust_remote_code=False)), config, own
+    except DataError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 import weakref
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from devmon.checkpoints.hub import REPOSITORY, Revision, revisions
+from devmon.checkpoints.names import steps_in
 from devmon.checkpoints.weights import SUFFIXES, State, read_state
 from devmon.errors import DataError
-
-STEP = r"(?i)(?:^|[^a-z])(?:global_?step|step|checkpoint|iter(?:ation)?)[-_=]?(\d+)"
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,8 @@ class Series:
       (`step123/`, `checkpoint-123/`), the run's folder in which `checkpoints/` lies, or owner/name on the hub, whose
       revisions are the checkpoints.
     - `pattern`: a regular expression that finds the step in the names as its one group (`r"model_(\\d+)"`); by default
-      what follows step, checkpoint, global_step or iter. Names without a step are left out.
+      what follows step, checkpoint, global_step or iter, with units (20k). Names without a step are left out, and names
+      of several phases or seeds are refused (`devmon.checkpoints.names`).
     - `allow_pickle`: read files that hold more than tensors, which runs code they hold.
     - `forget`: download revisions of the hub into a folder of their own (in TMPDIR) that goes with the checkpoint, so
       that at most two lie on the disk.
@@ -69,11 +68,11 @@ class Series:
         forget: bool = False,
     ) -> Series:
         # the names that may hold a step: of files and folders, or of revisions on the hub
-        rule, folder = _rule(pattern), Path(where)
+        folder = Path(where)
         names: dict[str, Path | Revision]
         if folder.is_dir():
             names = _members(folder)
-            if not any(rule.search(name) for name in names) and (folder / "checkpoints").is_dir():
+            if not steps_in(names, str(where), pattern) and (folder / "checkpoints").is_dir():
                 names = _members(folder / "checkpoints")
         elif folder.exists():
             raise DataError(f"{where} is a file: give the folder in which the checkpoints lie")
@@ -81,18 +80,7 @@ class Series:
             names = {name: Revision(str(where), name) for name in revisions(str(where))}
         else:
             raise DataError(f"there is no folder {where}: give a folder of checkpoints, or owner/name on the hub")
-        # their steps, each once
-        places: dict[int, Path | Revision] = {}
-        for name in sorted(names):
-            if not (match := rule.search(name)):
-                continue
-            step = int(match[1])
-            if step in places:
-                raise DataError(
-                    f"{where} has two checkpoints of step {step}, {places[step].name} and {name}: tell those that "
-                    "belong to the series by a pattern, as in --pattern '^stage1-step(\\d+)'"
-                )
-            places[step] = names[name]
+        places = {step: names[name] for step, name in steps_in(names, str(where), pattern).items()}
         if not places:
             held = ", ".join(sorted(names)[:6]) or "nothing"
             raise DataError(
@@ -176,16 +164,6 @@ class Series:
 
     def __repr__(self) -> str:
         return f"Series({self.name!r}: {len(self.places)} steps)"
-
-
-def _rule(pattern: str | None) -> re.Pattern[str]:
-    try:
-        rule = re.compile(STEP if pattern is None else pattern)
-    except re.error as error:
-        raise DataError(f"the pattern {pattern!r} is no regular expression ({error})") from None
-    if rule.groups != 1:
-        raise DataError(f"the pattern {pattern!r} needs one group, the digits of the step, as in 'model_(\\d+)'")
-    return rule
 
 
 def _members(folder: Path) -> dict[str, Path | Revision]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ State = dict[str, torch.Tensor]
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 INSIDE = ("state_dict", "model_state_dict", "model", "module")  # of a training checkpoint: what holds the weights
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # of a folder, its shards named in ….index.json
+WRAPPED = r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\."
 SHARDED_FILES = ("*.distcp", "*model_states.pt", "*optim_states.pt")  # of FSDP and DeepSpeed, as they were trained
 
 
@@ -37,7 +39,7 @@ def read_state(path: Path, allow_pickle: bool = False) -> State:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return plain_names(load_file(path))
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from None
     content = load(path, allow_pickle)
@@ -54,7 +56,13 @@ def read_state(path: Path, allow_pickle: bool = False) -> State:
         raise DataError(
             f"{path} holds no weights: expected a state dict, or one under {', '.join(INSIDE)}; it holds {held}"
         )
-    return state
+    return plain_names(state)
+
+
+def plain_names(state: Mapping[str, torch.Tensor]) -> State:
+    """The tensors under names without what compiling, FSDP and checkpointed activations put into them."""
+    plain = {re.sub(WRAPPED, "", key): value for key, value in state.items()}
+    return plain if len(plain) == len(state) else dict(state)
 
 
 def load(path: Path, allow_pickle: bool = False) -> Any:
@@ -64,12 +72,12 @@ def load(path: Path, allow_pickle: bool = False) -> Any:
             raise OSError(f"{part} fails its checksum")
         return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error):  # bytes that are no pickle at all
+        if (held := re.search(r"GLOBAL (\S+)", str(error))) is None:  # bytes that are no pickle at all
             raise _unreadable(path, error) from None
-        reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"{path} holds more than weights ({reason}): keep objects out of it (save_hyperparameters(ignore=[...])), "
-            "or allow their classes with torch.serialization.add_safe_globals in SOURCE"
+            f"{path} holds more than weights, an object of {held[1]}: read it with --allow-pickle if you trust it, for "
+            "that runs code in it; or keep objects out of it (save_hyperparameters(ignore=[...])), or allow their "
+            "classes with torch.serialization.add_safe_globals in SOURCE"
         ) from None
     except Exception as error:  # damaged bytes raise whatever they meet
         raise _unreadable(path, error) from None
@@ -80,8 +88,10 @@ def fitting(model: nn.Module, stored: State, name: str, prefix: str | None = Non
 
     Each key of the model is a key of the checkpoint after one prefix that is common to all (none, `net.`, `model.`),
     and there are no others after that prefix; of tensors that the model shares under several names one is enough.
-    `prefix` says which where several would do. Raises DataError where names or shapes differ.
+    `prefix` says which where several would do. What wrappers put into names (`_orig_mod.`) does not count. Raises
+    DataError where names or shapes differ.
     """
+    stored, prefix = plain_names(stored), None if prefix is None else re.sub(WRAPPED, "", prefix)
     own = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     shared = _shared(model)
     # the prefix: that after which the checkpoint has the model's keys, all of them and no others
@@ -143,7 +153,9 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).partition("\n")[0] or type(error).__name__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes for terminals
+    _, _, cause = text.partition("WeightsUnpickler error: ")
+    reason = (cause or text).strip().partition("\n")[0] or type(error).__name__
     return DataError(f"{path} cannot be read ({reason}): restore it, or give another step")
 
 

@@ -21,6 +21,9 @@ LATE_OPTION = typer.Option(show_default="the last", help="Step of the late check
 MIDDLE = typer.Option(show_default="in the middle of the series, by count", help="Step of the middle checkpoint.")
 TOLERANCE_OPTION = typer.Option(min=0.001, max=0.5, help="Error that the settings may cause, as a share of the LLC.")
 MAX_STEPS = typer.Option(min=1, help="Sampler steps that one chain of an estimate may cost.")
+BUDGET = typer.Option(
+    min=1, show_default="three estimates", help="Examples whose gradients the trials may take, all together."
+)
 PREFIX = typer.Option(help="What the checkpoint's keys start with (net.), where several would do.")
 OUT = typer.Option("-o", "--out", help="Also draw the trials into this file (calibration.png).")
 FORCE = typer.Option("--force", help="Replace another calibration that the run holds.")
@@ -34,6 +37,7 @@ def calibrate(
     middle: Annotated[int | None, MIDDLE] = None,
     tolerance: Annotated[float, TOLERANCE_OPTION] = 0.02,
     max_steps: Annotated[int, MAX_STEPS] = 3000,
+    budget: Annotated[float | None, BUDGET] = None,
     prefix: Annotated[str | None, PREFIX] = None,
     out: Annotated[Path | None, OUT] = None,
     force: Annotated[bool, FORCE] = False,
@@ -54,7 +58,7 @@ def calibrate(
     with errors.status("reading the checkpoints") as status:
         chosen = calibrate_series(
             source, checkpoints, into=into, late=late, middle=middle, tolerance=tolerance, max_steps=max_steps,
-            prefix=prefix, force=force, progress=status.update if errors.is_terminal else errors.print,
+            budget=budget, prefix=prefix, force=force, progress=status.update if errors.is_terminal else errors.print,
         )  # fmt: skip
     trials = chosen.calibration.trials
     Console().print(trials_table(trials, chosen.record["steps"]))
@@ -64,7 +68,7 @@ def calibrate(
 
         out.parent.mkdir(parents=True, exist_ok=True)
         with plots.style():
-            plots.plot_calibration(trials)[0].savefig(out)
+            plots.plot_calibration(trials, chosen.record["fits"])[0].savefig(out)
         errors.print(f"drawn: {safe(out)}")
     if chosen.trajectory is None:
         errors.print(

@@ -14,6 +14,9 @@ from devmon.errors import DevmonError
 
 NULLS = typer.Option(min=19, help="Simulated nulls for each test.")
 # of detect
+RUN_OR_TABLE = typer.Argument(
+    metavar="RUN", help="A run's store, the folder it is in, or its URL; or a CSV file with a column step."
+)
 SERIES = typer.Option("--series", help="Only series whose name contains this (repeatable).")
 EACH = typer.Option("--each/--summary", help="Each head and layer, or only the summaries.")
 ALPHA = typer.Option(min=0.001, max=0.5, help="False-alarm rate for each series.")
@@ -38,7 +41,7 @@ FIGURES = typer.Option(help="Also write the figures as PNG files into this folde
 
 
 def detect(
-    run: Run,
+    run: Annotated[str, RUN_OR_TABLE],
     series: Annotated[list[str] | None, SERIES] = None,
     all_heads: Annotated[bool, EACH] = False,
     alpha: Annotated[float, ALPHA] = 0.05,
@@ -53,26 +56,34 @@ def detect(
     """
     from rich.console import Console
 
-    from devmon.analysis import Detector, series_of
+    from devmon.analysis import Detector
     from devmon.analysis import detect as run_detector
+    from devmon.analysis.derive.from_anything import series_in
+    from devmon.analysis.reports.run_words import one_set_of_weights
+    from devmon.analysis.run import same_weights
     from devmon.analysis.transitions.clusters import headline, main_first, transitions
 
-    searched = [s for s in series_of(open_run(run)) if (all_heads or "[" not in s.name)]
+    source = run if Path(run).is_file() else open_run(run)
+    searched = [s for s in series_in(source) if (all_heads or "[" not in s.name)]
     if series:
         known = ", ".join(s.name for s in searched)
         searched = [s for s in searched if any(part in s.name for part in series)]
         if not searched:
             raise DevmonError(f"no series contains {' or '.join(map(repr, series))}; the run has {known or 'none'}")
     settings: dict[str, Any] = {"alpha": alpha} | ({} if nulls is None else {"n_null": nulls})
+    shared = one_set_of_weights([] if source is run else same_weights(source))
     with Console(stderr=True).status(f"searching {len(searched)} series"):
         detection = run_detector(searched, Detector(**settings))
     changes = main_first(transitions(detection))
     if as_json:
-        said = {"transitions": [change.to_dict() for change in changes]} | json.loads(detection.to_json())
+        said: dict[str, Any] = {"transitions": [change.to_dict() for change in changes], "one_set_of_weights": shared}
+        said |= json.loads(detection.to_json())
         typer.echo(json.dumps(said, indent=1, allow_nan=False))
     else:
         if words := headline(changes):
             typer.echo(f"{words[0].upper()}{words[1:]}.")
+        if shared:
+            typer.echo(f"{shared[0].upper()}{shared[1:]}: what changes at them may be of the files alone.")
         Console().print(events_table(detection))
 
 

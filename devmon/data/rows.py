@@ -68,10 +68,11 @@ class Rows:
             attrs["smallest_change"] = smallest_change
         if nan is not None:
             attrs["nan"] = nan
-        added = {"later": 1} if later else {}
+        added: dict[str, object] = {"later": 1} if later else {}
         self._variables[name] = (dims, value, attrs | added)
         if se is not None:
-            self._variables[f"{name}_se"] = (dims, se, {"long_name": error or self.error, "units": units} | added)
+            about_error: dict[str, object] = {"long_name": error or self.error, "units": units}
+            self._variables[f"{name}_se"] = (dims, se, about_error | added)
         if replicates is not None and name in self.headline:
             with np.errstate(over="ignore"):
                 groups = np.asarray(replicates, np.float32)

@@ -100,7 +100,9 @@ def word_tasks(tokenizer: Any, prompts: int = 32, shots: int = 5, seed: int = 0,
         )
     generator = torch.Generator().manual_seed(seed)
     start = [] if bos is None else [bos]
-    right, wrong, answers = [], [], []
+    right: list[list[int]] = []
+    wrong: list[list[int]] = []
+    answers: list[int] = []
     for pairs in tasks:
         for _ in range(prompts):
             drawn = [pairs[i] for i in torch.randperm(len(pairs), generator=generator)[: shots + 1].tolist()]

@@ -12,6 +12,7 @@ from devmon.instruments.head_ablation import HeadAblation
 from devmon.instruments.head_spectra import HeadSpectra
 from devmon.instruments.in_context import InContextLearning
 from devmon.instruments.induction import InductionHeads
+from devmon.instruments.influence import BayesianInfluence
 from devmon.instruments.intrinsic_dimension import IntrinsicDimension
 from devmon.instruments.layers import LayerRoles
 from devmon.instruments.linear_probe import LinearProbe
@@ -29,6 +30,7 @@ from devmon.instruments.residual_attribution import ResidualAttribution
 from devmon.instruments.restricted_llc import RestrictedLLC
 from devmon.instruments.restricted_loss import RestrictedLoss
 from devmon.instruments.superposition import Superposition
+from devmon.instruments.susceptibilities import Susceptibilities
 from devmon.instruments.tuned_lens import TunedLens
 from devmon.instruments.weight_statistics import WeightStatistics
 
@@ -67,6 +69,8 @@ __all__ = [  # noqa: RUF022 (in groups)
     # weights and geometry
     "LLC",
     "RestrictedLLC",
+    "Susceptibilities",
+    "BayesianInfluence",
     "Curvature",
     "WeightStatistics",
     # addition modulo p

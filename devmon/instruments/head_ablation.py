@@ -139,7 +139,8 @@ class HeadAblation(ByContent, OnRepeats):
     def _group(self, result: Rows, anatomy: Anatomy, probe: RepeatProbe, rows: slice) -> tuple[Heads, Heads]:
         """The heads to ablate, those given or those whose prefix matching on these sequences is highest, and all that
         reach the threshold, of which no random group is made."""
-        dims, found = ("layer", "head"), ()
+        dims = ("layer", "head")
+        found: Heads = ()
         if self.heads is None:
             matching = prefix_matching(anatomy, probe, rows, self.batch_size)
             label = "attention to the place after the last match, on the choosing half"
@@ -163,7 +164,7 @@ class HeadAblation(ByContent, OnRepeats):
 
         # shares of the gain; that of random groups also has the error of having drawn these groups and not others
         of_groups = np.array([share(each, whole)[0] for each in lost[1:]])
-        mean, se = np.nan, np.nan
+        mean = se = np.array(np.nan)
         if possible:
             mean, se = share(whole - gains[2:].mean(0), whole)
             se = np.sqrt(se**2 + _variance(of_groups, possible))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import xarray as xr
+from torch import nn
 
 from devmon.cost import Cost
+from devmon.sampling.choice import choose
 from devmon.sampling.constants import PRECISION_STEPS
 from devmon.sampling.data import as_examples
 from devmon.sampling.losses import Loss, next_token_loss
@@ -34,13 +36,14 @@ class LLC(Settings, _SampledOn):
     float32 whatever the model's precision (`precision` is that of a pass). Lau et al. 2023 (2308.12108), with the same
     examples scored at w and at w*.
 
-    `nbeta` None means n / log n for n examples; several numbers are a ladder (`devmon.analysis.ladder`), of which the
-    first is that of λ̂. Each chain makes `burn_in + draws` draws of `steps_per_draw` steps.
-    Noise and batches belong to the chain and the run's seed, so they are the same at every checkpoint and *changes* of
-    λ̂ are sharper than its level. `control_variate` moves by ∇L_B(w) − ∇L_B(w*) + ∇L(w*): about twice the cost of a
-    step (less with `shared_batches`), and the right law where label noise would widen it. `prior` adds (prior/2)‖w‖²
-    to the exponent. `mask` restricts what is sampled (`devmon.sampling.masks.as_mask`). All settings are keywords, and
-    those of `devmon.sampling.Settings`.
+    Without `lr` and `gamma` a monitor chooses them at the first weights where a trial is accepted and keeps them for
+    the run (`devmon.sampling.choice`). `nbeta` None means n / log n for n examples; several numbers are a ladder
+    (`devmon.analysis.ladder`), of which the first is that of λ̂. Each chain makes `burn_in + draws` draws of
+    `steps_per_draw` steps. Noise and batches belong to the chain and the run's seed, so they are the same at every
+    checkpoint and *changes* of λ̂ are sharper than its level. `control_variate` moves by ∇L_B(w) − ∇L_B(w*) + ∇L(w*):
+    about twice the cost of a step (less with `shared_batches`), and the right law where label noise would widen it.
+    `prior` adds (prior/2)‖w‖² to the exponent. `mask` restricts what is sampled (`devmon.sampling.masks.as_mask`). All
+    settings are keywords, and those of `devmon.sampling.Settings`.
 
     Returns traces, burn-in included, the means over the steps of a draw; settings in attrs:
 
@@ -78,6 +81,24 @@ class LLC(Settings, _SampledOn):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         return self._traces(snapshot, range(self.chains))
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing left to choose."""
+        return self.lr is not None
+
+    def choose(self, models: Sequence[nn.Module], seed: int, later: bool = True) -> dict[str, Any]:
+        """What a run keeps of a choice made at these weights, in values that JSON can hold: settings and reasons.
+
+        Raises InstrumentError where it cannot be made there.
+        """
+        settings, reasons = choose(models, self.loss, self.data, self, seed=seed, later=later)
+        names = ("nbeta", "lr", "gamma", "sampler", "control_variate")
+        return {"settings": {name: getattr(settings, name) for name in names}, "reasons": reasons}
+
+    def settle(self, record: Mapping[str, Any]) -> LLC:
+        """This LLC with the settings of such a record."""
+        return replace(self, **record["settings"])
 
     def share(self, rank: int, ranks: int) -> Instrument | None:
         """Chains rank, rank + ranks, …: a chain's noise and batches are its own, whoever runs it."""
@@ -122,4 +143,7 @@ class LLC(Settings, _SampledOn):
         )
 
     def _traces(self, snapshot: Snapshot, chains: Sequence[int]) -> xr.Dataset:
-        return sample(snapshot.model, self.loss, self.data, self, seed=snapshot.seed, chains=chains)
+        whole = self
+        if not self.settled:  # called by itself: for these weights alone
+            whole = self.settle(self.choose([snapshot.model], snapshot.seed, later=False))
+        return sample(snapshot.model, self.loss, self.data, whole, seed=snapshot.seed, chains=chains)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class Densify(Companion):
         self.last: dict[str, int] = {}  # watch to the step at which it was last due
         self.latest = -1  # the last step that was due to an alarm
         self._asked = -1  # the last step at which the monitor asked what is due
+        self._scheduled: Set[str] = frozenset()  # the watches that were due there by schedule
         self._provisional: Provisional | None = None
         self._warned = False
 
@@ -47,10 +49,11 @@ class Densify(Companion):
 
     def due(self, step: int, watches: list[Watch]) -> list[Watch]:
         """Those due by schedule, and those due by an alarm (with this step as theirs, for `observe`)."""
-        added, self._asked = {watch.name for watch in self._added(step)}, step
+        scheduled = {watch.name: watch for watch in watches}
+        added = {watch.name for watch in self._added(step)} - scheduled.keys()
+        self._asked, self._scheduled = step, scheduled.keys()
         if added:
             self.latest = step
-        scheduled = {watch.name: watch for watch in watches}
         due = [
             replace(watch, steps={step}) if watch.name in added else scheduled[watch.name]
             for watch in self.monitor.watches
@@ -62,6 +65,7 @@ class Densify(Companion):
     def choose(self, step: int, names: list[str]) -> list[str]:
         """All, once it is recorded which are due to an alarm. Where that cannot be written, those are left out."""
         added = {watch.name for watch in self.monitor.watches if step not in watch.steps} & set(names)
+        added -= self._scheduled  # of a step that was passed over
         if not added:
             return names
         try:
@@ -118,7 +122,7 @@ class Densify(Companion):
 
     def _due_to_look(self, step: int) -> bool:
         """Whether a watch has just reached the size of a look, or an alarm may end, at a scheduled step."""
-        if not any(step in watch.steps for watch in self.monitor.watches):
+        if not self._scheduled:
             return False
         if self.up:
             return True

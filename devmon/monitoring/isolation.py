@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from devmon.errors import InstrumentError
+from devmon.monitoring.wrappers import bare_copy, unwrapped
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EVERYWHERE = [
@@ -21,10 +21,15 @@ EVERYWHERE = [
     for name, hooks in vars(torch.nn.modules.module).items()
     if name.startswith("_global_") and isinstance(hooks, dict)
 ]
+
 COPY_REMEDY = (
     "Instruments work on a copy: hand the bare network over (Monitor(model='net') names an attribute), or save "
     "checkpoints with CheckpointSeries and measure them afterwards"
 )
+
+
+class ChangedModelError(InstrumentError):
+    """An instrument changed the model that trains, which cannot be put back."""
 
 
 @contextmanager
@@ -84,7 +89,7 @@ def isolated() -> Iterator[None]:
 
 @contextmanager
 def guarded(model: torch.nn.Module) -> Iterator[None]:
-    """Raise `InstrumentError` where parameters, buffers, gradients or modes of the model that trains were changed
+    """Raise `ChangedModelError` where parameters, buffers, gradients or modes of the model that trains were changed
     inside: it came into the instrument by another way than the snapshot, and cannot be put back."""
     before = _marks(model)
     try:
@@ -92,7 +97,7 @@ def guarded(model: torch.nn.Module) -> Iterator[None]:
     finally:
         changed = [name for name, mark in _marks(model).items() if before.get(name, mark) != mark]
         if changed:
-            raise InstrumentError(
+            raise ChangedModelError(
                 f"the instrument changed the model that trains ({', '.join(changed[:3])}{', …' if changed[3:] else ''})"
                 ": it must use snapshot.model only, and hold no reference to the trained module (give it a deep copy). "
                 "Start this training again from its last checkpoint"
@@ -111,32 +116,25 @@ def _marks(model: torch.nn.Module) -> dict[str, object]:
 
 
 def private_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """A deep copy in evaluation mode without gradients and without the user's hooks (torch's own, such as those of
-    `torch.nn.utils`, stay: they are part of the function). Nothing of it is compiled, so that hooks fire.
+    """A deep copy in evaluation mode without gradients, without what stands around it (`monitoring.wrappers`: nothing
+    of it is parallel, compiled or under autocast) and without the user's hooks (torch's own, such as those of
+    `torch.nn.utils`, stay: they are part of the function).
 
     Raises `InstrumentError` where the copy would share functions with the original that reach the original's modules.
     """
-    # Compiled modules are replaced by their originals on the way: a compiled one runs no hooks and compiles again.
-    memo: dict[int, Any] = {}
-    original = getattr(model, "_orig_mod", model)
+    original, memo = unwrapped(model), dict[int, Any]()
     try:
-        for module in reversed(list(original.modules())):
-            if hasattr(module, "_orig_mod"):
-                memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
-        twin = copy.deepcopy(original, memo)
+        twin = bare_copy(model, memo)
+    except InstrumentError:
+        raise
     except Exception as error:
         raise InstrumentError(
             f"{_name(original)} cannot be copied ({type(error).__name__}: {error}). {COPY_REMEDY}"
         ) from error
-    # What deepcopy leaves as it was: compiled forwards, functions that reach the original, and the user's hooks.
+    # What deepcopy leaves as it was: functions that reach the original, and the user's hooks.
     ours = {id(module) for module in original.modules()}
     for name, module in twin.named_modules():
-        vars(module).pop("_compiled_call_impl", None)  # of module.compile()
-        for key, value in list(vars(module).items()):
-            # of torch.compile(module.forward)
-            while isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
-                value = copy.deepcopy(value._torchdynamo_orig_callable, memo)
-                vars(module)[key] = value
+        for key, value in vars(module).items():
             if any(id(held) in ours for held in _kept_by(value)):
                 where = ".".join(part for part in (name, key) if part)
                 raise InstrumentError(

@@ -12,15 +12,17 @@ from typing import Any, TypedDict
 import torch
 import xarray as xr
 
-from devmon.errors import DevmonError, StoreError
+from devmon.errors import DevmonError
 from devmon.monitoring.budget import Budget
+from devmon.monitoring.choices import forget_after
 from devmon.monitoring.companion import Companion
 from devmon.monitoring.densify import Densify
 from devmon.monitoring.failures import Failures
 from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.mirror import Mirror
-from devmon.monitoring.observe import observe
+from devmon.monitoring.observe import attempt, observe, refusal
 from devmon.monitoring.page_updates import PageUpdates
+from devmon.monitoring.passed import Passed
 from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.snapshot import weights_digest
 from devmon.store.trajectory import Trajectory
@@ -50,17 +52,20 @@ class LoopMonitor:
                 monitor.step(step, model)
 
     `step` counts the updates made; 0 is the model before the first. A step that was seen is passed over, so it may be
-    called for every micro-batch. The first call says where training starts or resumes: rows past it are set aside as
-    an earlier attempt, once configuration and weights are found to be those stored. Training is not touched:
-    instruments work on a copy (not compiled, where the model is), and random states and switches are put back.
+    called for every micro-batch; what was due at a step that is never given is measured at the next one (`Passed`). The
+    first call says where training starts or resumes: rows past it are set aside as an earlier attempt, once
+    configuration and weights are found to be those stored. Training is not touched: instruments work on a copy (not
+    compiled, not under autocast), and random states and switches are put back.
 
     - `trajectory`: the path of the run's store, or an open `Trajectory`.
     - `watches`: what is measured, and at which optimizer steps.
     - `model`: the part that instruments see: the name of a submodule (`"net"`), or a function of the model.
     - `strict`: let any failure end training. By default an instrument that fails, or a row that cannot be written
       (a full disk, a lost mount), is warned of once a watch, recorded with its reason in `Trajectory.failures` (as soon
-      as that can be written again), and training goes on without that row. Refused either way: a store that cannot be
-      opened before the first step, an instrument that does not fit the model, a store that holds another run.
+      as that can be written again), and training goes on without that row. Refused at the first call, before training:
+      a store that cannot be opened or holds another run, and instruments that do not fit the model. Every watch is
+      tried then, those that are due later too (and nothing is kept of them): what is not refused there only fails.
+      An instrument that changed the model that trains ends training whenever it does.
     - `log`: send the headline numbers of each observation on too, as `devmon/<watch>/<variable>` at the optimizer step:
       a logger (Lightning's, TensorBoard's, Weights & Biases') or a function of (values, step). See `Mirror`.
     - `max_overhead`: the share of the wall time, such as 0.1, that the monitor may take. Due observations that would
@@ -102,12 +107,14 @@ class LoopMonitor:
         self._given = trajectory
         self._failures = Failures()
         self._seen: int | None = None
+        self._begun: set[str] = set()
 
         # The page is the outermost: it is made after each step when the alarms of that step are in the trajectory. The
         # budget stands before all that takes time, so as to count it.
         options = [
             None if live is None else PageUpdates(live),
             self._failures,
+            Passed(),
             None if max_overhead is None else Budget(max_overhead, [watch.name for watch in self.watches], clock),
             self.densify,
             None if log is None or log is False else Mirror(log),
@@ -120,7 +127,7 @@ class LoopMonitor:
 
     def open(self, ranks: Ranks = SINGLE) -> None:
         """Open the trajectory on rank 0, for a training that begins with the next `step`. Every rank does."""
-        self.ranks, self._seen = ranks, None
+        self.ranks, self._seen, self._begun = ranks, None, set()
         self.trajectory = ranks.agree(self._opened)
 
     def step(self, step: int, model: torch.nn.Module) -> None:
@@ -132,13 +139,23 @@ class LoopMonitor:
                 f"steps only grow: got {step} after {self._seen or 0}. Count the optimizer's updates from 0, and make "
                 "another LoopMonitor for another training"
             )
-        if self._seen is None:
+        first = self._seen is None
+        if first:
             self.ranks.agree(self._resume, step, model)
             for companion in self.companions:
                 companion.begin(step)
         self._seen = step
-        if due := self._due(step):
-            self._measure(step, self.network(model), due)
+        due = self._due(step)
+        trials = self._untried(due) if first else []
+        if due or trials:
+            self._measure(step, self.network(model), due, trials)
+        self._begun = {watch.name for watch in self.watches}
+
+    def attempt(self, model: torch.nn.Module) -> None:
+        """Try every watch on the model and keep nothing, for a training of which nothing is kept. Raises
+        `InstrumentError` where some do not fit."""
+        if misfits := attempt(0, self.network(model), self.watches, {}):
+            raise refusal(misfits)
 
     def network(self, model: torch.nn.Module) -> torch.nn.Module:
         """What instruments see of the model that `step` is given."""
@@ -146,8 +163,8 @@ class LoopMonitor:
 
     def close(self, *, raising: bool = True) -> None:
         """Write what is still to be written, and fold. Without it, or where it cannot be done, no row is lost: unfolded
-        rows are read all the same. What goes wrong is raised if it is no failure of the store, or with `strict`; with
-        `raising=False` (something else ended training, and is to be raised) it is only warned of."""
+        rows are read all the same. What goes wrong is warned of; with `strict` it is raised, unless `raising` is False
+        (something else ended training, and is to be raised)."""
         if self.trajectory is None:
             return
         try:
@@ -155,7 +172,7 @@ class LoopMonitor:
                 companion.record()
             self.trajectory.fold()
         except Exception as error:
-            if raising and (self.strict or not isinstance(error, StoreError | OSError)):
+            if raising and self.strict:
                 raise
             warnings.warn(f"{self.path} was not tidied up at the end ({error}); no row in it is lost", stacklevel=2)
         finally:
@@ -186,12 +203,17 @@ class LoopMonitor:
             due = companion.due(step, due)
         return due
 
-    def _measure(self, step: int, network: torch.nn.Module, due: list[Watch]) -> None:
+    def _untried(self, due: list[Watch]) -> list[Watch]:
+        """The watches that are not due, and of which the trajectory has no row either."""
+        held = self.ranks.first(self._with_rows)
+        return [watch for watch in self.watches if watch.name not in held | {other.name for other in due}]
+
+    def _measure(self, step: int, network: torch.nn.Module, due: list[Watch], trials: list[Watch]) -> None:
         def measured(name: str, dataset: xr.Dataset | None) -> None:
             for companion in self.companions:
                 companion.measured(step, name, dataset)
 
-        chosen = self.ranks.first(self._chosen, step, [watch.name for watch in due])
+        chosen = self.ranks.first(self._chosen, step, [watch.name for watch in due]) if due else []
         observe(
             step,
             network,
@@ -201,9 +223,16 @@ class LoopMonitor:
             ranks=self.ranks,
             each=measured,
             failures=self._failures.reasons,
+            begun=self._begun,
+            trials=trials,
         )
-        for companion in reversed(self.companions):
+        for companion in reversed(self.companions) if due else ():
             companion.after(step)
+
+    def _with_rows(self) -> set[str]:
+        assert self.trajectory is not None
+        known = set(self.trajectory.names())
+        return {watch.name for watch in self.watches if watch.name in known and self.trajectory.steps(watch.name)}
 
     def _chosen(self, step: int, names: list[str]) -> list[str]:
         for companion in self.companions:
@@ -234,6 +263,7 @@ def resume(trajectory: Trajectory, watches: Iterable[Watch], step: int, model: t
     for name in held:
         trajectory.holds(name, step, weights=weights)
     trajectory.supersede(after=step)
+    forget_after(trajectory, step)
     # The lists of single steps are cut as the rows are: steps left out, and steps that only an alarm made due.
     for key in ("skipped", "densified"):
         listed = trajectory.attrs.get(key, {})

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xarray as xr
 
-from devmon.errors import DevmonError, IdentityError, InstrumentError, StoreError
+from devmon.errors import DevmonError, IdentityError, InstrumentError
+from devmon.monitoring.choices import chosen, confirm
 from devmon.monitoring.fingerprint import identity
-from devmon.monitoring.isolation import guarded, isolated, private_copy
+from devmon.monitoring.isolation import ChangedModelError, guarded, isolated, private_copy
 from devmon.monitoring.ranks import SINGLE, Ranks
-from devmon.snapshot import Divisible, Instrument, Snapshot, derive_seed, weights_digest
+from devmon.monitoring.wrappers import refuse_absent
+from devmon.snapshot import Choosing, Divisible, Instrument, Snapshot, derive_seed, weights_digest
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
 
@@ -30,51 +33,116 @@ def observe(
     ranks: Ranks = SINGLE,
     each: Callable[[str, xr.Dataset | None], None] | None = None,
     failures: dict[str, dict[int, str]] | None = None,
+    begun: Container[str] = (),
+    trials: Iterable[Watch] = (),
 ) -> list[str]:
     """Measure every watch that is due at `step` and not yet in the trajectory; returns the names it appended.
 
     Each instrument gets its own copy of the model and a seed made of the run's seed and the watch's name, so its
     numbers do not depend on which other instruments ran, or when. Nothing of the caller's process or model changes.
 
-    With `strict=False` an instrument that fails (other than by not fitting the model), or a row that cannot be
-    written (a full disk), is recorded with its reason where the store can still be written, warned of once, and the
-    others go on. `failures` (watch to step to reason) is added to, and a watch in it is not warned of again; without
-    it, a watch of which the trajectory holds an earlier failure is not.
+    With `strict=False` an instrument that fails, or a row that cannot be written, is recorded with its reason where the
+    store can still be written, warned of once, and the others go on. An instrument that does not fit the model (it
+    raises a `DevmonError`) is refused, once all were tried, unless its watch is among `begun` (it was measured before)
+    or the weights are not finite: then it failed as others do. `failures` (watch to step to reason) is added to, and a
+    watch in it is not warned of again; without it, a watch of which the trajectory holds an earlier failure is not.
 
-    `each(name, dataset)` is called after every watch that was measured, with its row, or None where it failed.
+    `each(name, dataset)` is called after every watch that was measured, with its row, or None where it failed. `trials`
+    are measured too, and nothing is kept of them: what does not fit is refused before it is due.
 
     With several `ranks` all of them call this with the same step and watches, and only rank 0 holds the `trajectory`
     (None elsewhere), decides what is missing in it and calls `each`. Every rank measures its share of a `Divisible`
     instrument, at the weights of rank 0; the other instruments run on rank 0. What is raised is raised on every rank.
 
-    Raises `InstrumentError` where an instrument does not fit the model or changed the caller's own, `IdentityError`
-    where the trajectory holds another configuration or other weights for this step.
+    What an instrument leaves open (`devmon.snapshot.Choosing`) is chosen at the first step where it can be, and kept in
+    `attrs["chosen"]`; until then its rows are left out, with the reason among the failures and without a warning.
+
+    Raises `InstrumentError` where instruments do not fit the model (all of them named) or changed the caller's own, or
+    its weights are not in this process; `IdentityError` where the trajectory holds another configuration or other
+    weights for this step.
     """
     due = [watch for watch in unique_names(watches) if step in watch.steps]
-    if not due:
+    trials = list(trials)
+    if not due and not trials:
         return []
     # Rank 0 says what is missing, so that all ranks measure the same. What the trajectory holds is not measured again.
-    book = Book(trajectory, strict, each, failures)
+    book = Book(trajectory, strict, each, failures, begun)
+    ranks.agree(refuse_absent, model)
     weights, seeds = ranks.first(book.missing, step, model, due)
+    trial_seeds = ranks.first(book.seeds, trials)
     # Watch by watch, each committed before the next is begun. `memo` holds what instruments of one step share.
-    appended = []
+    appended, misfits = [], dict[str, DevmonError]()
     memo: dict[Any, Any] = {}
     for watch in due:
         if watch.name not in seeds:
             continue
         started = time.perf_counter()
         try:
-            dataset = _measure(watch.instrument, step, model, seeds[watch.name], ranks, memo)
-        except DevmonError:  # a misfit: it would fail at every step
-            raise
+            # What it leaves open is chosen by rank 0, once for the run; where that cannot be done yet there is no row.
+            instrument, record = watch.instrument, None
+            if isinstance(instrument, Choosing) and not instrument.settled:
+                record = ranks.first(book.chosen, watch.name, instrument, step, model, seeds[watch.name])
+                if record is None:
+                    continue
+                instrument = instrument.settle(record)
+            dataset = _measure(instrument, step, model, seeds[watch.name], ranks, memo)
+            ranks.first(book.append, watch.name, step, dataset, weights, time.perf_counter() - started, record)
         except Exception as error:
-            if strict:
+            if strict or isinstance(error, ChangedModelError):
                 raise
-            ranks.first(book.fail, watch.name, step, error)
-            continue
-        if ranks.first(book.append, watch.name, step, dataset, weights, time.perf_counter() - started):
+            if isinstance(error, DevmonError) and watch.name not in begun and not by_system(error) and _finite(model):
+                misfits[watch.name] = error
+            else:
+                ranks.first(book.fail, watch.name, step, error)
+        else:
+            ranks.first(book.measured, watch.name, dataset)
             appended.append(watch.name)
+    misfits |= attempt(step, model, trials, trial_seeds, ranks, memo) if trials else {}
+    if misfits:
+        raise refusal(misfits)
     return appended
+
+
+def attempt(
+    step: int,
+    model: torch.nn.Module,
+    watches: Iterable[Watch],
+    seeds: Mapping[str, int],
+    ranks: Ranks = SINGLE,
+    memo: dict[Any, Any] | None = None,
+) -> dict[str, DevmonError]:
+    """The watches whose instruments do not fit the model, with what they say. Nothing is stored; other errors, which
+    may come of the moment, count for nothing."""
+    memo, misfits = {} if memo is None else memo, {}
+    for watch in watches:
+        if isinstance(watch.instrument, Choosing) and not watch.instrument.settled:
+            continue  # what it is to be is chosen at trained weights
+        try:
+            _measure(watch.instrument, step, model, seeds.get(watch.name, 0), ranks, memo)
+        except ChangedModelError:
+            raise
+        except DevmonError as error:
+            if _finite(model):
+                misfits[watch.name] = error
+        except Exception:
+            continue
+    return misfits
+
+
+def refusal(misfits: Mapping[str, DevmonError]) -> DevmonError:
+    """One error for all watches that do not fit."""
+    if len(misfits) == 1:
+        return next(iter(misfits.values()))
+    said = "; ".join(f"{name}: {error}" for name, error in misfits.items())
+    left_out = ", ".join(map(repr, misfits))
+    return InstrumentError(
+        f"{len(misfits)} watches do not fit this model ({said}). The others do: leave these out, as in "
+        f"[watch for watch in watches if watch.name not in ({left_out})]"
+    )
+
+
+def _finite(model: torch.nn.Module) -> bool:
+    return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in model.parameters())
 
 
 def _measure(
@@ -116,6 +184,7 @@ class Book:
     strict: bool
     each: Callable[[str, xr.Dataset | None], None] | None
     failures: dict[str, dict[int, str]] | None
+    begun: Container[str] = ()
 
     def missing(self, step: int, model: torch.nn.Module, due: Iterable[Watch]) -> tuple[str, dict[str, int]]:
         """The digest of the weights, and the seed of each watch that is not yet in the trajectory."""
@@ -127,8 +196,8 @@ class Book:
             try:
                 self.trajectory.declare(watch.name, identity(watch.instrument))
                 held = self.trajectory.holds(watch.name, step, weights=weights)
-            except (StoreError, OSError) as error:
-                if self.strict or not by_system(error):
+            except Exception as error:
+                if self.strict or not (by_system(error) or watch.name in self.begun):
                     raise
                 self.fail(watch.name, step, error, record=False)  # it may hold a row there
                 continue
@@ -136,41 +205,55 @@ class Book:
                 seeds[watch.name] = derive_seed(self.trajectory.seed, watch.name)
         return weights, seeds
 
-    def append(self, name: str, step: int, dataset: xr.Dataset | None, weights: str, seconds: float) -> bool:
-        """Whether the row was written."""
+    def chosen(
+        self, name: str, instrument: Choosing, step: int, model: torch.nn.Module, seed: int
+    ) -> dict[str, Any] | None:
+        """The record of what was chosen for this watch, or None where that cannot be done at these weights."""
+        assert self.trajectory is not None
+        try:
+            return chosen(self.trajectory, name, instrument, step, model, seed)
+        except InstrumentError as error:
+            self.fail(name, step, error, warn=False)
+        return None
+
+    def seeds(self, watches: Iterable[Watch]) -> dict[str, int]:
+        assert self.trajectory is not None
+        return {watch.name: derive_seed(self.trajectory.seed, watch.name) for watch in watches}
+
+    def append(
+        self,
+        name: str,
+        step: int,
+        dataset: xr.Dataset | None,
+        weights: str,
+        seconds: float,
+        record: dict[str, Any] | None,
+    ) -> None:
+        """Write the row; `record` is what was chosen for it."""
         assert self.trajectory is not None
         assert dataset is not None
-        try:
-            self.trajectory.append(name, step, dataset, weights=weights, seconds=seconds)
-        except (StoreError, OSError) as error:
-            if self.strict or not by_system(error):
-                raise
-            self.fail(name, step, error)
-            return False
-        self._measured(name, dataset)
-        return True
+        self.trajectory.append(name, step, dataset, weights=weights, seconds=seconds)
+        if record is not None:
+            confirm(self.trajectory, name, step, record, dataset)
 
-    def fail(self, name: str, step: int, error: Exception, record: bool = True) -> None:
+    def fail(self, name: str, step: int, error: Exception, record: bool = True, warn: bool = True) -> None:
         """Record that there is no row, and warn of it once."""
         assert self.trajectory is not None
         notes = (f"({note})" for note in getattr(error, "__notes__", []))
         reason = " ".join([f"{type(error).__name__}: {error}", *notes])
         earlier = None if self.failures is None else self.failures.get(name)
-        try:
+        with suppress(Exception):  # where not even that can be written, the warning has to do
             if self.failures is None:
                 earlier = self.trajectory.failures(name)
             if record:
                 self.trajectory.fail(name, step, reason)
-        except (StoreError, OSError) as refused:  # not even that can be written: the warning has to do
-            if not by_system(refused):
-                raise
-        if not earlier:
+        if warn and not earlier:
             warnings.warn(f"{name} failed at step {step} ({reason}); the others go on", stacklevel=6)
         if self.failures is not None:
             self.failures.setdefault(name, {})[step] = reason
-        self._measured(name, None)
+        self.measured(name, None)
 
-    def _measured(self, name: str, dataset: xr.Dataset | None) -> None:
+    def measured(self, name: str, dataset: xr.Dataset | None) -> None:
         if self.each is not None:
             self.each(name, dataset)
 

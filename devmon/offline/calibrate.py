@@ -21,8 +21,17 @@ from devmon.store.place import store_path
 from devmon.store.rows import plain
 from devmon.store.trajectory import Trajectory
 
-ASKED = ("data", "loss", "mask", "steps", "weights", "tolerance", "max_steps")  # what a calibration is asked with
-CHOSEN = ("gamma", "lr", "control_variate", "steps_per_draw")  # and what it answers
+ASKED = (
+    "data",
+    "loss",
+    "mask",
+    "steps",
+    "weights",
+    "tolerance",
+    "max_steps",
+    "budget",
+)  # what a calibration is asked with
+CHOSEN = ("gamma", "lr", "control_variate", "steps_per_draw")
 DIGITS = 4  # of the chosen numbers: far finer than λ̂ can tell apart, and short enough to paste
 
 
@@ -77,6 +86,7 @@ def calibrate_series(
     middle: int | None = None,
     tolerance: float = 0.02,
     max_steps: int = 3000,
+    budget: float | None = None,
     prefix: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda line: None,
@@ -87,7 +97,7 @@ def calibrate_series(
     - `checkpoints`: a folder of Lightning checkpoints, or the run's folder in which `checkpoints/` lies.
     - `into`: the run that the choice is for; by default the one beside the checkpoints, if there is one.
     - `late`, `middle`: steps of the checkpoints; by default the last, and the one in the middle of the series by count.
-    - `tolerance`, `max_steps`: of `devmon.sampling.calibrate`.
+    - `tolerance`, `max_steps`, `budget`: of `devmon.sampling.calibrate`.
     - `prefix`: what the checkpoints' keys start with, where several would do.
     - `progress`: hears which checkpoints are taken, then of each trial.
 
@@ -115,6 +125,7 @@ def calibrate_series(
         "weights": [weights_digest(model) for model in models],
         "tolerance": tolerance,
         "max_steps": max_steps,
+        **({} if budget is None else {"budget": budget}),
         "settings": kept,
     }
     _refuse_another(trajectory, asked, force)
@@ -130,6 +141,7 @@ def calibrate_series(
             instrument,
             tolerance=tolerance,
             max_steps=max_steps,
+            budget=budget,
             progress=progress,
         )
     except InstrumentError as error:
@@ -142,8 +154,9 @@ def calibrate_series(
     record = asked | {
         "settings": settings,
         "reasons": answer.reasons,
-        "flat": answer.flat,
-        "systematic": answer.systematic,
+        **{name: getattr(answer, name) for name in ("flat", "systematic", "missing", "cost")},
+        "slope": answer.slope if math.isfinite(answer.slope) else None,
+        "fits": [plain(vars(fit)) for fit in answer.fits],
         "trials": {str(name): _as_json(column.values) for name, column in answer.trials.items()},
     }
     return SeriesCalibration(answer, record, trajectory, beside)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from rich import progress as bars
 from rich.console import Console
 
+from devmon.analysis.reports.run_words import one_set_of_weights
+from devmon.analysis.run import same_weights
 from devmon.console import cost_table
 from devmon.cost import estimates
 from devmon.offline import forecast
@@ -33,6 +35,8 @@ def run(plan: Plan, dry_run: bool) -> int:
         _print_plan(study, work, out)
         return 0
     study.record()
+    if work:
+        study.choose()
 
     # measure in this process, or hand the steps to an engine; a line for every row that will be missing
     counts = Counter[str]()
@@ -62,6 +66,8 @@ def run(plan: Plan, dry_run: bool) -> int:
     sums += [f"{counts['skipped']} checkpoints skipped"] if counts["skipped"] else []
     sums += [f"{counts['failed']} measurements failed"] if counts["failed"] else []
     out.print(f"{', '.join(sums)}: {study.trajectory.path}")
+    if words := one_set_of_weights(same_weights(study.trajectory)):
+        errors.print(f"{words}: check the files of {study.series.name}, one of them may be another step's")
     return int(bool(lost or counts["skipped"] or counts["failed"]))
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
@@ -25,13 +26,15 @@ from devmon.checkpoints.series import Checkpoint, Series
 from devmon.checkpoints.weights import fitting
 from devmon.errors import DataError, IdentityError, InstrumentError
 from devmon.instruments import LLC
+from devmon.monitoring.choices import keep
 from devmon.monitoring.fingerprint import describe, identity
-from devmon.monitoring.isolation import private_copy
+from devmon.monitoring.isolation import isolated, private_copy
 from devmon.monitoring.observe import observe
 from devmon.offline.in_parts import OUT_OF_MEMORY, in_parts
 from devmon.offline.plan import Plan, pairs
 from devmon.offline.probe_text import Home, Probe, load_tokenizer, read_probe
-from devmon.offline.source import load_study
+from devmon.offline.source import late_and_middle, load_study
+from devmon.snapshot import Choosing, derive_seed
 from devmon.store.place import store_path
 from devmon.store.rows import plain
 from devmon.store.trajectory import Trajectory
@@ -82,6 +85,7 @@ class Study:
         if self.model is not None:
             self.model = private_copy(self.model).to(self.device)
         self.trajectory = self._open(read_only)
+        self._begun: set[str] = set()  # the watches that were measured before
 
     def _shard(self) -> list[int]:
         """The chosen steps of this shard, dealt in turn."""
@@ -99,15 +103,37 @@ class Study:
                 work[step] = due
         return work
 
+    def choose(self) -> None:
+        """Choose what instruments leave open, at the last checkpoint and a middle one, and keep it in the run.
+
+        Where it cannot be done there, `observe` tries at each.
+        """
+        held = self.trajectory.attrs.get("chosen", {})
+        for watch in self.watches:
+            instrument = watch.instrument
+            if not isinstance(instrument, Choosing) or instrument.settled or watch.name in held:
+                continue
+            steps = late_and_middle([step for step in self.steps if step in watch.steps])
+            models = []
+            for _, checkpoint in self.series.stream(steps):
+                if isinstance(checkpoint, DataError):
+                    raise checkpoint
+                models.append(private_copy(self._filled(checkpoint)))
+            seed = derive_seed(self.trajectory.seed, watch.name)
+            with isolated(), contextlib.suppress(InstrumentError):
+                made = instrument.choose(models, seed, later=False)
+                keep(self.trajectory, "chosen", watch.name, {"step": max(steps), "steps": steps} | made)
+
     def measure(self, steps: Iterable[int] | None = None, tell: Callable[[Progress], None] = lambda news: None) -> None:
         """Do what is missing at `steps` (all, by default); checkpoints are prefetched, one ahead of what is measured.
 
         `tell` hears of every row and of every checkpoint that was skipped. A checkpoint that cannot be read, or does
         not fit, is recorded as a failure of its watches with the reason, and so is an instrument that fails: the others
         go on, and the next time both are tried again. Raises InstrumentError where an instrument does not fit the
-        model.
+        model: a watch of which the run has no row yet, at weights that are finite.
         """
         work = self.missing()
+        self._begun = {name for name in self.known if self.trajectory.steps(name)}
         wanted = work if steps is None else (step for step in steps if step in work)
         for step, checkpoint in self.series.stream(wanted):
             try:
@@ -132,7 +158,11 @@ class Study:
             failures.clear()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* failed at step", UserWarning)  # `tell` says it
-                observe(step, model, _in_parts(todo.values(), parts), self.trajectory, strict=False, failures=failures)
+                done = observe(
+                    step, model, _in_parts(todo.values(), parts), self.trajectory, strict=False, failures=failures,
+                    begun=self._begun,
+                )  # fmt: skip
+            self._begun.update(done)
             for name, watch in list(todo.items()):
                 reason = failures.get(name, {}).get(step)
                 if reason is None:

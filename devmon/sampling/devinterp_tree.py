@@ -53,9 +53,9 @@ def sample_tree(
         variables[f"loss_{name}"] = (("chain", "draw", f"batch_{name}", "token_pos"), values)
         variables[f"input_ids_{name}"] = ((f"batch_{name}", "token"), observables[name].cpu().numpy())
     sampler = {
-        "lr": settings.lr,
+        "lr": settings.lr_and_gamma[0],
         "n_beta": traces.attrs["nbeta"],
-        "localization": settings.gamma,
+        "localization": settings.lr_and_gamma[1],
         "batch_size": settings.batch_size,
         "num_chains": settings.chains,
         "num_draws": settings.draws,

@@ -12,6 +12,7 @@ from torch import nn
 
 from devmon.analysis.derive.errors import Z
 from devmon.analysis.derive.llc import llc
+from devmon.analysis.derive.verdicts import LOCALISED
 from devmon.sampling.calibration import calibrate
 from devmon.sampling.constants import NOISE_MATTERS
 from devmon.sampling.curvature import noise_bias
@@ -62,8 +63,10 @@ def estimate_llc(
     model is not touched. `mask` restricts what is sampled (`devmon.sampling.masks.as_mask`).
 
     Returns `llc`, `se`, `low`, `high`, `ess`, `rhat`, `temperature`, `verdict` … (`devmon.analysis.llc`) and the traces
-    over (chain, draw), burn-in included. After a calibration `attrs["calibration"]` holds its reasons and
-    `attrs["systematic"]` the relative error that the settings leave; `low` and `high` then contain it beside `se`.
+    over (chain, draw), burn-in included. After a calibration attrs hold its reasons (`calibration`), the relative bias
+    that minibatch noise leaves (`systematic`), whether λ̂ is at its limit within a tenth (`flat`), the share of the
+    limit that it lacks (`missing`) and d log λ̂ / d log gamma (`slope`): `low` and `high` contain the first, and `high`
+    the third. Where λ̂ is not flat, what would be "ok" is "localised", a lower bound, and `high` is infinite.
     Raises InstrumentError for settings that cannot be run, a loss that is not finite at w*, and a calibration that no
     step size passes.
 
@@ -110,8 +113,14 @@ def estimate_llc(
     result = llc(traces)
     attrs = result.attrs
     if calibration is not None:
-        systematic = calibration.systematic
-        attrs = attrs | {"calibration": calibration.reasons, "systematic": systematic}
-        half = Z * np.hypot(result["se"], systematic * abs(result["llc"]))
-        result["low"], result["high"] = result["llc"] - half, result["llc"] + half
+        attrs = attrs | {name: getattr(calibration, name) for name in ("systematic", "missing", "slope")}
+        attrs = attrs | {"calibration": calibration.reasons, "flat": int(calibration.flat)}
+        # What minibatch noise leaves has both signs; what localisation takes away can only be above.
+        half = Z * np.hypot(result["se"], calibration.systematic * abs(result["llc"]))
+        result["low"] = result["llc"] - half
+        result["high"] = result["llc"] / (1 - calibration.missing) + half if calibration.flat else np.inf + half
+        if not calibration.flat and result["verdict"].item() == "ok":
+            result["verdict"].values[...] = LOCALISED
+    # A trace keeps its name, so that the whole can be derived again: `llc` has the number of that name.
+    result = result.drop_vars([name for name in traces.data_vars if name in result])
     return xr.merge([result, traces], combine_attrs="drop").assign_attrs(attrs)

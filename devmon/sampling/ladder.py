@@ -68,7 +68,7 @@ def reach(
     at_center, far, half = mean_loss(center), 0.0, 0.0
     for _ in range(REACH_DRAWS):
         away = torch.randn(center.shape, generator=generator, device=center.device, dtype=dtype)
-        away = away / math.sqrt(settings.gamma)
+        away = away / math.sqrt(settings.lr_and_gamma[1])
         away = away if where is None else away * where
         far += (mean_loss(center + away) - at_center) / REACH_DRAWS
         half += (mean_loss(center + away / 2) - at_center) / REACH_DRAWS

@@ -19,6 +19,8 @@ from devmon.snapshot import derive_seed
 class Schedule:
     """How the chains are run. `stacked`, `group` (chains held at once) and `micro_batch` (examples of a pass), None:
     chosen, change cost, not numbers. Where memory ends they are lowered, and the chains concerned start again.
+
+    `mirrored`: chains 2k and 2k + 1 have opposite noise.
     """
 
     draws: int
@@ -28,6 +30,7 @@ class Schedule:
     control_variate: bool = False
     shared_batches: bool = False
     replacement: bool = False
+    mirrored: bool = False
     proposal: Proposal | None = None
     stacked: bool | None = None
     group: int | None = None
@@ -54,14 +57,16 @@ class Schedule:
     def normals(self, what: str, chains: Sequence[int], like: Tensor) -> Normals:
         """Standard normals for positions like `like` (chain, parameter), step after step, and each step's in blocks
         (chain, part) that share memory: each chain has its own stream."""
-        generators = [torch.Generator(like.device).manual_seed(derive_seed(self.seed, what, chain)) for chain in chains]
+        own = [chain - chain % 2 for chain in chains] if self.mirrored else chains
+        generators = [torch.Generator(like.device).manual_seed(derive_seed(self.seed, what, chain)) for chain in own]
+        signs = [-1 if self.mirrored and chain % 2 else 1 for chain in chains]
         size = like.shape[1]
         # A small model: many steps in one call.
         if size <= NOISE_BLOCK:
             block = like.new_empty(len(chains), NOISE_BLOCK // size, size)
             while True:
-                for part, generator in zip(block, generators, strict=True):
-                    part.normal_(generator=generator)
+                for part, generator, sign in zip(block, generators, signs, strict=True):
+                    part.normal_(generator=generator).mul_(sign)
                 yield from (iter([(slice(0, size), noise)]) for noise in block.unbind(1))
         # A large one: a step in many calls. On the CPU normals come in sixteens, and the last sixteen of a call are
         # made anew where the call is no multiple: so the rest, if shorter, joins the block before it.
@@ -71,8 +76,8 @@ class Schedule:
         def blocks() -> Iterator[tuple[slice, Tensor]]:
             for start, stop in zip(cuts, cuts[1:], strict=False):
                 noise = block[:, : stop - start]
-                for row, generator in zip(noise, generators, strict=True):
-                    row.normal_(generator=generator)
+                for row, generator, sign in zip(noise, generators, signs, strict=True):
+                    row.normal_(generator=generator).mul_(sign)
                 yield slice(start, stop), noise
 
         while True:

@@ -51,7 +51,8 @@ class Settings:
     - `nbeta`: inverse temperature times sample size; None for n / log n with n examples. Several numbers are a ladder:
       λ̂ is that of the first, and chains of the same noise and batches run at the others too (`devmon.analysis.ladder`)
     - `gamma`: precision of the Gaussian around w*; `prior`: of one around 0. Both enter the exponent with a half
-    - `lr`: variance of the noise of a step, which moves by lr/2 times the gradient of the log density
+    - `lr`: variance of the noise of a step, which moves by lr/2 times the gradient of the log density. With neither lr
+      nor gamma, and no kernel that brings them, both are still to be chosen; of one alone the other is 1e-4 or 300
     - `chains` independent chains of `burn_in + draws` draws of `steps_per_draw` steps on `batch_size` examples
     - `sampler`: a name of `SAMPLERS`, or a kernel that brings its own lr, nbeta, gamma and prior
     - `control_variate`: move by ∇L_B(w) − ∇L_B(w*) + ∇L(w*), about twice the cost of a step
@@ -64,8 +65,8 @@ class Settings:
     """
 
     nbeta: float | Sequence[float] | None = None
-    gamma: float = 300.0
-    lr: float = 1e-4
+    gamma: float | None = None
+    lr: float | None = None
     chains: int = 4
     draws: int = 200
     burn_in: int = 100
@@ -82,6 +83,22 @@ class Settings:
     float64: bool = False
     precision: str = field(default="float32", metadata={"identity": "if changed"})
     micro_batch: int | None = field(default=None, metadata={"identity": "never"})
+
+    def __post_init__(self) -> None:
+        # One of them alone, or a kernel, and the rest is what it always was: the identity of stored runs.
+        if not (self.lr is None and self.gamma is None and isinstance(self.sampler, str)):
+            object.__setattr__(self, "lr", 1e-4 if self.lr is None else self.lr)
+            object.__setattr__(self, "gamma", 300.0 if self.gamma is None else self.gamma)
+
+    @property
+    def lr_and_gamma(self) -> tuple[float, float]:
+        """`lr` and `gamma`. Raises InstrumentError where they are still to be chosen."""
+        if self.lr is None or self.gamma is None:
+            raise InstrumentError(
+                "lr and gamma are not chosen: give them, or let `estimate_llc`, a monitor, `devmon measure` or "
+                "`devmon calibrate` choose them"
+            )
+        return self.lr, self.gamma
 
     def nbeta_for(self, n: int) -> float:
         """`nbeta`, or n / log n (Watanabe 2013) where it is None; of a ladder the first."""
@@ -113,17 +130,20 @@ def sample(
     stacked: bool | None = None,
     group: int | None = None,
     probe: OnDraw | None = None,
+    mirrored: bool = False,
 ) -> xr.Dataset:
     """The stored traces (chain, draw) of `settings`, burn-in included; see `devmon.instruments.LLC`.
 
     `chains` picks some of the chains (a rank's share); `stacked` and `group` choose how they are run, not the numbers.
-    `probe(model, chain, draw)` sees the weights at the start of each draw. A kernel given as an object brings its own
-    lr, nbeta, gamma and prior, which then stand in the attrs. Raises InstrumentError for settings that cannot be run
-    and a loss that is not finite at w*.
+    `probe(model, chain, draw)` sees the weights at the start of each draw. `mirrored` gives chains 2k and 2k + 1
+    opposite noise: each has the law, and what is odd in w − w* cancels in their mean. A kernel given as an object
+    brings its own lr, nbeta, gamma and prior, which then stand in the attrs. Raises InstrumentError for settings that
+    cannot be run and a loss that is not finite at w*.
     """
     examples = as_examples(data)
     nbetas = lower_rungs(settings.nbeta, settings.sampler)
     settings, kernel = with_kernel(replace(settings, nbeta=settings.nbeta_for(examples.n)), examples.n)
+    lr, gamma = settings.lr_and_gamma
     schedule = Schedule(
         draws=settings.burn_in + settings.draws,
         batch_size=settings.batch_size,
@@ -132,9 +152,8 @@ def sample(
         control_variate=settings.control_variate,
         shared_batches=settings.shared_batches,
         replacement=settings.replacement,
-        proposal=Proposal(settings.lr, settings.nbeta_for(examples.n), settings.gamma, settings.prior)
-        if settings.acceptance
-        else None,
+        mirrored=mirrored,
+        proposal=Proposal(lr, settings.nbeta_for(examples.n), gamma, settings.prior) if settings.acceptance else None,
         stacked=stacked,
         group=group,
         micro_batch=settings.micro_batch,
@@ -149,11 +168,11 @@ def sample(
     traces, sampled, noise = run(schedule=schedule, autocast=low, on_draw=on_draw)
     # On a quadratic (lr nbeta / 2)² Cov joins the noise lr of a step of SGLD, and λ̂ feels it where curvature ≫ gamma.
     heat = 0.0 if settings.control_variate else getattr(kernel, "noise_gain", 1.0)
-    bias = heat * settings.lr * settings.nbeta_for(examples.n) ** 2 * noise / 8
+    bias = heat * lr * settings.nbeta_for(examples.n) ** 2 * noise / 8
     # The attrs hold every setting that a later reader needs to repeat the traces; what only adds variables is seen in
     # the variables. Booleans become integers, which netCDF can hold. lr and gamma stay in front: the
     # order of attrs is part of the bytes of a stored row.
-    attrs: dict[str, Any] = {"lr": settings.lr, "gamma": settings.gamma}
+    attrs: dict[str, Any] = {"lr": lr, "gamma": gamma}
     attrs |= {field.name: getattr(settings, field.name) for field in fields(Settings)} | {"seed": seed}
     attrs |= {
         "kind": "llc",
@@ -176,8 +195,8 @@ def sample(
     # The lower rungs: the same chains at other temperatures, as variables of their own beside those of the first.
     rungs = []
     for nbeta in nbetas:
-        lr = lr_of_rung(settings.lr, attrs["nbeta"], nbeta, settings.gamma)
-        rung = replace(settings, nbeta=nbeta, lr=lr, examples=0, acceptance=False)
+        lr_below = lr_of_rung(lr, attrs["nbeta"], nbeta, gamma)
+        rung = replace(settings, nbeta=nbeta, lr=lr_below, examples=0, acceptance=False)
         rungs.append(sample(model, loss, examples, rung, seed=seed, chains=numbers, stacked=stacked, group=group))
     return with_rungs(dataset, rungs, reach(model, loss, examples, settings, mask, seed=seed))
 
@@ -214,8 +233,8 @@ def with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
     if not isinstance(kernel, str):
         own = {name: getattr(kernel, name) for name in ("lr", "nbeta", "gamma", "prior") if hasattr(kernel, name)}
         settings = replace(settings, **own)
-    nbeta = settings.nbeta_for(n)
-    check_settings(settings.lr, nbeta, settings.gamma, settings.prior)
+    (lr, gamma), nbeta = settings.lr_and_gamma, settings.nbeta_for(n)
+    check_settings(lr, nbeta, gamma, settings.prior)
     for name, least in (("chains", 1), ("draws", 1), ("burn_in", 0), ("steps_per_draw", 1), ("examples", 0)):
         if (value := getattr(settings, name)) < least:
             raise InstrumentError(f"{name} must be at least {least}, got {value}")
@@ -229,7 +248,7 @@ def with_kernel(settings: Settings, n: int) -> tuple[Settings, Sampler]:
     if isinstance(kernel, str):
         if kernel not in SAMPLERS:
             raise InstrumentError(f"sampler must be one of {sorted(SAMPLERS)} or a kernel, got {kernel!r}")
-        kernel = SAMPLERS[kernel](lr=settings.lr, nbeta=nbeta, gamma=settings.gamma, prior=settings.prior)
+        kernel = SAMPLERS[kernel](lr=lr, nbeta=nbeta, gamma=gamma, prior=settings.prior)
     return settings, kernel
 
 

@@ -85,6 +85,11 @@ class StoredWatch:
         """The steps with a row, in order."""
         return sorted(self.units.steps() | self._folded_weights().keys())
 
+    def weights(self) -> dict[int, str]:
+        """The digest of the weights that each row was measured on."""
+        waiting = {step: self.units.weights(step) for step in self.units.steps()}
+        return self._folded_weights() | {step: digest for step, digest in waiting.items() if digest is not None}
+
     def failures(self) -> dict[int, str]:
         """Steps at which the instrument failed and that have no row, with the reason."""
         waiting = self.units.failures()

@@ -108,6 +108,10 @@ class Trajectory(Mapping[str, xr.Dataset]):
         """The steps that the watch holds, in order."""
         return self._watch(name).steps()
 
+    def weights(self, name: str) -> dict[int, str]:
+        """Step to the digest of the weights that the row was measured on (`devmon.snapshot.weights_digest`)."""
+        return self._watch(name).weights()
+
     def failures(self, name: str) -> dict[int, str]:
         """Steps at which the instrument failed, with the reason."""
         return self._watch(name).failures()

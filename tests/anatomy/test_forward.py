@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from devmon.anatomy import logits, next_token
+from devmon.anatomy.forward import forward
 from devmon.errors import InstrumentError
 from devmon.testing import Bigram, even
 from tests.support.attention_models import BATCH, LENGTH, VOCAB, tokens
@@ -73,3 +74,15 @@ def test_the_loss_of_a_model_that_has_diverged_is_nan_and_logits_may_be_masked(l
     some = tokens()
     some[some == 0] = 1
     np.testing.assert_allclose(next_token(Flat(), some)[0].numpy(), nats, rtol=1e-6)
+
+
+def test_tokens_reach_the_model_in_one_piece() -> None:
+    """Some models take a view of them, as nanoGPT does of its targets."""
+
+    class Views(nn.Module):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens.view(-1)
+
+    tokens = torch.arange(6).reshape(2, 3).T
+    assert forward(Views(), tokens, "test").tolist() == [0, 3, 1, 4, 2, 5]
+    assert forward(Views(), {"tokens": tokens[:, :1]}, "test").tolist() == [0, 1, 2]

@@ -21,6 +21,7 @@ from devmon.data import broken_repeats, random_tokens
 from devmon.instruments import (
     LLC,
     ActivationPatching,
+    BayesianInfluence,
     Composition,
     Curvature,
     FourierSpectrum,
@@ -28,6 +29,7 @@ from devmon.instruments import (
     RestrictedLLC,
     RestrictedLoss,
     Sketch,
+    Susceptibilities,
 )
 from devmon.snapshot import Snapshot
 from tests.anatomy.test_anatomy_sites import VOCAB
@@ -95,6 +97,10 @@ MORE: dict[str, Any] = {
     "RestrictedLLC": lambda x: [
         (RestrictedLLC(x, components=("mlps",), draws=2, burn_in=0, chains=2, batch_size=3, control_variate=True), gpt2)
     ],
+    "Susceptibilities": lambda x: [
+        (Susceptibilities(x, {"a": x}, ["layer 0 mlp"], draws=5, chains=2, batch_size=3, nulls=2), gpt2)
+    ],
+    "BayesianInfluence": lambda x: [(BayesianInfluence(x, {"a": x}, draws=5, chains=2, batch_size=3), gpt2)],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "FourierSpectrum": lambda x: [(FourierSpectrum(P, ("embed.weight",)), adder)],
     "Sketch": lambda x: [(Sketch(x, outputs=True), gpt2)],

@@ -135,6 +135,8 @@ INSTRUMENTS = [
 ELSEWHERE = {
     "LLC": "samples for seconds; tests/analysis/test_llc_derive.py, tests/sampling",
     "RestrictedLLC": "samples for seconds; tests/sampling/test_components.py, tests/instruments/test_restricted_llc.py",
+    "Susceptibilities": "samples for seconds; tests/instruments/test_susceptibilities.py",
+    "BayesianInfluence": "samples for seconds; tests/instruments/test_influence.py",
     "Curvature": "of any loss; tests/instruments/test_curvature.py",
     "RestrictedLoss": "of addition modulo p; tests/instruments/test_fourier_instruments.py",
     "FourierSpectrum": "of addition modulo p; tests/instruments/test_fourier_instruments.py",

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
-import xarray as xr
 
-from devmon import IdentityError, InstrumentError, LoopMonitor, Snapshot, StoreError, Trajectory, Watch, every
+from devmon import InstrumentError, LoopMonitor, StoreError, Trajectory, Watch, every
 from devmon.callbacks import CheckpointSeries, Monitor, latest
 from tests.support.full_disk import Disk
 from tests.support.lightning_toys import Norm, train
@@ -119,16 +116,6 @@ def test_a_store_that_is_taken_away_does_not_end_training(tmp_path: Path) -> Non
     assert messages(warned)[:2] == ["norm failed at step 4", "twice failed at step 4"]
     assert Trajectory(tmp_path / "elsewhere", "r").steps("norm") == [0, 1, 2, 3]
     assert same(module, train([]))
-
-
-def test_a_store_that_is_refused_ends_training_also_where_failures_are_tolerated(tmp_path: Path) -> None:
-    @dataclass(frozen=True)
-    class Grows:
-        def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-            return xr.Dataset({"x": ("head", np.zeros(1 + snapshot.step))})
-
-    with pytest.raises(IdentityError, match="'grows' at step 1 differs in form"):
-        train([Monitor(tmp_path / "run.zarr", [Watch("grows", Grows(), every(1))])])
 
 
 def test_a_strict_loop_raises_at_its_end_what_it_could_not_write_but_not_over_what_ended_it(

@@ -44,7 +44,7 @@ def test_the_weights_are_those_of_the_steps_late_first(copy: Path, monkeypatch: 
         assert loss is regression_loss
         assert callable(limits.pop("progress"))
         assert (start.sampler, start.batch_size, start.chains) == ("baoab", 64, 2)
-        assert limits == {"tolerance": 0.02, "max_steps": 3000}
+        assert limits == {"tolerance": 0.02, "max_steps": 3000, "budget": None}
         found.store(force=True)
         held = stored(copy)
         assert held is not None

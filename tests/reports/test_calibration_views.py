@@ -46,6 +46,15 @@ def test_of_settings_tried_twice_the_later_trial_is_on_the_line() -> None:
     assert [list(one.get_ydata()) for one in faint] == [[9.0]]
 
 
+def test_the_fit_in_gamma_is_dashed_from_below_the_trials() -> None:
+    fit = {"gamma": [0.0, 1.0, 0.1, 1.0, 100.0], "value": [3.0, 2.5, 2.9, 2.5, 1.0], "limit": 3.0}
+    fig, (by_lr, by_gamma) = plots.plot_calibration(trials(), [fit])
+    (dashed,) = (line for line in by_gamma.lines if line.get_label() == "fit of λ̂ in gamma")
+    assert (list(dashed.get_xdata()), list(dashed.get_ydata())) == ([0.1, 1.0, 100.0], [2.9, 2.5, 1.0])
+    assert "fit of λ̂ in gamma" in [text.get_text() for text in fig.legends[0].get_texts()]
+    assert not any(line.get_label() == "fit of λ̂ in gamma" for line in by_lr.lines)
+
+
 def test_bars_are_1_645_standard_errors() -> None:
     _, (by_lr, _) = plots.plot_calibration(trials())
     bars = [segment for bars in by_lr.collections for segment in bars.get_segments()]

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from devmon.analysis import circuit_overlap, essential_dynamics, plots
+from devmon.analysis import circuit_overlap, essential_dynamics, plots, susceptibility_components
 from devmon.analysis import report as write_report
 from devmon.analysis.derive.representation import similarity
+from devmon.analysis.reports.drawing import Page
+from devmon.analysis.reports.watches import _susceptibilities
 from tests.support.reports import LONG, circuits, sketches
-from tests.support.synthetic import induction_run, watch
+from tests.support.synthetic import induction_run, susceptibilities, watch
 
 
 def test_similarity_has_blocks_and_its_last_row_on_top() -> None:
@@ -69,3 +71,29 @@ def test_a_ladder_of_nbeta_is_drawn_with_its_word(tmp_path: Path) -> None:
     assert "λ̂ by nbeta at step" in page
     assert "rising" in page
     assert "multiplicity" in page
+
+
+def test_tokens_lie_in_their_common_components() -> None:
+    found = susceptibility_components(susceptibilities())
+    _, (left, right) = plots.plot_susceptibilities(found)
+    dots = [line for line in left.lines if line.get_marker() == "."]
+    assert [line.get_label() for line in dots] == ["code", "prose"]
+    last = found["score"].isel(step=-1).values[:, :2]
+    np.testing.assert_allclose(np.column_stack(dots[0].get_data()), last[::2])
+    named = [text.get_text() for text in left.texts]
+    furthest = int(np.linalg.norm(last, axis=1).argmax())
+    assert named[0] == f"the cat ▸ sat{furthest}"
+    np.testing.assert_allclose(right.lines[0].get_ydata(), found["spread"].values[:, 0])
+    found["noise"][:3] = 0.9
+    assert "3 of 6 steps are mostly noise" in plots.plot_susceptibilities(found)[1][1].get_title(loc="right")
+
+
+def test_a_report_tells_signs_and_top_tokens() -> None:
+    blocks = _susceptibilities(Page(None), "s", susceptibilities(steps=9))
+    assert "layer 0 head 0 to code turns positive between steps" in blocks[0].text
+    table = blocks[1].data
+    assert [row.cells[0] for row in table.rows[:5]] == ["layer 0 head 0"] * 4 + ["layer 0 head 1"]
+    assert "noise makes" in blocks[1].caption
+    quiet = susceptibilities()
+    quiet["mean"] = quiet["mean"] * 0 + 1
+    assert "No susceptibility" in _susceptibilities(Page(None), "s", quiet)[0].text

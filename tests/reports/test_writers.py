@@ -141,3 +141,15 @@ def test_any_writer_takes_a_run_of_every_kind() -> None:
     made = content(every)
     assert Reader(as_html(made)).open == []
     assert all(len(write(made)) > 1000 for write in WRITERS.values())
+
+
+def test_markdown_has_no_backslash_where_nothing_is_markup() -> None:
+    """Some readers show them, and the file is read as it is."""
+    words = "induction[2,3] at step 650 [600, 700] with q < 0.05, ~3 nats & more, 2 > 1, $5, a_b_c; x|y"
+    for text in (words, "p <0.05", "λ̂(nβ) ~ d/2"):
+        section = Section("k", "t", [Paragraph(text), Table(["series", "90% [of its jumps]"], [Row([text, "1"])])])
+        told = as_markdown(Content("T", "", "", [section], [], []))
+        assert told.replace("x\\|y", "x|y").count(text) == 2, told
+    for markup in ("[a](b)", "[x] done", "<b>c</b>", "&lt; &#60;", "$a$ and ~~b~~", "> quoted", "*a* `b`", "[^1]"):
+        told = as_markdown(Content("T", "", "", [Section("k", "t", [Paragraph(markup)])], [], []))
+        assert f"\n{markup}" not in told, told

@@ -33,3 +33,19 @@ class NoAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.unembed(self.embed(tokens))
+
+
+def tiny_neox(seed: int, vocab: int = 19) -> nn.Module:
+    """A random GPT-NeoX of two layers of two heads, width 16, for up to 16 tokens."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    return GPTNeoXForCausalLM(config).eval()

@@ -1,7 +1,10 @@
-"""A quadratic loss whose laws are known, a small network, and one way to sample them."""
+"""Losses whose laws are known, a small network, and one way to sample them."""
 
+from typing import Any
+
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from devmon.sampling import Settings, sample
 
@@ -60,3 +63,43 @@ def net_and_data(seed=0):
     for parameter in net.parameters():
         parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
     return net, (torch.randn(60, 5, generator=generator), torch.randint(3, (60,), generator=generator))
+
+
+# -- a well whose examples differ ------------------------------------------------------------------------------------
+
+WELL = np.array([4.0, 1.0, 2.0, 0.5])
+
+
+class Well(nn.Module):
+    """ℓ = ½ Σ bᵢ wᵢ² + x·w + c w₀³ for each example (b, x, c), at w* = 0, in float64; two parameters of two entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2))
+
+
+def well_loss(model: nn.Module, batch: Any) -> Tensor:
+    curvature, slope, cubic = batch
+    w = torch.cat([model.first, model.second])  # type: ignore[list-item]
+    return 0.5 * (curvature * w**2).sum(1) + slope @ w + cubic * w[0] ** 3
+
+
+def items(n: int, *, slope: float = 0.0, cubic: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """`n` examples whose curvatures are 0 to 2 times those of the data, with random slopes."""
+    generator = torch.Generator().manual_seed(seed)
+    times = 2 * torch.rand(n, 4, generator=generator, dtype=torch.float64)
+    slopes = slope * torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return times * torch.from_numpy(WELL), slopes, torch.full((n,), cubic, dtype=torch.float64)
+
+
+def plain(n: int = 8, cubic: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The data: all examples alike, a minimum at 0."""
+    curvature = torch.from_numpy(WELL).expand(n, 4).clone()
+    return curvature, torch.zeros(n, 4, dtype=torch.float64), torch.full((n,), cubic, dtype=torch.float64)
+
+
+def harmonic(of: tuple[Tensor, Tensor, Tensor], nbeta: float, gamma: float, free: slice = slice(None)) -> np.ndarray:
+    """−nβ² Cov[L, ℓ − L] = −½ nβ² tr(H Σ (B − H) Σ), Σ = (nβ H + γ)⁻¹, of each item where the slice `free` moves."""
+    h, b = WELL[free], of[0].numpy()[:, free]
+    variance = 1 / (nbeta * h + gamma)
+    return -0.5 * nbeta**2 * ((b - h) * h * variance**2).sum(1)

@@ -1,0 +1,162 @@
+"""Logs as people have them: what each quirk of a CSV file gives, the same to `detect` and to `replay`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from devmon.analysis.derive.from_tables import series_of_table
+from devmon.analysis.derive.table_rows import read_table
+from devmon.analysis.detection.detector import Detector
+from devmon.analysis.detection.search import detect
+from devmon.analysis.runs.replay import replay
+from devmon.analysis.series import Series
+from devmon.cli.root import app
+from devmon.errors import DataError
+
+STEPS = np.arange(0, 400, 10)
+QUICK = Detector(n_null=59, kinds=("jump",))
+
+
+def rise(seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng([5, seed]).standard_normal(len(STEPS))
+    return np.round(10 / (1 + (150 / np.maximum(STEPS, 0.1)) ** 14) + 0.3 * noise, 6)
+
+
+CLEAN = pd.DataFrame({"step": STEPS, "value": rise()})
+
+
+def write(folder: Path, table: pd.DataFrame | str, sep: str = ",", **options: Any) -> Path:
+    path = folder / "log.csv"
+    if isinstance(table, str):
+        path.write_text(table)
+    else:
+        table.to_csv(path, sep=sep, index=False, **options)
+    return path
+
+
+def read(path: Path) -> dict[str, Series]:
+    return {series.name: series for series in series_of_table(read_table(path))}
+
+
+def check(path: Path, steps: Any = STEPS, values: Any = None, note: str = "") -> None:
+    """Both readers find these points, and the events that the detector finds in the clean arrays."""
+    values = rise() if values is None else values
+    series = read(path)["value"]
+    np.testing.assert_array_equal(series.steps, steps)
+    np.testing.assert_array_equal(series.values, values)
+    assert (note in " ".join(series.notes)) if note else not series.notes, series.notes
+    expected = QUICK.fit(steps, values).events()
+    assert expected
+    assert [event.step for event in detect(path, QUICK).events] == [event.step for event in expected]
+    replayed = replay(path, step="step", value="value", detector=QUICK)
+    assert replayed.fits[""].events() == expected
+    assert note in replayed.to_text()
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators(tmp_path: Path, separator: str) -> None:
+    check(write(tmp_path, CLEAN, separator))
+    check(write(tmp_path, CLEAN.assign(x=1.5), separator))  # another numeric column changes nothing
+
+
+def test_decimal_commas_between_semicolons_and_a_mark_of_the_byte_order(tmp_path: Path) -> None:
+    check(write(tmp_path, CLEAN, ";", decimal=","))
+    check(write(tmp_path, CLEAN, ";", decimal=",", encoding="utf-8-sig"))
+    check(write(tmp_path, CLEAN.rename(columns={"value": " value "})))
+
+
+def test_rows_for_training_and_validation_at_the_same_steps(tmp_path: Path) -> None:
+    """As Lightning's CSVLogger and the Trainer's history write them, blanks elsewhere."""
+    train = pd.DataFrame({"epoch": STEPS // 100, "step": STEPS, "value": rise(), "val": np.nan})
+    val = pd.DataFrame({"epoch": STEPS // 100, "step": STEPS, "value": np.nan, "val": rise(1)})[::4]
+    path = write(tmp_path, pd.concat([train, val]).sort_values("step", kind="stable"))
+    check(path)
+    found = read(write(tmp_path, read_table(path).rename(columns={"value": "loss"})))
+    assert list(found) == ["epoch", "loss", "val"]
+    np.testing.assert_array_equal(found["loss"].values, rise())
+    at = ~np.isnan(found["val"].values)
+    np.testing.assert_array_equal(found["val"].steps[at], STEPS[::4])
+    np.testing.assert_array_equal(found["val"].values[at], rise(1)[::4])
+    check(write(tmp_path, pd.concat([val, train]).sort_values("step", kind="stable")))
+    check(write(tmp_path, pd.concat([train, val])))  # one block after the other
+
+
+def test_of_a_resumed_run_the_last_attempt_counts_and_that_is_said(tmp_path: Path) -> None:
+    first = CLEAN[:30].assign(value=lambda rows: rows["value"] + 100 * (rows["step"] > 200))
+    check(write(tmp_path, pd.concat([first, CLEAN[20:]])), note="the log goes back to step 200")
+    # the second attempt logs at other steps: those of the first past its start are of a model that is gone
+    joined = pd.concat([CLEAN[:21], CLEAN[21:].assign(step=STEPS[21:] - 3)])
+    path = write(tmp_path, pd.concat([first, joined[21:]]))
+    check(
+        path, joined["step"], joined["value"], note="back to step 207: the last attempt counts, 9 earlier rows do not"
+    )
+    twice = pd.concat([first, first[20:], CLEAN[20:]])
+    check(write(tmp_path, twice), note="back to step 200, 200: the last attempt counts, 20 earlier rows do not")
+
+
+@pytest.mark.parametrize("order", ["shuffled", "descending", "blocks"])
+def test_rows_in_any_order(tmp_path: Path, order: str) -> None:
+    rows = {
+        "shuffled": CLEAN.sample(frac=1, random_state=1),
+        "descending": CLEAN[::-1],
+        "blocks": pd.concat([CLEAN[25:], CLEAN[:25]]),
+    }[order]
+    check(write(tmp_path, rows))
+
+
+def test_several_seeds_are_not_taken_for_a_resumed_run(tmp_path: Path) -> None:
+    path = write(tmp_path, pd.concat([CLEAN, CLEAN.assign(value=rise(1))]))
+    for read_it in (lambda: detect(path, QUICK), lambda: replay(path, step="step", value="value", detector=QUICK)):
+        with pytest.raises(DataError, match="more than one row for step 0: name the column"):
+            read_it()
+
+
+@pytest.mark.parametrize("cell", ["inf", "-inf", "Infinity", "-", "–", "n/a", "oops", "#DIV/0!"])
+def test_one_odd_cell_is_that_cell_alone(tmp_path: Path, cell: str) -> None:
+    table, expected = CLEAN.astype(object), rise()
+    table.iloc[7, 1], expected[7] = cell, np.nan
+    blank = cell == "n/a"  # as pandas reads it
+    path = write(tmp_path, table)
+    check(path, values=expected, note="" if blank else "1 of 40 cells of 'value' are no finite numbers")
+    table = CLEAN.astype(object)
+    table.iloc[7, 0] = cell
+    keep = np.delete(np.arange(40), 7)
+    check(write(tmp_path, table), STEPS[keep], rise()[keep], note="1 of 40 rows have no step: left out")
+
+
+def test_a_column_of_words_is_no_series(tmp_path: Path) -> None:
+    path = write(tmp_path, CLEAN.assign(note="x", mixed=["-"] * 30 + [1] * 10))
+    assert list(read(path)) == ["value"]
+    with pytest.raises(DataError, match="column 'note' must hold numbers, got 'x'"):
+        replay(path, step="step", value="note")
+
+
+def test_seeds_with_a_blank_keep_their_names_and_numbers_are_equal_however_written(tmp_path: Path) -> None:
+    rows = [CLEAN.assign(seed=seed, lr=lr) for seed in (3, 10) for lr in ("1e-3", "0.01")]
+    table = pd.concat([*rows, CLEAN[:2].assign(seed=np.nan, lr="1e-3")])
+    path = write(tmp_path, table)
+    for lr in ("0.001", "1e-3", "1.0E-03"):
+        found = replay(path, step="step", value="value", seed="seed", where={"lr": lr}, detector=QUICK)
+        assert list(found.fits) == ["3", "10"]
+        assert found.notes == ("2 of 82 rows have no seed: left out",)
+        assert "have no seed" in found.to_text()
+    with pytest.raises(DataError, match=r"no row has lr = 1; it holds"):
+        replay(path, step="step", value="value", where={"lr": "1"})
+    with pytest.raises(DataError, match="column 'seed' is blank"):
+        replay(write(tmp_path, CLEAN.assign(seed=np.nan)), step="step", value="value", seed="seed")
+
+
+def test_both_commands_read_the_same_file(tmp_path: Path) -> None:
+    path = write(tmp_path, pd.concat([CLEAN[:30], CLEAN[20:]]), ";")
+    found = CliRunner().invoke(app, ["detect", str(path), "--nulls", "59"])
+    assert found.exit_code == 0, found.output
+    assert "value" in found.output
+    replayed = CliRunner().invoke(app, ["replay", str(path)])
+    assert "the log goes back to step 200" in replayed.output
+    assert "EVENTS" in replayed.output

@@ -20,7 +20,7 @@ from devmon.sampling.losses import Loss, next_token_loss
 from devmon.sampling.traces import Settings, with_kernel
 from devmon.snapshot import Instrument, Snapshot
 
-UNUSED = ("mask", "examples", "acceptance")  # settings of an LLC that a sweep does not take
+UNUSED = ("mask", "examples", "acceptance", "precision", "micro_batch")  # settings of an LLC that a sweep does not take
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class RestrictedLLC(Settings, _Components):
 
     def __post_init__(self) -> None:
         for name in UNUSED:
-            if getattr(self, name):
+            if getattr(self, name) != getattr(Settings, name):
                 raise InstrumentError(
                     f"{type(self).__name__} does not take {name}={getattr(self, name)!r}: its components are its "
                     "masks; use LLC for one mask with further traces"

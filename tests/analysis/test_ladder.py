@@ -97,6 +97,18 @@ def test_directions_that_gamma_holds_back_make_it_rise_without_a_multiplicity() 
     assert np.isnan(found["multiplicity"].item())
 
 
+def test_a_rise_of_the_right_size_in_a_quadratic_loss_is_no_multiplicity() -> None:
+    """The reach is chosen so that what gamma holds back rises just as θ = 2 would: the growth of the loss says no."""
+    h, ratio = np.array([1.0, 1.8e-4]), np.log(16)
+    rise = exact.gibbs_quadratic(h, RUNGS[0], 1.0) - exact.gibbs_quadratic(h, RUNGS[-1], 1.0)
+    log = (np.sqrt(ratio**2 + 4 * ratio / rise) - ratio) / 2
+    assert log > 4
+    data = quadratic(h, 1.0, RUNGS)
+    for name in ("ladder_reach", "ladder_reach_beyond"):
+        data[name] = np.exp(log - 2.195) / RUNGS[-1]
+    assert np.isnan(ladder(data)["multiplicity"].item())
+
+
 @pytest.mark.parametrize("paired", [True, False])
 def test_errors_of_the_slope_hold_without_common_noise_too(paired: bool) -> None:
     found = ladder(quadratic(np.ones(6), 1e-4, RUNGS, paired=paired))

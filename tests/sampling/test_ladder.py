@@ -7,7 +7,7 @@ import pytest
 import torch
 import xarray as xr
 
-from devmon.analysis import ladder
+from devmon.analysis import ladder, llc
 from devmon.errors import InstrumentError
 from devmon.instruments import LLC
 from devmon.sampling import BAOAB, Settings, estimate_llc, regression_loss, sample
@@ -109,10 +109,11 @@ def test_ranks_share_a_ladder() -> None:
 
 def test_an_estimate_is_that_of_the_first_rung_and_its_result_holds_the_ladder() -> None:
     model, data = problem()
-    how = {"gamma": 0.1, "lr": 1e-3, "draws": 60, "batch_size": 200, "sampler": "baoab"}
+    how = {"gamma": 0.1, "lr": 1e-3, "draws": 60, "batch_size": 200, "sampler": "baoab", "acceptance": True}
     result = estimate_llc(model, regression_loss, data, nbeta=RUNGS, **how)
     alone = estimate_llc(model, regression_loss, data, nbeta=RUNGS[0], **how)
     assert result["llc"].item() == alone["llc"].item()
+    assert llc(result)["llc"].item() == alone["llc"].item()
     assert ladder(result)["nbeta"].values.tolist() == sorted(RUNGS)
 
 

@@ -12,11 +12,11 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, Reads, activations
+from devmon.anatomy.circuits import copying_eigenvalues
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
-from devmon.instruments.head_spectra import copying_eigenvalues
 from devmon.snapshot import Snapshot, derive_seed
 
 # share of max |z|; bfloat16 rounds by 0.004. Beyond it a head writes something else than its pattern times its values

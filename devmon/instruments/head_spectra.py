@@ -11,16 +11,13 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout
+from devmon.anatomy.circuits import ROUNDING_SHARE, eigenvalue_sum, over, over_tokens, token_tables, trace
 from devmon.cost import Cost
 from devmon.data import clustered_mean, minibatches
 from devmon.data.rows import Rows
-from devmon.errors import DataError, InstrumentError
+from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
 
-ROUNDING_SHARE = (
-    1e-6  # Σ|λ| / Σs under which eigenvalues are those of rounding; larger, and true but weak circuits are NaN
-)
-TOKENS_AT_ONCE = 4096  # of a product over the vocabulary in float64: memory, not numbers
 RIVALS = 2048  # tokens that a token's own entry must beat before it is compared with all: time, not numbers
 SCORES = ("copying", "copying_singular", "matching", "matching_singular")
 LABELS = {  # long name, units, smallest change, NaN where
@@ -98,7 +95,7 @@ class HeadSpectra:
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
         with torch.no_grad():
-            embed, unembed = _tables(anatomy)
+            embed, unembed = token_tables(anatomy)
             vocab = len(embed)
             drawn = torch.randperm(vocab, generator=self._generator("tokens", vocab))[: self.sample].sort().values
             grams = _Grams.of(embed, unembed)
@@ -157,31 +154,10 @@ class _Grams:
 
     @classmethod
     def of(cls, embed: Tensor, unembed: Tensor) -> _Grams:
-        own = _product(embed, embed)
+        own = over_tokens(embed, embed)
         if embed.data_ptr() == unembed.data_ptr() and embed.stride() == unembed.stride():  # tied
             return cls(own, own, own)
-        return cls(own, _product(unembed, unembed), _product(unembed, embed))
-
-
-def _tables(anatomy: Anatomy) -> tuple[Tensor, Tensor]:
-    """W_E and W_Uᵀ, both (vocab, d)."""
-    name = type(anatomy.model).__name__
-    anatomy.need_sum()
-    embed, unembed = anatomy.W_E.detach(), anatomy.W_U.detach().T
-    if embed.shape[1] != anatomy.d_model or unembed.shape[1] != anatomy.d_model:
-        raise InstrumentError(
-            f"{anatomy.who} needs embeddings as wide as the stream, {anatomy.d_model}; those of {name} are "
-            f"{tuple(embed.shape)} and {tuple(unembed.shape)}: leave this instrument out"
-        )
-    vocab = min(len(embed), len(unembed))
-    half = embed.dtype in (torch.float16, torch.bfloat16)
-    return (embed[:vocab].float(), unembed[:vocab].float()) if half else (embed[:vocab], unembed[:vocab])
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right over the vocabulary, in float64."""
-    parts = (left[rows].double().T @ right[rows].double() for rows in minibatches(len(left), TOKENS_AT_ONCE))
-    return sum(parts, torch.zeros((), dtype=torch.float64, device=left.device))
+        return cls(own, over_tokens(unembed, unembed), over_tokens(unembed, embed))
 
 
 def _embedded(anatomy: Anatomy, tokens: Tensor) -> Tensor:
@@ -200,15 +176,15 @@ def _layer(
     values = _scores(q, k, v, o, grams)
     for name, left, right in (("ov_rank", v.mT @ v, o @ o.mT), ("qk_rank", q.mT @ q, k.mT @ k)):
         s = _singular(left, right, _top(left) * _top(right))
-        values[name] = _over(s.sum(1) ** 2, (s**2).sum(1))
+        values[name] = over(s.sum(1) ** 2, (s**2).sum(1))
     if covariances is None:
         values["positional_share"] = np.full(anatomy.heads, np.nan)
     else:
         moment, token, position = (q.mT @ covariances[0] @ q, k.mT @ covariances[1] @ k, k.mT @ covariances[2] @ k)
         by_token, by_place = ((moment * part).sum((-2, -1)).cpu().numpy() for part in (token, position))
-        most = _trace(covariances[0]) * _trace(covariances[1] + covariances[2]) * _trace(q.mT @ q) * _trace(k.mT @ k)
+        most = trace(covariances[0]) * trace(covariances[1] + covariances[2]) * trace(q.mT @ q) * trace(k.mT @ k)
         both = by_token + by_place
-        values["positional_share"] = _over(by_place, np.where(both > ROUNDING_SHARE**2 * most.cpu().numpy(), both, 0.0))
+        values["positional_share"] = over(by_place, np.where(both > ROUNDING_SHARE**2 * most.cpu().numpy(), both, 0.0))
     return values
 
 
@@ -231,40 +207,12 @@ def _scores(q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: _Grams) -> dict[s
             in_embed**2 * _top(q.mT @ q) * _top(k.mT @ k),
         ),
     ):
-        trace = _trace(cross).cpu().numpy()
-        size = _eigenvalue_sum(cross)
+        total = trace(cross).cpu().numpy()
+        size = eigenvalue_sum(cross)
         singular = _singular(left, right, most).sum(1)
-        scores[name] = _over(trace, np.where((singular > 0) & (size >= ROUNDING_SHARE * singular), size, 0.0))
-        scores[f"{name}_singular"] = _over(trace, singular)
+        scores[name] = over(total, np.where((singular > 0) & (size >= ROUNDING_SHARE * singular), size, 0.0))
+        scores[f"{name}_singular"] = over(total, singular)
     return scores
-
-
-def copying_eigenvalues(anatomy: Anatomy) -> np.ndarray | None:
-    """`copying` of `HeadSpectra` alone, (layer, head); None for embeddings that are not as wide as the stream."""
-    try:
-        embed, unembed = _tables(anatomy)
-    except InstrumentError:
-        return None
-    across, rows = _product(unembed, embed), []
-    for layer in range(anatomy.layers):
-        v, o = (weight.detach().double() for weight in (anatomy.W_V(layer), anatomy.W_O(layer)))
-        cross = o @ across @ v
-        size = _eigenvalue_sum(cross)
-        most = ((o @ across).flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)).cpu().numpy()
-        rows.append(_over(_trace(cross).cpu().numpy(), np.where(size >= ROUNDING_SHARE * most, size, 0.0)))
-    return np.stack(rows)
-
-
-def _eigenvalue_sum(matrices: Tensor) -> np.ndarray:
-    """Σ|λ| of square matrices (…, n, n)."""
-    matrices = matrices.cpu()
-    try:
-        return torch.linalg.eigvals(matrices).abs().sum(-1).numpy()
-    except torch.linalg.LinAlgError:  # repeated eigenvalues can defeat LAPACK: moved apart below rounding, they do not
-        generator = torch.Generator().manual_seed(0)
-        size = matrices.flatten(-2).norm(dim=-1)[..., None, None]
-        apart = torch.randn(matrices.shape, generator=generator, dtype=matrices.dtype) * size * 1e-15
-        return torch.linalg.eigvals(matrices + apart).abs().sum(-1).numpy()
 
 
 def _singular(left: Tensor, right: Tensor, most: Tensor) -> np.ndarray:
@@ -279,14 +227,6 @@ def _singular(left: Tensor, right: Tensor, most: Tensor) -> np.ndarray:
 def _top(gram: Tensor) -> Tensor:
     """The largest eigenvalue of symmetric matrices."""
     return torch.linalg.eigvalsh(gram)[..., -1]
-
-
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(0, -2, -1).sum(-1)
-
-
-def _over(value: np.ndarray, size: np.ndarray) -> np.ndarray:
-    return np.divide(value, size, out=np.full(value.shape, np.nan), where=size > 0)
 
 
 def _copies(

@@ -225,9 +225,7 @@ def test_what_it_refuses() -> None:
     width = 3 * VOCAB + 16
     places, head = torch.ones(16, width).double(), (torch.eye(width).double(),) * 2
     gated = Gated(model.embed.weight.detach(), places, [[head]], model.unembed.weight.T.detach())
-    with pytest.raises(
-        InstrumentError, match="heads of layer 0 of Gated write is off their pattern times their values"
-    ):
+    with pytest.raises(InstrumentError, match="in layer 0 what its heads read is not pattern · v"):
         small()(snapshot(gated))
 
 

@@ -20,7 +20,8 @@ from tests.anatomy.test_anatomy_sites import CONFIGS, HEADS, MASKED, VISION, VOC
 from tests.instruments.test_composition import random_model
 
 CAUSAL = [name for name in CONFIGS if name not in MASKED and name not in VISION]
-LEARNED = ("gpt2", "gpt_neo", "opt")
+LEARNED = ("gpt2", "gpt_neo", "opt", "gpt_bigcode", "gpt_bigcode, by head")
+SINGLE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # experts are multiplied in float32 at most
 
 
 def measure(model: nn.Module, **more: Any) -> Any:
@@ -145,13 +146,14 @@ def effective(matrix: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_every_family_by_full_matrices(name: str) -> None:
-    model = family(name).double()
+    model = family(name) if name in SINGLE else family(name).double()
     found, anatomy = measure(model), Anatomy(model)
-    embed = model.get_input_embeddings().weight.detach().numpy()
-    unembed = model.get_output_embeddings().weight.detach().numpy().T
+    embed = model.get_input_embeddings().weight.detach().double().numpy()
+    unembed = model.get_output_embeddings().weight.detach().double().numpy().T
     for layer in range(2):
         q, k, v, o = (
-            w.detach().numpy() for w in (anatomy.W_Q(layer), anatomy.W_K(layer), anatomy.W_V(layer), anatomy.W_O(layer))
+            w.detach().double().numpy()
+            for w in (anatomy.W_Q(layer), anatomy.W_K(layer), anatomy.W_V(layer), anatomy.W_O(layer))
         )
         for head in range(HEADS):
             here = found.isel(layer=layer, head=head)
@@ -164,8 +166,10 @@ def test_every_family_by_full_matrices(name: str) -> None:
             hit = circuit.argmax(1) == np.arange(VOCAB)
             z = (np.diag(circuit) - circuit.mean(1)) / circuit.std(1)
             for part, values in (("copy_rate", hit), ("copy_z", z)):
-                np.testing.assert_allclose(here[part], values.mean(), atol=1e-9)
-                np.testing.assert_allclose(here[f"{part}_se"], values.std(ddof=1) / VOCAB**0.5, atol=1e-9)
+                np.testing.assert_allclose(here[part], values.mean(), atol=1e-6 if name in SINGLE else 1e-9)
+                np.testing.assert_allclose(
+                    here[f"{part}_se"], values.std(ddof=1) / VOCAB**0.5, atol=1e-6 if name in SINGLE else 1e-9
+                )
     if name in LEARNED:
         assert (found["positional_share"] > 0.01).all()
         assert (found["positional_share"] < 0.99).all()
@@ -236,7 +240,10 @@ def test_what_it_refuses() -> None:
         measure(family("bert"))
     with pytest.raises(InstrumentError, match="HeadSpectra needs"):
         measure(family("vit"))
-    with pytest.raises(InstrumentError, match="lower vocab_size or length"):
+    with (
+        pytest.warns(UserWarning, match="made for 32 positions"),
+        pytest.raises(InstrumentError, match="lower vocab_size or length"),
+    ):
         measure(family("gpt2"), length=33)
     assert HeadSpectra(sample=20, length=4).cost() == Cost(forwards=40, positions=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -13,14 +15,16 @@ NAMED = 6  # tokens furthest out that are named
 
 
 @styled
-def plot_susceptibilities(components: xr.Dataset) -> tuple[Figure, tuple[Axes, Axes]]:
+def plot_susceptibilities(
+    components: xr.Dataset, *, ax: tuple[Axes, Axes] | None = None
+) -> tuple[Figure, tuple[Axes, Axes]]:
     """Left the tokens of the last step in the first two components, right the spread of each component over steps.
 
     `components` is what `susceptibility_components` gives. Colours are probes, a line leads from where the first step
     had a token; the tokens furthest out are named. Steps in grey are those whose variance is mostly noise.
     """
-    fig = Figure(figsize=(10.4, 4.6), layout="constrained")
-    left, right = fig.subplots(1, 2, width_ratios=(1.15, 1))
+    fig = Figure(figsize=(10.4, 4.6), layout="constrained") if ax is None else cast(Figure, ax[0].figure)
+    left, right = fig.subplots(1, 2, width_ratios=(1.15, 1)) if ax is None else ax
     score = components["score"].transpose("step", "token", "pc").values[:, :, :2]
     first, last = score[0], score[-1]
     probes = components["probe_of"].values if "probe_of" in components.coords else np.full(len(last), "tokens")

@@ -57,7 +57,7 @@ def unpadded(tokens: Tensor, pad: int | None) -> Tensor:
     Padding is taken off where it stands, at the start or at the end. Rows that are too short are left out. Raises
     DataError where less than half of the text would be left: pack the texts into full rows instead.
 
-    >>> unpadded(torch.tensor([[5, 6, 7, 0], [5, 6, 0, 0], [0, 8, 9, 7]]), pad=0).tolist()
+    >>> unpadded(torch.tensor([[5, 6, 7, 0], [5, 0, 0, 0], [0, 8, 9, 7]]), pad=0).tolist()
     [[5, 6, 7], [8, 9, 7]]
     """
     if pad is None or not bool((tokens == pad).any()):

@@ -153,7 +153,7 @@ def test_every_family(name: str) -> None:
     """The prompts differ at place 4 alone: the stream there is all that it takes, and nothing before or beside it."""
     model = family(name)
     pairs = telling(model, VOCAB)
-    found = ActivationPatching(pairs, exact=4, paths=((0, 1, "v", 1, 1),))(snapshot(model))
+    found = ActivationPatching(pairs, exact=4, paths=((0, 1, "v", 1, 0),))(snapshot(model))
     assert float(found["signal"]) > 3 * float(found["signal_se"]) > 0
     for share in ("resid_restored", "resid_broken"):
         assert float(found[share][0, 4]) == pytest.approx(1.0, abs=1e-4)

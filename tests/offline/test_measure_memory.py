@@ -67,7 +67,7 @@ def test_a_dry_run_tells_memory_and_time(
     language: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     series, tokens = language / "hf", language / "tokens.pt"
-    llc = ("nbeta=30", "chains=2", "draws=3", "burn_in=0", "batch_size=4")
+    llc = ("nbeta=30", "gamma=300", "chains=2", "draws=3", "burn_in=0", "batch_size=4")
     preset = ("--preset", "economy", "--tokens", tokens, *(word for setting in llc for word in ("--llc", setting)))
     command = (series, "--into", tmp_path / "run.zarr", *preset)
     numbers = sum(p.numel() for p in family("gpt_neox").parameters())
@@ -152,7 +152,14 @@ def test_out_of_memory_is_tried_again_in_smaller_batches(
 def test_chains_run_one_after_another_are_the_same_llc() -> None:
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     llc = LLC(
-        (x, x @ torch.arange(4.0)[:, None]), regression_loss, nbeta=50, chains=4, draws=4, burn_in=1, batch_size=8
+        (x, x @ torch.arange(4.0)[:, None]),
+        regression_loss,
+        nbeta=50,
+        gamma=300,
+        chains=4,
+        draws=4,
+        burn_in=1,
+        batch_size=8,
     )
     model = torch.nn.Linear(4, 1, bias=False)
     for parts in (2, 4):

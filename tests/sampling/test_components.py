@@ -58,7 +58,9 @@ def assert_as_alone(model: nn.Module, found: list[Component], together: Sweep, s
 def test_every_family_in_one_sweep_is_each_component_alone(name: str) -> None:
     model = family(name)
     found, together = swept(model, ("heads", "mlps", "layers"))
-    assert all(together.shared), [c.name for c, s in zip(found, together.shared, strict=True) if not s]
+    alone = [c.name for c, s in zip(found, together.shared, strict=True) if not s]
+    routed = name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # a router that moves sends rows elsewhere
+    assert not alone or (routed and all("layer" in name for name in alone)), alone
     some = [1, 4, 11, len(found) - 1]  # a head, an MLP, a layer, a random mask
     picked = Sweep(
         together.baseline, *(getattr(together, f)[some] for f in ("excess", "distance", "slope", "linear")), []

@@ -25,24 +25,12 @@ from typing import Any
 import llc_hard
 import numpy as np
 import torch
+from llc_hard_cases import Product
 from torch import Tensor, nn
 
 from devmon.analysis import llc
 from devmon.sampling import Settings, calibrate, estimate_llc, regression_loss, sample
 from devmon.testing import exact
-
-
-class Product(nn.Module):
-    """x → W_L … W_1 x."""
-
-    def __init__(self, weights: list[np.ndarray]) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList([torch.tensor(w, dtype=torch.float32) for w in weights])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for weight in self.weights:
-            x = x @ weight.T
-        return x
 
 
 class Point(nn.Module):

@@ -82,6 +82,7 @@ class BayesianInfluence(Settings, _Of):
     words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.queries or DATA in self.queries:
             raise InstrumentError('expected queries by name, e.g. {"held out": tokens}, got none')
         if self.by not in ("sequence", "token"):

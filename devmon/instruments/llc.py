@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import xarray as xr
 from torch import nn
 
 from devmon.cost import Cost
+from devmon.sampling.by_chain import ByChain
 from devmon.sampling.choice import choose
 from devmon.sampling.constants import PRECISION_STEPS
 from devmon.sampling.data import as_examples
 from devmon.sampling.losses import Loss, next_token_loss
 from devmon.sampling.traces import Settings, sample
-from devmon.snapshot import Instrument, Snapshot
+from devmon.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _SampledOn:
 
 
 @dataclass(frozen=True)
-class LLC(Settings, _SampledOn):
+class LLC(ByChain, Settings, _SampledOn):
     """Loss traces from which λ̂ = nbeta · (E[L(w)] − L(w*)) is derived, w ~ exp(−nbeta L(w) − (gamma/2)‖w − w*‖²).
 
     L is the mean of `loss(model, batch) -> (batch,)` over the examples of `data`, w* the snapshot's weights. A step of
@@ -79,9 +79,6 @@ class LLC(Settings, _SampledOn):
     cannot be run and a loss that is not finite.
     """
 
-    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        return self._traces(snapshot, range(self.chains))
-
     @property
     def settled(self) -> bool:
         """Whether there is nothing left to choose."""
@@ -99,24 +96,6 @@ class LLC(Settings, _SampledOn):
     def settle(self, record: Mapping[str, Any]) -> LLC:
         """This LLC with the settings of such a record."""
         return replace(self, **record["settings"])
-
-    def share(self, rank: int, ranks: int) -> Instrument | None:
-        """Chains rank, rank + ranks, …: a chain's noise and batches are its own, whoever runs it."""
-        chains = range(rank, self.chains, ranks)
-        return partial(self._traces, chains=chains) if chains or rank == 0 else None
-
-    def join(self, parts: list[xr.Dataset]) -> xr.Dataset:
-        """The traces of all chains, in order of their numbers."""
-        joined = xr.concat(
-            parts,
-            "chain",
-            data_vars="minimal",
-            coords="minimal",
-            compat="override",
-            join="exact",
-            combine_attrs="identical",
-        )
-        return joined.sortby("chain")
 
     def cost(self) -> Cost:
         """The passes of all chains, those at w* of control variates, of the baseline and of the trial of the precision

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,13 @@ import xarray as xr
 from devmon.anatomy.layout import Layout
 from devmon.cost import Cost
 from devmon.errors import InstrumentError
+from devmon.sampling.by_chain import ByChain
 from devmon.sampling.components.chains import sweep
 from devmon.sampling.components.masks import KINDS, components_of
 from devmon.sampling.data import as_examples
 from devmon.sampling.losses import Loss, next_token_loss
 from devmon.sampling.traces import Settings, with_kernel
-from devmon.snapshot import Instrument, Snapshot
+from devmon.snapshot import Snapshot
 
 UNUSED = ("mask", "examples", "acceptance", "precision", "micro_batch")  # settings of an LLC that a sweep does not take
 
@@ -33,7 +33,7 @@ class _Components:
 
 
 @dataclass(frozen=True)
-class RestrictedLLC(Settings, _Components):
+class RestrictedLLC(ByChain, Settings, _Components):
     """Loss traces of chains that move one component alone, from which its λ̂ is derived: all components in one sweep.
 
     The weight-refined LLC of Wang et al. 2024 (2410.02984): the traces of component c are those of
@@ -74,33 +74,13 @@ class RestrictedLLC(Settings, _Components):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in UNUSED:
             if getattr(self, name) != getattr(Settings, name):
                 raise InstrumentError(
                     f"{type(self).__name__} does not take {name}={getattr(self, name)!r}: its components are its "
                     "masks; use LLC for one mask with further traces"
                 )
-
-    def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        return self._traces(snapshot, range(self.chains))
-
-    def share(self, rank: int, ranks: int) -> Instrument | None:
-        """Chains rank, rank + ranks, …: a chain's noise and batches are its own, whoever runs it."""
-        chains = range(rank, self.chains, ranks)
-        return partial(self._traces, chains=chains) if chains or rank == 0 else None
-
-    def join(self, parts: list[xr.Dataset]) -> xr.Dataset:
-        """The traces of all chains, in order of their numbers."""
-        joined = xr.concat(
-            parts,
-            "chain",
-            data_vars="minimal",
-            coords="minimal",
-            compat="override",
-            join="exact",
-            combine_attrs="identical",
-        )
-        return joined.sortby("chain")
 
     def cost(self) -> Cost | None:
         """At most: every component's passes whole. None where the model must tell how many components there are."""

@@ -103,6 +103,7 @@ class Susceptibilities(Settings, _Of):
     words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.probes or not self.components or self.mask is not None:
             raise InstrumentError("expected probes, components and no mask: name some, a component is a mask itself")
         if self.mirrored and self.chains % 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from devmon.analysis import component_llc, llc, report, series_of
 from devmon.errors import InstrumentError
-from devmon.instruments import LLC, RestrictedLLC
+from devmon.instruments import LLC, BayesianInfluence, RestrictedLLC, Susceptibilities
 from devmon.monitoring.observe import observe
 from devmon.snapshot import Snapshot
 from devmon.store.trajectory import Trajectory
@@ -97,3 +98,11 @@ def test_from_the_store_to_series_and_page(tmp_path: Path) -> None:
     page = report(run, tmp_path / "report.html").read_text()
     assert "λ̂ of components" in page
     assert "random masks of equal size" in page
+
+
+@pytest.mark.parametrize("kind", [LLC, RestrictedLLC, Susceptibilities, BayesianInfluence])
+def test_one_of_lr_and_gamma_alone_leaves_the_other_at_its_default(kind: Any) -> None:
+    tokens = torch.zeros(4, 8, dtype=torch.int64)
+    more = {Susceptibilities: ({"a": tokens}, ["w"]), BayesianInfluence: ({"a": tokens},)}.get(kind, ())
+    assert kind(tokens, *more, gamma=7.0, chains=2).lr_and_gamma == (1e-4, 7.0)
+    assert kind(tokens, *more, lr=1e-5, chains=2).lr_and_gamma == (1e-5, 300.0)

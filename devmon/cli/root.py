@@ -41,6 +41,7 @@ app.command()(runs.show)
 app.command()(runs.serve)
 app.command(hidden=True)(runs.watch)
 app.command()(runs.compact)
+app.command()(runs.fix)
 app.command()(runs.export)
 # its events
 app.command()(events.detect)

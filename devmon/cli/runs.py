@@ -1,4 +1,4 @@
-"""`devmon show`, `serve`, `compact` and `export`: what is done with one run."""
+"""`devmon show`, `serve`, `compact`, `fix` and `export`: what is done with one run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ EVERY = typer.Option(min=0.1, metavar="SECONDS", help="How often --follow looks.
 PORT = typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")
 NEWS = typer.Option("--every", min=0.5, metavar="SECONDS", help="How often to look for new steps.")
 COPY = typer.Option("-o", "--out", metavar="COPY", help="Write a small copy here instead: a folder, or a URL.")
+DROP = typer.Option("--drop", metavar="WATCH", help="The watch to take out (repeatable).")
 EXPORT_OPTION = typer.Option("-o", "--out", help="A name that ends in .nc, .parquet, .csv or .zarr.")
 WATCH = typer.Option(show_default="all", help="Take this watch alone.")
 
@@ -90,6 +91,24 @@ def compact(run: Run, out: Annotated[str | None, COPY] = None) -> None:
         typer.echo(trajectory.path)
     else:
         typer.echo(write(trajectory, out))
+
+
+def fix(run: Run, drop: Annotated[list[str], DROP]) -> None:
+    """Take watches out of a run, so that others may be measured under their names. No row is lost.
+
+    Where a watch was measured with another instrument, other settings or a wrong layout, the run refuses what is
+    corrected: drop the watch and measure again. Its rows lie in the run as an earlier attempt
+    (`Trajectory.attempts()`), its steps are measured anew by `devmon measure` or from there on by training.
+    """
+    from devmon.store.trajectory import Trajectory
+
+    trajectory = Trajectory(open_run(run).path)
+    known = trajectory.names()
+    if unknown := [name for name in drop if name not in known]:
+        raise DevmonError(f"{trajectory.path} holds no watch {unknown[0]!r}: it holds {', '.join(known) or 'none'}")
+    for name in dict.fromkeys(drop):
+        count = trajectory.drop(name)
+        typer.echo(f"{name}: {count} row{'s' * (count != 1)} set aside, the watch is dropped")
 
 
 def export(run: Run, out: Annotated[Path, EXPORT_OPTION], watch: Annotated[str | None, WATCH] = None) -> None:

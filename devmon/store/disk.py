@@ -109,6 +109,13 @@ class Disk:
         remove_empty(swap.parent)
         return True
 
+    def remove(self, name: str) -> None:
+        try:
+            (self.path / name / "zarr.json").unlink()
+        except OSError as error:
+            raise StoreError(cannot_write(self.path / name, error)) from error
+        remove_empty(self.path / name)
+
     def recover(self) -> None:
         if not (self.path / "_swap").is_dir():
             return

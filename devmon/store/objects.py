@@ -103,6 +103,9 @@ class Objects:
                 self.bucket.delete([key])
         return True
 
+    def remove(self, name: str) -> None:
+        self.bucket.delete([_node(name)])
+
     def recover(self) -> None:
         """Nothing can be half done."""
 

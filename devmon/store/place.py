@@ -66,6 +66,9 @@ class Place(Protocol):
         False where the group is not of version `since` any more, which cannot be where the place has locks.
         """
 
+    def remove(self, name: str) -> None:
+        """Take out a watch that has no rows, by one deletion."""
+
     def recover(self) -> None:
         """Finish what a kill left half done."""
 

@@ -126,7 +126,8 @@ class StoredWatch:
             differ.insert(0, f"instrument: stored {stored.get('instrument')}, now {identity['instrument']}")
         raise IdentityError(
             f"{self.place.path} holds {self.name!r} of another configuration ({'; '.join(differ)}): use the stored "
-            "one, or give the watch another name or the run another path"
+            "one, give the watch another name or the run another path, or set its rows aside: devmon fix "
+            f"{self.place.path} --drop {self.name}"
         )
 
     def redeclare(self, identity: Mapping[str, Any]) -> None:

@@ -27,6 +27,9 @@ from devmon.store.provenance import new_run, now, refuse_another
 from devmon.store.rows import plain
 from devmon.store.stored import StoredWatch
 
+# Attributes of a run that a monitor keeps by watch: what was chosen for it, left out, added or measured late.
+OF_WATCHES = ("chosen", "choosing", "skipped", "densified", "meant")
+
 
 class Trajectory(Mapping[str, xr.Dataset]):
     """The measurements of one run: `trajectory["llc"]` is a dataset with a leading `step` dimension.
@@ -181,6 +184,31 @@ class Trajectory(Mapping[str, xr.Dataset]):
             }
             self._place.update(lambda attrs: attrs | {"attempts": [*attrs.get("attempts", []), entry]})
         return sum(map(len, moved.values()))
+
+    def drop(self, name: str) -> int:
+        """Take the watch out of the run, with what was noted of it: its rows are kept as an earlier attempt.
+
+        Another instrument may then measure under its name. Returns how many rows were moved. Raises KeyError for a
+        watch that the run does not hold. Safe to be killed at any instant: called again, it does the rest.
+        """
+        with self._place.locked():
+            if name not in self.names():
+                raise KeyError(f"{self.path} holds no watch {name!r}; it holds {', '.join(self.names()) or 'none'}")
+            watch = self._watch(name)
+            watch.fold()
+            attempt = self._place.next_attempt()
+            moved = watch.supersede(-1, attempt)
+            entry = {"after": None, "dropped": name, "rows": {name: moved}, "at": now(), "attempt": attempt}
+
+            # Noted once the rows lie there, and before the empty watch goes: a kill between leaves no row unnamed.
+            def noted(attrs: dict[str, Any]) -> dict[str, Any]:
+                kept = {key: {k: v for k, v in attrs[key].items() if k != name} for key in OF_WATCHES if key in attrs}
+                return attrs | kept | ({"attempts": [*attrs.get("attempts", []), entry]} if moved else {})
+
+            self._place.update(noted)
+            self._place.remove(name)
+            self._watches.pop(name)
+        return len(moved)
 
     # -- private -----------------------------------------------------------------------------------------------------
 

@@ -125,6 +125,20 @@ class Store(RuleBasedStateMachine):
         self.store.supersede(after)
         self.gone(after, late)
 
+    @rule(name=names, at=kills)
+    def crash_in_a_drop(self, name: str, at: int) -> None:
+        self.killed(at, lambda: self.store.drop(name))
+        self.reopen()
+        if name in self.store:  # else the kill came too late
+            self.store.drop(name)
+        assert name not in self.store
+        self.store.declare(name, WHO | {"fingerprint": "1"})  # another may measure under its name
+        self.earlier |= {(name, step, value) for step, value in self.rows[name].items()}
+        self.rows[name], self.failed[name] = {}, {}
+        self.store.drop(name)
+        self.store.declare(name, WHO)
+        self.reopen()
+
     def killed(self, at: int, call: Callable[[], object]) -> None:
         """Die before the `at`-th rename or deletion."""
         count = 0
@@ -200,6 +214,21 @@ TestStore.settings = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.parametrize("at", range(1, 20, 2))
+def test_a_drop_killed_while_it_sets_rows_aside(at: int) -> None:
+    machine = Store()
+    for step in (1, 2):
+        machine.append("scalars", step, second=False)
+        machine.append("trace", step, second=False)
+    machine.fold(second=False)
+    machine.append("scalars", 3, second=True)
+    machine.crash_in_a_drop("scalars", at)
+    machine.holds_what_the_dict_holds()
+    machine.append("scalars", 1, second=True)
+    machine.holds_what_the_dict_holds()
+    machine.teardown()
 
 
 @pytest.mark.parametrize("at", range(1, 16))

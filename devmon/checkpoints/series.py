@@ -13,36 +13,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from devmon.checkpoints.hub import REPOSITORY, Revision, revisions
-from devmon.checkpoints.names import steps_in
-from devmon.checkpoints.weights import SUFFIXES, State, read_state
+from devmon.checkpoints.axis import Axis, axis
+from devmon.checkpoints.hub import MANY, OF_BRANCH, REPOSITORY, Revision, commits, repositories, revisions, sha256
+from devmon.checkpoints.names import SUFFIXES
+from devmon.checkpoints.suites import suite_of
+from devmon.checkpoints.weights import State, files_of, read_state
 from devmon.errors import DataError
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of one step on the CPU. `folder` is where its config.json lies, None for a single file."""
+    """The weights of one step on the CPU. `folder` is where its config.json lies, None for a single file.
+
+    `commit` is that of a revision of the hub, `files` its files of weights with their SHA-256.
+    """
 
     step: int
     name: str
     state: State = field(repr=False)
     folder: Path | None
+    commit: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class Series:
     """Checkpoints by step: `Series.open("runs/mine/checkpoints")`, `Series.open("EleutherAI/pythia-70m")`.
 
-    - `where`: a folder of files (Lightning's, state dicts, safetensors), a folder of Hugging Face folders
-      (`step123/`, `checkpoint-123/`), the run's folder in which `checkpoints/` lies, or owner/name on the hub, whose
-      revisions are the checkpoints.
+    - `where`: a folder of files (Lightning's, state dicts, safetensors), a folder of folders (Hugging Face's,
+      `step123/`, `checkpoint-123/`, torch.distributed.checkpoint's), the run's folder in which `checkpoints/` lies; or
+      on the hub, owner/name, whose revisions are the checkpoints, owner/name@branch, whose commits are, or a name
+      pattern of repositories that hold a step each, google/multiberts-seed_0-step_*.
     - `pattern`: a regular expression that finds the step in the names as its one group (`r"model_(\\d+)"`); by default
-      what follows step, checkpoint, global_step or iter, with units (20k). Names without a step are left out, and names
-      of several phases or seeds are refused (`devmon.checkpoints.names`).
+      the suite's (`devmon.checkpoints.suites`), or what follows step, checkpoint, global_step or iter, with units.
+    - `stage` takes one stage, by its own count; by default stages follow one another. `branch` is an ingredient or a
+      seed.
     - `allow_pickle`: read files that hold more than tensors, which runs code they hold.
     - `forget`: download revisions of the hub into a folder of their own (in TMPDIR) that goes with the checkpoint, so
       that at most two lie on the disk.
 
-    Raises DataError where there are no checkpoints, and where two are of one step.
+    `axis` says what was read of the names: coordinates `stage` and `tokens`, `offsets` of stages, what is `left_out`.
+    `kinds` is the format to read at a step that has several ("bin" where its safetensors are stale:
+    `devmon.checkpoints.audit`). Raises DataError where there are no checkpoints, and where two are of one step.
     """
 
     def __init__(
@@ -52,11 +63,14 @@ class Series:
         *,
         allow_pickle: bool = False,
         forget: bool = False,
+        axis: Axis | None = None,
     ) -> None:
         self.name = name
         self.forget = forget
         self.places = dict(sorted(places.items()))
         self.allow_pickle = allow_pickle
+        self.axis = Axis({}) if axis is None else axis
+        self.kinds: dict[int, str] = {}
 
     @classmethod
     def open(
@@ -64,34 +78,59 @@ class Series:
         where: str | os.PathLike[str],
         *,
         pattern: str | None = None,
+        stage: str | None = None,
+        branch: str | None = None,
         allow_pickle: bool = False,
         forget: bool = False,
     ) -> Series:
-        # the names that may hold a step: of files and folders, or of revisions on the hub
-        folder = Path(where)
+        # the names that may hold a step: of files and folders, of revisions or commits, of repositories
+        folder, text = Path(where), str(where)
+        suite = None if folder.exists() else suite_of(text.partition("@")[0])
+        if suite is not None and suite.refused:
+            raise DataError(f"{text} is of {suite.name}, which cannot be measured as a series: {suite.refused}")
+        if suite is not None and suite.each and "*" not in text:
+            raise DataError(f"{suite.name} has a repository for each step: give a name pattern, as in {suite.each!r}")
         names: dict[str, Path | Revision]
         if folder.is_dir():
             names = _members(folder)
-            if not steps_in(names, str(where), pattern) and (folder / "checkpoints").is_dir():
+            if not _tells(names, pattern) and (folder / "checkpoints").is_dir():
                 names = _members(folder / "checkpoints")
         elif folder.exists():
             raise DataError(f"{where} is a file: give the folder in which the checkpoints lie")
-        elif REPOSITORY.fullmatch(str(where)):
-            names = {name: Revision(str(where), name) for name in revisions(str(where))}
+        elif MANY.fullmatch(text):
+            names = {**repositories(text)}
+        elif (match := OF_BRANCH.fullmatch(text)) is not None:
+            names = {**commits(match[1], match[2])}
+        elif REPOSITORY.fullmatch(text):
+            names = {**(commits(text, "main") if suite is not None and suite.commits else revisions(text))}
         else:
             raise DataError(f"there is no folder {where}: give a folder of checkpoints, or owner/name on the hub")
-        places = {step: names[name] for step, name in steps_in(names, str(where), pattern).items()}
-        if not places:
+
+        # their steps, and what is left out
+        read = axis(names, text, pattern=pattern, suite=suite, stage=stage, branch=branch)
+        if not read.names:
             held = ", ".join(sorted(names)[:6]) or "nothing"
             raise DataError(
                 f"no name in {where} holds a step (it has {held}): give checkpoints such as step-100.ckpt, "
-                "step100.safetensors, checkpoint-100/, or --pattern 'model_(\\d+)'"
+                "step100.safetensors, checkpoint-100/, or --pattern 'model_(\\d+)'; commits of a branch of the hub are "
+                "owner/name@main"
             )
-        return cls(str(where), places, allow_pickle=allow_pickle, forget=forget)
+        places = {step: names[name.text] for step, name in read.names.items()}
+        return cls(text, places, allow_pickle=allow_pickle, forget=forget, axis=read)
 
     @property
     def steps(self) -> list[int]:
         return list(self.places)
+
+    @property
+    def stage(self) -> dict[int, str]:
+        """Of each step the stage that its name tells, "" for none."""
+        return {step: self.axis.names[step].stage if step in self.axis.names else "" for step in self.places}
+
+    @property
+    def tokens(self) -> dict[int, int | None]:
+        """Of each step the tokens that its name tells, those of the stages before included; None for none."""
+        return {step: self.axis.tokens.get(step) for step in self.places}
 
     @property
     def pretrained(self) -> bool:
@@ -114,20 +153,23 @@ class Series:
         """Where the tokenizer of the series lies: beside its checkpoints, in one of them, or in the last revision."""
         for place in (Path(self.name), *reversed(self.places.values())):
             if isinstance(place, Revision):
-                return place.repository, place.name
+                return place.repository, place.revision
             if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
                 return str(place), None
         return None
 
     def read(self, step: int) -> Checkpoint:
         """Raises DataError where the checkpoint cannot be had or read."""
-        place = self.places[step]
+        place, kind = self.places[step], self.kinds.get(step)
         if not isinstance(place, Revision):
-            return Checkpoint(step, place.name, read_state(place, self.allow_pickle), place if place.is_dir() else None)
+            state = read_state(place, self.allow_pickle, kind)
+            files = {file.name: sha256(file) for file in files_of(place, kind)}
+            return Checkpoint(step, place.name, state, place if place.is_dir() else None, None, files)
         scratch = tempfile.mkdtemp(prefix="devmon-") if self.forget else None
         try:
-            path = place.folder(scratch)
-            checkpoint = Checkpoint(step, str(place), read_state(path, self.allow_pickle), path)
+            path, files = place.folder(scratch, kind)
+            state = read_state(path, self.allow_pickle, kind)
+            checkpoint = Checkpoint(step, str(place), state, path, place.commit, files)
         except BaseException:
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -164,6 +206,14 @@ class Series:
 
     def __repr__(self) -> str:
         return f"Series({self.name!r}: {len(self.places)} steps)"
+
+
+def _tells(names: Iterable[str], pattern: str | None) -> bool:
+    """Whether any of the names holds a step."""
+    try:
+        return bool(axis(names, "", pattern=pattern).names)
+    except DataError:
+        return True  # what cannot be read is for the caller to say
 
 
 def _members(folder: Path) -> dict[str, Path | Revision]:

@@ -14,26 +14,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from devmon.checkpoints.names import SUFFIXES
+from devmon.checkpoints.shards import distributed, read_distributed, refuse_shards
 from devmon.errors import DataError
 
 State = dict[str, torch.Tensor]
-SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 INSIDE = ("state_dict", "model_state_dict", "model", "module")  # of a training checkpoint: what holds the weights
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # of a folder, its shards named in ….index.json
 WRAPPED = r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\."
-SHARDED_FILES = ("*.distcp", "*model_states.pt", "*optim_states.pt")  # of FSDP and DeepSpeed, as they were trained
+WHOLE_STATES = "mp_rank_00_model_states.pt"  # of DeepSpeed: all weights, where it did not cut them
 
 
-def read_state(path: Path, allow_pickle: bool = False) -> State:
+def read_state(path: Path, allow_pickle: bool = False, kind: str | None = None) -> State:
     """The tensors that a file, or a folder as Hugging Face writes it, holds by name, on the CPU.
 
     `.safetensors`; `.ckpt`, `.pt`, `.pth`, `.bin` of `torch.save`: a state dict, or one under the key state_dict,
     model, model_state_dict or module. Of a folder the model alone is read: model.safetensors, pytorch_model.bin or
-    their shards. `allow_pickle` unpickles files that hold more than tensors, which runs code they hold. Raises
-    DataError.
+    their shards (`kind` "safetensors" or "bin" says which), or what torch.distributed.checkpoint wrote. `allow_pickle`
+    unpickles files that hold more than tensors, which runs code they hold. Raises DataError.
     """
     if path.is_dir():
-        return {key: value for part in _parts(path) for key, value in read_state(part, allow_pickle).items()}
+        parts = files_of(path, kind)
+        if (place := distributed(path)) is not None and parts and parts[0].suffix == ".distcp":
+            return plain_names(read_distributed(place, INSIDE))
+        return {key: value for part in parts for key, value in read_state(part, allow_pickle).items()}
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -129,26 +133,34 @@ def _shared(model: nn.Module) -> dict[str, set[str]]:
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
-def _parts(folder: Path) -> list[Path]:
-    """The files that hold the model of a folder."""
-    for name in WHOLE:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
+def files_of(place: Path, kind: str | None = None) -> list[Path]:
+    """The files that hold the model of a folder, or the file itself. `kind` prefers "safetensors" or "bin".
+
+    Raises DataError where there are none, where they are shards of which no whole weights can be read, and for several
+    files without an index.
+    """
+    if not place.is_dir():
+        return [place]
+    for name in sorted(WHOLE, key=lambda name: kind is not None and not name.endswith(kind)):
+        if (place / name).is_file():
+            return [place / name]
+        index = place / f"{name}.index.json"
         if index.is_file():
             try:
-                return sorted({folder / part for part in json.loads(index.read_text())["weight_map"].values()})
+                return sorted({place / part for part in json.loads(index.read_text())["weight_map"].values()})
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise _unreadable(index, error) from None
-    held = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    if any(any(folder.rglob(pattern)) for pattern in SHARDED_FILES):
-        raise DataError(
-            f"{folder} holds the shards of DeepSpeed or FSDP: write whole weights first (zero_to_fp32.py, or "
-            "torch.distributed.checkpoint.format_utils)"
-        )
+    if (shards := distributed(place)) is not None:
+        return sorted(shards.glob("*.distcp"))
+    held = sorted(path for path in place.iterdir() if path.suffix in SUFFIXES)
+    states = [path for path in held if path.name == WHOLE_STATES]
+    cut = [path for path in held if "model_states" in path.name and path not in states]
+    if states and not cut:
+        return states
+    refuse_shards(place)
     if len(held) != 1:
-        files = _list(path.name for path in folder.iterdir()) or "nothing"
-        raise DataError(f"{folder} holds no {' and no '.join(WHOLE)}, nor a single file of weights; it holds {files}")
+        files = _list(path.name for path in place.iterdir()) or "nothing"
+        raise DataError(f"{place} holds no {' and no '.join(WHOLE)}, nor a single file of weights; it holds {files}")
     return held
 
 

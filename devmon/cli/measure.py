@@ -34,7 +34,7 @@ def measure(config: Path | None, dry_run: bool, **given: Any) -> None:
 
 def _parameter(entry: Field[Any]) -> inspect.Parameter:
     """The option that sets a field of the plan; None, or an empty list, where it is not given."""
-    more = {key: value for key, value in entry.metadata.items() if key not in ("flag", "among")}
+    more: dict[str, Any] = {key: value for key, value in entry.metadata.items() if key not in ("flag", "also", "among")}
     kind = kind_of(entry.name)
     if kind is not bool and entry.default not in (MISSING, None, ()):
         more.setdefault("show_default", str(entry.default))
@@ -43,7 +43,8 @@ def _parameter(entry: Field[Any]) -> inspect.Parameter:
     else:
         # a flag of a bool is named, for typer would add its --no-
         flag = entry.metadata.get("flag", "--" + entry.name.replace("_", "-"))
-        info = typer.Option(flag, **more)
+        also = [entry.metadata["also"]] if "also" in entry.metadata else []
+        info = typer.Option(flag, *also, **more)
     taken = list[str] if kind == tuple[str, ...] else kind
     return _keyword(entry.name, Annotated[taken | None, info])
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from devmon.cli import calibrate, events, instruments, measure, runs
+from devmon.cli import calibrate, checkpoints, events, instruments, measure, runs
 from devmon.errors import DevmonError
 
 HELP = """Watch how a neural network develops while it trains.
@@ -34,6 +34,7 @@ app.command(
 app.command()(instruments.instruments)
 app.command()(instruments.cost)
 # measuring checkpoints
+app.command()(checkpoints.suites)
 app.command()(calibrate.calibrate)
 app.command(no_args_is_help=True)(measure.measure)
 # a run

@@ -18,11 +18,13 @@ from devmon.errors import DataError
 PRESETS = ("economy", "standard", "full")
 ENGINES = ("processes", "ray", "slurm")  # the modules of devmon.offline.engines
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+NO_LLC = ("none",)  # --llc none
 HOW = ("into", "workers", "shard", "device", "engine", "options", "forget")  # how it is done, not what is measured
 
 
 def option(help: str, default: Any = MISSING, *, among: Sequence[str] = (), **more: Any) -> Any:
-    """A field of a plan with what the command line says of it: `help`, its `flag`, `min`, `metavar`, `show_default`.
+    """A field of a plan with what the command line says of it: `help`, its `flag` and what it is `also` called, `min`,
+    `metavar`, `show_default`.
 
     `among` are the values that it may have.
     """
@@ -36,8 +38,9 @@ class Plan:
     `source` names the model, the watches or both (`devmon.offline.source.load_study`), `preset` watches for a language
     model with the probe batch that `tokens` holds or is made of (`devmon.offline.probe_text`), and with an LLC where
     `llc` has its settings (NAME=VALUE). Watches of a source keep their own steps, those of a preset are made at all
-    that `steps` chooses. `dtype` and no model are for checkpoints that bring their architecture. `options` (NAME=VALUE)
-    are the engine's own. Raises DataError for values that do not go together.
+    that `steps` chooses. `stage` and `branch` choose among the checkpoints (`Series`). `dtype` and no model are for
+    checkpoints that bring their architecture. `options` (NAME=VALUE) are the engine's own. Raises DataError for values
+    that do not go together.
     """
 
     series: str = option("A folder of checkpoints, or owner/name on the Hugging Face hub.", metavar="SERIES")
@@ -46,11 +49,12 @@ class Plan:
         "path/to/script.py:name or package.module:name: the model, the watches, or (model, watches).", None
     )
     preset: str | None = option(
-        "economy, standard or full: the usual watches for a language model.", None, among=PRESETS
-    )
+        "economy, standard or full: the usual watches for a language model.", None, among=PRESETS,
+        show_default="standard, where there are tokens",
+    )  # fmt: skip
     tokens: str | None = option(
         "The preset's probe batch: tokens (batch, pos) in a .npy, .pt or .safetensors file; or text to make it of: a "
-        "file, a folder, a dataset on disk.", None, metavar="PATH",
+        "file, a folder, a dataset on disk.", None, metavar="PATH", also="--data",
     )  # fmt: skip
     tokenizer: str | None = option(
         "What makes tokens of text: a folder, or owner/name on the hub.", None, show_default="the series'"
@@ -61,11 +65,14 @@ class Plan:
     bos: int | None = option("The token that stands first, for the preset.", None, min=0)
     llc: tuple[str, ...] = option(
         "Add an LLC with this setting (repeatable), as in nbeta=30; examples=N is the number of its sequences.",
-        (), metavar="NAME=VALUE",
+        (), metavar="NAME=VALUE", show_default="those published for the model of the suite; none leaves it out",
     )  # fmt: skip
     watch: tuple[str, ...] = option("Only this watch (repeatable).", ())
     steps: str = option("all, log:40, every:100, 0,10,20, 100-500, or several with commas.", "all")
     pattern: str | None = option("A regular expression with one group: the step in the checkpoints' names.", None)
+    stage: str | None = option("One stage of the training, by its own count.", None, show_default="all")
+    branch: str | None = option("An ingredient or a seed, by name.", None)
+    allow_twins: bool = option("Measure steps whose files are the same, and mark them in the run.", False)
     prefix: str | None = option("What the checkpoints' keys start with (net.), where several would do.", None)
     dtype: str = option("Of models that the checkpoints bring themselves.", "float32", among=DTYPES)
     seed: int | None = option("The run's seed.", None, show_default="the run's, or 0")
@@ -96,12 +103,14 @@ class Plan:
         part = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         if not part or not 1 <= int(part[1]) <= int(part[2]):
             raise DataError(f"shard must be i/n with i from 1 to n, such as 1/4, got {self.shard!r}")
-        pairs(self.llc, "llc"), pairs(self.options, "option")
+        pairs(() if self.llc == NO_LLC else self.llc, "llc"), pairs(self.options, "option")
         # and those that need one another
+        if self.preset is None and self.source is None and self.tokens is not None:
+            object.__setattr__(self, "preset", "standard")
         if (self.preset is None) != (self.tokens is None):
             raise DataError("--preset and --tokens go together: the preset's probe batch is read from the tokens' file")
         if self.preset is None and self.source is None:
-            raise DataError("nothing to measure: give --source script.py:name, or --preset standard with --tokens FILE")
+            raise DataError("nothing to measure: give --source script.py:name, or --tokens FILE for the usual watches")
         if self.llc and self.preset is None:
             raise DataError(
                 "--llc has the settings of a preset's LLC: add --preset, or put the LLC among the source's watches"

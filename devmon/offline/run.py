@@ -29,6 +29,12 @@ def run(plan: Plan, dry_run: bool) -> int:
     work = study.missing()
     out, errors = (Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False) for stderr in (False, True))
     out.print(f"{len(study.steps)} of {len(study.series.steps)} checkpoints chosen; {len(work)} to measure")
+    for line in study.series.axis.said():
+        out.print(line)
+    if study.settings and not plan.llc:
+        told = " ".join(f"{name}={value}" for name, value in study.settings.items())
+        chosen = "" if "lr" in study.settings else "; lr and gamma are chosen on the checkpoints"
+        out.print(f"λ̂ with the settings published for this model: {told}{chosen} (--llc none leaves it out)")
     if study.assumed:
         out.print(study.assumed)
     if dry_run:

@@ -31,7 +31,7 @@ from devmon.monitoring.fingerprint import describe, identity
 from devmon.monitoring.isolation import isolated, private_copy
 from devmon.monitoring.observe import observe
 from devmon.offline.in_parts import OUT_OF_MEMORY, in_parts
-from devmon.offline.plan import Plan, pairs
+from devmon.offline.plan import NO_LLC, Plan, pairs
 from devmon.offline.probe_text import Home, Probe, load_tokenizer, read_probe
 from devmon.offline.source import late_and_middle, load_study
 from devmon.snapshot import Choosing, derive_seed
@@ -63,7 +63,10 @@ class Study:
         self.plan = plan
         if plan.threads is not None:
             _limit_threads(plan.threads)
-        self.series = Series.open(plan.series, pattern=plan.pattern, allow_pickle=plan.allow_pickle, forget=plan.forget)
+        self.series = Series.open(
+            plan.series, pattern=plan.pattern, stage=plan.stage, branch=plan.branch,
+            allow_pickle=plan.allow_pickle, forget=plan.forget,
+        )  # fmt: skip
         self.steps = select(self.series.steps, plan.steps)
         self.config = self.series.config()
         self.model, watches = (None, None) if plan.source is None else load_study(plan.source)
@@ -80,6 +83,7 @@ class Study:
             raise DataError(f"{plan.source} gives its own watches: leave --preset out")
         self.probe: Probe | None = None
         self.assumed = ""
+        self.settings = self._settings()
         self.watches = self._chosen(self._preset() if watches is None else watches)
         self.device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.model is not None:
@@ -140,6 +144,7 @@ class Study:
                 if isinstance(checkpoint, DataError):
                     raise checkpoint
                 model = self._filled(checkpoint)
+                self.trajectory.note("checkpoints", str(step), self._source(checkpoint))
                 del checkpoint  # the next is being read: two are in memory at most
                 self._observe(step, model, work[step], tell)
             except (DataError, IdentityError) as error:
@@ -149,6 +154,12 @@ class Study:
                 tell(Progress("skipped", step, None, str(error)))
             except InstrumentError as error:
                 raise InstrumentError(f"step {step}: {error}") from error
+
+    def _source(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What the run keeps of a checkpoint: its name, stage and tokens, its commit, its files with their SHA-256."""
+        step, entry = checkpoint.step, {"name": checkpoint.name, "files": dict(checkpoint.files)}
+        told = {"stage": self.series.stage[step], "tokens": self.series.tokens[step], "commit": checkpoint.commit}
+        return entry | {key: value for key, value in told.items() if value not in (None, "")}
 
     def _observe(self, step: int, model: nn.Module, due: Iterable[Watch], tell: Callable[[Progress], None]) -> None:
         """`observe`, and again in a half and a quarter of the memory for those for which it was too small."""
@@ -207,9 +218,17 @@ class Study:
 
     def _probe(self) -> Probe:
         assert self.plan.tokens is not None
-        settings = pairs(self.plan.llc, "llc")
-        examples = settings.get("examples", 16 * settings.get("batch_size", 32)) if settings else 0
+        examples = self.settings.get("examples", 16 * self.settings.get("batch_size", 32)) if self.settings else 0
         return read_probe(Path(self.plan.tokens), self._tokenizer(), self.plan.sequences, self.plan.length, examples)
+
+    def _settings(self) -> dict[str, Any]:
+        """Those of the preset's LLC: the plan's, else the published ones for the model; empty for no LLC."""
+        suite = self.series.axis.suite
+        if self.plan.llc == NO_LLC or self.plan.preset is None:
+            return {}
+        if self.plan.llc or suite is None:
+            return pairs(self.plan.llc, "llc")
+        return suite.settings(self.series.name)
 
     def _vocabulary(self) -> Any:
         """The tokenizer that tells the preset which tokens are real; None, and what is assumed, where there is none."""
@@ -231,9 +250,9 @@ class Study:
 
     def _llc(self) -> LLC | None:
         """The LLC of the plan's settings, on the examples of its probe; `examples` among them is their number."""
-        if self.probe is None or not self.plan.llc:
+        if self.probe is None or not self.settings:
             return None
-        settings = {name: value for name, value in pairs(self.plan.llc, "llc").items() if name != "examples"}
+        settings = {name: value for name, value in self.settings.items() if name != "examples"}
         try:
             return LLC(self.probe.examples, **settings)
         except TypeError as error:
@@ -267,6 +286,16 @@ class Study:
         single = self.plan.engine == "processes" and self.plan.workers == 1
         threads = self.plan.threads or (torch.get_num_threads() if single else 1)  # the last bits depend on it
         record = plain(self.plan.record() | digests | {"checkpoints": len(self.steps), "threads": threads})
+        read = self.series.axis
+        held = self.trajectory.attrs.get("series", {}).get("offsets", {})
+        if differ := [stage for stage, at in read.offsets.items() if held.get(stage, at) != at]:
+            raise DataError(
+                f"{self.trajectory.path} has {differ[0] or 'the first stage'} begin at {held[differ[0]]}, this series "
+                f"at {read.offsets[differ[0]]}: give the checkpoints of all stages as they were then, or another run"
+            )
+        self.trajectory.record(
+            series={"name": self.series.name, "unit": read.unit, "offsets": held | read.offsets, "said": read.said()}
+        )
         before = self.trajectory.attrs.get("measured", [])
         before = [before] if isinstance(before, dict) else before  # of an earlier devmon
         self.trajectory.record(measured=[*(earlier for earlier in before if earlier != record), record])

@@ -87,6 +87,11 @@ class Trajectory(Mapping[str, xr.Dataset]):
         with self._place.locked():
             self._place.update(lambda attrs: attrs | plain(provenance))
 
+    def note(self, key: str, name: str, value: Any) -> None:
+        """Put one entry into a mapping of the run's provenance, whatever other processes put there meanwhile."""
+        with self._place.locked():
+            self._place.update(lambda attrs: attrs | {key: attrs.get(key, {}) | {name: plain(value)}})
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def names(self) -> list[str]:

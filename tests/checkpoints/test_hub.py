@@ -41,7 +41,7 @@ def test_revisions_of_the_hub_are_a_series(tmp_path: Path, serve: Callable[[Hub]
     series = Series.open("lab/model")
     assert series.steps == [0, 9, 512, 143000]
     assert series.pretrained
-    assert series.tokenizer() == ("lab/model", "step143000")
+    assert series.tokenizer() == ("lab/model", commit("step143000"))
     assert not [path for path in hub.requests if "resolve" in path], "downloaded to list the steps"
     read = series.read(512)
     model = causal_lm(read, series.config())
@@ -83,7 +83,13 @@ def test_a_revision_is_kept_or_forgotten_and_checked(tmp_path: Path, serve: Call
 def test_revisions_of_olmo_are_told_apart(tmp_path: Path, serve: Callable[[Hub], Hub]) -> None:
     names = ["main", "stage1-step1000-tokens5B", "stage1-step150-tokens1B", "stage2-ingredient1-step1000-tokens3B"]
     serve(Hub(tmp_path, names[:2], names[2:]))
-    assert "two checkpoints of step 1000" in error("lab/model")
+    series = Series.open("lab/model")
+    assert (series.steps, series.axis.offsets) == ([150, 1000], {"stage1": 0})
+    assert series.axis.left_out[names[3]] == "of ingredient1: --branch ingredient1"
+    series = Series.open("lab/model", branch="ingredient1")
+    assert series.steps == [150, 1000, 2000]
+    assert series.stage == {150: "stage1", 1000: "stage1", 2000: "stage2"}
+    assert series.tokens == {150: 10**9, 1000: 5 * 10**9, 2000: 8 * 10**9}
     assert Series.open("lab/model", pattern=r"^stage1-step(\d+)").steps == [150, 1000]
     serve(Hub(tmp_path, ["step1000-tokens4B", "step0-tokens0B"]))
     assert Series.open("lab/model").steps == [0, 1000]

@@ -1,4 +1,4 @@
-"""The step in a name: units, phases, seeds and counts, as public suites write them; read whole or refused."""
+"""The step in a name: units, stages, seeds and counts; read whole or refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from devmon import DataError
-from devmon.checkpoints.names import number, steps_in
+from devmon.checkpoints.axis import axis
+from devmon.checkpoints.names import number
 from devmon.checkpoints.weights import fitting, read_state
 from tests.support.checkpoints import save
 
@@ -30,22 +31,25 @@ from tests.support.checkpoints import save
     ],
 )
 def test_names_are_read_whole(names: list[str], steps: list[int]) -> None:
-    assert sorted(steps_in(names, "here")) == steps
+    assert [*axis(names, "here").names] == steps
 
 
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["step50000-tokens210B", "longctx-step125"], r"several phases.*longctx-step125 \(1\).*--pattern"),
-        (["step0753851", "extension_step0000250"], "several phases"),
-        (["phase1_checkpoint_055500", "phase2_checkpoint_214387"], r"--pattern '\^phase1_checkpoint_\(\\d\+\)'"),
-        (["stage1-step1413814", "stage2-step47684", "stage3-step11921"], r"--pattern '\^stage1-step\(\\d\+\)'"),
-        (["step69369-seed-default", "step70000-seed-2"], "several phases or runs"),
-        (["seed1/step5", "seed2/step10"], "several phases or runs"),
-        (["checkpoint_1_1000.pt", "checkpoint_2_2000.pt"], r"holds '1_1000.pt'.*'checkpoint_\\d\+_\(\\d\+\)'"),
-        (["checkpoint_1_100.pt"], "where its step should be"),  # not 1100
-        (["ckpt_500.pt", "checkpoint_2500.pth"], "ckpt_500.pt beside checkpoints.*does not say what it counts"),
-        (["step12abc.pt"], "holds '12abc.pt'"),
+        (["stage1-step5", "stage2-step9"], "stage2 in here begins at step 9, past step 5.*--stage stage2"),
+        (["step5", "warmup-step3"], r"several stages or runs.*warmup \(warmup-step3\).*--stage warmup"),
+        (["good-step5", "bad-step10"], "several stages or runs.*--stage bad"),
+        (["step69369-seed-default", "step70000-seed-2"], "several branches or seeds.*--branch seed-2"),
+        (["seed1/step5", "seed2/step10"], "several branches or seeds"),
+        (["checkpoint_1_000.pt"], r"holds '1_000'.*'checkpoint_\\d\+_\(\\d\+\)'"),  # thousand, or epoch 1 and step 0
+        (["checkpoint-1_100"], "where its step should be"),
+        (
+            ["ckpt_500.pt", "checkpoint_2500.pth"],
+            "ckpt_500.pt beside checkpoints.*two kinds in one place.*'.checkpoint_",
+        ),
+        (["1000", "step5"], "1000 beside checkpoints"),
+        (["step12abc.pt"], "holds '12abc'"),
         (["step1.5.pt"], "where its step should be"),
         (["step20kk.pt"], "where its step should be"),
         (["step1k.pt", "step1000.pt"], "two checkpoints of step 1000"),
@@ -53,17 +57,31 @@ def test_names_are_read_whole(names: list[str], steps: list[int]) -> None:
 )
 def test_what_is_no_number_or_no_single_series_is_refused(names: list[str], said: str) -> None:
     with pytest.raises(DataError) as caught:
-        steps_in(names, "here")
+        axis(names, "here")
     assert re.search(said, str(caught.value)), caught.value
 
 
-def test_the_pattern_of_a_refusal_chooses_one_phase() -> None:
-    names = ["stage1-step5", "stage1-step9", "stage2-step3"]
+def test_the_pattern_of_a_refusal_chooses_one_kind() -> None:
+    names = ["ckpt_500.pt", "ckpt_700.pt", "checkpoint_2500.pth", "checkpoint_3000.pth"]
     with pytest.raises(DataError) as caught:
-        steps_in(names, "here")
-    pattern = re.search(r"--pattern '(.*?)',", str(caught.value))
+        axis(names, "here")
+    pattern = re.search(r"--pattern '(.*?)'", str(caught.value))
     assert pattern is not None
-    assert steps_in(names, "here", pattern[1]) == {5: "stage1-step5", 9: "stage1-step9"}
+    read = axis(names, "here", pattern=pattern[1])
+    assert {step: name.text for step, name in read.names.items()} == {2500: names[2], 3000: names[3]}
+    assert read.left_out == dict.fromkeys(sorted(names[:2]), "not of the pattern")
+
+
+def test_a_pattern_may_tell_stage_branch_and_tokens() -> None:
+    names = ["a1_warm_s5_2B", "a1_warm_s9_4B", "a1_main_s3_1B", "a2_main_s3_1B"]
+    pattern = r"^(?P<branch>a\d)_(?P<stage>warm|main)_s(?P<step>\d+)_(?P<tokens>\d+B)"
+    with pytest.raises(DataError, match="several branches or seeds"):
+        axis(names, "here", pattern=pattern)
+    read = axis(names, "here", pattern=pattern, branch="a1", stage="warm")
+    assert {step: (name.text, read.tokens[step]) for step, name in read.names.items()} == {
+        5: ("a1_warm_s5_2B", 2 * 10**9),
+        9: ("a1_warm_s9_4B", 4 * 10**9),
+    }
 
 
 @pytest.mark.parametrize(
@@ -80,10 +98,10 @@ def test_the_pattern_of_a_refusal_chooses_one_phase() -> None:
 )
 def test_a_pattern_finds_a_number_or_is_refused(name: str, pattern: str, step: int | None) -> None:
     if step is not None:
-        assert steps_in([name], "here", pattern) == {step: name}
+        assert [*axis([name], "here", pattern=pattern).names] == [step]
         return
     with pytest.raises(DataError, match=f"{name} in here holds .* where its step should be"):
-        steps_in([name], "here", pattern)
+        axis([name], "here", pattern=pattern)
 
 
 def test_units_are_exact() -> None:

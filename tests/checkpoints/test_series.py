@@ -60,8 +60,10 @@ def test_steps_are_numbers_in_order_and_nothing_is_loaded_to_list_them(
 def test_a_pattern_says_where_the_step_is(tmp_path: Path) -> None:
     for name in ("stage1-step5-tokens1B.pt", "stage2-step5-tokens1B.pt", "stage1-step9-tokens2B.pt"):
         save(tmp_path / name)
-    assert "two checkpoints of step 5, stage1-step5-tokens1B.pt and stage2-step5" in error(tmp_path)
-    assert "--pattern" in error(tmp_path)
+    assert Series.open(tmp_path).steps == [5, 9, 14]  # stage2 counts anew
+    assert "two checkpoints of step 5, stage1-step5-tokens1B.pt and stage2-step5" in error(
+        tmp_path, pattern=r"step(\d+)"
+    )
     series = Series.open(tmp_path, pattern=r"^stage1-step(\d+)")
     assert series.steps == [5, 9]
     assert series.read(9).name == "stage1-step9-tokens2B.pt"

@@ -92,6 +92,55 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
         read_state(tmp_path / "shards")
 
 
+def test_shards_of_a_distributed_checkpoint_are_joined_and_run_nothing(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, dtype=torch.bfloat16))
+    state = model.state_dict()
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    for name, content in {
+        "step1": state,
+        "step2": {"model": state, "optim": optimizer, "step": 2, "seen": torch.tensor(5)},
+        "step3": {"app": {"model": state, "optim": optimizer}},
+    }.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(content, checkpoint_id=str(tmp_path / name / ("model" if name == "step1" else "")), no_dist=True)
+        read = read_state(tmp_path / name)
+        assert read.keys() == state.keys(), name
+        assert all(torch.equal(value, state[key]) and value.dtype == state[key].dtype for key, value in read.items())
+    metadata = tmp_path / "step2" / ".metadata"
+    for content in (pickle.dumps(Ran(tmp_path / "ran")), b"", pickle.dumps({"state_dict_metadata": 3})):
+        metadata.write_bytes(content)
+        with pytest.raises(DataError, match="metadata|cannot be read"):
+            read_state(tmp_path / "step2")
+    assert not (tmp_path / "ran").exists()
+    metadata.unlink()
+    with pytest.raises(DataError, match=r"shards of FSDP.*format_utils, where the .metadata"):
+        read_state(tmp_path / "step2")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["mp_rank_00/model_optim_rng.pt"], "Megatron.*tools/checkpoint/convert.py"),
+        (["layer_00-model_00-model_states.pt", "mp_rank_00_model_states.pt"], "GPT-NeoX.*convert_neox_to_hf"),
+        (["zero_pp_rank_0_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"], "DeepSpeed.*zero_to_fp32.py"),
+        (["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"], "DeepSpeed.*zero_to_fp32.py"),
+        (["checkpoint_metadata.json", "model/a.safetensors"], "nanotron.*convert_nanotron_to_hf"),
+        (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], ""),  # ZeRO 1, 2: weights whole
+    ],
+)
+def test_shards_that_nothing_reads_name_their_converter(tmp_path: Path, files: list[str], said: str) -> None:
+    for file in files:
+        save(tmp_path / file, {"module": {"weight": torch.ones(2)}, "epoch": 3})
+    if said:
+        with pytest.raises(DataError, match=said):
+            read_state(tmp_path)
+    else:
+        assert read_state(tmp_path)["weight"].tolist() == [1.0, 1.0]
+
+
 def test_one_of_shared_names_is_enough_and_another_name_is_not() -> None:
     tied = torch.nn.Module()
     tied.one = torch.nn.Linear(2, 2, bias=False)
@@ -114,8 +163,9 @@ def test_exports_of_sharded_trainings_are_read(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         content = {"model": model.state_dict(), "step": 7}
         state_dict_saver.save(content, checkpoint_id=str(tmp_path / "raw" / "step7"), no_dist=True)
-        with pytest.raises(DataError, match="holds the shards of DeepSpeed or FSDP: write whole weights"):
-            Series.open(tmp_path / "raw").read(7)
+        found = Series.open(tmp_path / "raw").read(7)
+        assert all(torch.equal(found.state[key], value) for key, value in model.state_dict().items())
+        assert [*found.files] == ["__0_0.distcp"]
         format_utils.dcp_to_torch_save(tmp_path / "raw" / "step7", tmp_path / "step7.pt")
     folder = tmp_path / "step8"  # zero_to_fp32.py global_step8 step8 --max_shard_size
     for n, (key, value) in enumerate(model.state_dict().items(), 1):

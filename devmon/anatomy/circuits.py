@@ -1,18 +1,23 @@
-"""Circuits between embedding and unembedding: products over the vocabulary, and what of a head's eigenvalues copies."""
+"""Circuits between embedding and unembedding: products of weights, and what of a head's eigenvalues copies."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from devmon.anatomy.anatomy import Anatomy
+from devmon.anatomy.fit import exact_products
 from devmon.data.probe import minibatches
 from devmon.errors import InstrumentError
+from devmon.snapshot import Snapshot
 
 # Σ|λ| / Σs under which eigenvalues are those of rounding; larger, and true but weak circuits are NaN
 ROUNDING_SHARE = 1e-6
-TOKENS_AT_ONCE = 4096  # of a product over the vocabulary in float64: memory, not numbers
+ROWS_AT_ONCE = 4096  # of a product, in the precision it is taken in: memory, not numbers
+TILES = 4  # a symmetric product takes (TILES + 1) / (2 TILES) of the whole one; more tiles are smaller and slower
 
 
 def token_tables(anatomy: Anatomy) -> tuple[Tensor, Tensor]:
@@ -26,28 +31,55 @@ def token_tables(anatomy: Anatomy) -> tuple[Tensor, Tensor]:
             f"{tuple(embed.shape)} and {tuple(unembed.shape)}: leave this instrument out"
         )
     vocab = min(len(embed), len(unembed))
-    half = embed.dtype in (torch.float16, torch.bfloat16)
-    return (embed[:vocab].float(), unembed[:vocab].float()) if half else (embed[:vocab], unembed[:vocab])
+    return embed[:vocab], unembed[:vocab]
 
 
-def over_tokens(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right over the vocabulary, in float64."""
-    parts = (left[rows].double().T @ right[rows].double() for rows in minibatches(len(left), TOKENS_AT_ONCE))
+def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """rowsᵀ rows (n, n) of `rows` (many, n), in float64, from products in `dtype`.
+
+    With float32 the error has a norm of about 2⁻²⁴ √(largest · mean eigenvalue): those below that are rounding.
+    """
+    size = rows.shape[1]
+    total = torch.zeros(size, size, dtype=torch.float64, device=rows.device)
+    cuts = [size * tile // TILES for tile in range(TILES + 1)]
+    with exact_products():
+        for part in minibatches(len(rows), ROWS_AT_ONCE):
+            some = rows[part].to(dtype)
+            for start, stop in zip(cuts, cuts[1:], strict=False):
+                total[start:stop, start:] += some[:, start:stop].T @ some[:, start:]
+    return total.triu() + total.triu(1).T
+
+
+def over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right of (many, n) and (many, m), in float64."""
+    parts = (left[part].double().T @ right[part].double() for part in minibatches(len(left), ROWS_AT_ONCE))
     return sum(parts, torch.zeros((), dtype=torch.float64, device=left.device))
 
 
-def copying_eigenvalues(anatomy: Anatomy) -> np.ndarray | None:
+def over_tokens(snapshot: Snapshot, left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right over the vocabulary, in float64, of two tables of the snapshot's model; computed once for all the
+    instruments of a step."""
+    place = tuple((table.data_ptr(), table.shape, table.stride(), table.dtype) for table in (left, right))
+    key: tuple[Any, ...] = ("over tokens", *place)
+    if key not in snapshot.memo:
+        product = gram(left) if place[0] == place[1] else over_rows(left, right)
+        snapshot.memo[key] = {"product": product, "left": left, "right": right}  # held, so that no other is put there
+    return snapshot.memo[key]["product"]
+
+
+def copying_eigenvalues(snapshot: Snapshot, anatomy: Anatomy) -> np.ndarray | None:
     """`copying` of `HeadSpectra` alone, (layer, head); None for embeddings that are not as wide as the stream."""
     try:
         embed, unembed = token_tables(anatomy)
     except InstrumentError:
         return None
-    across, rows = over_tokens(unembed, embed), []
+    across, rows = over_tokens(snapshot, unembed, embed), []
     for layer in range(anatomy.layers):
         v, o = (weight.detach().double() for weight in (anatomy.W_V(layer), anatomy.W_O(layer)))
-        cross = o @ across @ v
+        written = o @ across
+        cross = written @ v
         size = eigenvalue_sum(cross)
-        most = ((o @ across).flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)).cpu().numpy()
+        most = (written.flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)).cpu().numpy()
         rows.append(over(trace(cross).cpu().numpy(), np.where(size >= ROUNDING_SHARE * most, size, 0.0)))
     return np.stack(rows)
 

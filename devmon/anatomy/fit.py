@@ -33,7 +33,7 @@ def try_layout(parts: Parts, inputs: Any = None, alone: bool = True) -> bool:
     after = stream before + z W_O + what the MLP writes, through their ends; logits = unembedding of norm(stream).
     Vectors that are not finite are not compared.
     """
-    with _exact_products(), torch.no_grad():
+    with exact_products(), torch.no_grad():
         for module, given in _trials(parts, inputs):
             if module is not parts.model and not alone:
                 continue
@@ -267,11 +267,22 @@ def _off(found: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
-    """Products of float32 in float32 inside: TF32 rounds to more than is looked for."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+def exact_products() -> Iterator[None]:
+    """Products of float32 in float32 inside: TF32 and bfloat16 (`torch.set_float32_matmul_precision`) round to 1e-3."""
+    backends: list[Any] = [getattr(part, "matmul", None) for part in (torch.backends.cuda, torch.backends.mkldnn)]
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch before 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    settings = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, setting in zip(backends, settings, strict=True):
+            backend.fp32_precision = setting

@@ -13,6 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout
+from devmon.anatomy.fit import exact_products
 from devmon.cost import Cost
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
@@ -30,7 +31,7 @@ class Composition:
     queries; V: ‖W_OV(a) W_OV(b)‖ / …, its values; Frobenius norms, so in [0, 1] (Elhage et al. 2021, A Mathematical
     Framework for Transformer Circuits; the same as `all_composition_scores` of TransformerLens). The largest value two
     matrices of rank r with equal singular values can have is 1/√r: 1 is for rank one. All through products of size
-    d_head.
+    d_head, in float32 (float64 for weights in float64): to 1e-6 of 1.
 
     - `composition` (kind, layer, head, layer_from, head_from), 1: what (layer, head) reads of what
       (layer_from, head_from) wrote; NaN unless layer_from < layer, and where a matrix is zero. Null: `null`.
@@ -78,11 +79,12 @@ class Composition:
         self._refuse(anatomy)
         layers, heads = anatomy.layers, anatomy.heads
         values = np.full((3, layers, heads, layers, heads), np.nan)
-        with torch.no_grad():
+        with torch.no_grad(), exact_products():
             weights = [_Heads.of(anatomy, layer) for layer in range(layers)]
-            for later in range(1, layers):
-                for earlier in range(later):
-                    values[:, later, :, earlier] = _scores(weights[earlier], weights[later]).cpu().numpy()
+            pairs = [(later, earlier) for later in range(1, layers) for earlier in range(later)]
+            scores = torch.stack([_scores(weights[earlier], weights[later]) for later, earlier in pairs]).cpu().numpy()
+        for (later, earlier), found in zip(pairs, scores, strict=True):
+            values[:, later, :, earlier] = found
         measured = self._dataset(values, *_null(anatomy.d_model, anatomy.d_head, self.draws, self.seed))
         return measured.assign_attrs(anatomy.trust)
 
@@ -139,36 +141,51 @@ class Composition:
         )
 
 
-@dataclass(frozen=True)
 class _Heads:
-    """The factors of the heads of one layer in float64: q, k, v (head, d, d_head), o (head, d_head, d)."""
+    """Factors of the heads of one layer, each of Frobenius norm 1 or zero, with the norms of whole circuits: `wrote`
+    (head, d_head, d) has those of W_OV, and `reads` (kind, head, d, d_head) those of what reads it."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
+        q, k, v, o = (_over(factor, factor.abs().amax((1, 2))) for factor in (q, k, v, o))  # no square can be too small
+        # ‖A B‖ = ‖R B‖ where A = Q R with orthonormal Q: a circuit (d, d) is as large as its factor through d_head, and
+        # nothing is squared
+        self.wrote = _unit(_root(v) @ o)
+        pairs = ((k, q), (q, k), (v, o.mT))
+        self.reads = torch.stack([_unit(left @ _root(right).mT) for left, right in pairs])
+        self.wrote_nothing = (self.wrote == 0).flatten(1).all(1)
+        self.read_nothing = (self.reads == 0).flatten(2).all(2)
 
     @classmethod
     def of(cls, anatomy: Anatomy, layer: int) -> _Heads:
         weights = (anatomy.W_Q(layer), anatomy.W_K(layer), anatomy.W_V(layer), anatomy.W_O(layer))
-        return cls(*(weight.detach().double() for weight in weights))
+        double = weights[0].dtype == torch.float64
+        return cls(*(weight.detach().to(torch.float64 if double else torch.float32) for weight in weights))
+
+
+def _root(factor: Tensor) -> Tensor:
+    """R (head, d_head, d_head) with RᵀR = AᵀA for A (head, d, d_head)."""
+    return torch.linalg.qr(factor, mode="r").R
+
+
+def _unit(factor: Tensor) -> Tensor:
+    """Each (head, …) divided by its Frobenius norm; zeros stay."""
+    return _over(factor, torch.linalg.matrix_norm(factor))
+
+
+def _over(factor: Tensor, size: Tensor) -> Tensor:
+    """Each (head, …) divided by its `size` (head,); zeros where that is zero or not finite."""
+    size = size[:, None, None]
+    return torch.where((size > 0) & size.isfinite(), factor / size, 0.0)
 
 
 def _scores(earlier: _Heads, later: _Heads) -> Tensor:
-    """(kind, later head, earlier head)."""
-    reads = ((later.k, later.q.mT), (later.q, later.k.mT), (later.v, later.o))
-    return torch.stack([_composed(earlier.v, earlier.o, left, right) for left, right in reads])
-
-
-def _composed(v: Tensor, o: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """‖v o left right‖ / (‖v o‖ ‖left right‖), (later, earlier); v and left are (head, d, d_head), o and right the
-    other way round. ‖v m right‖² = tr(mᵀ (vᵀv) m (right rightᵀ)) with m = o left."""
-    outer, inner = v.mT @ v, right @ right.mT  # (head, d_head, d_head)
-    m = torch.einsum("arx,bxs->bars", o, left)
-    both = ((outer @ m) * (m @ inner[:, None])).sum((-2, -1))
-    wrote, read = (outer * (o @ o.mT)).sum((-2, -1)), ((left.mT @ left) * inner).sum((-2, -1))
-    size = wrote * read[:, None]
-    return torch.where(size > 0, both.clamp(min=0) / size, torch.nan).sqrt()
+    """‖wrote read‖ (kind, later head, earlier head), NaN where a circuit is zero."""
+    heads, size, d = earlier.wrote.shape
+    kinds, readers = later.reads.shape[:2]
+    wrote, read = earlier.wrote.reshape(-1, d), later.reads.permute(2, 0, 1, 3).reshape(d, -1)
+    product = (wrote @ read).view(heads, size, kinds, readers, -1)
+    scores = torch.linalg.vector_norm(product, dim=(1, 4)).permute(1, 2, 0)
+    return scores.masked_fill(earlier.wrote_nothing | later.read_nothing[..., None], torch.nan)
 
 
 @lru_cache(maxsize=16)

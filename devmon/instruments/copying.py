@@ -98,7 +98,7 @@ class CopyingHeads(ByContent):
                 [read.sums(layer, rows, reads) for rows in minibatches(len(self._probe), self.batch_size)]
                 for layer in range(anatomy.layers)
             ]
-            eigenvalue = copying_eigenvalues(anatomy)
+            eigenvalue = copying_eigenvalues(snapshot, anatomy)
         sums = [torch.cat(layer, 1).cpu().numpy() for layer in parts]  # each (5, batch, head)
         return _dataset(sums, eigenvalue, read.types.sum(1).cpu().numpy(), self._probe.shape[1] - read.start)
 

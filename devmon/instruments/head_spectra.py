@@ -12,6 +12,7 @@ from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.circuits import ROUNDING_SHARE, eigenvalue_sum, over, over_tokens, token_tables, trace
+from devmon.anatomy.fit import exact_products
 from devmon.cost import Cost
 from devmon.data import clustered_mean, minibatches
 from devmon.data.rows import Rows
@@ -94,17 +95,14 @@ class HeadSpectra:
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
-        with torch.no_grad():
+        with torch.no_grad(), exact_products():
             embed, unembed = token_tables(anatomy)
             vocab = len(embed)
             drawn = torch.randperm(vocab, generator=self._generator("tokens", vocab))[: self.sample].sort().values
-            grams = _Grams.of(embed, unembed)
+            grams = _Grams.of(snapshot, embed, unembed)
             covariances, reason = self._covariances(anatomy, drawn)
-            rows = [_layer(anatomy, layer, grams, covariances) for layer in range(anatomy.layers)]
-            for layer, row in enumerate(rows):
-                silent = np.isnan(row["copying_singular"])
-                for name, values in _copies(anatomy, layer, embed, unembed, drawn, grams).items():
-                    row[name] = np.where(silent, np.nan, values)
+            copies = _Copies.of(embed, unembed, drawn)
+            rows = [_layer(anatomy, layer, grams, covariances, copies) for layer in range(anatomy.layers)]
             null = self._null(anatomy, grams)
         return _dataset(rows, null, vocab, reason).assign_attrs(anatomy.trust)
 
@@ -116,7 +114,7 @@ class HeadSpectra:
         generator = self._generator("null", anatomy.d_model, anatomy.d_head)
         shape = (4, 64, anatomy.d_model, anatomy.d_head)
         q, k, v, o = torch.randn(shape, generator=generator, dtype=torch.float64).to(grams.embed)
-        scores = _scores(q, k, v, o.mT, grams)
+        scores = _scores(_Factors.of(q, k, v, o.mT, grams), grams)
         return np.array([[scores[name].mean(), scores[name].std(ddof=1)] for name in SCORES])
 
     def _covariances(self, anatomy: Anatomy, drawn: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor] | None, str]:
@@ -141,11 +139,15 @@ class HeadSpectra:
 
 @dataclass(frozen=True)
 class _Grams:
-    """W_Eᵀ W_E, W_U W_Uᵀ and W_U W_E, each (d, d) in float64."""
+    """W_Eᵀ W_E, W_U W_Uᵀ and W_U W_E, each (d, d) in float64; one tensor where the embeddings are tied."""
 
     embed: Tensor
     unembed: Tensor
     across: Tensor
+
+    @property
+    def tied(self) -> bool:
+        return self.across is self.embed
 
     @cached_property
     def reach(self) -> tuple[float, float]:
@@ -153,11 +155,54 @@ class _Grams:
         return _top(self.embed).item(), _top(self.unembed).item()
 
     @classmethod
-    def of(cls, embed: Tensor, unembed: Tensor) -> _Grams:
-        own = over_tokens(embed, embed)
-        if embed.data_ptr() == unembed.data_ptr() and embed.stride() == unembed.stride():  # tied
-            return cls(own, own, own)
-        return cls(own, over_tokens(unembed, unembed), over_tokens(unembed, embed))
+    def of(cls, snapshot: Snapshot, embed: Tensor, unembed: Tensor) -> _Grams:
+        pairs = ((embed, embed), (unembed, unembed), (unembed, embed))
+        return cls(*(over_tokens(snapshot, left, right) for left, right in pairs))
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """The heads of one layer in float64, q, k, v (head, d, d_head) and o (head, d_head, d), and how large the circuits
+    through them are (head, d_head, d_head): `reads` vᵀ W_Eᵀ W_E v, `writes` o W_U W_Uᵀ oᵀ, `copied` o W_U W_E v, `asks`
+    qᵀ W_Eᵀ W_E q, `shown` kᵀ W_Eᵀ W_E k, `matched` kᵀ W_Eᵀ W_E q; `tops` (q, k, v, o; head) are ‖ ‖₂² of each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    reads: Tensor
+    writes: Tensor
+    copied: Tensor
+    asks: Tensor
+    shown: Tensor
+    matched: Tensor
+    own: Tensor
+    tops: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: _Grams) -> _Factors:
+        q, k, v, o = (factor.detach().double() for factor in (q, k, v, o))
+        # each factor goes through a matrix of size d once, and all heads of a layer together
+        embedded_q, embedded_k, embedded_v = (_through(grams.embed, factor) for factor in (q, k, v))
+        across = embedded_v if grams.tied else _through(grams.across, v)
+        unembedded = _through(grams.unembed, o.mT)
+        own = torch.stack([q.mT @ q, k.mT @ k, v.mT @ v, o @ o.mT])
+        return cls(
+            *(q, k, v, o),
+            reads=v.mT @ embedded_v,
+            writes=o @ unembedded,
+            copied=o @ across,
+            asks=q.mT @ embedded_q,
+            shown=k.mT @ embedded_k,
+            matched=k.mT @ embedded_q,
+            own=own,
+            tops=_top(own),
+        )
+
+
+def _through(matrix: Tensor, factor: Tensor) -> Tensor:
+    """matrix factor (head, d, d_head) for a factor of this shape, in one product."""
+    return (matrix @ factor.transpose(0, 1).flatten(1)).unflatten(1, (len(factor), -1)).transpose(0, 1)
 
 
 def _embedded(anatomy: Anatomy, tokens: Tensor) -> Tensor:
@@ -166,46 +211,43 @@ def _embedded(anatomy: Anatomy, tokens: Tensor) -> Tensor:
 
 
 def _layer(
-    anatomy: Anatomy, layer: int, grams: _Grams, covariances: tuple[Tensor, Tensor, Tensor] | None
+    anatomy: Anatomy,
+    layer: int,
+    grams: _Grams,
+    covariances: tuple[Tensor, Tensor, Tensor] | None,
+    copies: _Copies,
 ) -> dict[str, np.ndarray]:
-    """The exact numbers (head,) of one layer."""
-    q, k, v, o = (
-        weight.detach().double()
-        for weight in (anatomy.W_Q(layer), anatomy.W_K(layer), anatomy.W_V(layer), anatomy.W_O(layer))
-    )
-    values = _scores(q, k, v, o, grams)
-    for name, left, right in (("ov_rank", v.mT @ v, o @ o.mT), ("qk_rank", q.mT @ q, k.mT @ k)):
-        s = _singular(left, right, _top(left) * _top(right))
+    """The numbers (head,) of one layer."""
+    weights = (anatomy.W_Q(layer), anatomy.W_K(layer), anatomy.W_V(layer), anatomy.W_O(layer))
+    heads = _Factors.of(*weights, grams)
+    values = _scores(heads, grams)
+    in_q, in_k, in_v, in_o = heads.own
+    top_q, top_k, top_v, top_o = heads.tops
+    for name, left, right, most in (("ov_rank", in_v, in_o, top_v * top_o), ("qk_rank", in_q, in_k, top_q * top_k)):
+        s = _singular(left, right, most)
         values[name] = over(s.sum(1) ** 2, (s**2).sum(1))
     if covariances is None:
         values["positional_share"] = np.full(anatomy.heads, np.nan)
     else:
+        q, k = heads.q, heads.k
         moment, token, position = (q.mT @ covariances[0] @ q, k.mT @ covariances[1] @ k, k.mT @ covariances[2] @ k)
         by_token, by_place = ((moment * part).sum((-2, -1)).cpu().numpy() for part in (token, position))
-        most = trace(covariances[0]) * trace(covariances[1] + covariances[2]) * trace(q.mT @ q) * trace(k.mT @ k)
+        most = trace(covariances[0]) * trace(covariances[1] + covariances[2]) * trace(in_q) * trace(in_k)
         both = by_token + by_place
         values["positional_share"] = over(by_place, np.where(both > ROUNDING_SHARE**2 * most.cpu().numpy(), both, 0.0))
+    silent = np.isnan(values["copying_singular"])
+    for name, value in copies(heads, weights[2], weights[3]).items():
+        values[name] = np.where(silent, np.nan, value)
     return values
 
 
-def _scores(q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: _Grams) -> dict[str, np.ndarray]:
-    """The four scores (head,) from q, k, v (head, d, d_head) and o (head, d_head, d)."""
+def _scores(heads: _Factors, grams: _Grams) -> dict[str, np.ndarray]:
+    """The four scores (head,)."""
     scores, (in_embed, in_unembed) = {}, grams.reach
+    top_q, top_k, top_v, top_o = heads.tops
     for name, cross, left, right, most in (
-        (
-            "copying",
-            o @ grams.across @ v,
-            v.mT @ grams.embed @ v,
-            o @ grams.unembed @ o.mT,
-            in_embed * _top(v.mT @ v) * _top(o @ o.mT) * in_unembed,
-        ),
-        (
-            "matching",
-            k.mT @ grams.embed @ q,
-            q.mT @ grams.embed @ q,
-            k.mT @ grams.embed @ k,
-            in_embed**2 * _top(q.mT @ q) * _top(k.mT @ k),
-        ),
+        ("copying", heads.copied, heads.reads, heads.writes, in_embed * top_v * top_o * in_unembed),
+        ("matching", heads.matched, heads.asks, heads.shown, in_embed**2 * top_q * top_k),
     ):
         total = trace(cross).cpu().numpy()
         size = eigenvalue_sum(cross)
@@ -229,38 +271,66 @@ def _top(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram)[..., -1]
 
 
-def _copies(
-    anatomy: Anatomy, layer: int, embed: Tensor, unembed: Tensor, drawn: Tensor, grams: _Grams
-) -> dict[str, np.ndarray]:
-    """copy_rate and copy_z with their errors, (head,) each, from the rows of the OV circuit of the tokens drawn.
+@dataclass(frozen=True)
+class _Copies:
+    """What copy_rate and copy_z need of the vocabulary: the tokens `drawn`, their rows (token, d) of both tables, the
+    table that is written to, its `rivals`, mean row and length."""
 
-    A row is compared with all of a large vocabulary only where its own entry beats those of a part of it.
-    """
-    drawn = drawn.to(embed.device)
-    centre = unembed.mean(0, dtype=torch.float64)
-    spread = grams.unembed / len(unembed) - torch.outer(centre, centre)
-    pairs = []
-    # rows in the embedding's own precision find the few tokens that may be copied; only these are compared with all
-    for v, o in zip(anatomy.W_V(layer).detach().to(embed), anatomy.W_O(layer).detach().to(embed), strict=True):
-        reads, own = embed[drawn] @ v, unembed[drawn] @ o.T  # (token, d_head)
-        entry, some = (reads * own).sum(1), unembed[:: max(1, len(unembed) // RIVALS)] @ o.T
-        rival = (reads @ some.T).amax(1)
-        left = (entry >= rival - 1e-3 * rival.abs()).nonzero()[:, 0]
-        hit = torch.zeros_like(entry, dtype=torch.bool)
-        if len(left):
-            writes = unembed @ o.T  # (vocab, d_head)
-            for rows in left.split(64):
-                top = (reads[rows] @ writes.T).topk(2)
-                hit[rows] = (top.indices[:, 0] == drawn[rows]) & (top.values[:, 0] > top.values[:, 1])  # no tie
+    drawn: Tensor
+    reads: Tensor
+    own: Tensor
+    unembed: Tensor
+    rivals: Tensor
+    centre: Tensor
+    vocab: int
+
+    @classmethod
+    def of(cls, embed: Tensor, unembed: Tensor, drawn: Tensor) -> _Copies:
+        drawn, half = drawn.to(embed.device), embed.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if half else embed.dtype
+        rivals = unembed[:: max(1, len(unembed) // RIVALS)].to(dtype)
+        totals = [unembed[part].double().sum(0) for part in minibatches(len(unembed), RIVALS)]
+        centre = torch.stack(totals).sum(0) / len(unembed)
+        return cls(drawn, embed[drawn].to(dtype), unembed[drawn].to(dtype), unembed, rivals, centre, len(unembed))
+
+    def __call__(self, heads: _Factors, w_v: Tensor, w_o: Tensor) -> dict[str, np.ndarray]:
+        """copy_rate and copy_z with their errors, (head,) each, of one layer.
+
+        From the rows of the OV circuit of the tokens drawn. A row is compared with all of a large vocabulary only where
+        its own entry beats those of a part of it.
+        """
+        v, o = w_v.detach().to(self.reads), w_o.detach().to(self.reads)
+        # rows in the embedding's own precision find the few tokens that may be copied; only these are compared with all
+        reads = torch.einsum("td,hde->hte", self.reads, v)
+        own = torch.einsum("td,hed->hte", self.own, o)
+        entry = (reads * own).sum(2)  # (head, token)
+        rival = (reads @ _through(self.rivals, o.mT).mT).amax(2)
+        hit = self._first(reads, o, entry >= rival - 1e-3 * rival.abs())
+
         # mean and variance of a row from the moments of the unembedding: no row is ever built
-        reads, o = reads.double(), o.double()
-        above = (reads * (own - o @ centre)).sum(1)
-        sd = ((reads @ (o @ spread @ o.T)) * reads).sum(1).clamp(min=0).sqrt()
-        there = sd > ROUNDING_SHARE * sd.max()
+        reads, mean = reads.double(), heads.o @ self.centre  # (head, d_head)
+        above = (reads * (own.double() - mean[:, None])).sum(2)
+        spread = heads.writes / self.vocab - mean[:, :, None] * mean[:, None]
+        sd = ((reads @ spread) * reads).sum(2).clamp(min=0).sqrt()
+        there = sd > ROUNDING_SHARE * sd.amax(1, keepdim=True)
         z = torch.where(there, above / sd, 0.0).cpu().numpy()
-        weight = np.ones(len(z))
-        pairs.append([*clustered_mean((hit & there).cpu().numpy(), weight), *clustered_mean(z, weight)])
-    return dict(zip(("copy_rate", "copy_rate_se", "copy_z", "copy_z_se"), np.array(pairs).T, strict=True))
+        hits, weight = (hit & there).cpu().numpy(), np.ones(z.shape[1])
+        pairs = [[*clustered_mean(h, weight), *clustered_mean(each, weight)] for h, each in zip(hits, z, strict=True)]
+        return dict(zip(("copy_rate", "copy_rate_se", "copy_z", "copy_z_se"), np.array(pairs).T, strict=True))
+
+    def _first(self, reads: Tensor, o: Tensor, maybe: Tensor) -> Tensor:
+        """Where, of the places `maybe` (head, token), a token's own entry is the largest of its row, with no tie."""
+        hit, heads = torch.zeros_like(maybe), maybe.any(1).nonzero()[:, 0].tolist()
+        unembed = self.unembed.to(o) if heads else self.unembed
+        for head in heads:
+            places = maybe[head].nonzero()[:, 0]
+            # few rows go through the stream, many through the head's own map to the vocabulary (vocab, d_head)
+            few = len(places) < o.shape[1]
+            read, table = (reads[head] @ o[head], unembed) if few else (reads[head], unembed @ o[head].T)
+            for rows in places.split(64):
+                top = (read[rows] @ table.T).topk(2)
+                hit[head, rows] = (top.indices[:, 0] == self.drawn[rows]) & (top.values[:, 0] > top.values[:, 1])
+        return hit
 
 
 def _dataset(rows: list[dict[str, np.ndarray]], null: np.ndarray, vocab: int, reason: str) -> xr.Dataset:

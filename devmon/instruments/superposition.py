@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import xarray as xr
+from torch import Tensor
 
 from devmon.anatomy import Anatomy
+from devmon.anatomy.circuits import over_tokens
+from devmon.anatomy.fit import exact_products
 from devmon.cost import Cost
+from devmon.data import minibatches
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot
@@ -24,8 +29,8 @@ class Superposition:
     an embedding `nn.Linear(features, dims)`). Without it W is the unembedding of a model whose parts are known: one row
     a token, a *proxy*, as the features of a real model are not known. Wᵢ are the rows, ŵᵢ their directions. A reference
     is the same number with (ŵᵢ·Wⱼ)² for i ≠ j at ‖Wⱼ‖² / dimensions, its mean over directions drawn at random. What is
-    by feature is left out for more than MAX_FEATURES features. All are exact functions of the weights in float64: there
-    is no standard error. NaN where a weight is not finite or all are 0.
+    by feature is left out for more than MAX_FEATURES features. All are functions of the weights in float64 (to 1e-6 for
+    more features): there is no standard error. NaN where a weight is not finite or all are 0.
 
     - `norm` (feature), weight: ‖Wᵢ‖.
     - `dimensionality` (feature), dimensions: Dᵢ = ‖Wᵢ‖² / Σⱼ (ŵᵢ·Wⱼ)², the share of a dimension that a feature has to
@@ -66,15 +71,14 @@ class Superposition:
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         weight = self._weight(snapshot)  # (feature, dimension)
-        if not np.isfinite(weight).all() or not weight.any():
-            weight = np.full_like(weight, np.nan)
         features, dims = weight.shape
-
-        # overlaps by way of WᵀW (dimension, dimension): a vocabulary has too many features for W Wᵀ
-        gram = weight.T @ weight
-        square = (weight**2).sum(1)
-        alive = np.divide(weight, np.sqrt(square)[:, None], out=np.zeros_like(weight), where=square[:, None] != 0)
-        seen = ((alive @ gram) * alive).sum(1)  # Σⱼ (ŵᵢ·Wⱼ)²
+        low, high = weight.aminmax()
+        if bool(low.isfinite() & high.isfinite() & ((low != 0) | (high != 0))):
+            gram = over_tokens(snapshot, weight, weight)
+            squares = (gram**2).sum().item()
+            square, seen = _overlaps(weight, gram)
+        else:
+            squares, square, seen = np.nan, np.full(features, np.nan), np.full(features, np.nan)
         total, interference = square.sum(), np.maximum(seen - square, 0.0)
 
         # the null: other features at directions drawn at random
@@ -94,7 +98,7 @@ class Superposition:
             "mean_dimensionality_reference": (chance.mean(), "among random directions", "dimensions"),
             "mean_interference": (_weighted(interference, square), "interference over squared length", "1"),
             "mean_interference_reference": (_weighted(expected, square), "among random directions", "1"),
-            "directions": (total**2 / (gram**2).sum() if total else np.nan, "participation ratio of W", "dimensions"),
+            "directions": (total**2 / squares if total else np.nan, "participation ratio of W", "dimensions"),
         }
         headline = ["mean_dimensionality", "mean_interference", "directions"]
         rows, stored = Rows(headline, proxy=int(self.parameter is None)), features <= MAX_FEATURES
@@ -108,7 +112,7 @@ class Superposition:
         """No passes: a product of the weights."""
         return Cost()
 
-    def _weight(self, snapshot: Snapshot) -> np.ndarray:
+    def _weight(self, snapshot: Snapshot) -> Tensor:
         if self.parameter is None:
             weight = Anatomy(snapshot.model, who=type(self).__name__).W_U.T
         else:
@@ -120,7 +124,23 @@ class Superposition:
                     f"are {', '.join(known) or 'none'}"
                 )
             weight = named[self.parameter].T if self.columns else named[self.parameter]
-        return weight.detach().double().cpu().numpy()
+        return weight.detach()
+
+
+def _overlaps(weight: Tensor, gram: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """‖Wᵢ‖² and Σⱼ (ŵᵢ·Wⱼ)², both (feature,), by way of WᵀW (dimension, dimension): a vocabulary has too many features
+    for W Wᵀ. Where those are more than are stored, products are in float32: they overlap by far more than it rounds."""
+    single = len(weight) > MAX_FEATURES and weight.dtype != torch.float64
+    gram = gram.float() if single else gram
+    found = []
+    with exact_products():
+        for rows in minibatches(len(weight), MAX_FEATURES):
+            part = weight[rows].to(gram)
+            square = part.square().sum(1, keepdim=True)
+            alive = torch.where(square > 0, part / square.sqrt(), 0.0)
+            found.append(torch.stack([square[:, 0], ((alive @ gram) * alive).sum(1)]))
+    square, seen = torch.cat(found, 1).double().cpu().numpy()
+    return square, seen
 
 
 def _weighted(values: np.ndarray, square: np.ndarray) -> float:

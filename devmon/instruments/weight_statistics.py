@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from devmon.anatomy.circuits import gram
 from devmon.cost import Cost
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
@@ -33,6 +34,14 @@ MEANS = {
     "mean_sv_variance": ("sv_variance", "variance of the singular values", "squared weight"),
 }
 
+# Of singular values from a product in float32. The norm of its error over 2⁻²⁴ √(largest · mean eigenvalue) was at most
+# 10 (Gaussian, orthogonal, low rank, power laws); larger sends more matrices to float64.
+ROUNDING = 16 * 2**-24
+UNRESOLVED = 1e-4  # share of their sum that may lie where the product cannot tell them from zero
+SAFE_PEAKS = 1e-12, 1e12  # largest entries whose squares neither vanish nor overflow in float32
+PART = 2**18  # entries that are summed at once in float64: 2 MiB, which stays in a cache; moves time alone
+SAMPLE = 2**16  # entries that bracket the median: moves time alone
+
 
 @dataclass(frozen=True)
 class WeightStatistics:
@@ -45,8 +54,9 @@ class WeightStatistics:
     is used twice (tied embeddings) counts once, under its first name. The dimension `parameter` are the names of the
     matrices; `kind` is weight (all matrices) or vector (biases and gains of norms). Singular values are the min(rows,
     columns) of a matrix. A reference is the value of a Gaussian matrix of the same shape and l2. All are exact
-    functions of the weights, in float64: there is no standard error. All numbers of a matrix with entries that are not
-    finite are NaN.
+    functions of the weights: there is no standard error. Sums are in float64; singular values by way of products in
+    float32, `spectral` to 1e-6 of itself and `sv_mean` to 1e-4 (mostly 1e-6; low rank, where that cannot be known, goes
+    through float64, as weights in float64 do). All numbers of a matrix with entries that are not finite are NaN.
 
     - `l1` (parameter), weight: Σ|w|.
     - `l2` (parameter), weight: (Σw²)^½.
@@ -97,7 +107,7 @@ class WeightStatistics:
                 "none: leave it out for this model"
             )
         rows = Rows(headline=["density", "model_l2", "mean_spectral"])
-        of_matrix = [_matrix(p) for p in matrices.values()]
+        of_matrix = [_matrix(p.reshape(len(p), -1)) for p in matrices.values()]
         values = {name: np.array([row[name] for row in of_matrix]) for name in MATRIX}
         for name, (label, units) in MATRIX.items():
             nothing = "defined for square matrices only" if name in SQUARE else None
@@ -166,34 +176,72 @@ def _matrices(name: str, weight: Tensor, kernel: bool) -> list[tuple[str, Tensor
     return [(name, stack[0])] if len(stack) == 1 else [(f"{name}[{i}]", each) for i, each in enumerate(stack)]
 
 
-def _matrix(parameter: Tensor) -> dict[str, float]:
-    matrix = parameter.double().reshape(parameter.shape[0], -1)
-    if not bool(torch.isfinite(matrix).all()):
+def _matrix(weight: Tensor) -> dict[str, float]:
+    """The statistics of a matrix (rows, columns)."""
+    if not math.isfinite(peak := _peak(weight)):
         return dict.fromkeys(MATRIX, math.nan)
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    singular = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).sqrt()
-    l1, l2 = float(matrix.abs().sum()), float(matrix.square().sum().sqrt())
-    spectral = float(singular[-1])
-    square = matrix.shape[0] == matrix.shape[1]
-    trace = float(matrix.trace()) if square else math.nan
+    *_, l1, squares = map(float, _moments(weight))
+    l2, singular = math.sqrt(squares), _singular_values(weight, peak)
+    spectral, square = float(singular[-1]), weight.shape[0] == weight.shape[1]
+    trace = float(weight.diagonal().double().sum()) if square else math.nan
     return {
         "l1": l1,
         "l2": l2,
         "code_sparsity": l1 / l2 if l2 else math.nan,
         "spectral": spectral,
         "sv_mean": float(singular.mean()),
-        "sv_variance": float(singular.var(correction=0)),
+        "sv_variance": float(singular.var()),
         "trace": trace,
         "computational_sparsity": trace / spectral if spectral else math.nan,
     }
 
 
+def _singular_values(weight: Tensor, peak: float) -> np.ndarray:
+    """All of them, the largest last; `peak` is the largest absolute entry."""
+    tall = weight if weight.shape[0] > weight.shape[1] else weight.T
+    if weight.dtype != torch.float64 and SAFE_PEAKS[0] < peak < SAFE_PEAKS[1]:
+        squares = torch.linalg.eigvalsh(gram(tall, torch.float32)).clamp(min=0).cpu().numpy()
+        # A product in float32 cannot tell small singular values from zero. Where these could add to the sum of all (low
+        # rank, a few large ones) it is made in float64, which tells them down to 1e-8 of the largest.
+        floor, singular = ROUNDING * math.sqrt(squares[-1] * squares.mean()), np.sqrt(squares)
+        if (squares < 4 * floor).sum() * math.sqrt(floor) <= UNRESOLVED * singular.sum():
+            return singular
+    return torch.linalg.eigvalsh(gram(tall)).clamp(min=0).sqrt().cpu().numpy()
+
+
+def _peak(values: Tensor) -> float:
+    """The largest absolute entry, which is not finite if one is not."""
+    return float(torch.stack(values.aminmax()).abs().amax())
+
+
+def _moments(values: Tensor) -> np.ndarray:
+    """Of entries in float64: their number, mean, the sum of squared distances from it, of absolute values, of squares.
+
+    A part at a time, which stays in the cache."""
+    parts, sizes = [], []
+    for part in values.reshape(-1).split(PART):
+        wide = part.double()
+        mean = wide.mean()
+        sums = mean, (wide - mean).square().sum(), wide.abs().sum(), wide.square().sum()
+        parts.append(torch.stack(sums))
+        sizes.append(len(part))
+    return _joined(np.c_[sizes, torch.stack(parts).cpu().numpy()])
+
+
+def _joined(parts: np.ndarray) -> np.ndarray:
+    """The moments (5,) of all entries from those of parts, (part, 5): Chan, Golub and LeVeque 1979."""
+    size, mean, spread, l1, squares = parts.T
+    with np.errstate(invalid="ignore", over="ignore"):
+        whole = size @ mean / size.sum()
+        away = size @ (mean - whole) ** 2
+        return np.array([size.sum(), whole, spread.sum() + away, l1.sum(), squares.sum()])
+
+
 def _put_whole(rows: Rows, parameters: list[Tensor]) -> None:
     """The statistics of all parameters as one vector, and of the entries of matrices and of vectors."""
-    size = sum(p.numel() for p in parameters)
-    l1 = sum(float(p.double().abs().sum()) for p in parameters)
-    l2 = math.sqrt(sum(float(p.double().square().sum()) for p in parameters))
-    finite = math.isfinite(l1) and math.isfinite(l2)
+    moments = [_moments(p) for p in parameters]
+    size, _, _, l1, squares = map(float, _joined(np.array(moments)))
+    l2, finite = math.sqrt(squares), math.isfinite(l1) and math.isfinite(squares)
     whole = {
         "model_l1": (l1, "sum of absolute parameters", "weight"),
         "model_l2": (l2, "root of the sum of squared parameters", "weight"),
@@ -204,17 +252,32 @@ def _put_whole(rows: Rows, parameters: list[Tensor]) -> None:
     for name, (value, label, units) in whole.items():
         change = 0.01 if name == "density" else None
         rows.put(name, (), value if finite else math.nan, None, label, units=units, smallest_change=change)
-    kinds = [[p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]]
-    entries, units_of = np.array([_entries(kind) for kind in kinds]).T, ("weight", "squared weight", "weight")
+
+    # the entries of matrices, and of vectors
+    entries = []
+    for matrices in (True, False):
+        kind = [i for i, p in enumerate(parameters) if (p.ndim >= 2) == matrices]
+        size, mean, spread, *_ = _joined(np.array([moments[i] for i in kind])) if kind else np.full(5, np.nan)
+        there = math.isfinite(spread)
+        entries.append([mean, spread / size, _median([parameters[i] for i in kind])] if there else [math.nan] * 3)
     nothing = "the model has no parameter of this kind"
-    for name, values, units in zip(("mean", "variance", "median"), entries, units_of, strict=True):
+    kinds = zip(
+        ("mean", "variance", "median"), np.transpose(entries), ("weight", "squared weight", "weight"), strict=True
+    )
+    for name, values, units in kinds:
         rows.put(name, "kind", values, None, f"{name} of the entries", units=units, nan=nothing)
 
 
-def _entries(parameters: list[Tensor]) -> tuple[float, float, float]:
-    if not parameters:
-        return math.nan, math.nan, math.nan
-    values = torch.cat([p.reshape(-1) for p in parameters]).double()
-    if not bool(torch.isfinite(values).all()):
-        return math.nan, math.nan, math.nan
-    return float(values.mean()), float(values.var(correction=0)), float(values.median())
+def _median(parameters: list[Tensor]) -> float:
+    """The lower median of all entries, selected among the few between two values that a sample says lie around it."""
+    count = sum(p.numel() for p in parameters)
+    sample = torch.cat([p.reshape(-1)[:: max(1, count // SAMPLE)] for p in parameters]).sort().values
+    margin = 4 * math.ceil(math.sqrt(len(sample)))
+    middle = (len(sample) - 1) // 2
+    low, high = sample[max(middle - margin, 0)], sample[min(middle + margin, len(sample) - 1)]
+    below = sum(int((p < low).sum()) for p in parameters)
+    between = torch.cat([p[(p >= low) & (p <= high)] for p in parameters])
+    rank = (count - 1) // 2 - below
+    if not 0 <= rank < len(between):
+        rank, between = (count - 1) // 2, torch.cat([p.reshape(-1) for p in parameters])
+    return float(between.kthvalue(rank + 1).values)

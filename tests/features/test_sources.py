@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -88,8 +90,7 @@ def test_what_the_mlp_reads_is_its_input() -> None:
             continue
         model = model_of(name)
         anatomy, seen = Anatomy(model), []
-        block = anatomy.blocks[1]
-        mlp = next(child for path, child in block.named_children() if "mlp" in path.lower())
+        mlp: Any = anatomy.blocks[1].mlp
         handle = mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # noqa: B023
         x, y = site_activations(anatomy, TOKENS, [("mlp_in", 1)], [("mlp_out", 1)])
         handle.remove()

@@ -17,8 +17,8 @@ class Snapshot:
 
     `model` is a private copy in evaluation mode: an instrument may hook or perturb it, training never sees that.
     `seed` belongs to the run and the watch and not to the step, so the same random numbers serve every checkpoint.
-    `memo` is common to the instruments of one observation: what `devmon.anatomy.activations` read for one of them
-    serves the others. It holds values of the untouched model only, to be read and not written.
+    `memo` is common to the instruments of one observation: the passes that one of them reads (`devmon.anatomy.passes`)
+    serve the others. It holds values of the untouched model only, to be read and not written.
     """
 
     step: int

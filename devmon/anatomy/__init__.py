@@ -5,8 +5,8 @@ from devmon.anatomy.attention import attention_patterns, layer_patterns, stack_h
 from devmon.anatomy.forward import forward, logits, next_token
 from devmon.anatomy.frozen_norm import FrozenNorm
 from devmon.anatomy.layout import Layout
+from devmon.anatomy.passes.kept import activations, predictions, stream
 from devmon.anatomy.residual import find_blocks, residual_stream
-from devmon.anatomy.shared import activations, predictions, stream
 from devmon.anatomy.sites import Reads
 
 __all__ = [

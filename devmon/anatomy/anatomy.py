@@ -93,15 +93,23 @@ class Anatomy(Parts):
         site does not exist, or was not reached by a forward pass that ended well: hooks that do not fire (a compiled
         module, a part the model skips) would otherwise go unseen.
         """
+        with self.hooked(read, write, grad=grad) as taps, ExitStack() as stack:
+            if any(name == "pattern" for name, _ in taps.wanted | set(taps.writes)):
+                stack.enter_context(Patterns.of(self.model, taps.pattern))
+            yield taps.reads
+
+    @contextmanager
+    def hooked(
+        self, read: Iterable[Site] = (), write: Mapping[Any, Write] | None = None, *, grad: bool = False
+    ) -> Iterator[Taps]:
+        """As `tapped`, where who calls shows the attention patterns to `Taps.pattern`."""
         writes = {at: value for site, value in (write or {}).items() for at in self.expand(site)}
         wanted = {at for site in read for at in self.expand(site)}
         taps = Taps(self, wanted, writes, grad)
         with ExitStack() as stack:
             for handle in taps.attach():
                 stack.callback(handle.remove)
-            if any(name == "pattern" for name, _ in wanted | set(writes)):
-                stack.enter_context(Patterns.of(self.model, taps.pattern))
-            yield taps.reads
+            yield taps
         taps.refuse_missing()
 
     def run(

@@ -36,29 +36,49 @@ def layer_patterns(model: nn.Module, tokens: Tensor, who: str = "layer_patterns"
     the model computes is changed. Half precision is raised to float32, other dtypes are kept. Raises InstrumentError
     where no pattern is seen, or where they are of an encoder and a decoder.
     """
+    with shown_patterns(model, tokens) as seen:
+        forward(model, tokens, who)
+    return seen(who)
+
+
+@contextmanager
+def shown_patterns(
+    model: nn.Module, tokens: Tensor, also: Callable[[Tensor], Tensor | None] | None = None
+) -> Iterator[Callable[[str], dict[int, Tensor]]]:
+    """Sees the patterns of a forward pass of `tokens` (batch, pos) inside; what it yields gives them after the pass, as
+    `layer_patterns` does. `also` is shown each pattern (batch, head, q, k) too, and may put another in its place."""
     model = original(model)
     batch, length = tokens.shape[:2]
     patterns: list[Tensor] = []
     during: list[list[Call]] = []
     running = Running(model)
 
-    def keep(pattern: Tensor) -> None:
+    def keep(pattern: Tensor) -> Tensor | None:
         # Some modules attend with (batch · head) in one dimension.
         if pattern.shape[-2:] == (length, length) and pattern.shape[:-2].numel() % batch == 0:
-            pattern = pattern.detach().reshape(batch, -1, length, length)
-            half = pattern.dtype in (torch.float16, torch.bfloat16)
-            patterns.append(pattern.float() if half else pattern.clone())
+            square = pattern.detach().reshape(batch, -1, length, length)
+            half = square.dtype in (torch.float16, torch.bfloat16)
+            patterns.append(square.float() if half else square.clone())
             during.append(list(running.now))
+        return None if also is None else also(pattern)
+
+    def by_layer(who: str) -> dict[int, Tensor]:
+        if not patterns:
+            raise InstrumentError(
+                f"{who} needs attention patterns; {type(model).__name__} shows none for {length} positions: use "
+                "F.scaled_dot_product_attention, a softmax over (batch, head, pos, pos) or nn.MultiheadAttention "
+                "(flash and flex kernels hide theirs), or leave this instrument out"
+            )
+        return by_block(patterns, during, who, type(model).__name__)
 
     with Patterns.of(model, keep), running.watched():
-        forward(model, tokens, who)
-    if not patterns:
-        raise InstrumentError(
-            f"{who} needs attention patterns; {type(model).__name__} shows none for {length} positions: use "
-            "F.scaled_dot_product_attention, a softmax over (batch, head, pos, pos) or nn.MultiheadAttention "
-            "(flash and flex kernels hide theirs), or leave this instrument out"
-        )
-    return by_block(patterns, during, who, type(model).__name__)
+        yield by_layer
+
+
+def hides_patterns(model: nn.Module) -> bool:
+    """Whether the model runs with another kernel where its patterns are to be seen, which may round otherwise."""
+    kernels = {getattr(getattr(part, "config", None), "_attn_implementation", None) for part in model.modules()}
+    return not kernels <= set(SHOWN)
 
 
 def stack_heads(layers: Sequence[np.ndarray]) -> np.ndarray:
@@ -83,7 +103,7 @@ class Patterns(TorchFunctionMode):
     @contextmanager
     def of(cls, model: nn.Module, meet: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
         """The mode, with a model that uses no kernel that hides its pattern."""
-        with cls(meet), _shown(model), _no_fast_path():
+        with cls(meet), _shown(model), no_fast_path():
             yield
 
     def __torch_function__(
@@ -161,7 +181,7 @@ def _shown(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
+def no_fast_path() -> Iterator[None]:
     """nn.MultiheadAttention without its fused inference kernel, whose pattern nobody sees."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

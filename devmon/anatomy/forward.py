@@ -99,6 +99,12 @@ def _warn_beyond(model: nn.Module, inputs: Any, who: str) -> None:
         )
 
 
+def scores_in(output: Any) -> Any:
+    """The logits in what a model returned: a tuple of them first, an output that has them by name, or both."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first.get("logits") if isinstance(first, Mapping) else getattr(first, "logits", first)
+
+
 def logits(model: nn.Module, tokens: Tensor, who: str = "logits", *, output: Any = None) -> Tensor:
     """Logits (batch, pos, vocab) of a model that returns them, an output that holds them, or a tuple led by either.
 
@@ -106,9 +112,7 @@ def logits(model: nn.Module, tokens: Tensor, who: str = "logits", *, output: Any
     InstrumentError where the output is none of these or lacks positions.
     """
     output = forward(model, tokens, who) if output is None else output
-    # A tuple of logits first, an output that has them by name, or both.
-    scores = output[0] if isinstance(output, (tuple, list)) and output else output
-    scores = scores.get("logits") if isinstance(scores, Mapping) else getattr(scores, "logits", scores)
+    scores = scores_in(output)
     name = type(original(model)).__name__
     if not isinstance(scores, Tensor):
         raise InstrumentError(

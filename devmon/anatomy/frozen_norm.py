@@ -62,5 +62,9 @@ class FrozenNorm:
         """A part of the input (…, d) through the norm whose scale is frozen at `scale` (…, 1); without the bias."""
         return part if self.module is None else self._centred(part) * self.gain / scale
 
+    def pulled(self, direction: Tensor) -> Tensor:
+        """The direction (…, d) in the input that reads the same: linear(x, scale) · u = x · pulled(u) / scale."""
+        return direction if self.module is None else self._centred(direction * self.gain)
+
     def _centred(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centres else x

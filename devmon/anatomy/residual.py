@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +25,16 @@ def residual_stream(
     are copies, so a block that writes in place cannot change them; the hooks are removed in every case. Raises
     InstrumentError where a block does not run once or returns another shape.
     """
-    model = original(model)
     path = find_blocks(model, tokens[:1], who) if blocks is None else blocks
+    with shown_stream(model, tokens, path, who) as seen:
+        forward(original(model), tokens, who)
+    return seen(who)
+
+
+@contextmanager
+def shown_stream(model: nn.Module, tokens: Tensor, path: str, who: str) -> Iterator[Callable[[str], list[Tensor]]]:
+    """Sees the stream of a forward pass of `tokens` inside; what it yields tells it as `residual_stream` does."""
+    model = original(model)
     children = _children(model, path, who)
     shape = _expected(tokens)
 
@@ -45,24 +54,26 @@ def residual_stream(
         if (state := _state(output, shape)) is not None:
             stream.append(state.detach().clone())
 
+    def whole(who: str) -> list[Tensor]:
+        # One state a block, each as wide as the others: else the "blocks" are no chain, or a block ran twice or not.
+        widths = {state.shape[-1] for state in stream}
+        free = shape[1] is None
+        if len(stream) != len(children) + 1 or not (free or len(widths) == 1):
+            shapes = [tuple(state.shape) for state in stream]
+            raise InstrumentError(
+                f"{who} needs blocks that each run once and take and return (batch, pos, d); the {len(children)} "
+                f"modules in {path!r} of {type(model).__name__} ran {calls} times and gave {shapes}: "
+                'set blocks="path.to.blocks"'
+            )
+        return stream
+
     handles = [child.register_forward_pre_hook(enter(i), with_kwargs=True) for i, child in enumerate(children)]
     handles += [child.register_forward_hook(leave) for child in children]
     try:
-        forward(model, tokens, who)
+        yield whole
     finally:
         for handle in handles:
             handle.remove()
-
-    # One state a block, each as wide as the others: else the "blocks" are no chain, or a block ran twice or not at all.
-    widths = {state.shape[-1] for state in stream}
-    free = shape[1] is None
-    if len(stream) != len(children) + 1 or not (free or len(widths) == 1):
-        shapes = [tuple(state.shape) for state in stream]
-        raise InstrumentError(
-            f"{who} needs blocks that each run once and take and return (batch, pos, d); the {len(children)} modules "
-            f'in {path!r} of {type(model).__name__} ran {calls} times and gave {shapes}: set blocks="path.to.blocks"'
-        )
-    return stream
 
 
 def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> str:

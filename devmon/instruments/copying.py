@@ -11,10 +11,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import Anatomy, Layout, Reads, activations
+from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.circuits import copying_eigenvalues
+from devmon.anatomy.passes import Read, Seen, read
+from devmon.anatomy.sites import Site
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
@@ -86,21 +88,32 @@ class CopyingHeads(ByContent):
     def cost(self) -> Cost:
         return Cost(forwards=len(self._probe), positions=self._probe.shape[1])
 
+    def reads(self) -> list[Read]:
+        sites: tuple[Site, ...] = ("v", "z", "pattern", ("resid_post", -1))
+        return [Read(self, self._probe, self._sums, self.batch_size, sites=sites, layout=self.layout)]
+
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        who = type(self).__name__
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
         _refuse(anatomy, int(self._probe.max()))
-        last = ("resid_post", anatomy.layers - 1)
-        _, reads = activations(snapshot, self._probe, ["v", "z", "pattern", last], who, self.layout, self.batch_size)
+        [parts] = read(snapshot, self)
         with torch.no_grad():
-            read = _Reader(anatomy, self._probe, start=0 if self.bos is None else 1)
-            parts = [
-                [read.sums(layer, rows, reads) for rows in minibatches(len(self._probe), self.batch_size)]
-                for layer in range(anatomy.layers)
-            ]
             eigenvalue = copying_eigenvalues(snapshot, anatomy)
-        sums = [torch.cat(layer, 1).cpu().numpy() for layer in parts]  # each (5, batch, head)
-        return _dataset(sums, eigenvalue, read.types.sum(1).cpu().numpy(), self._probe.shape[1] - read.start)
+        sums = [torch.cat(layer, 1).numpy() for layer in zip(*parts, strict=True)]  # each (5, batch, head)
+        types = _first_places(self._probe[:, self._start :]).sum(1).numpy()
+        return _dataset(sums, eigenvalue, types, self._probe.shape[1] - self._start)
+
+    def _sums(self, seen: Seen) -> list[Tensor]:
+        """`_layer` of every layer."""
+        anatomy, content = seen.anatomy, seen.inputs[:, self._start :]
+        unembed = anatomy.W_U.detach()
+        toward = unembed[:, content.to(unembed.device)].double() - unembed.mean(1, dtype=torch.float64)[:, None, None]
+        toward = anatomy.final_norm.pulled(toward.permute(1, 2, 0))  # (batch, pos, d)
+        return [_layer(seen, layer, content.to(unembed.device), toward) for layer in range(anatomy.layers)]
+
+    @property
+    def _start(self) -> int:
+        """The first place that counts: `bos` does not."""
+        return 0 if self.bos is None else 1
 
     @cached_property
     def _allowed(self) -> list[int]:
@@ -118,49 +131,44 @@ class CopyingHeads(ByContent):
         return rows if self.bos is None else torch.cat([torch.full((len(rows), 1), self.bos), rows], 1)
 
 
-class _Reader:
-    """What the heads' values say about the tokens of the probe (batch, pos), of which those from `start` on count;
-    `types` (batch, pos) marks the first place of each token."""
+def _first_places(tokens: Tensor) -> Tensor:
+    """Marks the first place of each token, (batch, pos)."""
+    return ~(tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(-1)
 
-    def __init__(self, anatomy: Anatomy, tokens: Tensor, start: int) -> None:
-        self.anatomy, self.start = anatomy, start
-        unembed = anatomy.W_U.detach()
-        self.mean = unembed.mean(1, dtype=torch.float64)
-        self.tokens = tokens.to(unembed.device)
-        content = self.tokens[:, start:]
-        self.types = ~(content[:, :, None] == content[:, None, :]).tril(-1).any(-1)
 
-    def sums(self, layer: int, rows: slice, reads: Reads) -> Tensor:
-        """(5, batch, head): raised of the attended tokens, of the tokens after them, of all tokens; tokens that the
-        attended ones beat, and how many they met."""
-        a = self.anatomy
-        v, z, pattern = (reads[site, layer][rows].double() for site in ("v", "z", "pattern"))
-        stream = reads["resid_post", a.layers - 1][rows]
-        v = v.repeat_interleave(a.heads // v.shape[2], 2)
-        _check(a, torch.einsum("bhqk,bkhe->bqhe", pattern, v), z, layer)
-        end, final = a.end_norm(layer, "attention"), a.final_norm
-        dtype, w_o = a.W_O(layer).dtype, a.W_O(layer).detach().double()
+def _layer(seen: Seen, layer: int, content: Tensor, toward: Tensor) -> Tensor:
+    """(5, batch, head): raised of the attended tokens, of the tokens after them, of all tokens; tokens that those
+    attended beat, and how many they met. `content` (batch, pos) are the tokens that count, `toward` (batch, pos, d) the
+    direction in the final stream that raises each."""
+    a, start = seen.anatomy, seen.inputs.shape[1] - content.shape[1]
+    v, z, pattern = (seen.sites[site, layer].double() for site in ("v", "z", "pattern"))
+    v = v.repeat_interleave(a.heads // v.shape[2], 2)
+    _check(a, torch.einsum("bhqk,bkhe->bqhe", pattern, v), z, layer)
+
+    # the norms are linear once their scale is frozen: it is divided out of the attention, summed over queries
+    end, dtype, w_o = a.end_norm(layer, "attention"), a.W_O(layer).dtype, a.W_O(layer).detach().double()
+    scale = a.final_norm.scale(seen.sites["resid_post", a.layers - 1].to(dtype)).double()  # (batch, q, 1)
+    if end.normalises:
         whole = torch.einsum("bqhe,hed->bqd", z, w_o) + a.bias(layer, "out")
-        scale = end.scale(whole.to(dtype)).double() * final.scale(stream.to(dtype)).double()  # (batch, q, 1)
-        weight = (pattern / scale[:, None]).sum(2)[:, :, self.start :]  # (batch, head, k), over queries
-        toward = a.W_U.detach()[:, self.tokens[rows, self.start :]].double() - self.mean[:, None, None]  # (d, batch, t)
-        content = self.tokens[rows, self.start :]
-        rivals = self.types[rows][:, None] & (content[:, :, None] != content[:, None])  # (batch, k, t)
-        # the norms are linear once their scale is frozen, and that has been divided out of the weight above
-        unit, by_head = torch.ones_like(scale[:, :1]), []
-        for head in range(a.heads):
-            added = final.linear(end.linear(v[:, self.start :, head] @ w_o[head], unit), unit)  # (batch, k, d)
-            lifted = torch.einsum("bkd,dbt->bkt", added, toward)
-            # rivals of a place's own token: the other tokens, once each
-            own = lifted.diagonal(0, 1, 2)[:, :, None]
-            beaten = (own > lifted) & rivals
-            looks = weight[:, head] * (lifted != 0).any(2)
-            raised = lifted.clamp(min=0) * weight[:, head, :, None]
-            everything = (raised * self.types[rows][:, None]).sum((1, 2))
-            after = raised.roll(-1, 2).diagonal(0, 1, 2).sum(1)
-            met = [(looks * beaten.sum(2)).sum(1), (looks * rivals.sum(2)).sum(1)]
-            by_head.append(torch.stack([raised.diagonal(0, 1, 2).sum(1), after, everything, *met]))
-        return torch.stack(by_head, 2)
+        scale = scale * end.scale(whole.to(dtype)).double()
+    weight = (pattern / scale[:, None]).sum(2)[:, :, start:]  # (batch, head, k)
+
+    # how much the value at k raises the token at t, from the direction of t seen by the head
+    back = torch.einsum("btd,hed->bhte", end.pulled(toward), w_o)
+    lifted = torch.einsum("bkhe,bhte->bhkt", v[:, start:], back)
+    types = _first_places(content)
+    rivals = types[:, None] & (content[:, :, None] != content[:, None])  # (batch, k, t): the other tokens, once each
+    beaten = (lifted.diagonal(0, 2, 3)[..., None] > lifted) & rivals[:, None]
+    looks = weight * (lifted != 0).any(3)
+    raised = lifted.clamp(min=0) * weight[..., None]
+    sums = (
+        raised.diagonal(0, 2, 3).sum(2),
+        raised.roll(-1, 3).diagonal(0, 2, 3).sum(2),
+        (raised * types[:, None, None]).sum((2, 3)),
+        (looks * beaten.sum(3)).sum(2),
+        (looks * rivals.sum(2)[:, None]).sum(2),
+    )
+    return torch.stack(sums).cpu()
 
 
 def _refuse(anatomy: Anatomy, largest: int) -> None:

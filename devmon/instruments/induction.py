@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import layer_patterns, stack_heads
+from devmon.anatomy import stack_heads
+from devmon.anatomy.passes import Read, Seen, read, read_one
 from devmon.anatomy.sight import sees_ahead, shortest_window, uniform_attention
 from devmon.cost import Cost
-from devmon.data import best_fixed_offset, clustered_groups, clustered_mean, minibatches
+from devmon.data import best_fixed_offset, clustered_groups, clustered_mean
 from devmon.data.repeats import OnRepeats, RepeatProbe, repeats
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
@@ -44,23 +45,22 @@ class InductionHeads(OnRepeats):
     batch_size: int = 32
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        probe, ahead = self._fitting(snapshot), False
-        layer: list[int] = []
-        parts = []
-        for rows in minibatches(self.sequences, self.batch_size):
-            patterns = layer_patterns(snapshot.model, probe.tokens[rows], type(self).__name__)
-            layer, ahead = list(patterns), ahead or sees_ahead(patterns)
-            parts.append([_sums(pattern, probe.period[rows], probe.query[rows]) for pattern in patterns.values()])
+        [parts] = read(snapshot, self)
+        probe, window = self._repeats, parts[0].window
+        if window is not None and int(probe.period.max()) - 1 > window:
+            probe = self._shorter(window, type(snapshot.model).__name__)
+            parts = read_one(snapshot, self._of(probe))
+        layer, ahead = list(parts[0].layers), any(part.ahead for part in parts)
 
         # whole sequences go into the errors, whatever minibatch they came in
-        layers = list(zip(*parts, strict=True))  # layer, minibatch, (prefix, duplicate, offset)
+        layers = [[part.layers[number] for part in parts] for number in layer]  # minibatch, (prefix, duplicate, offset)
         count = probe.query.sum(1).numpy()
         queries = probe.query.sum(0).double()
-        totals = [torch.cat([part[0] for part in layer]) for layer in layers]
+        totals = [torch.cat([part[0] for part in each]) for each in layers]
         prefix, prefix_se = _by_head(totals, count)
         groups = stack_heads([clustered_groups(total.numpy(), count) for total in totals])
-        duplicate, duplicate_se = _by_head([torch.cat([part[1] for part in layer]) for layer in layers], count)
-        offset = stack_heads([best_fixed_offset(sum(part[2] for part in layer), queries).numpy() for layer in layers])
+        duplicate, duplicate_se = _by_head([torch.cat([part[1] for part in each]) for each in layers], count)
+        offset = stack_heads([best_fixed_offset(sum(part[2] for part in each), queries).numpy() for each in layers])
         uniform = uniform_attention(queries, ahead)
 
         dims, units, result = ("layer", "head"), "attention", Rows(headline=["prefix_matching"])
@@ -77,18 +77,29 @@ class InductionHeads(OnRepeats):
             dataset.attrs["length"] = f"{shorter}, not {self.length}: a layer sees no further than a shorter period"
         return dataset
 
-    def _fitting(self, snapshot: Snapshot) -> RepeatProbe:
+    def reads(self) -> list[Read]:
+        return [self._of(self._repeats)]
+
+    def _of(self, probe: RepeatProbe) -> Read:
+        def reduce(seen: Seen) -> _Part:
+            period, query, patterns = probe.period[seen.rows], probe.query[seen.rows], seen.patterns
+            first = {layer: pattern[:1] for layer, pattern in patterns.items()}
+            return _Part(
+                {layer: _sums(pattern, period, query) for layer, pattern in patterns.items()},
+                shortest_window(seen.model, first),
+                sees_ahead(patterns),
+            )
+
+        return Read(self, probe.tokens, reduce, self.batch_size, patterns=True)
+
+    def _shorter(self, window: int, name: str) -> RepeatProbe:
         """The probe, with periods short enough that the last match lies in every layer's window."""
-        probe, who = self._repeats, type(self).__name__
-        window = shortest_window(snapshot.model, layer_patterns(snapshot.model, probe.tokens[:1], who))
-        if window is None or int(probe.period.max()) - 1 <= window:
-            return probe
         start = 0 if self.bos is None else 1
         length = 2 * (window + 1) + start  # the longest period is half of what follows bos, its match one place less
         if length - start < 8:
             raise InstrumentError(
-                f"{who}: a layer of {type(snapshot.model).__name__} sees {window} places back, too few for any repeat "
-                "of random tokens: leave this instrument out"
+                f"{type(self).__name__}: a layer of {name} sees {window} places back, too few for any repeat of random "
+                "tokens: leave this instrument out"
             )
         return repeats(self.vocab_size, self.sequences, length, self.seed, self.bos, self.exclude)
 
@@ -96,12 +107,22 @@ class InductionHeads(OnRepeats):
         return Cost(forwards=self.sequences, positions=self.length)
 
 
+class _Part(NamedTuple):
+    """Of one minibatch: `_sums` by layer, how far the first sequence shows that places see, whether any sees ahead."""
+
+    layers: dict[int, tuple[Tensor, Tensor, Tensor]]
+    window: int | None
+    ahead: bool
+
+
 def _sums(pattern: Tensor, period: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Over the queries of one minibatch: prefix and duplicate attention (batch, head), and all of it (head, q, k)."""
-    pattern = pattern.cpu().double() * query[:, None, :, None]
-    back = (torch.arange(pattern.shape[-1]) - period[:, None]).clamp(min=0)  # (batch, q): q - p
+    asks = query[:, None, :, None].to(pattern.device)
+    back = (torch.arange(pattern.shape[-1]) - period[:, None]).clamp(min=0).to(pattern.device)  # (batch, q): q - p
     ahead, itself = ((back + shift)[:, None, :, None].expand(*pattern.shape[:3], 1) for shift in (1, 0))
-    return pattern.gather(-1, ahead).sum((-2, -1)), pattern.gather(-1, itself).sum((-2, -1)), pattern.sum(0)
+    at_places = ((pattern.gather(-1, place) * asks).sum((-2, -1), dtype=torch.float64) for place in (ahead, itself))
+    prefix, duplicate, everywhere = (*at_places, (pattern * asks).sum(0, dtype=torch.float64))
+    return prefix.cpu(), duplicate.cpu(), everywhere.cpu()
 
 
 def _by_head(layers: list[Tensor], count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

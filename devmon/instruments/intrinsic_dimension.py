@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from devmon.anatomy import stream
+from devmon.anatomy.passes import TOGETHER, Read, Seen, read
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, places_of, probe_inputs
 from devmon.data.probe import REPLICATES
@@ -105,8 +105,8 @@ class IntrinsicDimension(ByContent):
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who = type(self).__name__
         items = self._items()
-        states = stream(snapshot, self.tokens, self.blocks, who, self.batch_size)
-        layers = [state[items[:, 0], items[:, 1]] for state in states]
+        [parts] = read(snapshot, self)
+        layers = [torch.cat(states) for states in zip(*parts, strict=True)]
         group = items[:, 0].numpy() % GROUPS
         generator = np.random.default_rng(derive_seed(self.seed, who, "reference"))
         noise = generator.normal(size=(len(items), max(state.shape[1] for state in layers)))
@@ -127,6 +127,16 @@ class IntrinsicDimension(ByContent):
         result.put("massive", "layer", columns["massive"], None, label, units="1", later=True)
         result.put("distinct", "layer", columns["distinct"], None, "number of distinct states", units="1")
         return result.dataset(layer=np.arange(len(layers)))
+
+    def reads(self) -> list[Read]:
+        batch = min(self.batch_size, TOGETHER)
+        return [Read(self, self.tokens, self._states, batch, stream=True, blocks=self.blocks)]
+
+    def _states(self, seen: Seen) -> list[Tensor]:
+        """The states of the items of a minibatch at each layer, (item, d) on the CPU."""
+        sequence, place = self._items().T
+        here = (sequence >= seen.rows.start) & (sequence < seen.rows.stop)
+        return [state[sequence[here] - seen.rows.start, place[here]].cpu() for state in seen.stream]
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self.tokens), positions=places_of(self.tokens))

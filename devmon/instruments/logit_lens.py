@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import Anatomy, Layout, activations
+from devmon.anatomy import Anatomy, Layout
+from devmon.anatomy.passes import Read, Seen, log_softmax, read
+from devmon.anatomy.sites import Site
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
+
+CHECKED = 8  # places at which the lens of the last layer is compared with the model
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,105 +73,113 @@ class LogitLens(ByContent):
         object.__setattr__(self, "tokens", probe_tokens(self.tokens, "LogitLens"))
 
     def cost(self) -> Cost:
-        """One pass of the model; its unembedding runs once more for each layer, which is not counted.
-
-        With the 12 layers and 50,257 tokens of GPT-2 small all took the time of 8 passes on a CPU.
-        """
+        """One pass of the model; its unembedding runs once more for each layer, which is not counted."""
         return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
 
+    def reads(self) -> list[Read]:
+        sites: tuple[Site, ...] = (("resid_pre", 0), "resid_post", "z")
+        return [Read(self, self.tokens, self._sums, self.batch_size, sites=sites, layout=self.layout, predicts="all")]
+
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        who = type(self).__name__
-        anatomy = Anatomy(snapshot.model, self.layout, who)
-        anatomy.need_sum()
-        sites: tuple[str | tuple[str, int], ...] = (("resid_pre", 0), "resid_post", "z")
-        output, reads = activations(snapshot, self.tokens, sites, who, self.layout, self.batch_size)
-        if int(self.tokens.max()) >= output.shape[-1]:
-            raise InstrumentError(
-                f"{who}: the tokens go up to {int(self.tokens.max())} but {type(anatomy.model).__name__} has "
-                f"{output.shape[-1]} logits: give tokens of this model's vocabulary"
-            )
-        stream = torch.stack([reads["resid_pre", 0], *reads.stack("resid_post")])[:, :, :-1]
-        z, final = reads.stack("z")[:, :, :-1], output[:, :-1]
-        with torch.no_grad():
-            read, effects = [], []
-            for rows in minibatches(len(self.tokens), self.batch_size):
-                target = self.tokens[rows, 1:].to(output.device)
-                read.append(_lens(anatomy, stream[:, rows], final[rows], target))
-                effects.append(_direct(anatomy, stream[-1, rows], z[:, rows], target, self.tokens))
-            constant = _constant(final, self.tokens, self.batch_size)
-        sums = {name: np.concatenate([part[name] for part in read]) for name in read[0]}
-        return _dataset(sums | constant, np.concatenate(effects), self.tokens.shape[1] - 1)
+        Anatomy(snapshot.model, self.layout, type(self).__name__).need_sum()
+        [parts] = read(snapshot, self)
+        whole = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        constant = _constant(whole.pop("mean"), whole.pop("negentropy"), whole.pop("best"), self.tokens)
+        sums = {name: values.numpy() for name, values in (whole | constant).items()}
+        effects = sums.pop("effects")
+        return _dataset(sums, effects, self.tokens.shape[1] - 1)
+
+    def _sums(self, seen: Seen) -> dict[str, Tensor]:
+        states = [seen.sites["resid_pre", 0], *(seen.sites["resid_post", i] for i in range(seen.anatomy.layers))]
+        return _lens(seen, states) | {"effects": _direct(seen, states[-1][:, :-1], self.tokens)}
 
 
-def _lens(anatomy: Anatomy, stream: Tensor, final: Tensor, target: Tensor) -> dict[str, np.ndarray]:
-    """Sums over positions (batch, depth), and (batch,), of one minibatch; `stream` is (depth, batch, pos, d)."""
-    log_p = _log_softmax(final)
-    p, best, read = log_p.exp(), final.argmax(-1), []
-    negentropy = torch.linalg.vecdot(p, log_p)
-    for depth, state in enumerate(stream):
-        scores = anatomy.capped(anatomy.unembedding(anatomy.final_norm(state)))
-        off = float((scores - final).abs().max()) if depth == len(stream) - 1 else 0.0  # the last lens is the model
-        if off > 0.02 * (1 + float(final.abs().max())):
-            raise InstrumentError(
-                f"{anatomy.who}: final norm and unembedding of the last layer's output are not the logits of "
-                f"{type(anatomy.model).__name__} (off by {off:.3g}): declare its `norm`, `unembed` and `cap` in its "
-                "layout"
-            )
-        log_q = _log_softmax(scores)
-        kl = negentropy - torch.linalg.vecdot(p, log_q)
-        read.append((kl, -log_q.gather(-1, target[..., None])[..., 0], scores.argmax(-1) == best))
-    kl, loss, same = (torch.stack(each).double().cpu() for each in zip(*read, strict=True))  # (depth, batch, pos)
-    late = 1 + torch.arange(len(same) - 1)[:, None, None]
+def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
+    """Of one minibatch, from the states (batch, pos, d) at each depth: sums over positions, (batch, depth) and
+    (batch,), with the sums of the model's probabilities, "mean" (batch, vocab), and its tokens, "best" (batch, pos)."""
+    (batch, length), log_ps, last = seen.inputs.shape, seen.log_p.flatten(0, 1), len(stream) - 1
+    _refuse_other(seen, stream[-1].flatten(0, 1)[:CHECKED], log_ps[:CHECKED])
+    # the last position of a sequence, which has no next token, is worked out too, and left out of the sums
+    target = seen.inputs.roll(-1, 1).flatten().to(log_ps.device)
+    kl, loss = (torch.zeros(last + 1, batch * length, dtype=torch.float64, device=log_ps.device) for _ in range(2))
+    best, negentropy = torch.zeros_like(kl, dtype=torch.int64), torch.zeros_like(kl[0])
+    mean = torch.zeros(batch, log_ps.shape[1], dtype=log_ps.dtype, device=log_ps.device)
+
+    # a few places at a time, at every depth: no more than their logits are held
+    for at in seen.chunks():
+        log_p = log_ps[at]
+        p = log_p.exp()
+        negentropy[at] = torch.linalg.vecdot(p, log_p).double()
+        for sequence in range(at.start // length, (at.stop - 1) // length + 1):
+            inside = slice(max(sequence * length - at.start, 0), (sequence + 1) * length - 1 - at.start)
+            mean[sequence] += p[inside].sum(0)
+        for depth in range(last + 1):  # at the last the lens is the model
+            log_q = log_p if depth == last else log_softmax(_unembedded(seen.anatomy, stream[depth].flatten(0, 1)[at]))
+            kl[depth, at] = negentropy[at] - torch.linalg.vecdot(p, log_q).double()
+            loss[depth, at] = -log_q.gather(-1, target[at, None])[:, 0].double()
+            best[depth, at] = log_q.argmax(-1)
+
+    # from places to sequences
+    places = (-1, batch, length)
+    kl, loss, best = (values.reshape(places)[..., :-1] for values in (kl, loss, best))
+    same = (best == best[-1]).double()
+    late = 1 + torch.arange(last, device=same.device)[:, None, None]
     settled = (late * (1 - same[:-1])).amax(0)  # one more than the last depth that disagrees
-    sums = {"kl": kl, "loss": loss, "agreement": same, "prediction_depth": settled}
-    return {name: values.sum(-1).numpy().T for name, values in sums.items()}
+    sums = {name: values.sum(-1).T for name, values in (("kl", kl), ("loss", loss), ("agreement", same))}
+    sums |= {"prediction_depth": settled.sum(-1), "negentropy": negentropy.reshape(places)[0, :, :-1].sum(-1)}
+    return sums | {"mean": mean, "best": best[-1]}
 
 
-def _direct(anatomy: Anatomy, last: Tensor, z: Tensor, target: Tensor, tokens: Tensor) -> np.ndarray:
-    """Direct effects summed over positions, (batch, layer, head, 2): on the right token, and on a random one."""
+def _unembedded(anatomy: Anatomy, state: Tensor) -> Tensor:
+    return anatomy.capped(anatomy.unembedding(anatomy.final_norm(state)))
+
+
+def _refuse_other(seen: Seen, state: Tensor, log_p: Tensor) -> None:
+    """InstrumentError where the lens of the last layer's output (place, d) is not the model, (place, vocab)."""
+    off = float((log_softmax(_unembedded(seen.anatomy, state)) - log_p).abs().max())
+    if off > 0.02 * (1 + float(log_p.abs().max())):
+        raise InstrumentError(
+            f"{seen.anatomy.who}: final norm and unembedding of the last layer's output are not the logits of "
+            f"{type(seen.model).__name__} (off by {off:.3g}): declare its `norm`, `unembed` and `cap` in its layout"
+        )
+
+
+def _direct(seen: Seen, last: Tensor, tokens: Tensor) -> Tensor:
+    """Direct effects summed over positions, (batch, layer, head, 2): on the right token, and on a random one. `last` is
+    the last layer's output (batch, pos, d) where there is a next token."""
+    anatomy, norm = seen.anatomy, seen.anatomy.final_norm
     unembed, mean = anatomy.W_U.T, anatomy.W_U.mean(1)  # (vocab, d), (d,)
     often = torch.bincount(tokens[:, 1:].flatten(), minlength=len(unembed)).to(unembed)
-    right, random = unembed[target] - mean, often / often.sum() @ unembed - mean
-    norm, effects = anatomy.final_norm, []
-    scale = norm.scale(last)[:, :, None]
-    for layer, heads in enumerate(z):
-        written = torch.einsum("bphe,hed->bphd", heads, anatomy.W_O(layer))
-        end = anatomy.end_norm(layer, "attention")
-        whole = end.scale(written.sum(2) + anatomy.bias(layer, "out"))[:, :, None]
-        normed = norm.linear(end.linear(written, whole), scale)
-        both = torch.einsum("bphd,bpd->bh", normed, right), torch.einsum("bphd,d->bh", normed, random)
+    target = seen.inputs[:, 1:].to(unembed.device)
+    # what a head writes is linear in the logits once the scales of the norms are frozen: directions are pulled back
+    right, random = norm.pulled(unembed[target] - mean), norm.pulled(often / often.sum() @ unembed - mean)
+    scale, effects = norm.scale(last), []
+    for layer in range(anatomy.layers):
+        z, w_o, end = seen.sites["z", layer][:, :-1], anatomy.W_O(layer), anatomy.end_norm(layer, "attention")
+        whole = scale
+        if end.normalises:
+            whole = scale * end.scale(torch.einsum("bphe,hed->bpd", z, w_o) + anatomy.bias(layer, "out"))
+        z = z / whole[..., None]
+        back = torch.einsum("bpd,hed->bphe", end.pulled(right), w_o)
+        both = (z * back).sum((1, 3)), torch.einsum("bphe,he->bh", z, w_o @ end.pulled(random))
         effects.append(torch.stack(both, -1))
-    return torch.stack(effects, 1).double().cpu().numpy()
+    return torch.stack(effects, 1).double()
 
 
-def _constant(final: Tensor, tokens: Tensor, batch_size: int) -> dict[str, np.ndarray]:
-    """Sums over positions, by sequence, of what fixed distributions get; `final` (batch, pos, vocab)."""
-    rows_of = list(minibatches(len(final), batch_size))
-    by_sequence, negentropy = [], []
-    for rows in rows_of:
-        log_p = _log_softmax(final[rows])
-        p = log_p.exp()
-        by_sequence.append(p.sum(1))
-        negentropy.append(torch.linalg.vecdot(p, log_p).sum(1).double())
-    total = torch.cat(by_sequence).double()  # (sequence, vocab)
+def _constant(total: Tensor, negentropy: Tensor, best: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Sums over positions, by sequence, of what fixed distributions get: from the sums of the model's probabilities
+    (sequence, vocab), its negative entropies (sequence,) and its preferred tokens (sequence, pos)."""
+    total = total.double()
     mean = total.sum(0) / total.sum()
-    best = torch.cat([final[rows].argmax(-1) for rows in rows_of])
     top = torch.bincount(best.flatten()).argmax()
     target = tokens[:, 1:]
     often = torch.bincount(target.flatten()).double() / target.numel()
-    negative = torch.cat(negentropy)
-    uniform = negative + target.shape[1] * float(np.log(final.shape[-1]))
-    constant = negative - torch.xlogy(total, mean).sum(-1)
     return {
-        "kl_uniform": uniform.cpu().numpy(),
-        "kl_constant": constant.cpu().numpy(),
-        "loss_constant": -often.log()[target].sum(1).numpy(),
-        "agreement_constant": (best == top).sum(1).double().cpu().numpy(),
+        "kl_uniform": negentropy + target.shape[1] * float(np.log(total.shape[1])),
+        "kl_constant": negentropy - torch.xlogy(total, mean).sum(-1),
+        "loss_constant": -often.log()[target].sum(1),
+        "agreement_constant": (best == top).sum(1).double(),
     }
-
-
-def _log_softmax(scores: Tensor) -> Tensor:
-    return F.log_softmax(scores if scores.dtype == torch.float64 else scores.float(), -1)
 
 
 LABELS = {

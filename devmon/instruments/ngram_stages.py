@@ -11,9 +11,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import logits, next_token
+from devmon.anatomy.passes import Read, Seen, need_causal, read
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.ngrams import Ngrams, codes, expected
 from devmon.data.probe import REPLICATES
 from devmon.data.rows import Rows
@@ -95,15 +95,17 @@ class NgramStages(ByContent):
             )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        model, orders = snapshot.model, list(self.orders)
+        orders = list(self.orders)
+        if self._grams:
+            need_causal(snapshot, self.tokens, type(self).__name__)
+        parts, *grams = read(snapshot, self)
 
         # per position: the model's own loss, and its cross-entropy with each n-gram model
-        parts = [self._score(model, rows) for rows in minibatches(len(self.tokens), self.batch_size)]
         own = _finite(np.concatenate([nats for nats, _ in parts]))  # (batch, pos)
         cross = _finite(np.concatenate([cross for _, cross in parts], axis=1)[orders])  # (order, batch, pos)
         nats, entropy = self._fit.nats[orders], self._fit.entropy[orders]
 
-        has_common = bool(self.common) and orders[-1] > 1
+        has_common = bool(self._grams)
         headline = ["kl", "loss_ratio", *(["common_ratio"] if has_common else [])]
         rows, unit = Rows(headline, first_position=self._start), "nats per token"
         self._put_means(rows, own, cross, nats, entropy)
@@ -111,7 +113,8 @@ class NgramStages(ByContent):
         rows.put("loss", (), float(loss), float(loss_se), "loss of the model", units=unit, error="standard error")
 
         if has_common:
-            ratios, errors, by_group = zip(*(self._common(model, order) for order in orders), strict=True)
+            last = dict(zip(self._grams, map(_in_order, grams), strict=True))
+            ratios, errors, by_group = zip(*(self._common(order, last.get(order)) for order in orders), strict=True)
             why, label = "there is no context for n = 1", "loss of held-out n-grams / loss of common n-grams"
             about: dict[str, Any] = {"units": "1", "smallest_change": 0.1, "nan": why, "error": "standard error"}
             about["replicates"] = np.stack(by_group, 1)
@@ -143,62 +146,93 @@ class NgramStages(ByContent):
         most = uniform / np.where(theirs > 0, theirs, np.nan)
         rows.put("loss_ratio_reference", "order", most, None, "loss_ratio of uniform predictions", units="1")
 
+    def reads(self) -> list[Read]:
+        """The text, and for each order the contexts of its n-grams, each once, alone in its sequence."""
+        text = Read(self, self.tokens, self._score, self.batch_size, predicts="all")
+        return [text, *(self._contexts(order) for order in self._grams)]
+
     def cost(self) -> Cost:
-        """The n-grams, held-out and common, are short: together they count as many sequences as have their tokens."""
-        orders = [order for order in self.orders if order > 1] if self.common else []
-        grams = 2 * self.common * sum(orders) // self.tokens.shape[1]
-        return Cost(forwards=len(self.tokens) + grams, positions=self.tokens.shape[1])
+        """The contexts of n-grams are short: together they count as many sequences as have their tokens."""
+        contexts = sum(self._distinct(order)[0].numel() for order in self._grams)
+        return Cost(forwards=len(self.tokens) + contexts // self.tokens.shape[1], positions=self.tokens.shape[1])
 
     @property
     def _start(self) -> int:
         """The first position that is predicted: all orders have their whole context there, and the model has some."""
         return max(self.orders[-1] - 1, 1)
 
-    def _score(self, model: torch.nn.Module, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    def _score(self, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
         """The model's loss (batch, pos) and Σ_x p_n(x) (-log p(x)) for n = 0 .. max(orders), (n, batch, pos)."""
-        scores = logits(model, self.tokens[rows], type(self).__name__)[:, self._start - 1 : -1]
-        vocab_size, wide = self.vocab_size or 0, scores.shape[-1]
-        if wide < vocab_size:
+        log_ps, vocab_size = seen.log_p.flatten(0, 1), self.vocab_size or 0
+        if log_ps.shape[1] < vocab_size:
             raise InstrumentError(
                 f"NgramStages needs logits of at least the {vocab_size} tokens of the corpus, "
-                f"{type(model).__name__} has {wide}: give tokens of this model's vocabulary"
+                f"{type(seen.model).__name__} has {log_ps.shape[1]}: give tokens of this model's vocabulary"
             )
-        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-        # in float64 from here on: sums over a vocabulary
-        nats = -scores.log_softmax(-1)[..., :vocab_size].flatten(0, 1).double()  # (place, vocab)
-        shape = self.tokens[rows, self._start :].shape
-        target = self.tokens[rows, self._start :].flatten().to(nats.device)
-        own, cross = nats.gather(1, target[:, None])[:, 0], [nats.mean(1)]
+        # the places that are predicted, of the minibatch and of all the held-out tokens
+        (batch, length), start = seen.inputs.shape, self._start
+        here = torch.arange(batch * length).reshape(batch, length)[:, start - 1 : -1].flatten()
+        of_all = torch.arange(self.tokens.shape[0] * (length - start)).reshape(-1, length - start)[seen.rows].flatten()
+        own, cross = seen.nats[:, start - 1 :].numpy(), []
+        for at in seen.chunks():
+            inside = (here >= at.start) & (here < at.stop)
+            nats = -log_ps[here[inside].to(log_ps.device), :vocab_size].double()  # in float64: sums over a vocabulary
+            cross.append(self._cross(nats, of_all[inside].numpy()).cpu())
+        return own, torch.cat(cross, 1).numpy().reshape(-1, batch, length - start)
+
+    def _cross(self, nats: Tensor, places: np.ndarray) -> Tensor:
+        """Σ_x p_n(x) nats(x) for n = 0 .. max(orders), (n, place), from nats (place, vocab)."""
+        cross = [nats.mean(1)]
         # the same recursion over n as that of p_n itself: what was seen, and smoothing times the order below
         for table in self._fit.tables:
-            row = table.row.reshape(len(self.tokens), -1)[rows].flatten()
+            row = table.row[places]
             seen = expected(nats, table, row)
             total = torch.as_tensor(table.total[row], dtype=torch.float64, device=nats.device)
             lower = self.smoothing * cross[-1] if self.smoothing else torch.zeros_like(seen)
             mixed = (seen + lower) / (total + self.smoothing)
             cross.append(torch.where(total + self.smoothing > 0, mixed, cross[-1]))
-        return own.cpu().numpy().reshape(shape), torch.stack(cross).cpu().numpy().reshape(-1, *shape)
+        return torch.stack(cross)
 
-    def _common(self, model: torch.nn.Module, order: int) -> tuple[float, float, np.ndarray]:
-        """Loss of the last token of held-out windows over that of the most frequent n-grams, its error, and groups."""
-        if order == 1:
+    def _common(self, order: int, nats: np.ndarray | None) -> tuple[float, float, np.ndarray]:
+        """Loss of the last token of held-out windows over that of the most frequent n-grams, its error, and groups;
+        `nats` (n-gram,) are the losses of both, the windows first."""
+        if nats is None:
             return float("nan"), float("nan"), np.full(REPLICATES, np.nan)
-        windows = self.tokens[:, : self.tokens.shape[1] // order * order].reshape(len(self.tokens), -1, order)
-        windows = windows.transpose(0, 1).flatten(0, 1)[: self.common]  # the first of each sequence, then the second
-        held_out, often = (self._last(model, grams) for grams in (windows, self._frequent[order]))
-        (top, top_se, top_groups), (base, base_se, base_groups) = (_mean(held_out), _mean(often))
+        windows = len(self._windows(order))
+        (top, top_se, top_groups), (base, base_se, base_groups) = _mean(nats[:windows]), _mean(nats[windows:])
         ratio = top / base if base > 0 else float("nan")
         se = ratio * float(np.hypot(top_se / top, base_se / base)) if top > 0 else float("nan")
         # to first order: what a group adds to the upper loss, less what one adds to the lower
         return ratio, se, ratio + ((top_groups - top) - ratio * (base_groups - base)) / (base or np.nan)
 
-    def _last(self, model: torch.nn.Module, grams: Tensor) -> np.ndarray:
-        return np.concatenate(
-            [
-                next_token(model, grams[rows], type(self).__name__)[0][:, -1].numpy()
-                for rows in minibatches(len(grams), self.batch_size * max(self.tokens.shape[1] // grams.shape[1], 1))
-            ]
-        )
+    @property
+    def _grams(self) -> list[int]:
+        """The orders of which n-grams are read alone."""
+        return [order for order in self.orders if order > 1] if self.common else []
+
+    def _windows(self, order: int) -> Tensor:
+        """Held-out windows (n-gram, order): the first of each sequence, then the second."""
+        windows = self.tokens[:, : self.tokens.shape[1] // order * order].reshape(len(self.tokens), -1, order)
+        return windows.transpose(0, 1).flatten(0, 1)[: self.common]
+
+    def _distinct(self, order: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The contexts (context, order - 1) of held-out and frequent n-grams, each once; for each n-gram the number of
+        its context, and its last token."""
+        grams = torch.cat([self._windows(order), self._frequent[order]])
+        contexts, which = grams[:, :-1].unique(dim=0, return_inverse=True)
+        return contexts, which, grams[:, -1]
+
+    def _contexts(self, order: int) -> Read:
+        contexts, which, last = self._distinct(order)
+
+        def nats(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+            """Which n-grams these contexts belong to, and the loss of their last tokens."""
+            here = (which >= seen.rows.start) & (which < seen.rows.stop)
+            log_p = seen.log_p[:, 0]
+            row, token = (index.to(log_p.device) for index in (which[here] - seen.rows.start, last[here]))
+            return here.nonzero()[:, 0].numpy(), -log_p[row, token].double().cpu().numpy()
+
+        return Read(self, contexts, nats, self.batch_size * max(self.tokens.shape[1] // order, 1), predicts="last")
 
     @cached_property
     def _frequent(self) -> dict[int, Tensor]:
@@ -216,6 +250,12 @@ class NgramStages(ByContent):
         assert self.vocab_size is not None
         corpus, tokens = self.corpus.numpy(), self.tokens.numpy()
         return Ngrams.fit(corpus, tokens, self._start, self.orders[-1], self.vocab_size, self.smoothing)
+
+
+def _in_order(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The values of pairs (index, value), by index."""
+    index, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return values[np.argsort(index)]
 
 
 def _finite(nats: np.ndarray) -> np.ndarray:

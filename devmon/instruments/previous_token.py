@@ -11,10 +11,11 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import layer_patterns, stack_heads
+from devmon.anatomy import stack_heads
+from devmon.anatomy.passes import Read, Seen, read
 from devmon.anatomy.sight import sees_ahead, uniform_attention
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens, random_tokens
+from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens, random_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot
@@ -50,12 +51,9 @@ class PreviousTokenHeads(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         tokens = self._probe
-        parts, layer, ahead = [], [0], False
-        for part in minibatches(len(tokens), self.batch_size):
-            patterns = layer_patterns(snapshot.model, tokens[part], type(self).__name__)
-            layer, ahead = list(patterns), ahead or sees_ahead(patterns)
-            parts.append([_sums(pattern) for pattern in patterns.values()])
-        layers = [torch.cat(sums).numpy() for sums in zip(*parts, strict=True)]
+        [parts] = read(snapshot, self)
+        layer, ahead = list(parts[0][0]), any(sees for _, sees in parts)
+        layers = [torch.cat([sums[number] for sums, _ in parts]).numpy() for number in layer]
         count = np.full(len(tokens), tokens.shape[1] - 2)
         pairs = [clustered_mean(sums, count) for sums in layers]
         mean, se = stack_heads([m for m, _ in pairs]), stack_heads([s for _, s in pairs])
@@ -66,6 +64,9 @@ class PreviousTokenHeads(ByContent):
         rows.put("previous_token", ("layer", "head"), mean, se, label, **about)
         rows.put("uniform", (), uniform, None, "previous-token score of uniform attention", units="attention")
         return rows.dataset(layer=np.array(layer), head=np.arange(mean.shape[1]))
+
+    def reads(self) -> list[Read]:
+        return [Read(self, self._probe, _sums, self.batch_size, patterns=True)]
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self._probe), positions=self._probe.shape[1])
@@ -79,6 +80,8 @@ class PreviousTokenHeads(ByContent):
         return probe_tokens(drawn, "PreviousTokenHeads", shortest=3)
 
 
-def _sums(pattern: Tensor) -> Tensor:
-    """Sum over i >= 2 of A[i, i - 1], (batch, head)."""
-    return pattern.cpu().double().diagonal(-1, -2, -1)[..., 1:].sum(-1)
+def _sums(seen: Seen) -> tuple[dict[int, Tensor], bool]:
+    """Sums over i >= 2 of A[i, i - 1], (batch, head) by layer, and whether any place sees a later one."""
+    patterns = seen.patterns
+    sums = {layer: a.diagonal(-1, -2, -1)[..., 1:].double().sum(-1).cpu() for layer, a in patterns.items()}
+    return sums, sees_ahead(patterns)

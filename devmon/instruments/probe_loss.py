@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import predictions
+from devmon.anatomy.passes import Read, Seen, need_causal, read
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
@@ -54,8 +54,9 @@ class ProbeLoss(ByContent):
             object.__setattr__(self, name, (int(window[0]), int(window[1])))
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        # (batch, pos - 1): column i predicts position i + 1
-        nats = predictions(snapshot, self.tokens, type(self).__name__, self.batch_size)[0].numpy()
+        need_causal(snapshot, self.tokens, type(self).__name__)
+        [parts] = read(snapshot, self)
+        nats = np.concatenate(parts)  # (batch, pos - 1): column i predicts position i + 1
         assert self.early is not None
         assert self.late is not None
         late, early = (nats[:, start - 1 : stop - 1].mean(1) for start, stop in (self.late, self.early))
@@ -72,8 +73,15 @@ class ProbeLoss(ByContent):
         rows.put("icl_score", (), float(score), float(score_se), label, units=unit, replicates=by_group)
         return rows.dataset(pos=np.arange(1, nats.shape[1] + 1))
 
+    def reads(self) -> list[Read]:
+        return [Read(self, self.tokens, _nats, self.batch_size, predicts="all")]
+
     def cost(self) -> Cost:
         return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
+
+
+def _nats(seen: Seen) -> np.ndarray:
+    return seen.nats.numpy()
 
 
 def _window(share: float, length: int) -> tuple[int, int]:

@@ -8,15 +8,16 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import predictions
+from devmon.anatomy.passes import Read, Seen, need_causal, read
 from devmon.cost import Cost
-from devmon.data import best_fixed_offset, clustered_groups, clustered_mean, repeats
+from devmon.data import best_fixed_offset, clustered_groups, clustered_mean
+from devmon.data.repeats import OnRepeats
 from devmon.data.rows import Rows
 from devmon.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
-class RepeatGain:
+class RepeatGain(OnRepeats):
     """The drop of loss from the first copy of random tokens to the second, at a random period per sequence.
 
     The same tokens are compared in both copies: where a query q of the second copy (`devmon.data.repeats`) has its next
@@ -39,18 +40,13 @@ class RepeatGain:
     Raises InstrumentError for a model without logits at every position, DataError for a probe that cannot be drawn.
     """
 
-    vocab_size: int
-    sequences: int = 64
-    length: int = 64
-    seed: int = 0
-    bos: int | None = None
-    exclude: tuple[int, ...] = ()
     batch_size: int = 32
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        probe = repeats(self.vocab_size, self.sequences, self.length, self.seed, self.bos, self.exclude)
-        # (batch, pos - 1): column q predicts token q + 1
-        nats, hits = predictions(snapshot, probe.tokens, type(self).__name__, self.batch_size)
+        probe = self._repeats
+        need_causal(snapshot, probe.tokens, type(self).__name__)
+        [parts] = read(snapshot, self)
+        nats, hits = (torch.cat(column) for column in zip(*parts, strict=True))  # column q predicts token q + 1
         counted = probe.query[:, :-1] & (probe.copy[:, 1:] == 1)
         # the loss of the same token one period before
         first = nats.gather(1, (torch.arange(self.length - 1) - probe.period[:, None]).clamp(min=0))
@@ -70,8 +66,16 @@ class RepeatGain:
         rows.put("accuracy_reference", (), blind, None, "accuracy of the best fixed offset or token", units="share")
         return rows.dataset()
 
+    def reads(self) -> list[Read]:
+        return [Read(self, self._repeats.tokens, _predictions, self.batch_size, predicts="all")]
+
     def cost(self) -> Cost:
         return Cost(forwards=self.sequences, positions=self.length)
+
+
+def _predictions(seen: Seen) -> tuple[Tensor, Tensor]:
+    """Loss and hits of the next token, (batch, pos - 1) each."""
+    return seen.nats, seen.best[:, :-1].cpu() == seen.inputs[:, 1:]
 
 
 def _content_blind(tokens: Tensor, counted: Tensor) -> float:

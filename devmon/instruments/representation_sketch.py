@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from torch import Tensor, nn
+from torch import Tensor
 
-from devmon.anatomy import logits, stream
+from devmon.anatomy.passes import TOGETHER, Read, Seen, read
 from devmon.cost import Cost
-from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, places_of, probe_inputs
+from devmon.data import ByContent, clustered_groups, clustered_mean, places_of, probe_inputs
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
@@ -47,7 +48,7 @@ class Sketch(ByContent):
     a CKA near 0 of spectra that are flat; the accident is the same at all steps. One half against itself would be up to
     .06 too low. A row takes 4 · layers · items · dims bytes: 1.7 MB for 13 layers, 256 items, 128 dims.
 
-    Cost: one forward pass of `tokens`, two with `outputs`. Raises InstrumentError for a model whose blocks or logits
+    Cost: one forward pass of `tokens`; with `outputs` the logits of all items are held meanwhile. Raises InstrumentError for a model whose blocks or logits
     are not found, DataError for positions that are not there.
     """
 
@@ -84,9 +85,10 @@ class Sketch(ByContent):
         coords["sequence"] = ("item", np.repeat(np.arange(count), len(places)))
         coords["pos"] = ("item", np.tile(places, count))
         halves, label = {}, "mean squared distance from the mean, per dimension"
+        read_parts = iter(read(snapshot, self))
         if self.layers:
-            layers = self._stream(snapshot)
-            wide = max(states.shape[1] for states in layers)
+            layers = list(zip(*next(read_parts), strict=True))  # of each minibatch the states, (item, d)
+            wide = max(states[0].shape[1] for states in layers)
             sketches, spreads = zip(*(self._keep(states, "stream", wide) for states in layers), strict=True)
             dims, sketch = ("layer", "item", "feature"), np.stack(sketches)
             rows.put("sketch", dims, sketch, None, "residual stream in random directions", units="activation")
@@ -96,54 +98,67 @@ class Sketch(ByContent):
             coords |= {"layer": np.arange(len(sketch)), "feature": np.arange(sketch.shape[2])}
             halves["sketch"] = self._halves(wide)
         if self.outputs:
-            scores = self._logits(snapshot.model)
-            sketch, (spread, error, groups) = self._keep(scores, "outputs", scores.shape[1])
+            scores = next(read_parts)
+            vocab = scores[0].shape[1]
+            sketch, (spread, error, groups) = self._keep(scores, "outputs", vocab)
             text = "logits less their mean, in random directions"
             rows.put("outputs", ("item", "output"), sketch, None, text, units="nats")
             rows.put("output_spread", (), spread, error, label, units="squared nats", replicates=groups)
             coords["output"] = np.arange(sketch.shape[1])
-            halves["outputs"] = self._halves(scores.shape[1])
+            halves["outputs"] = self._halves(vocab)
         dataset = rows.dataset(**coords)
         for name, number in halves.items():
             dataset[name].attrs["halves"] = number
         return dataset
 
+    def reads(self) -> list[Read]:
+        batch = min(self.batch_size, TOGETHER)
+        states = Read(self, self.tokens, self._states, batch, stream=True, blocks=self.blocks)
+        outputs = Read(self, self.tokens, self._predictions, batch, predicts="all")
+        return [states] * self.layers + [outputs] * self.outputs
+
     def cost(self) -> Cost:
-        return Cost(forwards=(self.layers + self.outputs) * len(self.tokens), positions=places_of(self.tokens))
+        return Cost(forwards=len(self.tokens), positions=places_of(self.tokens))
 
-    def _stream(self, snapshot: Snapshot) -> list[Tensor]:
+    def _states(self, seen: Seen) -> list[Tensor]:
         """The states of the items at each layer, (item, d)."""
-        places = list(self.positions or ())
-        states = stream(snapshot, self.tokens, self.blocks, type(self).__name__, self.batch_size)
-        return [state[:, places].flatten(0, 1).double() for state in states]
+        return [self._items(state) for state in seen.stream]
 
-    def _logits(self, model: nn.Module) -> Tensor:
-        places = list(self.positions or ())
-        parts = [
-            logits(model, self.tokens[rows], type(self).__name__)[:, places].flatten(0, 1).double()
-            for rows in minibatches(len(self.tokens), self.batch_size)
-        ]
-        scores = torch.cat(parts)
-        return scores - scores.mean(1, keepdim=True)
+    def _predictions(self, seen: Seen) -> Tensor:
+        """The log-probabilities of the items less their mean, which are the logits less theirs, (item, output)."""
+        scores = self._items(seen.log_p)
+        return (scores - scores.mean(1, keepdim=True, dtype=torch.float64)).to(scores)
+
+    def _items(self, values: Tensor) -> Tensor:
+        return values[:, list(self.positions or ())].flatten(0, 1)
 
     def _halves(self, width: int) -> int:
         """Independent halves of the directions; 1 where the whole state is kept."""
         return 2 if self.dims < width else 1
 
-    def _keep(self, states: Tensor, what: str, wide: int) -> tuple[np.ndarray, tuple[float, float, np.ndarray]]:
-        """The sketch (item, feature) of the states (item, d), and their spread, its standard error, and by group. Where
-        layers differ in width, up to `wide`, the sketches of narrower ones end in zeros, which no product sees."""
-        width = states.shape[1]
-        away = (states - states.mean(0)).square().mean(1).reshape(len(self.tokens), -1).cpu().numpy()
-        total, count = away.sum(1), np.full(len(away), away.shape[1])
+    def _keep(
+        self, parts: Sequence[Tensor], what: str, wide: int
+    ) -> tuple[np.ndarray, tuple[float, float, np.ndarray]]:
+        """The sketch (item, feature) of states, by minibatch (item, d), and their spread, its standard error, and by
+        group. Where layers differ in width, up to `wide`, the sketches of narrower ones end in zeros, which no product
+        sees. In float64 a minibatch at a time: logits are many."""
+        width, items = parts[0].shape[1], sum(map(len, parts))
+        centre = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0) / items
+        away = torch.cat([(part.double() - centre).square().mean(1) for part in parts])
+        total = away.reshape(len(self.tokens), -1).sum(1).cpu().numpy()
+        count = np.full(len(total), items // len(total))
         mean, se = clustered_mean(total, count)
-        if self.dims < wide:
+        if self.dims >= wide:
+            sketch = F.pad(torch.cat(list(parts)).float(), (0, wide - width))
+        else:
             half = min(self.dims // 2, width)
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "Sketch", what))
             drawn = torch.randn(2, width, half, generator=generator, dtype=torch.float64)
-            directions = torch.linalg.qr(drawn)[0] * (width / half) ** 0.5
-            halves = [F.pad(states @ each.to(states.device), (0, self.dims // 2 - half)) for each in directions]
-            states = torch.cat(halves, 1)
-        else:
-            states = F.pad(states, (0, wide - width))
-        return states.float().cpu().numpy(), (float(mean), float(se), clustered_groups(total, count))
+            directions = [(torch.linalg.qr(each)[0] * (width / half) ** 0.5).to(parts[0].device) for each in drawn]
+            sketch = torch.cat(
+                [
+                    torch.cat([F.pad(part.double() @ d, (0, self.dims // 2 - half)) for d in directions], 1).float()
+                    for part in parts
+                ]
+            )
+        return sketch.cpu().numpy(), (float(mean), float(se), clustered_groups(total, count))

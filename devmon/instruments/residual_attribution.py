@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import Anatomy, Layout, Reads, activations
+from devmon.anatomy import Anatomy, Layout, Reads
+from devmon.anatomy.contributions import Contributions
+from devmon.anatomy.passes import Read, Seen, read
+from devmon.anatomy.sites import Site
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens, repeats
 from devmon.data.rows import Rows
@@ -137,34 +140,53 @@ class ResidualAttribution(ByContent):
         """Without the ablations, whose number is that of the model's heads and MLPs, times `ablation_prompts`."""
         return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
 
+    def reads(self) -> list[Read]:
+        sites: list[Site] = [("resid_pre", 0), "z", ("resid_post", -1)]
+        asked: dict[str, Any] = {"sites": sites, "optional": ["mlp_out"], "layout": self.layout, "predicts": "all"}
+        return [Read(self, self.tokens, self._here, self.batch_size, **asked)]
+
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
         _refuse(anatomy, max(int(self.answers.max()), int(self.foils.max())))
-        logits, reads = self._read(snapshot, anatomy)
+        [parts] = read(snapshot, self)
 
         # all at the one position of each prompt where the answer is predicted, in float64
-        prompt = torch.arange(len(self.tokens))
-        here = logits[prompt, self._predicted].cpu().double()
-        difference = (here[prompt, self.answers] - here[prompt, self.foils]).numpy()
-        parts = _Parts(anatomy, Reads({site: held[prompt, self._predicted].double() for site, held in reads.items()}))
-        split = parts.attribution(self.answers, self.foils)
-        null = parts.attribution(self.answers.roll(1), self.foils)
+        difference, off = (torch.cat(column).numpy() for column in zip(*(part[:2] for part in parts), strict=True))
+        here = Reads({site: torch.cat([part.sites[site] for part in parts]).double() for site in parts[0].sites})
+        written = Contributions(anatomy, here)
+        split = written.attribution(self.answers, self.foils)
+        null = written.attribution(self.answers.roll(1), self.foils)
 
         # a layout that misses a part that writes to the stream shows here, and nowhere else
-        gap = np.abs(split.sum(1) - difference)
-        eps = torch.finfo(reads["resid_pre", 0].dtype).eps
+        gap = np.maximum(np.abs(split.sum(1) - difference), off)
+        eps = torch.finfo(parts[0].sites["resid_pre", 0].dtype).eps
         self._check_closure(type(snapshot.model).__name__, gap, split, difference, eps)
 
-        effect = self._effects(anatomy, reads, difference) if self.ablation_prompts else None
-        return _dataset(parts.names, split, null, difference, float(gap.max()), effect)
+        effect = self._effects(anatomy, parts, difference) if self.ablation_prompts else None
+        return _dataset(written.names, split, null, difference, float(gap.max()), effect)
 
-    def _read(self, snapshot: Snapshot, anatomy: Anatomy) -> tuple[Tensor, Reads]:
-        """The logits (prompt, pos, vocab) before any cap, which is no linear map, and what the parts are made of."""
+    def _here(self, seen: Seen) -> _Part:
+        """Of a minibatch, where its answers are predicted: the differences of logits, and the sites."""
+        anatomy, prompt, place = seen.anatomy, torch.arange(len(seen.inputs)), self._predicted[seen.rows]
+        answers, foils = self.answers[seen.rows], self.foils[seen.rows]
+        sites = Reads({site: value[prompt, place] for site, value in seen.sites.items()})
+
+        def difference(scores: Tensor) -> Tensor:
+            return scores[prompt, answers].cpu().double() - scores[prompt, foils].cpu().double()
+
+        # a cap is no linear map: the logits before it are worked out, and those after it held against the model's
         capped = not torch.equal(anatomy.capped(torch.ones(1)), torch.ones(1))
-        sites: list[str | tuple[str, int]] = [("resid_pre", 0), "z", ("resid_post", anatomy.layers - 1)]
-        sites += [*(["mlp_out"] if anatomy.has_mlp else []), *(["unembedded"] if capped else [])]
-        logits, reads = activations(snapshot, self.tokens, sites, anatomy.who, self.layout, self.batch_size)
-        return (reads["unembedded", 0] if capped else logits), reads
+        model = difference(seen.log_p[prompt, place])
+        if capped:
+            before = anatomy.unembedding(anatomy.final_norm(sites["resid_post", anatomy.layers - 1]))
+        # of the prompts that are ablated, all positions: their means are put in place of the parts
+        ablated = slice(0, max(min(self.ablation_prompts, len(self.tokens)) - seen.rows.start, 0))
+        return _Part(
+            difference(before) if capped else model,
+            (difference(anatomy.capped(before)) - model).abs() if capped else torch.zeros_like(model),
+            sites,
+            Reads({site: value[ablated] for site, value in seen.sites.items() if site[0] in ("z", "mlp_out")}),
+        )
 
     def _check_closure(self, name: str, gap: np.ndarray, split: np.ndarray, difference: np.ndarray, eps: float) -> None:
         """InstrumentError where the parts do not sum up to the difference, within rounding."""
@@ -182,9 +204,10 @@ class ResidualAttribution(ByContent):
         length = self.tokens.shape[1]
         return torch.full((len(self.tokens),), length - 1) if self.positions is None else self.positions % length
 
-    def _effects(self, anatomy: Anatomy, reads: Reads, difference: np.ndarray) -> np.ndarray:
+    def _effects(self, anatomy: Anatomy, parts: list[_Part], difference: np.ndarray) -> np.ndarray:
         """(prompt, component) of the ablated prompts: the drop of the difference, NaN where nothing is ablated."""
         count = min(self.ablation_prompts, len(self.tokens))
+        reads = {site: torch.cat([part.ablated[site] for part in parts]) for site in parts[0].ablated}
         nothing = np.full(count, np.nan)
 
         def effect(write: Write) -> np.ndarray:
@@ -193,11 +216,11 @@ class ResidualAttribution(ByContent):
         # in the order of the components: embedding, then layer by layer heads, bias and MLP, then the last bias
         columns = [nothing]
         for layer in range(anatomy.layers):
-            mean = reads["z", layer][:count].mean(0, dtype=torch.float64)  # (pos, head, d_head)
+            mean = reads["z", layer].mean(0, dtype=torch.float64)  # (pos, head, d_head)
             columns += [effect({("z", layer): partial(_put, head, mean[:, head])}) for head in range(anatomy.heads)]
             columns.append(nothing)
             if anatomy.has_mlp:
-                mean = reads["mlp_out", layer][:count].mean(0, dtype=torch.float64)  # (pos, d)
+                mean = reads["mlp_out", layer].mean(0, dtype=torch.float64)  # (pos, d)
                 columns.append(effect({("mlp_out", layer): partial(_constant, mean)}))
         return np.stack([*columns, nothing], 1)
 
@@ -212,43 +235,14 @@ class ResidualAttribution(ByContent):
         return torch.cat(differences)[:, 0].numpy()
 
 
-class _Parts:
-    """What each part adds to the final stream at the measured places, `parts` (prompt, component, d) in float64."""
+class _Part(NamedTuple):
+    """Of one minibatch, at the position of each prompt where the answer is predicted: the difference of logits before
+    any cap, how far its logits are off the model's, the sites; and of the prompts that are ablated, all positions."""
 
-    def __init__(self, anatomy: Anatomy, reads: Reads) -> None:
-        self.anatomy = anatomy
-        self.names = ["embedding"]
-        parts = [reads["resid_pre", 0][:, None]]
-        with torch.no_grad():
-            for layer in range(anatomy.layers):
-                # attention, split by heads: what stands after it is linear once its scale is frozen
-                heads = torch.einsum("nhe,hed->nhd", reads["z", layer], anatomy.W_O(layer).double())
-                bias = anatomy.bias(layer, "out").double().expand(len(heads), -1)
-                end = anatomy.end_norm(layer, "attention")
-                scale = end.scale((heads.sum(1) + bias).to(anatomy.W_O(layer).dtype)).double()  # (prompt, 1)
-                parts.append(end.linear(heads, scale[:, None]))
-                parts.append((end.linear(bias, scale) + end.bias)[:, None])
-                self.names += [f"head {layer}.{head}" for head in range(anatomy.heads)] + [f"attention bias {layer}"]
-                if anatomy.has_mlp:
-                    parts.append(reads["mlp_out", layer][:, None])
-                    self.names.append(f"mlp {layer}")
-            # the final norm, its scale frozen at that of the whole stream
-            stream = reads["resid_post", anatomy.layers - 1]
-            scale = anatomy.final_norm.scale(stream.to(anatomy.W_O(0).dtype)).double()
-            self.parts = anatomy.final_norm.linear(torch.cat(parts, 1), scale[:, None])
-        self.names.append("bias")
-
-    def attribution(self, answers: Tensor, foils: Tensor) -> np.ndarray:
-        """(prompt, component), the last one the biases after the stream."""
-        with torch.no_grad():
-            unembed = self.anatomy.W_U
-            answers, foils = answers.to(unembed.device), foils.to(unembed.device)
-            toward = (unembed[:, answers].double() - unembed[:, foils].double()).T  # (prompt, d)
-            bias = getattr(self.anatomy.unembedding, "bias", None)
-            rest = toward @ self.anatomy.final_norm.bias.double()
-            rest = rest if bias is None else rest + bias[answers] - bias[foils]
-            split = torch.einsum("ncd,nd->nc", self.parts, toward)
-            return torch.cat([split, rest[:, None]], 1).cpu().numpy()
+    difference: Tensor
+    off: Tensor
+    sites: Reads
+    ablated: Reads
 
 
 def _refuse(anatomy: Anatomy, largest: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import xarray as xr
 
+from devmon.anatomy.passes.plan import Plan
 from devmon.errors import DevmonError, IdentityError, InstrumentError
 from devmon.monitoring.choices import chosen, confirm
 from devmon.monitoring.fingerprint import identity
@@ -70,9 +71,11 @@ def observe(
     ranks.agree(refuse_absent, model)
     weights, seeds = ranks.first(book.missing, step, model, due)
     trial_seeds = ranks.first(book.seeds, trials)
-    # Watch by watch, each committed before the next is begun. `memo` holds what instruments of one step share.
+    # Watch by watch, each committed before the next is begun. `memo` holds what instruments of one step share: passes
+    # that one of them needs are read by all.
     appended, misfits = [], dict[str, DevmonError]()
-    memo: dict[Any, Any] = {}
+    measured = [watch.instrument for watch in (*(w for w in due if w.name in seeds), *trials)]
+    memo: dict[Any, Any] = {"plan": Plan(measured)}
     for watch in due:
         if watch.name not in seeds:
             continue

@@ -67,7 +67,7 @@ def test_the_parts_are_those_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(output, whole)
     for key, value in sites.items():
         torch.testing.assert_close(reads[key], value)
-    monkeypatch.setattr("devmon.anatomy.shared.MOST_KEPT", 0)
+    monkeypatch.setattr("devmon.anatomy.passes.kept.MOST_KEPT", 0)
     other = Snapshot(0, model())
     activations(other, TOKENS, ["z"], "test")
     assert not any(other.memo.values())

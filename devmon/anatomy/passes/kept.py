@@ -6,17 +6,17 @@ the model is changed, and what they return is not written into. Up to 4 GiB are 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.forward import next_token
 from devmon.anatomy.layout import Layout
+from devmon.anatomy.passes.run import full_precision
 from devmon.anatomy.residual import find_blocks, residual_stream
 from devmon.anatomy.sites import Reads, Site
 from devmon.data.probe import minibatches
@@ -63,7 +63,7 @@ def stream(
     def make(missing: list[Any]) -> list[Tensor]:
         # Layers are moved to the CPU one minibatch at a time: the stream of all inputs may not fit the device.
         path = blocks or find_blocks(snapshot.model, inputs[:1], who)
-        model = _full_precision(snapshot)
+        model = full_precision(snapshot)
         parts = [residual_stream(model, part, path, who) for part in _parts(inputs, batch_size)]
         if inputs.is_floating_point():
             parts = [[state.mean(1, keepdim=True) for state in part] for part in parts]
@@ -75,16 +75,6 @@ def stream(
     depth = ("depth of the stream", blocks)
     wanted: list[Any] = list(range(snapshot.memo[depth])) if depth in snapshot.memo else ["all"]
     return tuple(_shared(snapshot, ("stream", blocks), inputs, wanted, make))
-
-
-def _full_precision(snapshot: Snapshot) -> nn.Module:
-    """The snapshot's model, or a float32 copy of it, kept for the step, where it has weights in half precision."""
-    if not any(p.dtype in (torch.float16, torch.bfloat16) for p in snapshot.model.parameters()):
-        return snapshot.model
-    key = ("model", "float32")
-    if key not in snapshot.memo:
-        snapshot.memo[key] = copy.deepcopy(snapshot.model).float()
-    return snapshot.memo[key]
 
 
 def predictions(snapshot: Snapshot, tokens: Tensor, who: str, batch_size: int = 32) -> tuple[Tensor, Tensor]:

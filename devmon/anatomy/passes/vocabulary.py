@@ -1,0 +1,42 @@
+"""Log-probabilities over a large vocabulary, a few places at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Bytes of the logits of the places that are worked on together: they stay in a processor's cache, and the C allocator
+# hands buffers below 32 MiB out again without new pages. Memory and time, not numbers.
+CHUNK = 2**24
+
+
+def chunks(places: int, vocab: int, element: int = 4) -> Iterator[slice]:
+    """Slices that cover `places`, each with about `CHUNK` bytes of logits over `vocab` tokens."""
+    size = max(1, CHUNK // max(vocab * element, 1))
+    for start in range(0, places, size):
+        yield slice(start, min(start + size, places))
+
+
+def log_softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in float32, or in float64 where the scores are."""
+    return F.log_softmax(scores if scores.dtype == torch.float64 else scores.float(), -1)
+
+
+def log_softmax_(model: nn.Module, scores: Tensor) -> Tensor:
+    """`log_softmax` of the logits (batch, pos, vocab) that a model returned, in their own memory where it is theirs."""
+    # A model may return a tensor that it keeps: a part of a larger one, or of a parameter.
+    storage = scores.untyped_storage()
+    kept = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    alone = storage.nbytes() == scores.nbytes and storage.data_ptr() not in kept and scores.is_contiguous()
+    in_place = alone and not scores.requires_grad and scores.dtype in (torch.float32, torch.float64)
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    result = scores if in_place else torch.empty(scores.shape, dtype=dtype, device=scores.device)
+
+    # a chunk at a time: log_softmax takes as much memory again as what it is given
+    flat, given = result.view(-1, result.shape[-1]), scores.reshape(-1, scores.shape[-1])
+    for at in chunks(len(flat), flat.shape[1], flat.element_size()):
+        flat[at] = log_softmax(given[at])
+    return result

@@ -48,8 +48,8 @@ class Sketch(ByContent):
     a CKA near 0 of spectra that are flat; the accident is the same at all steps. One half against itself would be up to
     .06 too low. A row takes 4 · layers · items · dims bytes: 1.7 MB for 13 layers, 256 items, 128 dims.
 
-    Cost: one forward pass of `tokens`; with `outputs` the logits of all items are held meanwhile. Raises InstrumentError for a model whose blocks or logits
-    are not found, DataError for positions that are not there.
+    Cost: one forward pass of `tokens`; with `outputs` the logits of the items are held. Raises InstrumentError
+    for a model whose blocks or logits are not found, DataError for positions that are not there.
     """
 
     tokens: Tensor

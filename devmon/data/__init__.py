@@ -1,5 +1,6 @@
 """Probe data with known answers, and what instruments share to hold and average it."""
 
+from devmon.data.jackknife import jackknife
 from devmon.data.matches import nearest_tokens
 from devmon.data.probe import (
     ByContent,
@@ -24,6 +25,7 @@ __all__ = [
     "broken_repeats",
     "clustered_groups",
     "clustered_mean",
+    "jackknife",
     "minibatches",
     "nearest_tokens",
     "places_of",

@@ -24,6 +24,9 @@ from devmon.errors import DataError
 from devmon.snapshot import Snapshot, derive_seed
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the edges, as in MIB
+# The error of `area` from the ranking is a jackknife that leaves out each of RANKINGS groups of the ranking prompts, at
+# the shares that carry at least WEIGHT of the area. More groups know it better, and cost circuits for each such share.
+RANKINGS, WEIGHT = 4, 0.05
 FAITHFUL = 0.8  # faithfulness from which on a circuit counts as the model's: `size` falls as it is lowered
 
 
@@ -52,7 +55,8 @@ class Circuit(ByContent):
     - `faithfulness_random_se` (share), 1: its standard error over prompts.
     - `area`, 1: the trapezoid area under F from 0 to 1 over the share of edges, F(0) = 0 (MIB's CPR). Null:
       `area_random`.
-    - `area_se`, 1: its standard error over prompts.
+    - `area_se`, 1: its standard error over prompts, those that rank the edges included (a jackknife over 4 groups of
+      them, at the shares that carry the area; errors of `faithfulness` are for the ranking given).
     - `area_random`, 1: the same for the random circuits.
     - `area_random_se`, 1: its standard error over prompts.
     - `distance`, 1: the area under abs(1 - F) (MIB's CMD), 0 is perfect.
@@ -68,7 +72,7 @@ class Circuit(ByContent):
 
     An edge that matters only together with others gets no attribution where the gradient is flat (saturated attention);
     `steps` help as far as the way there is not flat. Cost: `steps` passes forward and back for half of the pairs, and
-    len(shares) · (1 + `random`) forward for the other, each somewhat dearer than a plain one.
+    len(shares) · (1 + `random`) + 12 forward for the other, each somewhat dearer than a plain one.
     Raises InstrumentError for models whose residual stream is not a sum of known parts, DataError for settings.
     """
 
@@ -96,7 +100,7 @@ class Circuit(ByContent):
     def cost(self) -> Cost:
         count, length = self.pairs.clean.shape
         half = count // 2
-        circuits = (len(self.shares) - 1) * (1 + self.random)
+        circuits = (len(self.shares) - 1) * (1 + self.random) + len(self._heavy) * RANKINGS
         return Cost(
             forwards=half * (2 + self.steps) + (count - half) * (2 + circuits),
             backwards=half * self.steps,
@@ -106,12 +110,22 @@ class Circuit(ByContent):
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         edges = Edges(snapshot.model, self.layout, type(self).__name__)
         half = len(self.pairs.clean) // 2
-        score = self._scores(edges, half)
+        by_group = self._scores(edges, half)
+        score = by_group.sum(0)
         real = edges.exists.flatten().nonzero()[:, 0]
-        rank = score.flatten()[real]
-        order = real[torch.argsort(rank if self.signed else rank.abs(), descending=True, stable=True)]
-        clean, corrupt, inside = self._measure(edges, half, self._circuits(order, real))
-        result = self._faithfulness(clean, corrupt, inside)
+        order = self._order(score, real)
+
+        # circuits of this ranking and of random ones, and of rankings without a group of prompts, for their error
+        orders = [order, *self._shuffled(real)]
+        others = [self._order(score - group, real) for group in by_group]
+        sets = [self._first(each, self._shares) for each in orders] + [
+            self._first(each, self._heavy) for each in others
+        ]
+        clean, corrupt, inside = self._measure(edges, half, sets)
+        whole, count = clean - corrupt, len(orders)
+        own = np.array(inside[:count])
+        moved = self._moved(np.array(inside[count:]), own[0], whole)
+        result = self._faithfulness(clean, corrupt, own, moved)
         result.attrs |= {"edges": len(real), "graph": edges.identity}
 
         # the first edges by name and score, filled up so that every step has the same shape
@@ -123,17 +137,49 @@ class Circuit(ByContent):
         result.put("score", "edge", scores, None, "integrated attribution of the edge", units="nats", nan=none)
         return result.dataset(share=np.array(self.shares), edge=np.arange(self.top))
 
-    def _circuits(self, order: Tensor, real: Tensor) -> list[list[Tensor]]:
-        """The edges that stay, [set][share] without the share of all: first by rank, then by `random` shuffles."""
-        orders = [order]
+    @property
+    def _shares(self) -> tuple[float, ...]:
+        """Without that of all edges, whose circuit is the model."""
+        return self.shares[:-1]
+
+    @property
+    def _heavy(self) -> tuple[float, ...]:
+        """Of them those whose faithfulness carries at least `WEIGHT` of the area."""
+        return tuple(np.array(self._shares)[self._weights[:-1] >= WEIGHT].tolist())
+
+    @property
+    def _weights(self) -> np.ndarray:
+        """Of the faithfulness at each share in the area: trapezoids from 0 on."""
+        gaps = np.diff([0.0, *self.shares])
+        return (gaps + np.append(gaps[1:], 0.0)) / 2
+
+    def _order(self, score: Tensor, real: Tensor) -> Tensor:
+        rank = score.flatten()[real]
+        return real[torch.argsort(rank if self.signed else rank.abs(), descending=True, stable=True)]
+
+    def _shuffled(self, real: Tensor) -> Iterator[Tensor]:
         for draw in range(self.random):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "Circuit", "random", draw))
-            orders.append(real[torch.randperm(len(real), generator=generator)])
-        sizes = [max(1, round(share * len(real))) for share in self.shares[:-1]]
-        return [[each[:size] for size in sizes] for each in orders]
+            yield real[torch.randperm(len(real), generator=generator)]
 
-    def _faithfulness(self, clean: np.ndarray, corrupt: np.ndarray, inside: np.ndarray) -> Rows:
-        """From the logit differences (prompt,) of both ends and (set, share, prompt) of the circuits."""
+    def _first(self, order: Tensor, shares: tuple[float, ...]) -> list[Tensor]:
+        """The edges that stay, for each share."""
+        return [order[: max(1, round(share * len(order)))] for share in shares]
+
+    def _moved(self, others: np.ndarray, own: np.ndarray, whole: np.ndarray) -> float:
+        """Variance of the area from the prompts that rank: `others` (group, heavy share, prompt) are the circuits of
+        rankings without a group, `own` (share, prompt) those of all."""
+        heavy = np.isin(self._shares, self._heavy)
+        if not heavy.any() or not signal(whole)[2]:
+            return 0.0
+        parts = np.einsum("gsp,s->pg", others - own[heavy], self._weights[:-1][heavy])  # (prompt, group)
+        change, error = share(parts - parts.mean(1, keepdims=True), whole)
+        # the prompts that measure scatter the changes too, which their own error has already
+        return max(0.0, (1 - 1 / len(others)) * float((change**2 - error**2).sum()))
+
+    def _faithfulness(self, clean: np.ndarray, corrupt: np.ndarray, inside: np.ndarray, moved: float) -> Rows:
+        """From the logit differences (prompt,) of both ends and (set, share, prompt) of the circuits, and the variance
+        of the area from the ranking."""
         result = Rows(headline=["area", "signal"], error="standard error over prompts")
         whole = clean - corrupt
         mean, se, there = signal(whole)
@@ -146,10 +192,12 @@ class Circuit(ByContent):
         # every share is a ratio of sums over prompts, so that prompts of little signal weigh little
         faithful, faithful_se = share(own.T, whole)
         off = np.abs(1 - np.concatenate([[0.0], faithful]))
+        area, area_se = share(self._area(own), whole)
+        area_se = np.sqrt(area_se**2 + moved)
         for name, dims, (value, error), long_name, change in (
             ("faithfulness", "share", (faithful, faithful_se), "share of the logit difference in the circuit", None),
             ("faithfulness_random", "share", share(null.T, whole), "the same of random edges", None),
-            ("area", (), share(self._area(own), whole), "area under faithfulness", 0.05),
+            ("area", (), (area, area_se), "area under faithfulness", 0.05),
             ("area_random", (), share(self._area(null), whole), "area under faithfulness of random edges", None),
             ("distance", (), (self._trapezoids(off), None), "area under abs(1 - faithfulness)", None),
         ):
@@ -181,8 +229,9 @@ class Circuit(ByContent):
         return self._difference(output, rows).sum()
 
     def _scores(self, edges: Edges, half: int) -> Tensor:
-        """EAP-IG (sender, receiver) in float64, mean over the first `half` pairs."""
-        total = torch.zeros(edges.exists.shape, dtype=torch.float64)
+        """EAP-IG (group, sender, receiver) in float64 by groups of the first `half` pairs; their sum is the mean."""
+        count = min(RANKINGS, half)
+        total = torch.zeros((count, *edges.exists.shape), dtype=torch.float64)
         for rows in minibatches(half, self.batch_size):
             (_, clean), (_, corrupt) = (edges.sent(prompts[rows]) for prompts in (self.pairs.clean, self.pairs.corrupt))
             carried = edges.differences(clean, corrupt)  # (batch, pos, sender, d)
@@ -190,25 +239,30 @@ class Circuit(ByContent):
                 between = corrupt.embed + (step + 0.5) / self.steps * (clean.embed - corrupt.embed)
                 slopes = edges.slopes(self.pairs.clean[rows], between, partial(self._total, rows=rows))
                 for group, slope in slopes.items():
-                    product = torch.einsum("bpsd,bprd->sr", carried.double(), slope.double())
-                    total[:, edges.groups[group]] += product.cpu() / (self.steps * half)
+                    for part in range(count):
+                        mine = slice((part - rows.start) % count, None, count)
+                        product = torch.einsum("bpsd,bprd->sr", carried[mine].double(), slope[mine].double())
+                        total[part, :, edges.groups[group]] += product.cpu() / (self.steps * half)
         return torch.where(edges.exists, total, 0.0)
 
-    def _measure(self, edges: Edges, half: int, sets: list[list[Tensor]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Logit differences (prompt,) of clean and corrupt prompts, and (set, size, prompt) of these circuits."""
-        parts = list(self._measured(edges, half, sets))
-        clean, corrupt, inside = (np.concatenate(part, -1) for part in zip(*parts, strict=True))
-        return clean, corrupt, inside
+    def _measure(
+        self, edges: Edges, half: int, sets: list[list[Tensor]]
+    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """Logit differences (prompt,) of clean and corrupt prompts, and (size, prompt) of each set of circuits."""
+        clean, corrupt, inside = (
+            np.concatenate(part, -1) for part in zip(*self._measured(edges, half, sets), strict=True)
+        )
+        ends = np.cumsum([len(circuits) for circuits in sets])[:-1]
+        return clean, corrupt, np.split(inside, ends)
 
     def _measured(self, edges: Edges, half: int, sets: list[list[Tensor]]) -> Iterator[tuple[np.ndarray, ...]]:
         for part in minibatches(len(self.pairs.clean) - half, self.batch_size):
             rows = slice(half + part.start, half + part.stop)
             clean, _ = edges.sent(self.pairs.clean[rows])
             empty, corrupt = edges.sent(self.pairs.corrupt[rows])
-            inside = [[self._circuit(edges, rows, kept, corrupt) for kept in circuits] for circuits in sets]
+            inside = [self._circuit(edges, rows, kept, corrupt) for circuits in sets for kept in circuits]
             ends = (self._difference(output, rows).cpu().numpy() for output in (clean, empty))
-            shape = (len(sets), len(self.shares) - 1, part.stop - part.start)
-            yield (*ends, np.array(inside).reshape(shape))
+            yield (*ends, np.array(inside).reshape(-1, part.stop - part.start))
 
     def _circuit(self, edges: Edges, rows: slice, kept: Tensor, corrupt: Sent) -> np.ndarray:
         cut = edges.exists.flatten().clone()

@@ -117,11 +117,12 @@ class HeadAblation(ByContent, OnRepeats):
 
         # the half that chooses the group does not measure it: the best of many heads is better by chance where it won
         group, found = self._group(result, anatomy, probe, slice(half))
-        matched, possible = self._matched(group, anatomy.heads, found)
+        choices = self._choices(group, anatomy.heads, found)
+        matched, possible = self._matched(choices)
         result.put("size", (), len(group), None, "heads in the group", units="1")
         result.put("size_random", (), len(group) if matched else 0, None, "heads in a random group", units="1")
         pool = np.zeros((anatomy.layers, anatomy.heads), np.int64)
-        for layer, others, _ in self._choices(group, anatomy.heads, found):
+        for layer, others, _ in choices:
             pool[layer, others] = 1
         result.put("matched", ("layer", "head"), pool, None, "1 for the heads of random groups", units="1", later=True)
 
@@ -196,9 +197,8 @@ class HeadAblation(ByContent, OnRepeats):
             choices.append((layer, [h for h in range(heads) if h not in {*own, *rest}], len(own)))
         return choices
 
-    def _matched(self, group: Heads, heads: int, found: Heads = ()) -> tuple[list[Heads], int]:
+    def _matched(self, choices: list[tuple[int, list[int], int]]) -> tuple[list[Heads], int]:
         """The random groups, and how many there could be."""
-        choices = self._choices(group, heads, found)
         possible = math.prod(math.comb(len(others), size) for _, others, size in choices)
         if not possible:
             return [], 0

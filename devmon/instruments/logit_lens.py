@@ -42,8 +42,11 @@ class LogitLens(ByContent):
       Null: `agreement_constant`.
     - `agreement_se` (depth), share: its standard error.
     - `prediction_depth`, layers: the depth from which on q keeps the model's most likely token (2303.08112, after
-      Baldock et al., 2106.09647); 0 where the embedding has it already, at most L.
+      Baldock et al., 2106.09647); 0 where the embedding has it already, at most L. Null: `prediction_depth_shifted`.
     - `prediction_depth_se`, layers: its standard error.
+    - `prediction_depth_shifted`, layers: the depth from which on q keeps the token that the model prefers one place
+      earlier (at the first place, at the last): what frequent tokens settle without this context, at most L.
+    - `prediction_depth_shifted_se`, layers: its standard error.
     - `kl_uniform`, nats: KL(p ‖ uniform).
     - `kl_uniform_se`, nats: its standard error.
     - `kl_constant`, nats: the least KL from p that one fixed distribution can have on these positions: that of the mean
@@ -124,9 +127,12 @@ def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
     kl, loss, best = (values.reshape(places)[..., :-1] for values in (kl, loss, best))
     same = (best == best[-1]).double()
     late = 1 + torch.arange(last, device=same.device)[:, None, None]
-    settled = (late * (1 - same[:-1])).amax(0)  # one more than the last depth that disagrees
+    # one more than the last depth that disagrees with the token of this place, and with that of the place before
+    other = (best == best[-1].roll(1, 1)).double()
+    settled, shifted = ((late * (1 - agrees[:-1])).amax(0) for agrees in (same, other))
     sums = {name: values.sum(-1).T for name, values in (("kl", kl), ("loss", loss), ("agreement", same))}
-    sums |= {"prediction_depth": settled.sum(-1), "negentropy": negentropy.reshape(places)[0, :, :-1].sum(-1)}
+    sums |= {"prediction_depth": settled.sum(-1), "prediction_depth_shifted": shifted.sum(-1)}
+    sums |= {"negentropy": negentropy.reshape(places)[0, :, :-1].sum(-1)}
     return sums | {"mean": mean, "best": best[-1]}
 
 
@@ -187,6 +193,7 @@ LABELS = {
     "loss": ("loss of the lens on the next token", "nats per token", 0.1),
     "agreement": ("share of places where lens and model prefer one token", "share", 0.02),
     "prediction_depth": ("layers until the lens keeps the model's token", "layers", 0.1),
+    "prediction_depth_shifted": ("layers until the lens keeps the token preferred a place earlier", "layers", None),
     "kl_uniform": ("divergence of the uniform distribution from the model", "nats", None),
     "kl_constant": ("divergence of the model's mean prediction from the model", "nats", None),
     "loss_constant": ("loss of the next tokens' frequencies", "nats per token", None),
@@ -200,7 +207,8 @@ def _dataset(sums: dict[str, np.ndarray], effect: np.ndarray, places: int) -> xr
     for name, (label, units, change) in LABELS.items():
         mean, se = clustered_mean(sums[name], count)
         groups, dims = clustered_groups(sums[name], count), "depth" if mean.ndim else ()
-        rows.put(name, dims, mean, se, label, units=units, smallest_change=change, replicates=groups)
+        later = name == "prediction_depth_shifted"
+        rows.put(name, dims, mean, se, label, units=units, smallest_change=change, replicates=groups, later=later)
     mean, se = clustered_mean(effect, count)
     groups = clustered_groups(effect, count)
     names = {

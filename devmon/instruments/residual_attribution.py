@@ -19,6 +19,7 @@ from devmon.anatomy.passes import Read, Seen, read
 from devmon.anatomy.sites import Site
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens, repeats
+from devmon.data.jackknife import bootstrap_of_sizes, jackknife_of_mean
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
@@ -56,11 +57,11 @@ class ResidualAttribution(ByContent):
       size.
     - `top_share`, share: max_c |DLA_c| / Σ_c |DLA_c| of the means over prompts; NaN where Σ |DLA| is under 1e-9 logits.
       Null: `top_share_null`.
-    - `top_share_se`, share: its standard error, by the jackknife over prompts.
+    - `top_share_se`, share: its standard error, by the bootstrap over prompts.
     - `top_share_null`, share: top_share of attribution_null.
     - `participation`, parts: (Σ_c |DLA_c|)² / Σ_c DLA_c² of the means over prompts, the number of parts that share the
       work, from 1; NaN likewise.
-    - `participation_se`, parts: its standard error, by the jackknife over prompts.
+    - `participation_se`, parts: its standard error, by the bootstrap over prompts.
     - `effect` (component), logit: difference − difference with the part ablated; NaN for what is no head or MLP.
     - `effect_se` (component), logit: its standard error over the ablated prompts.
     - `linearity`, 1: corr²(DLA, effect) over heads and MLPs, of the means over the ablated prompts, in [0, 1]; NaN
@@ -292,9 +293,9 @@ def _dataset(
     put("attribution_null", "component", (null.mean(0), None), "the same for another prompt's answer", units="logit")
     put("closure", (), (closure, None), "largest error of the sum of the parts", units="logit")
 
-    # functions of those means, with errors by the jackknife
+    # functions of those means
     nothing = f"the parts write less than {FLOOR} logits"
-    top, few = _jackknife(_top_share, split), _jackknife(_participation, split)
+    top, few = bootstrap_of_sizes(_top_share, split), bootstrap_of_sizes(_participation, split)
     label = "largest part of the sum of abs(contribution)"
     put("top_share", (), top, label, units="share", nan=nothing, smallest_change=0.05)
     other = _top_share(null.mean(0)), None
@@ -311,7 +312,7 @@ def _put_effects(put: Callable[..., None], split: np.ndarray, effect: np.ndarray
     put("effect", "component", drop, label, units="logit", nan="only heads and MLPs are ablated")
     used = ~np.isnan(effect[0])
     both = np.stack([split[: len(effect), used], effect[:, used]], 1)  # (prompt, 2, part)
-    square, label = _jackknife(_linearity, both), "corr² of contribution and effect"
+    square, label = jackknife_of_mean(_linearity, both), "corr² of contribution and effect"
     nothing = "contributions or effects hardly vary, or fewer than 3 heads and MLPs"
     put("linearity", (), square, label, units="1", nan=nothing, smallest_change=0.1)
 
@@ -331,14 +332,3 @@ def _linearity(both: np.ndarray) -> float:
     if both.shape[1] < 3 or both.std(1).min() <= FLOOR:
         return math.nan
     return float(np.corrcoef(both)[0, 1] ** 2)
-
-
-def _jackknife(of: Callable[[np.ndarray], float], values: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """A function of the mean over prompts (axis 0), its jackknife standard error, its pseudo-values by group."""
-    n, mean = len(values), values.mean(0)
-    value = of(mean)
-    if n < 2 or math.isnan(value):
-        return value, math.nan, clustered_groups(np.full(n, math.nan), np.ones(n))
-    without = np.array([of(mean + (mean - row) / (n - 1)) for row in values])
-    se = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
-    return value, se, clustered_groups(value + (n - 1) * (without.mean() - without), np.ones(n))

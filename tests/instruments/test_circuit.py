@@ -86,7 +86,7 @@ def test_what_the_embedding_sends_adds_up_to_the_signal(name: str) -> None:
     model = family(name).double()
     pairs = telling(model, VOCAB, count=6)
     instrument, edges = Circuit(pairs, steps=32), Edges(model)
-    total = float(instrument._scores(edges, 3)[0].sum())
+    total = float(instrument._scores(edges, 3).sum(0)[0].sum())
     (clean, _), (corrupt, _) = edges.sent(pairs.clean[:3]), edges.sent(pairs.corrupt[:3])
     rows = slice(0, 3)
     signal = float((instrument._difference(clean, rows) - instrument._difference(corrupt, rows)).mean())
@@ -97,7 +97,7 @@ def test_scores_are_exact_where_all_is_linear() -> None:
     model = Linear()
     pairs = telling(model, 12)
     edges, instrument = Edges(model), Circuit(pairs, steps=1)
-    score = instrument._scores(edges, 4)
+    score = instrument._scores(edges, 4).sum(0)
     _, corrupt = edges.sent(pairs.corrupt[:4])
     clean = instrument._difference(edges.sent(pairs.clean[:4])[0], slice(4))
     assert score.abs().max() > 0.1
@@ -152,7 +152,7 @@ def test_the_ranking_against_a_plain_implementation() -> None:
         for (sender, value), (receiver, slope) in itertools.product(ends["clean"].items(), slopes.items()):
             carried = ((value - ends["corrupt"][sender]) * slope).sum().item() / steps
             found[sender, receiver] = found.get((sender, receiver), 0.0) + carried
-    score = Circuit(pairs, steps=steps)._scores(edges, 4)
+    score = Circuit(pairs, steps=steps)._scores(edges, 4).sum(0)
     assert score.abs().max() > 0.1
     for s, r in edges.exists.nonzero().tolist():
         np.testing.assert_allclose(score[s, r], found[edges.senders[s], edges.receivers[r]], atol=1e-9)
@@ -189,6 +189,25 @@ def test_circuits_against_a_plain_implementation() -> None:
             inside = difference(plain(model, pairs.clean[rows], mixed)[0], pairs, rows).mean()
             np.testing.assert_allclose(value, (inside - ends[1]) / (ends[0] - ends[1]), atol=1e-9)
             assert share == 1 or abs(value - 1) > 1e-3
+
+
+def test_the_ranking_is_part_of_the_error_of_the_area() -> None:
+    """Rankings without a group of prompts, by hand: their areas, less what the measuring prompts scatter."""
+    model, generator = random_model(5), np.random.default_rng(0)
+    instrument = Circuit(telling(model, 40), shares=(0.05, 0.2, 0.5))
+    assert instrument._heavy == (0.05, 0.2, 0.5)
+    np.testing.assert_allclose(instrument._weights, [0.1, 0.225, 0.4, 0.25])
+    whole = 5 + generator.normal(size=40)
+    own = generator.normal(size=(3, 40))
+    shift = np.array([0.4, -0.2, 0.3, 0.1])
+    others = own + shift[:, None, None] * whole  # the same for every prompt: no scatter
+    area = shift * (0.1 + 0.225 + 0.4)
+    moved = instrument._moved(others, own, whole)
+    assert moved == pytest.approx(3 / 4 * ((area - area.mean()) ** 2).sum(), rel=1e-9)
+    noise = own + 0.3 * generator.normal(size=(4, 3, 40))
+    assert instrument._moved(noise, own, whole) < 0.1 * moved, "scatter of prompts is no ranking"
+    found, given = instrument(snapshot(model)), Circuit(telling(model, 40), shares=(0.05, 0.2, 0.5))
+    assert found.identical(given(snapshot(model)))
 
 
 def test_no_signal_no_faithfulness() -> None:

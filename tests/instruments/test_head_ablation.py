@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,18 +154,22 @@ def test_the_loss_is_that_of_the_given_text() -> None:
 def test_matched_groups_are_distinct_and_of_the_same_layers_and_sizes() -> None:
     instrument = HeadAblation(VOCAB, groups=20)
     group = ((0, 2), (2, 0), (2, 5))
-    drawn, possible = instrument._matched(group, 8)
+
+    def matched(group: Any, heads: int, found: Any = (), of: HeadAblation = instrument) -> Any:
+        return of._matched(of._choices(group, heads, found))
+
+    drawn, possible = matched(group, 8)
     assert possible == 7 * math.comb(6, 2)
     assert len(set(drawn)) == len(drawn) == 20
     for one in drawn:
         assert sorted(layer for layer, _ in one) == [0, 2, 2]
         assert len(set(one)) == 3
         assert not set(one) & set(group)
-    assert replace(instrument, seed=1)._matched(group, 8)[0] != drawn
-    every, possible = instrument._matched(((1, 0), (1, 1)), 5)
+    assert matched(group, 8, of=replace(instrument, seed=1))[0] != drawn
+    every, possible = matched(((1, 0), (1, 1)), 5)
     assert (sorted(every), possible) == ([((1, 2), (1, 3)), ((1, 2), (1, 4)), ((1, 3), (1, 4))], 3)
-    assert instrument._matched(((1, 0), (1, 1), (1, 2)), 4) == ([], 0), "one head is no match for three"
-    kept, possible = instrument._matched(((1, 0),), 5, found=((1, 0), (1, 2), (0, 3)))
+    assert matched(((1, 0), (1, 1), (1, 2)), 4) == ([], 0), "one head is no match for three"
+    kept, possible = matched(((1, 0),), 5, found=((1, 0), (1, 2), (0, 3)))
     assert (sorted(kept), possible) == ([((1, 1),), ((1, 3),), ((1, 4),)], 3), "no head that was found is in a null"
 
 

@@ -96,6 +96,14 @@ def test_by_brute_force() -> None:
         depths.append(next(d for d in range(3) if len(set(tops[d:])) == 1))
     assert set(depths) == {0, 1, 2}
     np.testing.assert_allclose(found["prediction_depth"], np.mean(depths), rtol=1e-12)
+    # the same for the token that is preferred one place earlier, which the last lens need not prefer
+    earlier = []
+    for b, i in places:
+        wanted = int(p[b, i - 1].argmax())
+        keeps = [int(q[b, i].argmax()) == wanted for q in lens]
+        earlier.append(next((d for d in range(2) if all(keeps[d:2])), 2))
+    np.testing.assert_allclose(found["prediction_depth_shifted"], np.mean(earlier), rtol=1e-12)
+    assert float(found["prediction_depth_shifted"]) > float(found["prediction_depth"])
     mean = p.mean((0, 1))
     best = torch.tensor([(p[b, i] * (p[b, i] / mean).log()).sum() for b, i in places]).mean()
     np.testing.assert_allclose(found["kl_constant"], best, rtol=1e-9)

@@ -14,9 +14,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from devmon.anatomy import residual_stream
-from devmon.data import clustered_mean, random_tokens
+from devmon.data import random_tokens
 from devmon.errors import DataError, InstrumentError
-from devmon.instruments.mdl_probe import PORTIONS, MDLProbe, _auc
+from devmon.instruments.mdl_probe import DRAWS, PORTIONS, MDLProbe, _auc
 from devmon.snapshot import Snapshot
 from devmon.testing import AttentionOnly, InstrumentContract, Readable
 
@@ -76,6 +76,17 @@ def test_labels_of_unequal_frequency_compress_without_features() -> None:
     np.testing.assert_allclose(found["mdl"], entropy, atol=0.06)
 
 
+def _variance(cost: np.ndarray, task: Any) -> float:
+    """Of the mean, by plain loops: sequences within their block."""
+    whole = 0.0
+    for block in range(task.block.max() + 1):
+        own = task.block == block
+        names = np.unique(task.sequence[own])
+        beyond = [(cost[task.sequence == name] - cost[own].mean()).sum() for name in names]
+        whole += sum(x**2 for x in beyond) * len(names) / (len(names) - 1)
+    return whole / len(cost) ** 2
+
+
 def test_against_scikit_learn() -> None:
     model = random_model(5)
     tokens = random_tokens(VOCAB, 24, LENGTH, 1)
@@ -91,7 +102,8 @@ def test_against_scikit_learn() -> None:
     for layer, state in enumerate(residual_stream(model, tokens)):
         x = state.numpy()[used]
         x = np.column_stack([(x - x.mean(0)) / x.std(0), np.ones(len(x))])
-        for name, y in (("mdl", labels.numpy()[used] - 4), ("control_mdl", task.control)):
+        bits = []
+        for y in (labels.numpy()[used] - 4, *task.control):
             cost = np.full(len(y), math.log2(3))
             for block in (1, 2):
                 known, coming = task.block < block, task.block == block
@@ -99,18 +111,22 @@ def test_against_scikit_learn() -> None:
                 probe = LogisticRegression(C=1 / 2.0, fit_intercept=False, tol=1e-8, max_iter=5000)
                 chance = probe.fit(x[known], y[known]).predict_proba(x[coming])
                 cost[coming] = -np.log2(chance[np.arange(len(chance)), y[coming]])
-            np.testing.assert_allclose(found[name][layer], cost.mean(), rtol=1e-5)
-            if name == "mdl":
-                mine = cost
-                total, count = np.bincount(task.sequence, cost), np.bincount(task.sequence)
-                np.testing.assert_allclose(found["mdl_se"][layer], clustered_mean(total, count)[1], rtol=1e-4)
+            bits.append(cost)
+            if len(bits) == 1:
+                variance = _variance(cost, task)
+                np.testing.assert_allclose(found["mdl"][layer], cost.mean(), rtol=1e-5)
+                np.testing.assert_allclose(found["mdl_se"][layer], variance**0.5, rtol=1e-4)
                 np.testing.assert_allclose(found["compression"][layer], math.log2(3) / cost.mean(), rtol=1e-5)
                 np.testing.assert_allclose(found["extra_mdl"][layer], cost[task.block > 0].mean(), rtol=1e-5)
                 np.testing.assert_allclose(found["accuracy"][layer], (chance.argmax(1) == y[coming]).mean(), rtol=1e-9)
                 areas = [roc_auc_score(y[coming] == k, chance[:, k]) for k in range(3)]
                 np.testing.assert_allclose(found["auc"][layer], np.mean(areas), atol=1e-4)
-        np.testing.assert_allclose(found["selectivity"][layer], cost.mean() - mine.mean(), atol=1e-5)
-    assert float(found["compression"][0]) > float(found["control_compression"][0])
+        mine, control = bits[0], np.array(bits[1:])
+        assert len(control) == DRAWS
+        np.testing.assert_allclose(found["control_mdl"][layer], control.mean(), rtol=1e-5)
+        np.testing.assert_allclose(found["selectivity"][layer], control.mean() - mine.mean(), atol=1e-5)
+        variance = _variance(control.mean(0) - mine, task) + control.mean(1).var(ddof=1) / DRAWS
+        np.testing.assert_allclose(found["selectivity_se"][layer], variance**0.5, rtol=1e-3)
     assert float(found["compression_se"][0]) > 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 from typing import Any
 
@@ -15,7 +14,7 @@ from devmon.anatomy import Layout
 from devmon.cost import Cost
 from devmon.data import random_tokens, repeats
 from devmon.errors import DataError, InstrumentError
-from devmon.instruments.residual_attribution import ResidualAttribution, _jackknife
+from devmon.instruments.residual_attribution import ResidualAttribution
 from devmon.snapshot import Snapshot
 from devmon.testing import AttentionOnly, InstrumentContract, even, fixed_offset, induction
 from tests.anatomy.test_anatomy_sites import CONFIGS, HEADS, LENGTH, MASKED, VISION, VOCAB, family
@@ -301,23 +300,6 @@ def test_a_silent_model_has_no_shares() -> None:
     for name in ("top_share", "participation", "linearity"):
         assert np.isnan(found[name])
         assert found[name].attrs["nan"]
-
-
-def test_the_jackknife_of_a_mean_and_of_a_smooth_function() -> None:
-    values = np.random.default_rng(0).normal(3.0, 0.5, (400, 2))
-    sd = values.std(0, ddof=1) / 20
-    by_group = np.array([values[sum(divmod(np.arange(400), 8)) % 8 == group].mean(0) for group in range(8)])
-    mean, se, groups = _jackknife(lambda m: float(m[0]), values)
-    np.testing.assert_allclose(groups, by_group[:, 0], rtol=1e-10)
-    np.testing.assert_allclose([mean, se], [values[:, 0].mean(), sd[0]], rtol=1e-10)
-    product, se, groups = _jackknife(lambda m: float(m[0] * m[1]), values)
-    slope = values.mean(0)[::-1]  # the delta method
-    covariance = np.cov(values.T) / 400
-    np.testing.assert_allclose([product, groups.mean()], slope.prod(), rtol=1e-12)
-    linearised = product + (by_group - values.mean(0)) @ slope
-    np.testing.assert_allclose(groups, linearised, rtol=1e-3)
-    np.testing.assert_allclose(se, np.sqrt(slope @ covariance @ slope), rtol=5e-3)
-    assert math.isnan(_jackknife(lambda m: float(m[0]), values[:1])[1])
 
 
 def test_what_it_refuses() -> None:

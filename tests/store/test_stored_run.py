@@ -17,6 +17,10 @@ from tests.support.stored_run import STEPS, STORED, model, watches
 # Variables that mean something else since then, as CHANGELOG.md says.
 CHANGED = {
     "dimension": {"twonn", "participation_ratio", "effective_rank", "distinct"},  # without the first place
+    "attribution": {"top_share", "participation"},  # their errors, by the bootstrap
+    "neurons": {"mean_entropy", "mean_purity", "mean_kurtosis"},  # their errors, over sequences
+    "circuit": {"area"},  # its error, with that of the ranking
+    "mdl": {"control_mdl", "control_compression", "selectivity", "mdl", "extra_mdl", "compression", "prior_mdl"},
     "probe": {"control_accuracy", "selectivity"},  # a mean over draws
     "ablation": {"size_random", "delta_loss_random", "excess_loss", "gain_share_random", "gain_share_by_group"},
 }

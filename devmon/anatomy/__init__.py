@@ -6,6 +6,7 @@ from devmon.anatomy.forward import forward, logits, next_token
 from devmon.anatomy.frozen_norm import FrozenNorm
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.passes.kept import activations, predictions, stream
+from devmon.anatomy.proposing.propose import Proposal, anatomy_of
 from devmon.anatomy.residual import find_blocks, residual_stream
 from devmon.anatomy.sites import Reads
 
@@ -14,8 +15,10 @@ __all__ = [
     "Anatomy",
     "FrozenNorm",
     "Layout",
+    "Proposal",
     "Reads",
     "activations",
+    "anatomy_of",
     # any model
     "attention_patterns",
     "find_blocks",

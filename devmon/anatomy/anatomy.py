@@ -15,8 +15,10 @@ from devmon.anatomy.fit import mlp_site, rebuilt_logits, rebuilt_stream, try_lay
 from devmon.anatomy.forward import check_causal, forward, logits, original
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.parts import Parts
+from devmon.anatomy.proposing.propose import corrected
 from devmon.anatomy.sites import ENDS, SITES, Reads, Site, Write
 from devmon.anatomy.taps import Taps
+from devmon.anatomy.variants.outputs import declared
 from devmon.errors import InstrumentError
 
 
@@ -57,7 +59,7 @@ class Anatomy(Parts):
                 super().__init__(model, layout, who, found)
                 self.tried = try_layout(self, inputs, alone=len(towers) == 1)
             except InstrumentError as error:
-                refused = refused or error
+                refused = refused or _with_remedy(error, original(model), layout, inputs)
             else:
                 if self.tried or len(towers) == 1:
                     return
@@ -125,7 +127,7 @@ class Anatomy(Parts):
         if not self.tried:
             self.tried = try_layout(self, inputs)
         with self.tapped(read, write, grad=grad) as reads:
-            output = forward(self.model, inputs, self.who, grad=grad)
+            output = forward(self.model, inputs, self.who, grad=grad, layout=self.layout)
         if self.has_logits:
             return logits(self.model, inputs, self.who, output=output), reads
         return next(iter(output.values())) if isinstance(output, Mapping) else output, reads
@@ -170,3 +172,10 @@ class Anatomy(Parts):
                 "read 'resid_pre' and 'attn_out'"
             )
         return [(name, layer % self.layers) for layer in layers]
+
+
+def _with_remedy(error: InstrumentError, model: nn.Module, layout: Layout | None, inputs: Any) -> InstrumentError:
+    """The refusal of a declared layout, with the layout that fits where one is found."""
+    own = declared(model) if layout is None else layout
+    better = "" if own is None else corrected(model, own, inputs)
+    return InstrumentError(f"{error}; {better}") if better else error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.fit import mlp_entry
 from devmon.anatomy.forward import forward, logits
-from devmon.anatomy.layout import Layout
+from devmon.anatomy.layout import FUNCTIONAL, Layout
 from devmon.anatomy.sites import Site, Write
 from devmon.errors import InstrumentError
 
@@ -249,6 +249,11 @@ class Edges:
         """The module in which an MLP or the logits begin, and the hook that gives it a stream of its own."""
         # The norm before it; without one the module around the MLP, or the unembedding.
         (layer, part), a = group, self.anatomy
+        if (a.layout.norm if part == "logits" else a.layout.mlp_norm).startswith(FUNCTIONAL):
+            raise InstrumentError(
+                f"{self.who} must set what a norm reads apart: {type(a.model).__name__} calls it as a function; make "
+                "it a module"
+            )
         within = "" if part == "logits" or a.layout.mlp_norm else mlp_entry(a)
         if part == "logits":
             module = a.module(None, "norm") if a.layout.norm else a.unembedding

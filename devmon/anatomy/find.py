@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from devmon.anatomy.forward import refuse_two_stacks
-from devmon.anatomy.layout import LAYOUTS, Layout
+from devmon.anatomy.layout import FUNCTIONAL, LAYOUTS, Layout, lacks
 from devmon.errors import InstrumentError
 
 
@@ -27,7 +27,7 @@ def candidates(model: nn.Module, layout: Layout | None, who: str) -> list[tuple[
     if layout is None:
         own = next((m for m in model.modules() if isinstance(getattr(m, "anatomy", None), Layout)), None)
         layout = None if own is None else own.anatomy  # type: ignore[assignment]
-    if layout is not None:
+    if layout is not None and (layout.blocks or layout.out):
         fitting = [(layout, module, False) for module in model.modules() if not _lacks(module, layout)]
         if fitting:
             return fitting
@@ -56,7 +56,7 @@ def candidates(model: nn.Module, layout: Layout | None, who: str) -> list[tuple[
         f"{who} does not know where the parts of {type(model).__name__} are: give its class an attribute "
         'anatomy = Layout(blocks="blocks", query="attention.q", key="attention.k", value="attention.v", '
         'out="attention.out", neurons="mlp.down", heads=4, norm="norm", unembed="unembed") with its own paths '
-        "(devmon.anatomy.Layout)"
+        "(devmon.anatomy.Layout); `devmon anatomy script.py:model` or anatomy_of(model) writes that line"
     )
 
 
@@ -73,15 +73,11 @@ def _lacks(module: nn.Module, layout: Layout) -> str:
     """The first path of the layout that the module lacks, "" for none."""
     if missing := _lacks_blocks(module, layout):
         return missing
-    for block in module.get_submodule(layout.blocks).children():
-        for path in layout.in_block:
-            try:
-                block.get_submodule(path)
-            except AttributeError:
-                return path
-    for path in (layout.embed, layout.norm, layout.unembed):
-        try:
-            module.get_submodule(path)
-        except AttributeError:
-            return path
-    return ""
+    layers = layout.layers(module)
+    if not layers:
+        return layout.out
+    for layer in layers:
+        if missing := lacks(layer, layout.in_block):
+            return missing
+    ends = (layout.embed, layout.norm, layout.unembed)
+    return lacks(module, tuple(path for path in ends if not path.startswith(FUNCTIONAL)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from devmon.anatomy.attention import Patterns
 from devmon.anatomy.forward import logits, unwatched
+from devmon.anatomy.layout import FUNCTIONAL
 from devmon.anatomy.parts import Parts
 from devmon.anatomy.sites import LayerSite, Reads
 from devmon.anatomy.taps import Taps
@@ -38,7 +39,7 @@ def try_layout(parts: Parts, inputs: Any = None, alone: bool = True) -> bool:
             if module is not parts.model and not alone:
                 continue
             try:
-                unwatched(module, given)
+                unwatched(module, given, parts.layout)
             except Exception:
                 continue
             _Fit(parts, module, given).check()
@@ -66,7 +67,8 @@ def mlp_entry(parts: Parts) -> str:
     """The path in a block of the module that the stream enters on its way into the MLP: the norm before it, else the
     module around it; "" for none."""
     layout = parts.layout
-    return layout.mlp_norm or layout.neurons.rpartition(".")[0] or (layout.mlp_end if not layout.neurons else "")
+    norm = "" if layout.mlp_norm.startswith(FUNCTIONAL) else layout.mlp_norm
+    return norm or layout.neurons.rpartition(".")[0] or (layout.mlp_end if not layout.neurons else "")
 
 
 def mlp_site(parts: Parts) -> tuple[str, ...]:
@@ -99,9 +101,13 @@ class _Fit:
             self._check_queries(reads)
 
         # The logits, where the unembedding reads the stream; other heads stand on their own.
-        if parts.has_logits and layout.direct and not layout.post_norm and self.module is parts.model:
+        direct = layout.direct and not layout.post_norm and not layout.hybrid
+        if parts.has_logits and direct and self.module is parts.model:
             found = logits(parts.model, self.given, parts.who, output=output)
-            off = _off(rebuilt_logits(parts, reads["resid_post", parts.layers - 1]), found)
+            rebuilt = rebuilt_logits(parts, reads["resid_post", parts.layers - 1])
+            off = _off(rebuilt, found)
+            if off > self.most and layout.logits:  # some return logarithms of probabilities
+                off = _off(rebuilt.log_softmax(-1), found.log_softmax(-1))
             if off > self.most:
                 self._refuse(
                     f"norm and unembedding of its last stream are not its logits (off by {off:.0%})",
@@ -117,7 +123,11 @@ class _Fit:
             off = _off(torch.einsum("bhqk,bkhe->bqhe", pattern, v).flatten(2), reads["z", layer].flatten(2))
             if off > self.most:
                 other = "heads" if layout.fused == "parts" else "parts"
-                line = f"fused={other!r}, or heads" if layout.qkv else f"value={layout.value!r}, out={layout.out!r}"
+                line = (
+                    f"fused={other!r} (or parts:kqv and the like), or heads"
+                    if layout.qkv
+                    else f"value={layout.value!r}, out={layout.out!r}"
+                )
                 self._refuse(f"in layer {layer} what its heads read is not pattern · v (off by {off:.0%})", line)
 
         # Queries, keys and values are maps of the stream behind the norm that the layout names.
@@ -142,13 +152,23 @@ class _Fit:
                 "no layout",
             )
 
+        # Between layers nothing is done to the stream, unless blocks of another kind stand there.
+        if layer + 1 < parts.layers and not layout.hybrid:
+            off = _off(reads["resid_pre", layer + 1], reads["resid_post", layer])
+            if off > self.most:
+                self._refuse(
+                    f"layer {layer + 1} does not read what layer {layer} gives (off by {off:.0%})",
+                    "blocks; a stream that is mixed or scaled between layers has no layout",
+                )
+
         if mlp_entry(parts) and not layout.post_norm and layer not in self.entered:
             self._refuse(f"nothing was seen to enter the mlp of layer {layer}", f"mlp_norm={layout.mlp_norm!r}")
 
         # What enters the MLP is the stream, before or after attention has added to it, behind its norm.
         if layer in self.entered:
             expected = before if parts.parallel else before + reads["attn_out", layer]
-            expected = expected if layout.mlp_norm else parts.norm_in(layer, "mlp")(expected)
+            is_norm = bool(layout.mlp_norm) and not layout.mlp_norm.startswith(FUNCTIONAL)  # it stands before it
+            expected = expected if is_norm else parts.norm_in(layer, "mlp")(expected)
             off = _off(self.entered[layer].reshape(expected.shape), expected)
             if off > self.most:
                 where = "before" if parts.parallel else "after"
@@ -207,7 +227,7 @@ class _Fit:
                 entry = parts.blocks[layer].get_submodule(mlp_entry(parts))
                 stack.callback(entry.register_forward_pre_hook(enter(layer)).remove)
             stack.enter_context(Patterns.of(parts.model, meet))
-            output = unwatched(self.module, self.given)
+            output = unwatched(self.module, self.given, parts.layout)
         # A kernel may hide its patterns: what they would tell is then left out.
         taps.fired |= places
         taps.refuse_missing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from devmon.anatomy.layout import Layout
+from devmon.anatomy.variants.outputs import answer
 from devmon.errors import InstrumentError
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "block_size")  # in configs, first there
@@ -48,8 +51,9 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def forward(model: nn.Module, inputs: Any, who: str, *, grad: bool = False) -> Any:
-    """`model(inputs)`, uncompiled, on the model's device, without gradients unless asked; whatever it returns.
+def forward(model: nn.Module, inputs: Any, who: str, *, grad: bool = False, layout: Layout | None = None) -> Any:
+    """`model(inputs)`, uncompiled, on the model's device, without gradients unless asked; whatever it returns, or
+    logits (batch, pos, vocab) where a layout (its own, or `layout`) says how they are had.
 
     `inputs` is what the model takes first, such as tokens (batch, pos) int64 or images, or a mapping of its keyword
     arguments, on any device. Raises InstrumentError where a token or a position is outside the model's tables.
@@ -64,7 +68,8 @@ def forward(model: nn.Module, inputs: Any, who: str, *, grad: bool = False) -> A
         with torch.set_grad_enabled(grad), uncompiled(model):
             if isinstance(inputs, Mapping):
                 return original(model)(**{key: value.to(device).contiguous() for key, value in inputs.items()})
-            return original(model)(inputs.to(device).contiguous())  # some models take a view of their tokens
+            given = inputs.to(device).contiguous()  # some models take a view of their tokens
+            return answer(original(model), given, layout)
     except IndexError as error:
         if not isinstance(inputs, Tensor) or inputs.is_floating_point():
             raise
@@ -80,11 +85,17 @@ def forward(model: nn.Module, inputs: Any, who: str, *, grad: bool = False) -> A
         ) from error
 
 
-def unwatched(model: nn.Module, inputs: Tensor) -> Any:
+def unwatched(model: nn.Module, inputs: Tensor, layout: Layout | None = None) -> Any:
     """The forward pass past the hooks of who watches the whole model: a trial is none of its passes."""
     device = next((t.device for t in (*model.parameters(), *model.buffers())), inputs.device)
     with torch.no_grad(), uncompiled(model):
-        return original(model).forward(inputs.to(device).contiguous())
+        bare = original(model)
+        hooks = bare._forward_hooks, bare._forward_pre_hooks
+        bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+        try:
+            return answer(bare, inputs.to(device).contiguous(), layout)
+        finally:
+            bare._forward_hooks, bare._forward_pre_hooks = hooks
 
 
 def _warn_beyond(model: nn.Module, inputs: Any, who: str) -> None:

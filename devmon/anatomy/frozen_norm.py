@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from devmon.errors import InstrumentError
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {"rms_norm": F.rms_norm, "layer_norm": F.layer_norm}
 LARGE_INPUT = 1e3  # of a number that is tried: ε of a norm, at most 1e-5, is then 1e-11 of its square
 MAX_MISMATCH = 1e-3  # of the answer: float32 gives 1e-6, the wrong kind an answer of order one
 
@@ -68,3 +73,16 @@ class FrozenNorm:
 
     def _centred(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centres else x
+
+
+class FunctionalNorm(nn.Module):
+    """A norm without weights that a model calls as a function: `name` is "rms_norm" or "layer_norm"."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if name not in FUNCTIONS:
+            raise InstrumentError(f"there is no functional norm F.{name}: those are F.{', F.'.join(FUNCTIONS)}")
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FUNCTIONS[self.name](x, (x.shape[-1],))

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+Adapter = Callable[[Any, Any], Tensor]  # of the model and its tokens (batch, pos): the logits (batch, pos, vocab)
+
+
+LATER = {"identity": "if changed"}
+FUNCTIONAL = "F."  # how the paths of norms begin that are functions, not modules
 
 
 @dataclass(frozen=True)
@@ -13,12 +22,14 @@ class Layout:
     `blocks` (the list of layers), `embed`, `norm` (before the unembedding) and `unembed` are relative to the module
     that holds the blocks' list by that path; all others are relative to a block:
 
-    - `query`, `key`, `value`: the linear maps of all heads side by side; or `qkv`, one map for all three, whose output
-      is ordered as `fused` says: "parts" (all queries, all keys, all values) or "heads" (by key-value head: its
-      queries, its key, its value)
+    - `query`, `key`, `value`: the linear maps of all heads side by side; or `qkv`, one map for all three (or the path
+      of an `nn.MultiheadAttention`), whose output is ordered as `fused` says: "parts" (all queries, all keys, all
+      values), "heads" (by key-value head: its queries, its key, its value), or the axes from the outermost, as in
+      "head dim part"; in another order of the three "parts:kqv" and the like
     - `out`: the linear map that takes the heads' outputs side by side and writes what attention adds
     - `neurons`: the linear map that takes the MLP's activations and writes what the MLP adds
-    - `attention_norm`, `mlp_norm`: what the residual stream passes on its way in
+    - `attention_norm`, `mlp_norm`: what the residual stream passes on its way in; here and for `norm`, "F.rms_norm" and
+      "F.layer_norm" are norms that the model calls as functions, without weights
     - `attention_end`, `mlp_end`: a norm or a scale between `out` or `neurons` and the residual stream; without
       `neurons`, `mlp_end` is the module that gives what the MLP adds (a mixture of experts)
     - `heads`: the number of query heads, or the path of an attribute that holds it, from the block or from the module
@@ -27,18 +38,28 @@ class Layout:
     - `post_norm`: the stream itself passes `attention_end` and `mlp_end` after each addition, as in BERT; what the
       layers add does then not sum up to the final stream
     - `direct`: the unembedding reads the stream right after `norm`, with no further layer of its head between
-    - `cap`: the path of an attribute c, logits being c tanh(logits / c)
+    - `cap`: c, or the path of an attribute that holds it, logits being c tanh(logits / c)
+    - `together`: modules of the list that make a layer, as 2 where attention and MLP alternate; paths then begin with
+      the number of the module in its layer, "0.attn.q" and "1.mlp.down"
+    - `enter`, `leave`: the modules of a layer whose input and whose output are the stream before and after it, where
+      the layer is not itself called (by default the layer, or the first and last of those `together`)
+    - `hybrid`: the list holds blocks without these parts too (convolutions, state spaces), which are passed over:
+      layers are counted among the blocks that have them
+    - `logits`: how logits (batch, pos, vocab) are had of the model: "flat" (it returns them as (batch · pos, vocab)),
+      "last" (it returns those of the last place; all are made of `norm` and `unembed`), or a function of the model and
+      the tokens, as in `lambda model, tokens: model(tokens, targets=tokens)[0]`
 
-    A module declares itself with a class attribute `anatomy = Layout(...)`.
+    A module declares itself with a class attribute `anatomy = Layout(...)`. One with `logits` alone says nothing of
+    parts.
     """
 
-    blocks: str
-    out: str
+    blocks: str = ""
+    out: str = ""
     query: str = ""
     key: str = ""
     value: str = ""
     qkv: str = ""
-    fused: Literal["parts", "heads"] = "parts"
+    fused: str = "parts"
     neurons: str = ""
     attention_norm: str = ""
     mlp_norm: str = ""
@@ -51,13 +72,46 @@ class Layout:
     parallel: bool | str = False
     post_norm: bool = False
     direct: bool = True
-    cap: str = "config.final_logit_softcapping"
+    cap: str | float = "config.final_logit_softcapping"
+    # What came after runs were stored with the fields above.
+    together: int = field(default=1, metadata=LATER)
+    enter: str = field(default="", metadata=LATER)
+    leave: str = field(default="", metadata=LATER)
+    hybrid: bool = field(default=False, metadata=LATER)
+    logits: str | Adapter = field(default="", metadata=LATER)
 
     @property
     def in_block(self) -> tuple[str, ...]:
         """The paths that every block must have."""
         parts = (self.query, self.key, self.value, self.qkv, self.out, self.neurons, self.attention_norm, self.mlp_norm)
-        return tuple(path for path in (*parts, self.attention_end, self.mlp_end) if path)
+        ends = (self.attention_end, self.mlp_end, self.enter, self.leave)
+        return tuple(path for path in (*parts, *ends) if path and not path.startswith(FUNCTIONAL))
+
+    def layers(self, body: nn.Module) -> list[nn.Module]:
+        """The layers that the list at `blocks` of `body` makes; a layer of several modules is a list of its own.
+
+        Raises AttributeError where `body` has no such path.
+        """
+        children = list(body.get_submodule(self.blocks).children())
+        if self.together > 1:
+            count = self.together
+            children = [nn.ModuleList(children[i : i + count]) for i in range(0, len(children), count)]
+        return [child for child in children if not lacks(child, self.in_block)] if self.hybrid else children
+
+    def ends(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The modules of a layer by which the stream enters and leaves it."""
+        first, last = ("0", str(self.together - 1)) if self.together > 1 else ("", "")
+        return layer.get_submodule(self.enter or first), layer.get_submodule(self.leave or last)
+
+
+def lacks(module: nn.Module, paths: tuple[str, ...]) -> str:
+    """The first of the paths that the module does not have, "" for none."""
+    for path in paths:
+        try:
+            module.get_submodule(path)
+        except AttributeError:
+            return path
+    return ""
 
 
 LLAMA = Layout(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from devmon.anatomy.variants.builtin import Projection
 from devmon.errors import InstrumentError
 
 AT_ONCE = 1024  # rows of an identity, or tokens, that go through a module together: memory, not numbers
@@ -57,7 +58,7 @@ def table(module: nn.Module, who: str, what: str) -> Tensor:
 
 def _plain(module: nn.Module) -> bool:
     """Whether the module's forward pass is that of its class, and the class one whose weight is the map."""
-    known = type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    known = type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Projection)
     conv = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
     return (known or conv) and "forward" not in vars(module) and not _own_hooks(module)
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from devmon.anatomy.find import find
 from devmon.anatomy.forward import original
-from devmon.anatomy.frozen_norm import FrozenNorm
-from devmon.anatomy.layout import Layout
+from devmon.anatomy.frozen_norm import FrozenNorm, FunctionalNorm
+from devmon.anatomy.layout import FUNCTIONAL, Layout
 from devmon.anatomy.linear import linear_map, table
+from devmon.anatomy.variants.builtin import Projection, can_open
+from devmon.anatomy.variants.fused import join, split
 from devmon.errors import InstrumentError
 
 
@@ -40,7 +42,8 @@ class Parts:
         self.model, self.who = original(model), who
         self._maps: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self.layout, self.body, self.guessed = find(self.model, layout, who) if found is None else found
-        self.blocks = list(self.body.get_submodule(self.layout.blocks).children())
+        self.blocks = self.layout.layers(self.body)
+        self.projections: dict[nn.MultiheadAttention, Projection] = {}  # of built-in attention that a layout names
         self.layers = len(self.blocks)
         self.parallel = bool(self._setting(self.layout.parallel))
 
@@ -83,7 +86,16 @@ class Parts:
         path = getattr(self.layout, part)
         if not path:
             return None
-        return (self.body if layer is None else self.blocks[layer]).get_submodule(path)
+        if path.startswith(FUNCTIONAL):
+            return FunctionalNorm(path.removeprefix(FUNCTIONAL))
+        module = (self.body if layer is None else self.blocks[layer]).get_submodule(path)
+        if isinstance(module, nn.MultiheadAttention) and can_open(module):
+            return self.projections.setdefault(module, Projection(module))
+        return module
+
+    def ends(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The modules that the stream enters a layer by and leaves it by."""
+        return self.layout.ends(self.blocks[layer])
 
     @property
     def unembedding(self) -> nn.Module:
@@ -104,8 +116,9 @@ class Parts:
     def need_sum(self) -> None:
         """Raises InstrumentError unless the final stream is the sum of what layers add and the unembedding reads it."""
         name, layout = type(self.model).__name__, self.layout
-        if layout.post_norm or not layout.direct:
+        if layout.post_norm or layout.hybrid or not layout.direct:
             why = "passes a norm after each addition" if layout.post_norm else "is not what its unembedding reads"
+            why = "passes blocks of another kind" if layout.hybrid else why
             raise InstrumentError(
                 f"{self.who} needs a residual stream that is summed up and unembedded; that of {name} {why}: leave "
                 "this instrument out, or probe the stream (LinearProbe)"
@@ -169,19 +182,11 @@ class Parts:
 
     def split(self, layer: int, fused: Tensor) -> list[Tensor]:
         """q, k, v (…, head, d_head) from what the fused map writes (…, all)."""
-        groups, size = self.kv_heads, self.d_head
-        if self.layout.fused == "heads":
-            q, k, v = fused.unflatten(-1, (groups, -1, size)).split([self.heads // groups, 1, 1], -2)
-            return [q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)]
-        widths = [self.heads * size, groups * size, groups * size]
-        return [part.unflatten(-1, (-1, size)) for part in fused.split(widths, -1)]
+        return split(fused, self.layout.fused, self.heads, self.kv_heads, self.d_head)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`."""
-        if self.layout.fused == "heads":
-            grouped = [part.unflatten(-2, (self.kv_heads, -1)) for part in parts]
-            return torch.cat(grouped, -2).flatten(-3)
-        return torch.cat([part.flatten(-2) for part in parts], -1)
+        return join(parts, self.layout.fused, self.heads, self.kv_heads, self.d_head)
 
     # -- norms and ends ----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from devmon.anatomy.forward import forward, original
+from devmon.anatomy.layout import Layout, lacks
+from devmon.anatomy.variants.outputs import declared
 from devmon.errors import InstrumentError
 
 
@@ -19,11 +21,11 @@ def residual_stream(
     """The input of the first block, then the output of each block: block count + 1 tensors (batch, pos, d).
 
     `tokens` is (batch, pos) int64, or other inputs (batch, …) such as images, where pos is whatever number of places
-    the blocks have; feature maps (batch, d, height, width) are seen as places (batch, height · width, d), and the
-    blocks of images may differ in width. `blocks` is the path of the container of blocks, such as "transformer.h", or
-    of several, "layer1, layer2", whose blocks are taken as they run; without it `find_blocks` looks for it. The tensors
-    are copies, so a block that writes in place cannot change them; the hooks are removed in every case. Raises
-    InstrumentError where a block does not run once or returns another shape.
+    the blocks have; feature maps (batch, d, height, width) are seen as places (batch, height · width, d), states
+    (batch, d) as one place, and the blocks of such models may differ in width. `blocks` is the path of the container of
+    blocks, such as "transformer.h", or of several, "layer1, layer2", whose blocks are taken as they run; without it
+    `find_blocks` looks for it. The tensors are copies, so a block that writes in place cannot change them; the hooks
+    are removed in every case. Raises InstrumentError where a block does not run once or returns another shape.
     """
     path = find_blocks(model, tokens[:1], who) if blocks is None else blocks
     with shown_stream(model, tokens, path, who) as seen:
@@ -35,12 +37,12 @@ def residual_stream(
 def shown_stream(model: nn.Module, tokens: Tensor, path: str, who: str) -> Iterator[Callable[[str], list[Tensor]]]:
     """Sees the stream of a forward pass of `tokens` inside; what it yields tells it as `residual_stream` does."""
     model = original(model)
-    children = _children(model, path, who)
+    enters, leaves = _layers(model, path, who)
     shape = _expected(tokens)
 
     # The input of the block that runs first and every block's output, copied: a later block may write into them.
     stream: list[Tensor] = []
-    calls = [0] * len(children)
+    calls = [0] * len(enters)
 
     def enter(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -58,17 +60,17 @@ def shown_stream(model: nn.Module, tokens: Tensor, path: str, who: str) -> Itera
         # One state a block, each as wide as the others: else the "blocks" are no chain, or a block ran twice or not.
         widths = {state.shape[-1] for state in stream}
         free = shape[1] is None
-        if len(stream) != len(children) + 1 or not (free or len(widths) == 1):
+        if len(stream) != len(enters) + 1 or not (free or len(widths) == 1):
             shapes = [tuple(state.shape) for state in stream]
             raise InstrumentError(
-                f"{who} needs blocks that each run once and take and return (batch, pos, d); the {len(children)} "
+                f"{who} needs blocks that each run once and take and return (batch, pos, d); the {len(enters)} "
                 f"modules in {path!r} of {type(model).__name__} ran {calls} times and gave {shapes}: "
                 'set blocks="path.to.blocks"'
             )
         return stream
 
-    handles = [child.register_forward_pre_hook(enter(i), with_kwargs=True) for i, child in enumerate(children)]
-    handles += [child.register_forward_hook(leave) for child in children]
+    handles = [module.register_forward_pre_hook(enter(i), with_kwargs=True) for i, module in enumerate(enters)]
+    handles += [module.register_forward_hook(leave) for module in leaves]
     try:
         yield whole
     finally:
@@ -80,10 +82,13 @@ def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> s
     """The path of the largest nn.ModuleList or nn.Sequential, by parameters, whose modules all return (batch, pos, d).
 
     Of images, the paths of all stages, "layer1, layer2": the outermost lists of modules that are made of others and
-    return states or feature maps, which may differ in width. Tries one forward pass of `tokens` (batch, pos). Raises
+    return states or feature maps, which may differ in width. Where a declared layout says that a layer is several
+    modules, its list. Tries one forward pass of `tokens` (batch, pos). Raises
     InstrumentError, naming the field `blocks`, for none.
     """
     model = original(model)
+    if (own := _declared(model)) is not None:
+        return own[0]
     shape = _expected(tokens)
 
     # One pass tells which modules return states, and how wide.
@@ -113,11 +118,15 @@ def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> s
             return ", ".join(outer)
 
     # Of the lists whose modules all return states of one width, the largest: an MLP of two layers is such a list too.
+    # A network of numbers may have no other list than one whose widths differ.
     sizes: dict[str, int] = {}
-    for path, module in lists.items():
-        seen = set[int | None]().union(*(widths.get(child, {None}) for child in module.children()))
-        if len(seen) == 1 and None not in seen:
-            sizes[path] = sum(p.numel() for p in module.parameters())
+    for most in (1, len(widths) if shape[1] is None and tokens.ndim == 2 else 1):
+        for path, module in lists.items():
+            seen = set[int | None]().union(*(widths.get(child, {None}) for child in module.children()))
+            if len(seen) <= most and None not in seen and not sizes.get(path):
+                sizes[path] = sum(p.numel() for p in module.parameters())
+        if sizes:
+            break
     if not sizes:
         raise InstrumentError(
             f"{who} needs the residual stream; {type(model).__name__} has no nn.ModuleList or nn.Sequential whose "
@@ -133,6 +142,28 @@ def _is_stage(module: nn.Module, widths: dict[nn.Module, set[int | None]]) -> bo
 
 def _within(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}."))
+
+
+def _declared(model: nn.Module) -> tuple[str, list[nn.Module], Layout] | None:
+    """The path of the list, and the layers, of a declared layout whose layers are not modules that are called; else
+    None: what is called is found without."""
+    layout = declared(model)
+    if layout is None or not (layout.together > 1 or layout.enter or layout.leave):
+        return None
+    for path, module in model.named_modules():
+        if not lacks(module, (layout.blocks,)):
+            return ".".join(part for part in (path, layout.blocks) if part), layout.layers(module), layout
+    return None
+
+
+def _layers(model: nn.Module, path: str, who: str) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules by which the stream enters the blocks at `path`, and those by which it leaves them."""
+    own = _declared(model)
+    if own is not None and own[0] == path:
+        ends = [own[2].ends(layer) for layer in own[1]]
+        return [enter for enter, _ in ends], [leave for _, leave in ends]
+    children = _children(model, path, who)
+    return children, children
 
 
 def _children(model: nn.Module, path: str, who: str) -> list[nn.Module]:
@@ -162,4 +193,6 @@ def _state(values: Any, shape: tuple[int, int | None]) -> Tensor | None:
         return None
     if shape[1] is None and first.ndim == 4:
         return first.flatten(2).transpose(1, 2)
+    if shape[1] is None and first.ndim == 2 and first.is_floating_point():
+        return first[:, None]
     return first if first.ndim == 3 and shape[1] in (None, first.shape[1]) else None

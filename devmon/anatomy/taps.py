@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from devmon.anatomy.parts import Parts
 from devmon.anatomy.sites import ENDS, SITES, LayerSite, Reads, Write
+from devmon.anatomy.variants.builtin import Opened
 from devmon.errors import InstrumentError
 
 # The part of a layout in which a site is seen, where it has another name.
@@ -36,10 +37,15 @@ class Taps:
     def attach(self) -> Iterator[Any]:
         """The handles of the hooks, which are attached as they are asked for."""
         parts = self.parts
-        for layer, block in enumerate(parts.blocks):
+        for layer in range(parts.layers):
+            parts.optional(layer, "qkv")  # built-in attention makes itself known, and is opened below
+        if parts.projections:
+            yield Opened(parts.projections)
+        for layer in range(parts.layers):
             # The first hook of a layer is always there: the others need to know which layer runs.
-            yield block.register_forward_pre_hook(self._enter(layer), with_kwargs=True)
-            yield block.register_forward_hook(self._output("resid_post", layer))
+            enter, leave = parts.ends(layer)
+            yield enter.register_forward_pre_hook(self._enter(layer), with_kwargs=True)
+            yield leave.register_forward_hook(self._output("resid_post", layer))
             if parts.layout.qkv:
                 if self._any(layer, "q", "k", "v"):
                     yield parts.module(layer, "qkv").register_forward_hook(self._fused(layer))

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from devmon.cli import calibrate, checkpoints, events, instruments, measure, runs
+from devmon.cli import anatomy, calibrate, checkpoints, events, instruments, measure, runs
 from devmon.errors import DevmonError
 
 HELP = """Watch how a neural network develops while it trains.
@@ -33,6 +33,7 @@ app.command(
 )(instruments.demo)
 app.command()(instruments.instruments)
 app.command()(instruments.cost)
+app.command()(anatomy.anatomy)
 # measuring checkpoints
 app.command()(checkpoints.suites)
 app.command()(calibrate.calibrate)

@@ -38,6 +38,25 @@ def load_source(source: str) -> tuple[nn.Module, LLC]:
             raise DataError(f"{source} must return (model, LLC(data, loss, ...)), a torch module first; got ({got})")
 
 
+def load_model(source: str) -> tuple[nn.Module, torch.Tensor | None]:
+    """The model, and inputs for it or None, that `source` names: a model, a pair of both, or a function of such."""
+    named = _called(source, or_value=True)
+    if isinstance(named, type) and issubclass(named, nn.Module):
+        try:
+            named = named()
+        except TypeError as error:
+            raise DataError(
+                f"{source} is a class that needs arguments ({error}): name a function that makes one"
+            ) from None
+    match named:
+        case nn.Module() as model:
+            return _network(model), None
+        case (nn.Module() as model, torch.Tensor() as inputs):
+            return _network(model), inputs
+        case other:
+            raise DataError(f"{source} must be, or return, a model or (model, inputs); got {type(other).__name__}")
+
+
 def load_study(source: str) -> tuple[nn.Module | None, tuple[Watch, ...] | None]:
     """What is measured on a series of checkpoints: the model (untrained), the watches, or both.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from devmon.anatomy.variants.outputs import answer
 from devmon.errors import InstrumentError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -21,7 +22,7 @@ def next_token_loss(model: nn.Module, batch: Any) -> Tensor:
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     tokens = batch["input_ids"] if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else batch[0]
-    logits = outputs(model(tokens) if mask is None else model(input_ids=tokens, attention_mask=mask))
+    logits = outputs(answer(model, tokens) if mask is None else model(input_ids=tokens, attention_mask=mask))
     # every position is scored, the last one against the ignored label: no copy of the logits
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(tokens.shape)

@@ -199,7 +199,9 @@ def _mlp(anatomy: Anatomy, layer: int, names: Mapping[int, str]) -> tuple[str, .
 def _blocks(model: nn.Module, layout: Layout | None, examples: Examples, who: str) -> list[nn.Module]:
     """The blocks of any model: those that anatomy knows, else those that one example finds, else none."""
     try:
-        return Anatomy(model, layout, who).blocks
+        anatomy = Anatomy(model, layout, who)
+        if all(anatomy.ends(layer) == (block, block) for layer, block in enumerate(anatomy.blocks)):
+            return anatomy.blocks
     except InstrumentError:
         if layout is not None:
             raise

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from devmon.anatomy.variants.outputs import answer
 from devmon.errors import InstrumentError
 from devmon.sampling.data import Examples, map_tree
 from devmon.sampling.losses import outputs
@@ -25,7 +26,7 @@ def next_token_losses(model: nn.Module, batch: Any) -> Tensor:
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     tokens = batch["input_ids"] if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else batch[0]
-    logits = outputs(model(tokens) if mask is None else model(input_ids=tokens, attention_mask=mask))
+    logits = outputs(answer(model, tokens) if mask is None else model(input_ids=tokens, attention_mask=mask))
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     return losses if mask is None else losses.masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, torch.nan)
 

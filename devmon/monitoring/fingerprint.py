@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -11,12 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from devmon.monitoring.code import callables, code_digest
+
 
 def identity(instrument: Any) -> dict[str, Any]:
     """The JSON-able identity of an instrument: `instrument` (class), `fields` (name to short text; arrays by shape and
     SHA-256), `fingerprint` (16 hex digits over both) and `doc` (first paragraph of the docstring).
 
-    A change in a field, one element of probe data included, changes the fingerprint.
+    A change in a field, one element of probe data included, changes the fingerprint. `code` has the digests of the
+    functions and classes among them that devmon does not bring, by name: they tell one that was moved to another module
+    from another one (`devmon.store.same`), and are not in the fingerprint.
     """
     if getattr(type(instrument), "stands_for_of", False):  # the same numbers made another way: an `InParts`
         instrument = instrument.of
@@ -29,6 +34,11 @@ def identity(instrument: Any) -> dict[str, Any]:
         "instrument": name,
         "fields": fields,
         "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "code": {
+            describe(each): code_digest(each, describe)
+            for each in callables([kind, instrument, list(_fields(instrument).values())])
+            if not _module(each).startswith("devmon.")
+        },
         "doc": doc,
     }
 
@@ -54,6 +64,9 @@ def describe(value: Any) -> str:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = ", ".join(f"{key}={describe(item)}" for key, item in _fields(value).items())
         return f"{type(value).__name__}({parts})"
+    if isinstance(value, functools.partial):
+        given = [describe(value.func), *map(describe, value.args)]
+        return f"functools.partial({', '.join([*given, *(f'{k}={describe(v)}' for k, v in value.keywords.items())])})"
     if callable(value):
         code = getattr(value, "__code__", None)
         name = f"{_module(value)}.{getattr(value, '__qualname__', type(value).__qualname__)}"

@@ -12,6 +12,7 @@ import xarray as xr
 from devmon.errors import IdentityError, StoreError
 from devmon.store.place import Place
 from devmon.store.rows import encode
+from devmon.store.same import said_otherwise
 from devmon.store.units import Units
 from devmon.watch import NAME
 
@@ -114,12 +115,24 @@ class StoredWatch:
     # -- one row, under the lock -------------------------------------------------------------------------------------
 
     def declare(self, identity: Mapping[str, Any]) -> None:
-        """Say who measures; IdentityError, with what differs, where that is another instrument or configuration."""
+        """Say who measures; IdentityError, with what differs, where that is another instrument or configuration.
+
+        One that says the same in other words (`devmon.store.same`) is accepted, and recorded as `accepted`.
+        """
         if self.name not in self.place.names():
             with self.place.locked():
                 self.place.update(lambda attrs: attrs or dict(identity), self.name)
         stored = self._retry_until_stable(self.attributes)
         if stored.get("fingerprint") == identity["fingerprint"]:
+            return
+        if (same := said_otherwise(stored, identity)) is not None:
+            # The declaration stays that of the first row; what else was accepted for it is kept beside it.
+            if stored.get("accepted", {}).get(identity["fingerprint"]) != same:
+                accepted = {identity["fingerprint"]: same}
+                with self.place.locked():
+                    self.place.update(
+                        lambda attrs: attrs | {"accepted": attrs.get("accepted", {}) | accepted}, self.name
+                    )
             return
         differ = differences(stored.get("fields", {}), identity["fields"])
         if stored.get("instrument") != identity["instrument"]:

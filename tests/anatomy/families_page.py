@@ -72,7 +72,8 @@ lacks; there is no third way: layouts, known, guessed or declared, are tried on 
 (`devmon.anatomy.linear`). Not in the table, as they need no parts of a model: `LLC` and `Curvature` (any
 differentiable loss), `RestrictedLoss` and `FourierSpectrum` (addition modulo p).
 
-A model of your own is a row of its own: `anatomy = Layout(...)` (`devmon.anatomy.Layout`) says where its parts are.
+A model of your own is a row of its own: `anatomy = Layout(...)` (`devmon.anatomy.Layout`) says where its parts are, and
+`devmon anatomy script.py:model` writes that line ([your_model.md](your_model.md)).
 What a layout cannot say is refused: streams that are multiplied, gated or branched (Granite, DiffLlama, Bloom with its
 residual from the norm), and stacks in which some layers do not attend (Qwen3-Next, Jamba, RecurrentGemma, MiniMax).
 Attention, losses and representations of these are read all the same, and `layer` is the index of the block.

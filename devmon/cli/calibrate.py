@@ -12,7 +12,7 @@ from devmon.errors import DevmonError
 
 SOURCE = typer.Argument(metavar="SOURCE", help="path/to/script.py:name or package.module:name.")
 CHECKPOINTS = typer.Argument(
-    metavar="CHECKPOINTS", help="A folder of Lightning checkpoints, or the run's folder that holds checkpoints/."
+    metavar="CHECKPOINTS", help="A folder of checkpoints of any loop, the run's folder, or owner/name on the hub."
 )
 INTO = typer.Option(
     metavar="RUN", show_default="the one beside the checkpoints", help="The run to write the choice into."
@@ -25,6 +25,10 @@ BUDGET = typer.Option(
     min=1, show_default="three estimates", help="Examples whose gradients the trials may take, all together."
 )
 PREFIX = typer.Option(help="What the checkpoint's keys start with (net.), where several would do.")
+PATTERN = typer.Option(help="A regular expression with one group: the step in the checkpoints' names.")
+ALLOW_PICKLE = typer.Option(
+    "--allow-pickle", help="Read checkpoints that hold more than weights, which runs their code."
+)
 OUT = typer.Option("-o", "--out", help="Also draw the trials into this file (calibration.png).")
 FORCE = typer.Option("--force", help="Replace another calibration that the run holds.")
 
@@ -39,13 +43,16 @@ def calibrate(
     max_steps: Annotated[int, MAX_STEPS] = 3000,
     budget: Annotated[float | None, BUDGET] = None,
     prefix: Annotated[str | None, PREFIX] = None,
+    pattern: Annotated[str | None, PATTERN] = None,
+    allow_pickle: Annotated[bool, ALLOW_PICKLE] = False,
     out: Annotated[Path | None, OUT] = None,
     force: Annotated[bool, FORCE] = False,
 ) -> None:
     """Find the LLC's lr and gamma, by short trials on a late and a middle checkpoint.
 
     SOURCE names a function without arguments that returns (model, LLC(...)): an untrained model, and the LLC with its
-    data, loss, nbeta, batch size, kernel and mask; its lr and gamma are what is looked for. The trials are printed with
+    data, loss, nbeta, batch size, kernel and mask; its lr and gamma are what is looked for. Checkpoints of transformers
+    bring their model: SOURCE may then return the LLC alone. The trials are printed with
     the reasons and the line to paste. The run keeps them: LLC(data, loss, **run.attrs["calibration"]["settings"]).
     """
     from rich.console import Console
@@ -58,7 +65,8 @@ def calibrate(
     with errors.status("reading the checkpoints") as status:
         chosen = calibrate_series(
             source, checkpoints, into=into, late=late, middle=middle, tolerance=tolerance, max_steps=max_steps,
-            budget=budget, prefix=prefix, force=force, progress=status.update if errors.is_terminal else errors.print,
+            budget=budget, prefix=prefix, pattern=pattern, allow_pickle=allow_pickle, force=force,
+            progress=status.update if errors.is_terminal else errors.print,
         )  # fmt: skip
     trials = chosen.calibration.trials
     Console().print(trials_table(trials, chosen.record["steps"]))

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
-from devmon.errors import DevmonError, IdentityError, InstrumentError
+from devmon.checkpoints.pretrained import causal_lm
+from devmon.checkpoints.series import Checkpoint, Series
+from devmon.checkpoints.weights import fitting
+from devmon.errors import DataError, DevmonError, IdentityError, InstrumentError
 from devmon.instruments import LLC
 from devmon.monitoring.fingerprint import identity
-from devmon.offline.source import checkpoint_series, late_and_middle, load_source, with_weights
+from devmon.monitoring.isolation import private_copy
+from devmon.offline.source import late_and_middle, load_source
 from devmon.sampling import Calibration, Settings, calibrate
 from devmon.snapshot import weights_digest
 from devmon.store.place import store_path
@@ -88,13 +94,17 @@ def calibrate_series(
     max_steps: int = 3000,
     budget: float | None = None,
     prefix: str | None = None,
+    pattern: str | None = None,
+    allow_pickle: bool = False,
     force: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> SeriesCalibration:
     """Choose the settings of an LLC by short trials on two checkpoints of a series; nothing is written.
 
-    - `source`: path/to/script.py:name or package.module:name of a function that returns (model, LLC(...)).
-    - `checkpoints`: a folder of Lightning checkpoints, or the run's folder in which `checkpoints/` lies.
+    - `source`: path/to/script.py:name or package.module:name of a function that returns (model, LLC(...)), or the LLC
+      alone for checkpoints that bring their architecture (transformers').
+    - `checkpoints`: any `Series`, whatever loop saved it: a folder, the run's folder in which `checkpoints/` lies, or
+      owner/name on the hub. `pattern` and `allow_pickle` are the series' own.
     - `into`: the run that the choice is for; by default the one beside the checkpoints, if there is one.
     - `late`, `middle`: steps of the checkpoints; by default the last, and the one in the middle of the series by count.
     - `tolerance`, `max_steps`, `budget`: of `devmon.sampling.calibrate`.
@@ -108,10 +118,16 @@ def calibrate_series(
     model, instrument = load_source(source)
     if not isinstance(instrument.sampler, str):
         raise DevmonError(f"the LLC of {source} has a kernel with its own lr: name the kernel, as in sampler='baoab'")
-    series = checkpoint_series(checkpoints)
-    steps = dict(zip(("late", "middle"), late_and_middle(list(series), late, middle), strict=False))
-    models = [with_weights(model, series[step], prefix) for step in steps.values()]
-    beside = next(iter(series.values())).resolve().parent.parent / "trajectory.zarr"
+    series = Series.open(checkpoints, pattern=pattern, allow_pickle=allow_pickle)
+    if model is None and not series.pretrained:
+        raise DataError(f"the checkpoints of {series.name} bring no config.json: let {source} return (model, LLC(...))")
+    steps = dict(zip(("late", "middle"), late_and_middle(series.steps, late, middle), strict=False))
+    config = series.config()
+    models = [_filled(model, series.read(step), config, prefix) for step in steps.values()]
+    places = [place.resolve() for place in series.places.values() if isinstance(place, Path)][:1]
+    folders = [folder for place in places for folder in (place.parent.parent, place.parent)] or [Path(series.name)]
+    stores = [folder / "trajectory.zarr" for folder in folders]
+    beside = next((store for store in stores if (store / "zarr.json").is_file()), stores[0])
     run = beside if into is None and (beside / "zarr.json").is_file() else into
     trajectory = None if run is None else Trajectory(Trajectory(store_path(run), "r").path)  # "r" makes none
     described = identity(instrument)["fields"]
@@ -132,7 +148,7 @@ def calibrate_series(
 
     # the trials, from the instrument's own settings
     chosen_steps = ", ".join(f"{name} checkpoint: step {step}" for name, step in steps.items())
-    progress(f"{chosen_steps} ({len(series)} in the series); sampling can take minutes")
+    progress(f"{chosen_steps} ({len(series.steps)} in the series); sampling can take minutes")
     try:
         answer = calibrate(
             models,
@@ -160,6 +176,17 @@ def calibrate_series(
         "trials": {str(name): _as_json(column.values) for name, column in answer.trials.items()},
     }
     return SeriesCalibration(answer, record, trajectory, beside)
+
+
+def _filled(
+    model: nn.Module | None, checkpoint: Checkpoint, config: Mapping[str, Any], prefix: str | None
+) -> nn.Module:
+    """A copy of the model with the weights of a checkpoint; without one, the model that the checkpoint brings."""
+    if model is None:
+        return causal_lm(checkpoint, dict(config), torch.float32)
+    twin = private_copy(model)
+    twin.load_state_dict(fitting(twin, checkpoint.state, checkpoint.name, prefix), strict=False)  # fitting is strict
+    return twin
 
 
 def _as_keywords(settings: Settings) -> dict[str, Any]:

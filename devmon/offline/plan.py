@@ -37,10 +37,10 @@ class Plan:
 
     `source` names the model, the watches or both (`devmon.offline.source.load_study`), `preset` watches for a language
     model with the probe batch that `tokens` holds or is made of (`devmon.offline.probe_text`), and with an LLC where
-    `llc` has its settings (NAME=VALUE). Watches of a source keep their own steps, those of a preset are made at all
-    that `steps` chooses. `stage` and `branch` choose among the checkpoints (`Series`). `dtype` and no model are for
-    checkpoints that bring their architecture. `options` (NAME=VALUE) are the engine's own. Raises DataError for values
-    that do not go together.
+    `llc` has its settings (NAME=VALUE). Watches are measured at all checkpoints that `steps` chooses; with `schedule`
+    those of a source are at their own steps of them, as in training. `stage` and `branch` choose among the checkpoints
+    (`Series`). `dtype` and no model are for checkpoints that bring their architecture. `options` (NAME=VALUE) are the
+    engine's own. Raises DataError for values that do not go together.
     """
 
     series: str = option("A folder of checkpoints, or owner/name on the Hugging Face hub.", metavar="SERIES")
@@ -69,6 +69,7 @@ class Plan:
     )  # fmt: skip
     watch: tuple[str, ...] = option("Only this watch (repeatable).", ())
     steps: str = option("all, log:40, every:100, 0,10,20, 100-500, or several with commas.", "all")
+    schedule: bool = option("Measure the source's watches at their own steps alone, as in training.", False)
     pattern: str | None = option("A regular expression with one group: the step in the checkpoints' names.", None)
     stage: str | None = option("One stage of the training, by its own count.", None, show_default="all")
     branch: str | None = option("An ingredient or a seed, by name.", None)

@@ -35,6 +35,10 @@ def run(plan: Plan, dry_run: bool) -> int:
         told = " ".join(f"{name}={value}" for name, value in study.settings.items())
         chosen = "" if "lr" in study.settings else "; lr and gamma are chosen on the checkpoints"
         out.print(f"λ̂ with the settings published for this model: {told}{chosen} (--llc none leaves it out)")
+    if plan.source is not None and plan.preset is None:
+        when = "at their own steps, as in training" if plan.schedule else "at all chosen checkpoints"
+        more = "" if plan.schedule else " (--schedule keeps to their own steps)"
+        out.print(f"the watches of {plan.source} are measured {when}{more}")
     if study.assumed:
         out.print(study.assumed)
     if dry_run:

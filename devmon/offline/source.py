@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from devmon.checkpoints.folder import checkpoints
 from devmon.checkpoints.weights import fitting, load
 from devmon.errors import DataError
 from devmon.instruments import LLC
@@ -24,8 +23,9 @@ from devmon.monitoring.isolation import private_copy
 from devmon.watch import Watch
 
 
-def load_source(source: str) -> tuple[nn.Module, LLC]:
-    """The model (untrained) and the instrument that `path/to/script.py:name` or `package.module:name` returns.
+def load_source(source: str) -> tuple[nn.Module | None, LLC]:
+    """The model (untrained) and the instrument that `path/to/script.py:name` or `package.module:name` returns; no model
+    (None) where it returns the instrument alone, for checkpoints that bring their architecture.
 
     `name` is a function without required arguments. A script is imported, so what it should not do then stands under
     `if __name__ == "__main__":`. Of a LightningModule the part is taken that a `Monitor` would measure.
@@ -33,9 +33,14 @@ def load_source(source: str) -> tuple[nn.Module, LLC]:
     match _called(source):
         case (nn.Module() as model, LLC() as instrument):
             return _network(model), instrument
+        case LLC() as instrument:
+            return None, instrument
         case other:
             got = ", ".join(type(part).__name__ for part in (other if isinstance(other, tuple) else [other]))
-            raise DataError(f"{source} must return (model, LLC(data, loss, ...)), a torch module first; got ({got})")
+            raise DataError(
+                f"{source} must return (model, LLC(data, loss, ...)), a torch module first, or the LLC alone; "
+                f"got ({got})"
+            )
 
 
 def load_model(source: str) -> tuple[nn.Module, torch.Tensor | None]:
@@ -95,18 +100,6 @@ def _called(source: str, or_value: bool = False) -> Any:
     except TypeError as error:
         raise DataError(f"{source} must be callable without arguments ({error}): give its arguments defaults") from None
     return function()
-
-
-def checkpoint_series(folder: str | os.PathLike[str]) -> dict[int, Path]:
-    """Step to file, in order, of a folder of checkpoints (see `devmon.callbacks.CheckpointSeries`) or of the run's
-    folder in which `checkpoints/` lies."""
-    files = checkpoints(folder) or checkpoints(Path(folder) / "checkpoints")
-    if not files:
-        raise DataError(
-            f"there is no step-….ckpt in {folder} or {Path(folder) / 'checkpoints'}: give the folder of a "
-            "CheckpointSeries"
-        )
-    return files
 
 
 def late_and_middle(steps: Sequence[int], late: int | None = None, middle: int | None = None) -> list[int]:

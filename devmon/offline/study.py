@@ -85,6 +85,8 @@ class Study:
         self.assumed = ""
         self.settings = self._settings()
         self.watches = self._chosen(self._preset() if watches is None else watches)
+        if not plan.schedule:
+            self.watches = tuple(dataclasses.replace(each, steps=frozenset(self.steps)) for each in self.watches)
         self.device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.model is not None:
             self.model = private_copy(self.model).to(self.device)
@@ -214,7 +216,7 @@ class Study:
         make = getattr(presets, self.plan.preset)
         given = {"vocab_size": size, "last": max(2, self.steps[-1]), "bos": self.plan.bos, "llc": self._llc()}
         given["tokenizer"] = self._vocabulary()
-        return [dataclasses.replace(watch, steps=frozenset(self.steps)) for watch in make(tokens, **given)]
+        return make(tokens, **given)
 
     def _probe(self) -> Probe:
         assert self.plan.tokens is not None

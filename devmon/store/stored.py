@@ -18,6 +18,7 @@ from devmon.watch import NAME
 
 SPELLING = "use letters, digits, '_', '.' and '-', a letter or digit first"
 PRIVATE = ("folded", "fold", "fold_number")  # attributes of a group that say how its rows lie
+CODE = "code"  # the attribute that tells functions that were moved, which is no part of the rows
 LABELS_IN_FORM = 64  # longer coordinates are compared by size and dtype alone; changing it refuses what is stored
 JOIN: dict[str, Any] = {  # of rows of one form: what has no `step` is the same in all, and sizes may not differ
     "data_vars": "all",
@@ -57,7 +58,7 @@ class StoredWatch:
         # The units come first: rows that a fold moves in between are then read twice, and never missed.
         rows = self.units.read()
         folded, attrs = self._retry_until_stable(lambda: (self.place.folded(self.name), self.attributes()))
-        attrs = {key: value for key, value in attrs.items() if key not in PRIVATE}
+        attrs = {key: value for key, value in attrs.items() if key not in (*PRIVATE, CODE)}
         if folded is not None:
             folded.attrs = attrs
             held = folded["step"].values
@@ -270,7 +271,8 @@ class StoredWatch:
             rows, known = change(self.read()), self.failures() if failures is None else failures
             held = set(rows["step"].values.tolist())
             kept = {str(step): why for step, why in known.items() if step not in held}
-            if self.place.replace(self.name, rows.assign_attrs(failures=kept), since):
+            code = {CODE: self.attributes()[CODE]} if CODE in self.attributes() else {}
+            if self.place.replace(self.name, rows.assign_attrs(failures=kept, **code), since):
                 return self.units.remove(paths)
         raise self._always_changes
 

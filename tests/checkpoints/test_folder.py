@@ -32,7 +32,7 @@ def test_measuring_afterwards_lists_them_without_lightning(tmp_path: Path) -> No
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000007.ckpt").touch()
     code = (
-        "import sys; from devmon.offline.source import checkpoint_series; "
-        f"print(list(checkpoint_series({str(tmp_path)!r})), 'lightning' in sys.modules)"
+        "import sys; import devmon.offline.source; from devmon.checkpoints.series import Series; "
+        f"print(Series.open({str(tmp_path)!r}).steps, 'lightning' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[7] False"

@@ -128,7 +128,7 @@ def test_another_answer_is_shown_and_refused_unless_forced(copy: Path, monkeypat
     ("none.py:made", "there is no script at"),
     ("script.py:absent", "has no function 'absent'; it has data, instrument, made"),
     ("script.py:needy", "give its arguments defaults"),
-    ("script.py:data", "must return (model, LLC(data, loss, ...)), a torch module first; got (Tensor, Tensor)"),
+    ("script.py:data", "a torch module first, or the LLC alone; got (Tensor, Tensor)"),
     ("script.py:reversed_pair", "got (LLC, Regression)"),
     ("script.py:kernel", "name the kernel"),
     ("script.py:wider", "net.weight has shape (1, 4) in step-00000040.ckpt, (1, 5) in Linear"),

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from devmon import DataError, DevmonError, IdentityError, InstrumentError, Trajectory
 from devmon.offline.calibrate import calibrate_series
@@ -126,7 +128,7 @@ def test_steps_and_folders_that_are_not_there(study: Path, tmp_path: Path) -> No
     assert refused(run, late=41) == "there is no checkpoint of --late 41; there are 0, 10, 20, 30, 40"
     assert "there is no checkpoint of --middle 5" in refused(run, middle=5)
     assert "comes after the late checkpoint" in refused(run, late=20, middle=30)
-    assert "give the folder of a CheckpointSeries" in refused(tmp_path)
+    assert "holds a step (it has nothing)" in refused(tmp_path)
     shutil.copy(run / "checkpoints" / "step-00000000.ckpt", tmp_path)
     assert "no checkpoint past step 0" in refused(tmp_path)
 
@@ -141,3 +143,29 @@ def test_a_calibration_that_fails_names_the_steps_and_how_to_take_others(
     steps = r"late checkpoint: step 40, middle checkpoint: step 0; --late and --middle give others"
     with pytest.raises(InstrumentError, match=rf"^no step size ran healthily \({steps}\)"):
         calibrate_series(f"{study / 'script.py'}:made", study / "run", middle=0)
+
+
+def test_checkpoints_of_any_loop_and_those_that_bring_their_model(
+    language: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of transformers' Trainer with an LLC alone; state dicts under names that a pattern reads."""
+    asked = answer(monkeypatch)
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "from devmon.instruments import LLC\nimport torch\n\ndef llc():\n    return LLC(torch.ones(8, 4).long())\n"
+    )
+    found = calibrate_series(f"{script}:llc", language / "hf")
+    (models, *_) = asked.pop()
+    assert found.record["steps"] == {"late": 1000, "middle": 100}
+    expected = transformers.AutoModelForCausalLM.from_pretrained(language / "hf" / "checkpoint-1000", dtype="float32")
+    assert weights_digest(models[0]) == weights_digest(expected)
+    assert found.beside == language / "trajectory.zarr"
+
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for step, weights in WEIGHTS.items():
+        torch.save({"weight": torch.tensor([weights])}, folder / f"w_{step}_x.pt")
+    found = calibrate_series(f"{copy / 'script.py'}:bare", folder, pattern=r"w_(\d+)_x")
+    assert asked.pop()[0][0].weight.flatten().tolist() == pytest.approx(WEIGHTS[40])
+    with pytest.raises(DataError, match=r"bring no config.json: let .*alone.py:llc return \(model, LLC"):
+        calibrate_series(f"{script}:llc", folder, pattern=r"w_(\d+)_x")

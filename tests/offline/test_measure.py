@@ -28,8 +28,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore
 
 def test_checkpoints_give_the_rows_of_training_and_again_gives_nothing_more(trained: Path, tmp_path: Path) -> None:
     command = (trained / "saved", "--into", tmp_path / "run.zarr", "--source", f"{trained / 'script.py'}:study")
+    command = (*command, "--schedule")
     result = measure(*command)
     assert result.exit_code == 0, result.output
+    assert "are measured at their own steps, as in training" in result.output
     assert "10 rows measured" in result.output
     online, offline = rows(trained / "online.zarr"), rows(tmp_path / "run.zarr")
     assert offline["norm"]["step"].values.tolist() == [0, 2, 4, 6, 8, 10, 12]
@@ -39,6 +41,12 @@ def test_checkpoints_give_the_rows_of_training_and_again_gives_nothing_more(trai
     assert again.exit_code == 0
     assert "7 of 7 checkpoints chosen; 0 to measure" in again.output
     same(offline, rows(tmp_path / "run.zarr"))
+
+    # Without the schedule of training all that is chosen is measured, and it says so.
+    more = measure(*command[:-1], "--steps", "0-8")
+    assert "are measured at all chosen checkpoints (--schedule keeps to their own steps)" in more.output
+    assert "3 rows measured" in more.output
+    assert Trajectory(tmp_path / "run.zarr", "r").steps("llc") == [0, 2, 4, 6, 8, 12]
 
 
 def test_the_run_of_training_is_filled_up_and_only_what_is_missing_is_loaded(
@@ -68,7 +76,7 @@ def test_a_dry_run_prints_steps_watches_and_cost_and_leaves_nothing(trained: Pat
     assert lines["norm"][1] == "Norm"
     assert lines["norm"][-3:] == ["Norm", "4", "unknown"]
     assert lines["llc"][1] == "LLC"
-    assert "2" in lines["llc"]
+    assert "4" in lines["llc"]
     assert not (tmp_path / "run.zarr").exists()
     assert measure(*command, "--steps", "0-4").exit_code == 0
     kept = sorted(path for path in (tmp_path / "run.zarr").rglob("*"))
@@ -93,7 +101,7 @@ def damaged(trained: Path, folder: Path) -> Path:
 
 def test_checkpoints_that_cannot_be_measured_are_named_and_the_rest_is(trained: Path, tmp_path: Path) -> None:
     saved, run = damaged(trained, tmp_path), tmp_path / "run.zarr"
-    command = (saved, "--into", run, "--source", f"{trained / 'script.py'}:study")
+    command = (saved, "--into", run, "--source", f"{trained / 'script.py'}:study", "--schedule")
     result = measure(*command)
     assert result.exit_code == 1
     for said in (

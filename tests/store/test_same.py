@@ -133,6 +133,7 @@ def test_a_run_goes_on_and_says_what_it_accepted(tmp_path: Path) -> None:
     run = tmp_path / "run.zarr"
     old, new = module(tmp_path, "run_before").loss, module(tmp_path, "run_after").loss
     train(run, [100, old], range(2))
+    Trajectory(run).fold()  # which keeps the digests of the code
     train(run, [100.0, new], range(1, 3))
     train(run, [100, old], range(2, 4))
     store = Trajectory(run)

@@ -80,9 +80,9 @@ def _source(thing: Any) -> str:
         code = getattr(thing, "__code__", None)
         return thing.__name__ if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            documented = ast.get_docstring(node, clean=False) is not None
+            node.body = (node.body[1:] or [ast.Pass()]) if documented else node.body
     return ast.unparse(tree)
 
 

@@ -103,6 +103,8 @@ class Monitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._takes_part:
+            if self.loop.optimizer is None:
+                self.loop.optimizer = trainer.optimizers
             self.loop.step(trainer.global_step, pl_module)
         elif self._dry and trainer.is_global_zero:
             self.loop.attempt(pl_module)

@@ -56,7 +56,9 @@ class TrainerMonitor(TrainerCallback):
         """Open in the first process, from the start of training on."""
         return self.loop.trajectory
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         deepspeed = getattr(args, "hf_deepspeed_config", None)
         if getattr(args, "fsdp", None) or (deepspeed is not None and deepspeed.is_zero3()):
             raise DevmonError(
@@ -66,6 +68,8 @@ class TrainerMonitor(TrainerCallback):
         self._takes_part = state.is_world_process_zero
         if self._takes_part:
             self.loop.open()
+            if self.loop.optimizer is None:
+                self.loop.optimizer = optimizer
             self.loop.step(state.global_step, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

@@ -12,19 +12,36 @@ import xarray as xr
 
 
 @dataclass(frozen=True)
+class Update:
+    """One update of an optimizer, by the names of parameters: copies, to be read. Empty where none was made yet.
+
+    - `gradients`: what the optimizer used; `before`, `after`: the weights around it
+    - `second_moments`: Adam's after the update, and `adam`: (β₂, ε, number of updates); empty for other optimizers
+    """
+
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
+    after: dict[str, torch.Tensor] = field(default_factory=dict)
+    second_moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    adam: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The model at one step, handed to an instrument.
 
     `model` is a private copy in evaluation mode: an instrument may hook or perturb it, training never sees that.
     `seed` belongs to the run and the watch and not to the step, so the same random numbers serve every checkpoint.
     `memo` is common to the instruments of one observation: the passes that one of them reads (`devmon.anatomy.passes`)
-    serve the others. It holds values of the untouched model only, to be read and not written.
+    serve the others. It holds values of the untouched model only, to be read and not written. `update` is the update
+    that led to these weights, where a loop hands it over to instruments with `needs_update`; else None.
     """
 
     step: int
     model: torch.nn.Module
     seed: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    update: Update | None = field(default=None, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:

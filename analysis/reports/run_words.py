@@ -66,6 +66,11 @@ def alarms(attrs: Mapping[str, Any]) -> list[str]:
         where = f"near step {alarm['step']:.0f} ({alarm['low']:.0f} to {alarm['high']:.0f})"
         ended = "" if alarm["ended_at"] is None else f" at step {alarm['ended_at']}"
         lines.append(f"{what} {where}, p = {alarm['p_value']:.2g}: {alarm['status']}{ended}")
+    for found in attrs.get("precursors") or ():
+        where = (
+            f"precursor of a loss spike at step {found['step']}: the gradient of {found['part']} is {found['rms']:.1f}"
+        )
+        lines.append(f"{where} times the root of its second moments (above {found['limit']:.1f})")
     if densified := steps_of(attrs.get("densified")):
         lines.append(f"measured only because an alarm was up: {densified}")
     return lines

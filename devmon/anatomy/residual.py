@@ -83,8 +83,8 @@ def find_blocks(model: nn.Module, tokens: Tensor, who: str = "find_blocks") -> s
 
     Of images, the paths of all stages, "layer1, layer2": the outermost lists of modules that are made of others and
     return states or feature maps, which may differ in width. Where a declared layout says that a layer is several
-    modules, its list. Tries one forward pass of `tokens` (batch, pos). Raises
-    InstrumentError, naming the field `blocks`, for none.
+    modules, its list. Tries one forward pass of `tokens` (batch, pos). Raises InstrumentError, naming the field
+    `blocks`, for none.
     """
     model = original(model)
     if (own := _declared(model)) is not None:

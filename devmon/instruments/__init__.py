@@ -8,6 +8,7 @@ from devmon.instruments.few_shot import FewShot
 from devmon.instruments.fourier_spectrum import FourierSpectrum
 from devmon.instruments.function_vectors import FunctionVectorHeads
 from devmon.instruments.fuzzy_induction import AbstractInduction, FuzzyInduction, HierarchicalInduction
+from devmon.instruments.gradient_statistics import GradientStatistics
 from devmon.instruments.head_ablation import HeadAblation
 from devmon.instruments.head_spectra import HeadSpectra
 from devmon.instruments.in_context import InContextLearning
@@ -72,6 +73,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "Susceptibilities",
     "BayesianInfluence",
     "Curvature",
+    "GradientStatistics",
     "WeightStatistics",
     # addition modulo p
     "RestrictedLoss",

@@ -24,7 +24,8 @@ from devmon.monitoring.observe import attempt, observe, refusal
 from devmon.monitoring.page_updates import PageUpdates
 from devmon.monitoring.passed import Passed
 from devmon.monitoring.ranks import SINGLE, Ranks
-from devmon.snapshot import weights_digest
+from devmon.monitoring.updates import Updates
+from devmon.snapshot import Update, weights_digest
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
 
@@ -40,6 +41,7 @@ class MonitorOptions(TypedDict, total=False):
     live: str | os.PathLike[str] | None
     clock: Callable[[], float]
     companions: Iterable[Companion]
+    optimizer: Any
 
 
 class LoopMonitor:
@@ -77,6 +79,9 @@ class LoopMonitor:
       is looked at 24 times at most.
     - `live`: an .html file that is made again while training goes on, by a process of its own (`LivePage`); open it in
       a browser and it loads itself again. Its events and alarms are provisional. When training ends, the last is made.
+    - `optimizer`: the optimizer of the loop, or several, for instruments that look at its updates
+      (`GradientStatistics`); `Monitor` and `TrainerMonitor` know it. Copies of weights, gradients and second moments
+      are kept from a due update to its measurement.
     - `companions`: your own (see `Companion`), beside those that the options stand for.
     - `ranks`: of several processes with the same weights, one has a monitor; or all have, with the same `ranks`, and
       measure together (`devmon.callbacks.FabricMonitor`). None: `open` tells them later, before the first step.
@@ -95,6 +100,7 @@ class LoopMonitor:
         live: str | os.PathLike[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
         companions: Iterable[Companion] = (),
+        optimizer: Any = None,
         ranks: Ranks | None = SINGLE,
     ) -> None:
         self.path = trajectory.path if isinstance(trajectory, Trajectory) else trajectory
@@ -118,7 +124,9 @@ class LoopMonitor:
             None if max_overhead is None else Budget(max_overhead, [watch.name for watch in self.watches], clock),
             self.densify,
             None if log is None or log is False else Mirror(log),
+            Updates() if any(getattr(watch.instrument, "needs_update", False) for watch in self.watches) else None,
         ]
+        self.optimizer = optimizer
         self.companions = (*(companion for companion in options if companion is not None), *companions)
         for companion in self.companions:
             companion.monitor = self
@@ -144,17 +152,31 @@ class LoopMonitor:
             self.ranks.agree(self._resume, step, model)
             for companion in self.companions:
                 companion.begin(step)
+            if self.updates is not None and self.trajectory is not None:
+                self.updates.attach(self.optimizer, self.network(model))
         self._seen = step
         due = self._due(step)
         trials = self._untried(due) if first else []
         if due or trials:
             self._measure(step, self.network(model), due, trials)
         self._begun = {watch.name for watch in self.watches}
+        if self.updates is not None:
+            self.updates.passed()
+
+    @property
+    def last(self) -> int | None:
+        """The last step that was given."""
+        return self._seen
+
+    @property
+    def updates(self) -> Updates | None:
+        """What hands the optimizer's updates over, where an instrument asks for them."""
+        return next((companion for companion in self.companions if isinstance(companion, Updates)), None)
 
     def attempt(self, model: torch.nn.Module) -> None:
         """Try every watch on the model and keep nothing, for a training of which nothing is kept. Raises
         `InstrumentError` where some do not fit."""
-        if misfits := attempt(0, self.network(model), self.watches, {}):
+        if misfits := attempt(0, self.network(model), self.watches, {}, update=Update()):
             raise refusal(misfits)
 
     def network(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -225,6 +247,7 @@ class LoopMonitor:
             failures=self._failures.reasons,
             begun=self._begun,
             trials=trials,
+            update=None if self.updates is None else self.updates.update,
         )
         for companion in reversed(self.companions) if due else ():
             companion.after(step)

@@ -19,7 +19,7 @@ from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.isolation import ChangedModelError, guarded, isolated, private_copy
 from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.monitoring.wrappers import refuse_absent
-from devmon.snapshot import Choosing, Divisible, Instrument, Snapshot, derive_seed, weights_digest
+from devmon.snapshot import Choosing, Divisible, Instrument, Snapshot, Update, derive_seed, weights_digest
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
 
@@ -36,6 +36,7 @@ def observe(
     failures: dict[str, dict[int, str]] | None = None,
     begun: Container[str] = (),
     trials: Iterable[Watch] = (),
+    update: Update | None = None,
 ) -> list[str]:
     """Measure every watch that is due at `step` and not yet in the trajectory; returns the names it appended.
 
@@ -49,7 +50,8 @@ def observe(
     watch in it is not warned of again; without it, a watch of which the trajectory holds an earlier failure is not.
 
     `each(name, dataset)` is called after every watch that was measured, with its row, or None where it failed. `trials`
-    are measured too, and nothing is kept of them: what does not fit is refused before it is due.
+    are measured too, and nothing is kept of them: what does not fit is refused before it is due. `update` is what the
+    optimizer did, for instruments that ask for it.
 
     With several `ranks` all of them call this with the same step and watches, and only rank 0 holds the `trajectory`
     (None elsewhere), decides what is missing in it and calls `each`. Every rank measures its share of a `Divisible`
@@ -88,7 +90,7 @@ def observe(
                 if record is None:
                     continue
                 instrument = instrument.settle(record)
-            dataset = _measure(instrument, step, model, seeds[watch.name], ranks, memo)
+            dataset = _measure(instrument, step, model, seeds[watch.name], ranks, memo, update)
             ranks.first(book.append, watch.name, step, dataset, weights, time.perf_counter() - started, record)
         except Exception as error:
             if strict or isinstance(error, ChangedModelError):
@@ -100,7 +102,7 @@ def observe(
         else:
             ranks.first(book.measured, watch.name, dataset)
             appended.append(watch.name)
-    misfits |= attempt(step, model, trials, trial_seeds, ranks, memo) if trials else {}
+    misfits |= attempt(step, model, trials, trial_seeds, ranks, memo, update) if trials else {}
     if misfits:
         raise refusal(misfits)
     return appended
@@ -113,6 +115,7 @@ def attempt(
     seeds: Mapping[str, int],
     ranks: Ranks = SINGLE,
     memo: dict[Any, Any] | None = None,
+    update: Update | None = None,
 ) -> dict[str, DevmonError]:
     """The watches whose instruments do not fit the model, with what they say. Nothing is stored; other errors, which
     may come of the moment, count for nothing."""
@@ -121,7 +124,7 @@ def attempt(
         if isinstance(watch.instrument, Choosing) and not watch.instrument.settled:
             continue  # what it is to be is chosen at trained weights
         try:
-            _measure(watch.instrument, step, model, seeds.get(watch.name, 0), ranks, memo)
+            _measure(watch.instrument, step, model, seeds.get(watch.name, 0), ranks, memo, update)
         except ChangedModelError:
             raise
         except DevmonError as error:
@@ -149,13 +152,21 @@ def _finite(model: torch.nn.Module) -> bool:
 
 
 def _measure(
-    instrument: Instrument, step: int, model: torch.nn.Module, seed: int, ranks: Ranks, memo: dict[Any, Any]
+    instrument: Instrument,
+    step: int,
+    model: torch.nn.Module,
+    seed: int,
+    ranks: Ranks,
+    memo: dict[Any, Any],
+    update: Update | None,
 ) -> xr.Dataset | None:
     """The dataset on rank 0, None on the others. What may fail on one rank only is done within a call of `ranks`."""
 
     def whole() -> xr.Dataset | None:
         with isolated(), guarded(model):
-            return _dataset(instrument(Snapshot(step, private_copy(model), seed, memo))) if ranks.rank == 0 else None
+            if ranks.rank:
+                return None
+            return _dataset(instrument(Snapshot(step, private_copy(model), seed, memo, update)))
 
     if ranks.size == 1 or not isinstance(instrument, Divisible):
         return ranks.agree(whole)

@@ -101,8 +101,8 @@ class GradientStatistics:
         if self.data is not None:
             # Of each small batch and part |g|² and G · g, then both estimates and what leaving one batch out makes.
             squares, dots = self._gradients(snapshot, parts)
-            whole = [each.sum(1, keepdims=True) for each in (squares, dots)]
-            (scale,), (scale_se,), (square,), (square_se,) = noise_scale(*whole, self.batch_size)
+            whole = noise_scale(squares.sum(1, keepdims=True), dots.sum(1, keepdims=True), self.batch_size)
+            scale, scale_se, square, square_se = (float(each[0]) for each in whole)
             by_part, by_part_se, _, _ = noise_scale(squares, dots, self.batch_size)
         told = "the gradient is not told from 0, or there are no data"
         rows.put("noise_scale", (), scale, scale_se, "noise scale of the gradient", units="examples", nan=told)

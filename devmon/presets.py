@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Required, TypedDict, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from devmon.data import broken_repeats, symbol_tasks
 from devmon.data.words import Vocabulary, case_map, unpadded, vocabulary, word_tasks
@@ -36,6 +36,7 @@ from devmon.instruments import (
     NgramStages,
     PreviousTokenHeads,
     ProbeLoss,
+    ReferenceDrift,
     RepeatGain,
     ResidualAttribution,
     Sketch,
@@ -187,6 +188,29 @@ def _probe(tokens: Tensor, known: Vocabulary) -> dict[str, Any]:
     """The fields of instruments that draw their own tokens: sequences as long as the text, 64 at most."""
     length = min(64, tokens.shape[1])
     return {"vocab_size": known.size, "length": length, "bos": known.bos, "exclude": known.exclude}
+
+
+def fine_tuning(task: Tensor, general: Tensor, *, reference: nn.Module, **shared: Unpack[Shared]) -> list[Watch]:
+    """A pretrained language model on its way from `reference`, the model before, which is copied here.
+
+    `task` and `general` (batch, pos) int64 are held-out text of what it is trained on and of what it could do before:
+    the loss on the one says what is learned when, that on the other what is forgotten. The distance from the reference
+    in outputs, losses of each token, and layers is on both; heads are followed as in `economy`. Other keywords are
+    those of `economy`, whose `tokens` are `general` here; `count` is 60. Watches: task, general, task_drift,
+    general_drift, repeats, induction, previous_token, llc.
+    """
+    shared.setdefault("count", COUNT)
+    known = _known(shared)
+    task, general = unpadded(task, known.pad), unpadded(general, known.pad)
+    steps = log_spaced(shared["count"], shared["last"])
+    behaviour = {watch.name: watch for watch in economy(general, **shared)}
+    return [
+        Watch("task", ProbeLoss(task), steps),
+        Watch("general", ProbeLoss(general), steps),
+        Watch("task_drift", ReferenceDrift(reference, task), steps),
+        Watch("general_drift", ReferenceDrift(reference, general), steps),
+        *(behaviour[name] for name in ("repeats", "induction", "previous_token", "llc") if name in behaviour),
+    ]
 
 
 def vision(

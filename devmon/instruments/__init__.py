@@ -25,6 +25,7 @@ from devmon.instruments.patching import ActivationPatching
 from devmon.instruments.polysemanticity import Polysemanticity
 from devmon.instruments.previous_token import PreviousTokenHeads
 from devmon.instruments.probe_loss import ProbeLoss
+from devmon.instruments.reference_drift import ReferenceDrift
 from devmon.instruments.repeat_gain import RepeatGain
 from devmon.instruments.representation_sketch import Sketch
 from devmon.instruments.residual_attribution import ResidualAttribution
@@ -65,6 +66,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "MDLProbe",
     "IntrinsicDimension",
     "Sketch",
+    "ReferenceDrift",
     "Superposition",
     "Polysemanticity",
     # weights and geometry

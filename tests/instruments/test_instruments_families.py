@@ -146,6 +146,7 @@ ELSEWHERE = {
     "Susceptibilities": "samples for seconds; tests/instruments/test_susceptibilities.py",
     "BayesianInfluence": "samples for seconds; tests/instruments/test_influence.py",
     "Curvature": "of any loss; tests/instruments/test_curvature.py",
+    "ReferenceDrift": "of two models; tests/instruments/test_reference_drift.py",
     "GradientStatistics": "of any loss and update; tests/instruments/test_gradient_statistics.py",
     "RestrictedLoss": "of addition modulo p; tests/instruments/test_fourier_instruments.py",
     "FourierSpectrum": "of addition modulo p; tests/instruments/test_fourier_instruments.py",

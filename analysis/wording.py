@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 NAMED = 3  # items named in a sentence before "and 4 more"
 
@@ -19,6 +19,23 @@ def number(value: float | None, digits: int = 3) -> str:
         mantissa, exponent = text.split("e")
         text = f"{mantissa}e{int(exponent)}"
     return text.replace("-", "−")
+
+
+def measured(value: float, se: float | None, *, error: bool = True, sign: bool = False) -> str:
+    """A value to the digits that its standard error carries (two of an error that begins with 1), with the error.
+
+    >>> measured(-1.1081, 0.0231), measured(34.2, 5.13), measured(0.8149, 0.0012, error=False), measured(2.5, None)
+    ('−1.11 ± 0.02', '34 ± 5', '0.8149', '2.5')
+    """
+    plus = "+" if sign and value > 0 else ""
+    if se is None or not math.isfinite(se) or se <= 0 or not math.isfinite(value):
+        return plus + number(value)
+    places = -math.floor(math.log10(se))
+    places += int(f"{se:.6e}"[0] == "1")
+    if abs(places) > 6:
+        return plus + number(value) + (f" ± {number(se, 2)}" if error else "")
+    words = [f"{round(x, places):.{max(places, 0)}f}".replace("-", "−") for x in (value, se)]
+    return plus + (" ± ".join(words) if error else words[0])
 
 
 def step(value: float) -> str:
@@ -45,7 +62,7 @@ def count(n: int, singular: str, plural: str = "") -> str:
     return f"{n} {singular if n == 1 else plural or singular + 's'}"
 
 
-def listed(items: Sequence[str] | map[str], *, last: bool = True) -> str:
+def listed(items: Iterable[str], *, last: bool = True) -> str:
     """Items in a sentence, parted by semicolons where one holds a comma; with `last`, "and" stands before the last."""
     items = list(items)
     mark = "; " if any(", " in item for item in items) else ", "

@@ -14,16 +14,18 @@ from devmon.analysis.plots.curves import (
     plot_runs,
     plot_series,
 )
-from devmon.analysis.plots.events import plot_events, plot_lead_lag, plot_matched
+from devmon.analysis.plots.events import plot_events, plot_matched
 from devmon.analysis.plots.heatmaps import plot_heads, plot_pairs, plot_similarity
 from devmon.analysis.plots.ladder import plot_ladder
 from devmon.analysis.plots.path import plot_essential
 from devmon.analysis.plots.style import step_axis, style
+from devmon.analysis.plots.summary import plot_order, plot_stages
 from devmon.analysis.plots.susceptibilities import plot_susceptibilities
 
 __all__ = [  # noqa: RUF022
     # curves over steps
     "plot_series",
+    "plot_stages",
     "plot_llc",
     "plot_overview",
     "plot_runs",
@@ -42,7 +44,7 @@ __all__ = [  # noqa: RUF022
     "plot_susceptibilities",
     # events
     "plot_events",
-    "plot_lead_lag",
+    "plot_order",
     "plot_matched",
     # parts
     "step_axis",

@@ -76,9 +76,16 @@ def plot_llc(derived: xr.Dataset, events: Sequence[Event] = (), *, ax: Axes | No
 
 @styled
 def plot_overview(
-    series: Sequence[Series], events: Sequence[Event] = (), *, ax: Sequence[Axes] | None = None
+    series: Sequence[Series],
+    events: Sequence[Event] = (),
+    *,
+    titles: Mapping[str, str] | None = None,
+    ax: Sequence[Axes] | None = None,
 ) -> tuple[Figure, list[Axes]]:
-    """Series stacked on one axis of steps. An event is shaded in its own panel; its line goes through all of them."""
+    """Series stacked on one axis of steps. An event is shaded in its own panel; its line goes through all of them.
+
+    `titles` are those of the panels, by the names of the series.
+    """
     fig, axes = panels_on(ax, len(series), 1.2)
     shown = {each.name for each in series}
     handles: dict[str, Any] = {}
@@ -90,7 +97,7 @@ def plot_overview(
                 panel.axvline(event.step, color=EVENT_COLOURS.get(event.kind, "#555555"), lw=0.7, alpha=0.45, zorder=0)
         for handle in curve + draw_strips(panel, own):
             handles.setdefault(str(handle.get_label()).partition(":")[0], handle)
-        panel.set_title(brief(each.name, 90), fontsize=9.5, pad=3)
+        panel.set_title(brief((titles or {}).get(each.name, each.name), 90), fontsize=9.5, pad=3)
         panel.set_ylabel(brief(each.units, 18), fontsize=8.5)
         step_axis(panel, np.concatenate([s.steps for s in series]), label=i == len(axes) - 1)
     for label, handle in handles.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,12 +37,13 @@ def plot_events(
     transitions: Sequence[Transition] = (),
     *,
     steps: np.ndarray | None = None,
+    titles: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
     """A forest plot, one row an event: its 90% interval as a bar, its estimate as a mark, hollow where q > 0.05.
 
     A thin line is the span of an event, from 10% to 90% of a jump. Numbered grey strips are the spans of `transitions`.
-    The axis is that of `steps` (the run's), or reaches as far as the events.
+    The axis is that of `steps` (the run's), or reaches as far as the events; `titles` are what series are called.
     """
     fig, ax = axes_on(ax, height=1.15 + 0.24 * max(len(events), 2))
     rows = in_order(events)
@@ -75,7 +76,9 @@ def plot_events(
         ax.annotate(
             chance, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False
         )
-    ax.set_yticks(range(len(rows)), [f"{brief(event.series)} ({event.word})" for event in rows], fontsize=8.5)
+    called = [(titles or {}).get(event.series, event.series) for event in rows]
+    labels = [f"{brief(name)} ({event.word})" for name, event in zip(called, rows, strict=True)]
+    ax.set_yticks(range(len(rows)), labels, fontsize=8.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     # marks are explained in words, only those that are there
     there = [kind for kind in EVENT_MARKS if any(event.kind == kind for event in rows)]
@@ -101,25 +104,6 @@ def plot_events(
 def in_order(events: Sequence[Event]) -> list[Event]:
     """The rows of `plot_events`, from the top."""
     return sorted(events, key=lambda event: (event.step, event.series))
-
-
-@styled
-def plot_lead_lag(
-    rows: Sequence[tuple[str, float, tuple[float, float], bool]], main: str = "main event", *, ax: Axes | None = None
-) -> tuple[Figure, Axes]:
-    """Lag behind the main event, a row an event: (label, lag in steps, 90% interval, whether the order is settled)."""
-    fig, ax = axes_on(ax, height=1.1 + 0.26 * max(len(rows), 2))
-    for y, (_, lag, interval, settled) in enumerate(rows):
-        colour = COLOURS[0] if settled else "#777777"
-        ax.plot(interval, [y, y], color=colour, lw=3.5, alpha=0.5, solid_capstyle="butt")
-        ax.plot(lag, y, "o", ms=6, mec=colour, mfc=colour if settled else "white", mew=1.4)
-    ax.axvline(0, color="#333333", lw=1)
-    ax.set_yticks(range(len(rows)), [brief(label) for label, *_ in rows], fontsize=8.5)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.margins(x=0.08)
-    ax.set_title(f"Lag behind {brief(main)}")
-    ax.set_xlabel("optimizer steps; left of 0 came first, hollow: order not settled")
-    return fig, ax
 
 
 @styled

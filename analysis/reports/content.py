@@ -77,8 +77,11 @@ class Items:
 
 @dataclass(frozen=True)
 class Terms:
+    """Terms and their meanings; `look` is "" or "answers"."""
+
     block: ClassVar[str] = "terms"
     pairs: list[tuple[str, str]]
+    look: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,26 @@ class Fold:
     opened: bool = False
 
 
-Block = Table | Figure | Paragraph | Prose | Heading | Items | Terms | Code | Fold
+@dataclass(frozen=True)
+class Columns:
+    """Two columns side by side where the screen is wide enough."""
+
+    block: ClassVar[str] = "columns"
+    left: list[Any]
+    right: list[Any]
+
+
+Block = Table | Figure | Paragraph | Prose | Heading | Items | Terms | Code | Fold | Columns
 
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the report under a heading; a `folded` one is opened by hand."""
+
     key: str
     title: str
     blocks: list[Block]
+    folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import xarray as xr
 
@@ -13,12 +13,12 @@ from devmon.analysis.detection.results import Detection
 from devmon.analysis.run import RunData
 from devmon.analysis.series import Series
 from devmon.analysis.transitions.clusters import Transition
-from devmon.analysis.transitions.mirage import MIRAGE, SURVIVES, Survival, mirage_guard, twins_of
-from devmon.analysis.transitions.order import lead_lag
+from devmon.analysis.transitions.mirage import Survival, mirage_guard, twins_of
+from devmon.analysis.transitions.order import LeadLag, lead_lag
 from devmon.analysis.transitions.phases import PhaseType, types_of
-from devmon.analysis.transitions.schedule import ScheduleCheck, schedule_check, schedule_of
+from devmon.analysis.transitions.schedule import Coincidence, ScheduleCheck, schedule_check, schedule_of
 from devmon.analysis.transitions.stages import Change, Stage
-from devmon.analysis.wording import listed, number, step
+from devmon.analysis.wording import measured, number, step
 from devmon.errors import DataError
 
 CONVINCING = 0.9  # probability from which an event is said to lead, and a crossing of free energies is told
@@ -26,11 +26,29 @@ CONVINCING = 0.9  # probability from which an event is said to lead, and a cross
 
 @dataclass(frozen=True)
 class Evidence:
-    """Sentences about one transition, those that argue against it, and in a word or two if it is of type A or B."""
+    """What is known of one transition.
 
-    sentences: list[str] = field(default_factory=list)
-    against: list[str] = field(default_factory=list)
-    kind: str = "–"
+    - `first`, `second`, `lag`: its two earliest events and how far apart they are; `led` where that order is sure
+    - `phase`: how loss and λ̂ change over it; None for a run without them
+    - `passing`: the peaks and dips of λ̂ within it, which a change across it does not show
+    - `kinks`: its events that meet a kink of the learning-rate schedule; None where no schedule is known
+    - `survivals`: its events of thresholded scores, with what their continuous twins say
+    """
+
+    first: Event | None = None
+    second: Event | None = None
+    lag: LeadLag | None = None
+    phase: PhaseType | None = None
+    passing: tuple[Event, ...] = ()
+    kinks: tuple[Coincidence, ...] | None = None
+    survivals: tuple[Survival, ...] = ()
+
+    @property
+    def led(self) -> bool:
+        """Whether the first of its events certainly came before the others."""
+        if self.first is None or self.second is None or self.lag is None:
+            return False
+        return self.lag.first >= CONVINCING and self.first.resolved and self.second.resolved
 
 
 def evidence(
@@ -54,15 +72,20 @@ def evidence(
     checked = _schedule(run, series, [event for change in changes for event in change.events])
     rows = []
     for i, change in enumerate(changes):
-        own = [survival for survival in survivals if survival.event in change.events]
-        sentences = _led(change, detection)
-        if types is not None and lambda_hat is not None:
-            sentences += [type_in_words(types[i]), *_passing(change, lambda_hat, detection)]
-        sentences += [
-            f"{s.event.series} jumps with its continuous twin {s.twin}." for s in own if s.verdict == SURVIVES
-        ]
-        kind = "–" if types is None else type_in_short(types[i])
-        rows.append(Evidence(sentences, _against(change, own, checked), kind))
+        order = sorted(change.events, key=lambda event: event.step)[:2]
+        first, second = (order[0], order[1]) if len(order) == 2 else (None, None)
+        lag = lead_lag(detection.posterior(first), detection.posterior(second)) if first and second else None
+        rows.append(
+            Evidence(
+                first,
+                second,
+                lag,
+                None if types is None or lambda_hat is None else types[i],
+                () if lambda_hat is None else _passing(change, lambda_hat, detection),
+                None if checked is None else tuple(r for r in checked.rows if r.event in change.events and r.kinks),
+                tuple(survival for survival in survivals if survival.event in change.events),
+            )
+        )
     return rows
 
 
@@ -76,17 +99,20 @@ def type_in_words(kind: PhaseType) -> str:
     steps = {change.steps for change in (kind.loss, kind.llc) if change is not None}
     start, end = steps.pop() if len(steps) == 1 else (kind.start, kind.end)
     loss, llc = (_change(change, (start, end)) for change in (kind.loss, kind.llc))
-    changes = f"over steps {step(start)}–{step(end)} the loss changes by {loss}, λ̂ by {llc}"
+    changes = f"the loss {loss} and λ̂ {llc} over steps {step(start)}–{step(end)}"
     if kind.kind == "unsettled":
-        odds = ", ".join(f"{name} {number(p, 2) if p >= 0.01 else '< 0.01'}" for name, p in kind.probabilities.items())
-        return f"Type A or B is not settled (probabilities: {odds}): {changes}."
+        best = max(kind.probabilities, key=lambda name: kind.probabilities[name])
+        likely = "neither type" if best == "neither" else f"Type {best}"
+        return (
+            f"Not settled between Type A and B (most likely {likely}, {_chance(kind.probabilities[best])}): {changes}."
+        )
     name = "Neither Type A nor Type B" if kind.kind == "neither" else f"Type {kind.kind}"
     sentence = f"{name} (probability {_chance(kind.probabilities[kind.kind])}): {changes}."
     n = kind.crossing
     if kind.kind == "A" and n is not None and n.probability >= CONVINCING:
         sentence += (
-            f" The later phase has the lower free energy from a sample of about {number(n.n)} on "
-            f"[{number(n.interval[0])}, {number(n.interval[1])}]."
+            f" The later phase has the lower free energy from a sample of about {number(n.n, 2)} on "
+            f"[{number(n.interval[0], 2)}, {number(n.interval[1], 2)}]."
         )
     return sentence
 
@@ -98,24 +124,10 @@ def type_in_short(kind: PhaseType) -> str:
     return "not settled" if kind.kind == "unsettled" else f"{kind.kind} ({_chance(kind.probabilities[kind.kind])})"
 
 
-def _led(change: Transition, detection: Detection) -> list[str]:
-    """Which series led within a transition, where its first two events are resolved and their order is sure."""
-    order = sorted(change.events, key=lambda event: event.step)
-    if len(order) < 2:
-        return []
-    first, second = order[0], order[1]
-    lag = lead_lag(detection.posterior(first), detection.posterior(second))
-    if lag.first >= CONVINCING and first.resolved and second.resolved:
-        how = f"{step(lag.lag)} steps before {second.series} (probability {_chance(lag.first)})"
-        return [f"Within it {first.series} led, {how}."]
-    return [f"Within it no series certainly led (earliest: {first.series}, then {second.series})."]
-
-
-def _passing(change: Transition, llc: Series, detection: Detection) -> list[str]:
-    """The peaks and dips of λ̂ within a transition, which a change across it does not show."""
+def _passing(change: Transition, llc: Series, detection: Detection) -> tuple[Event, ...]:
+    """The peaks and dips of λ̂ within a transition."""
     own = [event for event in detection.events if event.series == llc.name and event.sure]
-    inside = [event for event in own if event.kind in ("bump", "turn") and meet(event.interval, change.span)]
-    return [f"Within it {listed(map(Event.in_words, inside))}."] if inside else []
+    return tuple(event for event in own if event.kind in ("bump", "turn") and meet(event.interval, change.span))
 
 
 def _types(
@@ -160,32 +172,13 @@ def _schedule(run: RunData, series: Sequence[Series], events: Sequence[Event]) -
         return None
 
 
-def _against(change: Transition, survivals: Sequence[Survival], checked: ScheduleCheck | None) -> list[str]:
-    """Events at a kink of the schedule, of a thresholded score alone, and those not resolved in time."""
-    said = []
-    rows = [row for row in checked.rows if row.event in change.events and row.kinks] if checked is not None else []
-    if rows:
-        said.append(f"{_of_its_events(rows, change)} {min(rows, key=lambda row: row.chance).note}.")
-    said += [f"{s.event.series} jumps only as a thresholded score: {s.note}." for s in survivals if s.verdict == MIRAGE]
-    if blurred := [event for event in change.events if not event.resolved]:
-        note = f"{blurred[0].series}: {blurred[0].note or 'too few checkpoints'}"
-        verb = "is" if len(blurred) == 1 else "are"
-        said.append(f"{_of_its_events(blurred, change)} {verb} not resolved in time ({note}).")
-    return said
-
-
-def _of_its_events(some: Sequence[object], change: Transition) -> str:
-    return f"{len(some)} of its {len(change.events)} events" if len(change.events) > 1 else "its jump"
-
-
 def _chance(p: float) -> str:
     return "> 0.99" if p > 0.99 else number(p, 2)
 
 
 def _change(change: Change | None, steps: tuple[float, float]) -> str:
-    """A change with its error, and its own steps where they are not these."""
+    """Which way and by how much, and its own steps where they are not these."""
     if change is None:
-        return "–"
-    text = ("+" if change.value > 0 else "") + number(change.value)
-    text += "" if change.se is None else f" ± {number(change.se, 2)}"
+        return "is not known"
+    text = f"{'rises' if change.value > 0 else 'falls'} by {measured(abs(change.value), change.se)}"
     return text if change.steps == steps else f"{text} (steps {step(change.steps[0])}–{step(change.steps[1])})"

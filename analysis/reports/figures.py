@@ -13,18 +13,20 @@ from devmon.analysis.derive.ladder import ladder
 from devmon.analysis.derive.verdicts import FINITE_TIME, accepted
 from devmon.analysis.detection.events import Event
 from devmon.analysis.plots.events import in_order
+from devmon.analysis.reports.answers import main_series
 from devmon.analysis.reports.content import Figure
 from devmon.analysis.reports.drawing import Page, curves, rows_over_steps
 from devmon.analysis.reports.findings import Findings
 from devmon.analysis.reports.tables import numbers_table
+from devmon.analysis.reports.words import Labels, called, naming
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.table import Row, Table, thinned
 from devmon.analysis.transitions.clusters import Transition
-from devmon.analysis.transitions.order import Lag
-from devmon.analysis.wording import interval_text, number, step
+from devmon.analysis.wording import interval_text, listed, number, step
 
 PANELS = 6  # series in the overview and in one figure of a watch
 MAX_LINES = 40  # rows of a forest plot
+MAX_ORDERED = 16  # rows of the order within a transition
 
 
 def overview(page: Page, findings: Findings) -> Figure:
@@ -38,14 +40,17 @@ def overview(page: Page, findings: Findings) -> Figure:
             " Shaded: the 90% interval of an event with q ≤ 0.05, in its own panel; thin lines mark the events of the "
             "other panels."
         )
-    return stack(page, "overview", chosen, sure, caption)
+    return stack(page, "overview", chosen, sure, caption, findings.labels)
 
 
-def stack(page: Page, name: str, chosen: Sequence[Series], sure: Sequence[Event], caption: str) -> Figure:
+def stack(
+    page: Page, name: str, chosen: Sequence[Series], sure: Sequence[Event], caption: str, labels: Labels
+) -> Figure:
     """Series one above the other, each panel with a switch."""
-    drawing, axes = plots.plot_overview(chosen, sure)
+    titles = {each.name: called(labels, each.name) for each in chosen}
+    drawing, axes = plots.plot_overview(chosen, sure, titles=titles)
     where = [curves(ax, [series]) for ax, series in zip(axes, chosen, strict=True)]
-    parts = [(series.name, [f"axes_{i}"]) for i, series in enumerate(chosen, 1)] if len(chosen) > 1 else []
+    parts = [(titles[series.name], [f"axes_{i}"]) for i, series in enumerate(chosen, 1)] if len(chosen) > 1 else []
     return page.add(name, drawing, caption, numbers_table(chosen), where, parts)
 
 
@@ -73,52 +78,92 @@ def timeline(page: Page, findings: Findings) -> Figure | None:
     caption = f"Every event that stands in a series of the whole run (q ≤ 0.05), in the order of its step.{numbered}"
     grids = [series.steps for series in findings.series if run_level(series.name)]
     steps = np.concatenate(grids) if grids else None
-    return _forest(page, "timeline", events, caption, findings.transitions, steps)
+    return _forest(page, "timeline", events, caption, findings.labels, findings.transitions, steps)
 
 
-def forest(page: Page, events: Sequence[Event]) -> Figure | None:
+def forest(page: Page, events: Sequence[Event], labels: Labels) -> Figure | None:
     """All events of the page, where they are more than those of the timeline."""
     if all(event.sure and run_level(event.series) for event in events):
         return None
-    return _forest(page, "events", events, "Each event at its estimate, with its 90% interval.")
+    return _forest(page, "events", events, "Each event at its estimate, with its 90% interval.", labels)
 
 
 def _forest(
-    page: Page, name: str, events: Sequence[Event], caption: str, changes: Sequence[Transition] = (), steps: Any = None
+    page: Page,
+    name: str,
+    events: Sequence[Event],
+    caption: str,
+    labels: Labels,
+    changes: Sequence[Transition] = (),
+    steps: Any = None,
 ) -> Figure | None:
     if not events:
         return None
     shown = events[:MAX_LINES]
     if len(events) > MAX_LINES:
         caption += f" The first {MAX_LINES} of {len(events)}; all are in the table."
-    drawing, ax = plots.plot_events(shown, changes, steps=steps)
+    titles = {event.series: called(labels, event.series) for event in shown}
+    drawing, ax = plots.plot_events(shown, changes, steps=steps, titles=titles)
     words = list(map(Event.in_words, in_order(shown)))
     table = Table(["event"], [Row([each]) for each in words], "", "long")
     return page.add(name, drawing, caption, table, [rows_over_steps(ax, words)])
 
 
-def lead_lag_figure(page: Page, findings: Findings) -> Figure | None:
-    """How far every sure event came behind the reference; None where there is no other."""
-    reference = findings.reference
-    if reference is None or not findings.lags:
+def stages_figure(page: Page, findings: Findings) -> Figure:
+    """Loss, λ̂ and the series that names the foremost transition, over the stages of the run."""
+    chosen, change = main_series(findings), findings.foremost
+    rows = [(titled(findings, each), each) for each in chosen]
+    parts, stage = [], 0
+    for part in findings.stages:
+        stage += part.kind == "stage"
+        words = "" if part.transition is None else naming(part.transition.events, findings.labels)[1]
+        own = part.transition is not None
+        name = ((words or "transition") if part.transition is change else "") if own else f"stage {stage}"
+        parts.append((name, float(part.start), float(part.end), own))
+    at = None if change is None else (change.step, change.interval)
+    drawing, axes = plots.plot_stages(rows, parts if change is not None else [], at)
+    caption = f"{listed(called(findings.labels, each.name) for each in chosen)} over steps.{bands(chosen)}"
+    if change is not None:
+        caption += " Grey: transitions, from 10% to 90% of their change; orange: the step, with its 90% interval."
+    where = [curves(ax, [series]) for ax, series in zip(axes, chosen, strict=True)]
+    return page.add("stages", drawing, caption, numbers_table(chosen), where)
+
+
+def titled(findings: Findings, series: Series) -> str:
+    """What a panel is called: the series and its unit."""
+    name = called(findings.labels, series.name)
+    return f"{name} [{series.units}]" if series.units else name
+
+
+def order_figure(page: Page, findings: Findings) -> Figure | None:
+    """Which series of the foremost transition changed first; None where it has but one."""
+    change = findings.foremost
+    if change is None or len(change.events) < 2:
         return None
-    shown = findings.lags[:MAX_LINES]
-    named = [(f"{lag.event.series} ({lag.event.word})", lag.steps, lag.interval, lag.settled) for lag in shown]
-    drawing, _ = plots.plot_lead_lag(named, f"the jump of {reference.series}")
+    shown = sorted(change.events, key=lambda event: event.step)[:MAX_ORDERED]
+    rows = [(f"{called(findings.labels, event.series)} ({event.word})", event) for event in shown]
+    drawing, ax = plots.plot_order(rows, change.span)
     caption = (
-        f"Lag of every event with q ≤ 0.05 behind the jump of {reference.series} at step {step(reference.step)}, "
-        "in steps, with 90% intervals: the difference of two location posteriors, taken as independent."
+        f"The changes of the transition at step {step(change.step)} by their half-way points, on the scale of its own "
+        "width: line from onset (10%) to end (90%), thick the 90% interval of half-way."
     )
-    columns = ["event", "lag in steps [90%]", "P(before)", "order"]
-    note = "The order is settled where the interval leaves out 0 and both events are resolved in time."
-    table = Table(columns, [Row(_lag_cells(lag), not lag.settled) for lag in shown], note)
-    return page.add("lead-lag", drawing, caption, table, opened=True)
-
-
-def _lag_cells(row: Lag) -> list[str]:
-    order = ("before" if row.steps < 0 else "after") if row.settled else "not settled"
-    name = f"{row.event.series} ({row.event.word} at {step(row.event.step)})"
-    return [name, f"{step(row.steps)} {interval_text(row.interval, step)}", number(row.first), order]
+    if more := len(change.events) - len(shown):
+        caption += f" The first {len(shown)}; {more} more are among the events."
+    lags = {id(lag.event): lag for lag in findings.lags}
+    cells = []
+    for label, event in rows:
+        onset, end = ("–", "–") if event.span is None else map(step, event.span)
+        lag = lags.get(id(event))
+        behind = "the reference" if event is findings.reference else "–"
+        if lag is not None:
+            behind = f"{step(lag.steps)} {interval_text(lag.interval, step)}"
+        weak = lag is not None and not lag.settled
+        cells.append(
+            Row([label, onset, f"{step(event.step)} {interval_text(event.interval, step)}", end, behind], weak)
+        )
+    columns = ["", "onset", "half-way [90%]", "end", "steps behind\nthe reference [90%]"]
+    note = "Grey: the order against the reference is not settled (the interval holds 0, or an event is not resolved)."
+    return page.add("order", drawing, caption, Table(columns, cells, note), [rows_over_steps(ax, [r for r, _ in rows])])
 
 
 def llc_figure(page: Page, name: str, estimates: xr.Dataset, events: Sequence[Event]) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import xarray as xr
@@ -15,6 +15,7 @@ from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.detection.search import detect
 from devmon.analysis.reports.evidence import Evidence, evidence
+from devmon.analysis.reports.words import Labels, labels_of
 from devmon.analysis.run import ReadOnce, RunData, has_rows
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.transitions.clusters import Transition, transitions
@@ -33,6 +34,7 @@ class Findings:
     - `transitions`, `stages`: the run cut at its abrupt jumps, in the order of steps
     - `reference`, `lags`: the jump that other events are compared with, and how far behind it they came
     - `evidence`: what speaks for and against each transition, in their order
+    - `labels`: what a reader calls each series
     """
 
     run: ReadOnce
@@ -45,11 +47,17 @@ class Findings:
     reference: Event | None
     lags: Sequence[Lag]
     evidence: Sequence[Evidence]
+    labels: Labels = field(default_factory=dict)
 
     @property
     def main(self) -> Transition | None:
         """The main transition, where there is one."""
         return next((change for change in self.transitions if change.main), None)
+
+    @property
+    def foremost(self) -> Transition | None:
+        """The transition that a report opens with: the main one, else the one that scores highest."""
+        return self.main or max(self.transitions, key=lambda change: change.score, default=None)
 
     @property
     def watches(self) -> dict[str, xr.Dataset]:
@@ -102,4 +110,5 @@ def findings_of(
         reference=reference,
         lags=lags(detection, reference),
         evidence=evidence(run, series, detection, changes, parts, estimates),
+        labels=labels_of(run, series),
     )

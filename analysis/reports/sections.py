@@ -7,15 +7,17 @@ from typing import Any
 
 from devmon.analysis.detection.results import events_table
 from devmon.analysis.reports.bibtex import bibtex
-from devmon.analysis.reports.content import Block, Code, Fold, Heading, Items, Paragraph, Prose, Section, Terms
+from devmon.analysis.reports.content import Block, Code, Columns, Fold, Heading, Items, Paragraph, Section, Terms
 from devmon.analysis.reports.drawing import Page
+from devmon.analysis.reports.evidence import type_in_short
 from devmon.analysis.reports.figures import (
     calibration_figure,
     forest,
     ladder_figure,
-    lead_lag_figure,
     llc_figure,
+    order_figure,
     overview,
+    stages_figure,
     timeline,
 )
 from devmon.analysis.reports.findings import Findings
@@ -34,56 +36,65 @@ from devmon.analysis.reports.tables import (
 )
 from devmon.analysis.reports.watches import panels_each, topic_of, watch_blocks
 
+MINOR = 5  # smaller events that are told before a fold is opened
 Maker = Callable[[Page, Findings], list[Section]]
 
 
 def sections_of(page: Page, findings: Findings, note: str = "") -> list[Section]:
-    """All sections in their order; `note` stands beside the outcome."""
-    return [_story(page, findings, note), *(section for make in MAKERS for section in make(page, findings))]
+    """All sections in their order, what is read first unfolded; `note` stands beside the outcome."""
+    return [*_story(page, findings, note), *(section for make in MAKERS for section in make(page, findings))]
 
 
-def _story(page: Page, findings: Findings, note: str) -> Section:
-    """The outcome, the lead sentence, the transitions at a glance, then the story and what argues against it."""
-    story, attrs = tell(findings), findings.run.attrs
-    first = 2 if findings.control else 1
+def _story(page: Page, findings: Findings, note: str) -> list[Section]:
+    """The first screen: what happened, the answers to what is asked next and one figure; then smaller events, what
+    argues against it, and the order within the foremost transition."""
+    story = tell(findings)
     blocks: list[Block] = [Paragraph(story.outcome, "outcome"), *([Paragraph(note, "note")] if note else [])]
-    blocks.append(Paragraph(" ".join(story.happened[:first]), "lead"))
-    if findings.transitions:
-        blocks.append(transitions_table(findings.transitions, [evidence.kind for evidence in findings.evidence]))
-    if (times := timeline(page, findings)) is not None:
-        blocks.append(times)
-    if alarms := attrs.get("alarms"):
-        blocks += [Heading("Alarms raised during training"), alarms_table(alarms)]
-    if story.happened[first:]:
-        blocks.append(Prose(story.happened[first:]))
-    against = [f"Transition {i}: {words}" for i, each in enumerate(findings.evidence, 1) for words in each.against]
-    if against + story.against:
-        blocks += [Heading("What argues against it, and what is missing"), Items(against + story.against)]
-    return Section("story", "What happened", blocks)
+    blocks.append(Paragraph(story.lead, "lead"))
+    asked = Terms([(answer.question, answer.text) for answer in story.answers], "answers")
+    blocks.append(Columns([asked], [stages_figure(page, findings)]) if findings.series else asked)
+    sections = [Section("story", "What happened", blocks)]
+    if alarms := findings.run.attrs.get("alarms"):
+        sections.append(Section("alarms", "Alarms raised during training", [alarms_table(alarms)]))
+    if story.minor:
+        shown = [Items(story.minor[:MINOR])]
+        rest = (
+            [Fold(f"{len(story.minor) - MINOR} more", [Items(story.minor[MINOR:])])] if len(story.minor) > MINOR else []
+        )
+        sections.append(Section("minor", "Smaller events", [*shown, *rest]))
+    if (ordered := order_figure(page, findings)) is not None:
+        sections.append(Section("order", "What came first", [ordered]))
+    if story.against:
+        sections.append(Section("against", "What argues against it", [Items(story.against)]))
+    return sections
 
 
 def _overview(page: Page, findings: Findings) -> list[Section]:
-    return [Section("overview", "Overview", [overview(page, findings)])] if findings.series else []
+    """The key series with their events, and the transitions and events of the whole run."""
+    if not findings.series:
+        return []
+    blocks: list[Block] = [overview(page, findings)]
+    if findings.transitions:
+        types = ["–" if each.phase is None else type_in_short(each.phase) for each in findings.evidence]
+        blocks.append(transitions_table(findings.transitions, types, findings.labels))
+    if (times := timeline(page, findings)) is not None:
+        blocks.append(times)
+    return [Section("overview", "Overview", blocks, folded=True)]
 
 
 def _stages(page: Page, findings: Findings) -> list[Section]:
     table = stages_table(findings.series, findings.stages)
-    return [] if table is None else [Section("stages", "Stages", [table])]
+    return [] if table is None else [Section("stages", "Stages", [table], folded=True)]
 
 
 def _events(page: Page, findings: Findings) -> list[Section]:
-    drawn = forest(page, findings.events)
+    drawn = forest(page, findings.events, findings.labels)
     blocks: list[Block] = [] if drawn is None else [drawn]
     blocks.append(events_table(findings.events, findings.detection.family))
     silent = silent_table(findings.detection)
     if silent.rows:
         blocks.append(Fold(f"Series without an event: {len(silent.rows)}", [silent], opened=not findings.events))
-    return [Section("events", "Events", blocks)]
-
-
-def _order(page: Page, findings: Findings) -> list[Section]:
-    figure = lead_lag_figure(page, findings)
-    return [] if figure is None else [Section("order", "What came first", [figure])]
+    return [Section("events", "Events", blocks, folded=True)]
 
 
 def _llc(page: Page, findings: Findings) -> list[Section]:
@@ -92,14 +103,14 @@ def _llc(page: Page, findings: Findings) -> list[Section]:
         drawn.append(llc_figure(page, name, data, findings.events))
         if "ladder_loss" in findings.watches[name]:
             drawn.append(ladder_figure(page, name, findings.watches[name]))
-    return [Section("llc", "Local learning coefficient", drawn)] if drawn else []
+    return [Section("llc", "Local learning coefficient", drawn, folded=True)] if drawn else []
 
 
 def _calibration(page: Page, findings: Findings) -> list[Section]:
     if not (stored := _trials(findings)):
         return []
     reasons, figure = calibration_figure(page, stored)
-    return [Section("calibration", "Calibration of the LLC", [Paragraph(reasons), figure])]
+    return [Section("calibration", "Calibration of the LLC", [Paragraph(reasons), figure], folded=True)]
 
 
 def _trials(findings: Findings) -> dict[str, Any]:
@@ -114,10 +125,11 @@ def _watches(page: Page, findings: Findings) -> list[Section]:
     most = panels_each(findings)
     for name, data in findings.watches.items():
         blocks.setdefault(topic_of(data), []).extend(watch_blocks(page, findings, name, most))
-    topics = [Section(key, title, blocks[key]) for key, title, _ in TOPICS if key in blocks]
+    topics = [Section(key, title, blocks[key], folded=True) for key, title, _ in TOPICS if key in blocks]
     if topics and "watches" not in blocks:
         return topics
-    return [*topics, Section("watches", "Other watches" if topics else "Every watch", blocks.get("watches", []))]
+    title = "Other watches" if topics else "Every watch"
+    return [*topics, Section("watches", title, blocks.get("watches", []), folded=True)]
 
 
 def _provenance(page: Page, findings: Findings) -> list[Section]:
@@ -128,7 +140,7 @@ def _provenance(page: Page, findings: Findings) -> list[Section]:
         if (fields := fields_table(data)) is not None:
             blocks.append(Fold(f"Configuration of {name}", [fields]))
     blocks.append(Fold("Settings of the detector", [pairs_table(findings.detection.settings)]))
-    return [Section("provenance", "Provenance", blocks)]
+    return [Section("provenance", "Provenance", blocks, folded=True)]
 
 
 def _reading(page: Page, findings: Findings) -> list[Section]:
@@ -141,7 +153,7 @@ def _reading(page: Page, findings: Findings) -> list[Section]:
             Heading("References"),
             Items(cited),
             Fold("BibTeX", [Code(bibtex(cited), "references.bib")]),
-        ])
+        ], folded=True)
     ]  # fmt: skip
 
 
@@ -150,7 +162,6 @@ MAKERS: tuple[Maker, ...] = (
     _overview,
     _stages,
     _events,
-    _order,
     _llc,
     _calibration,
     _watches,

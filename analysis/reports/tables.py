@@ -10,6 +10,7 @@ import xarray as xr
 
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.run_words import skipped
+from devmon.analysis.reports.words import Labels, called
 from devmon.analysis.run import ReadOnce, has_rows
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.table import Row, Table, thinned
@@ -18,13 +19,16 @@ from devmon.analysis.transitions.stages import Stage
 from devmon.analysis.wording import interval_text, number, step
 
 
-def transitions_table(changes: Sequence[Transition], kinds: Sequence[str]) -> Table:
+def transitions_table(changes: Sequence[Transition], kinds: Sequence[str], labels: Labels) -> Table:
     """The run at a glance: a row a transition, the main one first, with its type A or B in a word (`kinds`)."""
     rows = []
     numbered = list(enumerate(zip(changes, kinds, strict=True), 1))
     for i, (change, kind) in sorted(numbered, key=lambda row: not row[1][0].main):
         order = sorted(change.events, key=lambda event: (event.p_value, event.q_value or 0, event.step))
-        moved = [f"{event.series} {'↑' if event.size > 0 else '↓'} {number(abs(event.size))}" for event in order]
+        moved = [
+            f"{called(labels, event.series)} {'↑' if event.size > 0 else '↓'} {number(abs(event.size))}"
+            for event in order
+        ]
         more = f" and {len(order) - 4} more" if len(order) > 4 else ""
         sharp = sum(event.resolved for event in order)
         place = f"{step(change.step)} {interval_text(change.interval, step)}"

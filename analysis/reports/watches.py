@@ -29,6 +29,7 @@ from devmon.analysis.reports.watch_figures import (
     square_figure,
     susceptibilities_figure,
 )
+from devmon.analysis.reports.words import called
 from devmon.analysis.run import has_rows
 from devmon.analysis.series import Series
 from devmon.analysis.wording import number
@@ -129,8 +130,8 @@ def _curves(page: Page, findings: Findings, name: str, most: int) -> list[Block]
     shown = _chosen(plain, {event.series for event in sure}, most)
     for start in range(0, len(shown), PANELS):
         part = shown[start : start + PANELS]
-        caption = f"{name}: {', '.join(series.name.partition('/')[2] for series in part)}.{bands(part)}"
-        drawn.append(stack(page, f"{name}-series", part, sure, caption))
+        caption = f"{name}: {', '.join(called(findings.labels, series.name) for series in part)}.{bands(part)}"
+        drawn.append(stack(page, f"{name}-series", part, sure, caption, findings.labels))
     if more := len(plain) - len(shown):
         left_out = f"{more} of {len(plain)} series of {name} are not drawn here: choose them under Any series."
         drawn.append(Paragraph(left_out, "note"))

@@ -17,6 +17,7 @@ from devmon.analysis.plots.style import EVENT_COLOURS
 from devmon.analysis.reports.content import (
     Block,
     Code,
+    Columns,
     Content,
     Figure,
     Fold,
@@ -29,7 +30,7 @@ from devmon.analysis.reports.content import (
 from devmon.analysis.reports.svg import share_styles
 from devmon.analysis.table import Row, Table
 
-OWN = ("page.css",), ("page_steps.js", "page_any.js", "page.js")  # style and script of the page
+OWN = ("page.css",), ("page_steps.js", "page_any.js", "page_arrange.js", "page.js")  # style and script of the page
 
 
 def as_html(content: Content, *, figures: str | None = None, refresh: int | None = None) -> str:
@@ -113,8 +114,16 @@ def _numbers(content: Content) -> dict[str, Any]:
 
 
 def _figures(blocks: list[Any]) -> list[Figure]:
-    inner = [figure for block in blocks if isinstance(block, Fold) for figure in _figures(block.inside)]
-    return [block for block in blocks if isinstance(block, Figure)] + inner
+    """All figures, in the order of the page."""
+    found: list[Figure] = []
+    for block in blocks:
+        if isinstance(block, Figure):
+            found.append(block)
+        elif isinstance(block, Fold):
+            found += _figures(block.inside)
+        elif isinstance(block, Columns):
+            found += _figures([*block.left, *block.right])
+    return found
 
 
 def _script_json(value: Any) -> Markup:
@@ -145,6 +154,9 @@ def _finite(value: Any) -> Any:
 def _block_json(block: Any) -> Any:
     if isinstance(block, Fold):
         return {"block": "fold", "title": block.title, "inside": [_block_json(inner) for inner in block.inside]}
+    if isinstance(block, Columns):
+        columns = {side: list(map(_block_json, getattr(block, side))) for side in ("left", "right")}
+        return {"block": "columns"} | columns
     fields: dict[str, Any] = {"block": block.block} | asdict(block)
     for drawing in ("svg", "panels", "parts", "opened"):
         fields.pop(drawing, None)
@@ -161,7 +173,7 @@ def _block_md(block: Block, figures: str | None) -> list[str]:
             return [f"### {_md(text)}"]
         case Items(items):
             return ["\n".join(f"- {_md(item)}" for item in items)]
-        case Terms(pairs):
+        case Terms(pairs, _):
             return ["\n".join(f"- **{_md(term)}**: {_md(meaning)}" for term, meaning in pairs)]
         case Code(text, _):
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
@@ -171,6 +183,8 @@ def _block_md(block: Block, figures: str | None) -> list[str]:
         case Figure():
             image = f"![{_md(block.name)}]({figures}/{block.name}.png)" if figures else ""
             return [image, f"*{_md(block.caption)}*", *(_table_md(block.data) if block.data and not image else [])]
+        case Columns(left, right):
+            return [line for block in [*left, *right] for line in _block_md(block, figures)]
         case Fold(title, inside):
             return [f"**{_md(title)}**", *(line for block in inside for line in _block_md(block, figures))]
 

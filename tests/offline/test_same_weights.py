@@ -69,7 +69,7 @@ def test_a_run_whose_weights_all_differ_says_nothing_of_it(tmp_path: Path, monke
 def test_a_transition_at_such_steps_says_so_and_one_elsewhere_does_not() -> None:
     run = induction_run()
     plain = tell(examine(run, QUICK))
-    assert "set of weights" not in " ".join(plain.happened + plain.against)
+    assert "set of weights" not in " ".join(plain.minor + plain.against)
     steps = run["loss"]["step"].values
     where = int(abs(steps - 650).argmin())
     for at, touched in ((where, True), (2, False)):
@@ -77,7 +77,7 @@ def test_a_transition_at_such_steps_says_so_and_one_elsewhere_does_not() -> None
             data["weights"][at + 1] = data["weights"].values[at]
         said = tell(examine(run, QUICK))
         words = f"steps {steps[at]} and {steps[at + 1]} have one set of weights"
-        assert (f"But {words}: this change may be of the files" in " ".join(said.happened)) == touched
+        assert (f"But {words}: this change may be of the files" in " ".join(said.minor + said.against)) == touched
         assert any(words.capitalize() in line for line in said.against)
         run = induction_run()
 

@@ -169,8 +169,8 @@ def test_linear_steps_are_evenly_spaced_and_come_back_to_the_drawing(browser: Br
 
 def test_switches_hide_and_show_their_series(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["events"])
-    switch = browser.find(f"{OVERVIEW} .tools button:nth-child(2)")
-    assert switch.text == "llc/llc"
+    switch = browser.find(f"{OVERVIEW} .tools:not(.arrange) button:nth-child(2)")
+    assert switch.text == "λ̂"
     group = panels(browser, "overview")[1]["group"]
     shown = "return getComputedStyle(document.getElementById(arguments[0])).display !== 'none'"
     for state in (False, True):
@@ -283,6 +283,56 @@ def test_a_live_page_keeps_the_zoom_when_it_loads_itself_again(browser: Browser,
     browser.keys(f"{OVERVIEW} svg", "0")
     browser.driver.refresh()
     assert drawing(browser) != zoomed
+
+
+def test_a_link_marks_its_step_and_opens_what_it_leads_to(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["events"], "#step=650", unfolded=False)
+    folded = "return [...document.querySelectorAll('details.part')].filter((part) => part.open).length"
+    assert browser.run(folded) == 0
+    at = int(np.flatnonzero(STEPS == 650)[0])
+    first = panels(browser, "stages")[0]
+    assert cursors(browser, "stages")[0] == pytest.approx(marks(browser, first)[at], abs=0.05)
+    # another click marks another step, and the address says which
+    place = (marks(browser, first)[at + 2], first["box"][3] - 5)
+    browser.pointer('figure[data-name="stages"]', place, place, drag=True)
+    assert browser.run("return location.hash") == f"#step={STEPS[at + 2]}"
+    browser.open(pages["events"], "#llc", unfolded=False)
+    assert browser.run("return document.querySelector('#llc > details').open")
+    assert browser.run(folded) == 1
+
+
+def test_figures_are_hidden_moved_and_pinned(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["events"])
+    figure = 'figure[data-name="llc-llc"]'
+    button = "document.querySelectorAll(arguments[0] + ' > .arrange button')[arguments[1]].click()"
+    parent = "return document.querySelector(arguments[0]).parentElement.id"
+    browser.run(button, figure, 2)
+    assert browser.run(parent, figure) == "pinned"
+    browser.run(button, figure, 2)
+    assert browser.run(parent, figure) != "pinned"
+    shown = "return getComputedStyle(document.querySelector(arguments[0] + ' svg')).display !== 'none'"
+    for state in (False, True):
+        browser.run(button, figure, 0)
+        assert browser.run(shown, figure) is state
+    order = "return [...document.querySelectorAll('#overview figure')].map((one) => one.dataset.name)"
+    before = browser.run(order)
+    browser.run(button, f'figure[data-name="{before[1]}"]', 1)
+    assert browser.run(order) == [before[1], before[0], *before[2:]]
+
+
+def test_the_first_screen_holds_every_answer(browser: Browser, pages: dict[str, Path]) -> None:
+    sizes = {}
+    for width in (1280, 390):
+        metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser.open(pages["events"], unfolded=False)
+        bottom = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom"
+        sizes[width] = [browser.run(bottom, selector) for selector in ("dl.answers", "#story figure svg")]
+        assert browser.run("return document.documentElement.scrollWidth") <= width  # the page never scrolls sideways
+        if width == 1280:
+            assert browser.run("return document.documentElement.scrollHeight") <= 6 * 800
+    browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert max(sizes[1280]) <= 800
 
 
 def test_a_page_of_500_series_by_2000_steps_responds(browser: Browser, pages: dict[str, Path]) -> None:

@@ -19,6 +19,7 @@ from devmon.analysis import plots
 from devmon.analysis.derive.llc import llc
 from devmon.analysis.detection.events import Event
 from devmon.analysis.series import Series
+from tests.support.reports import jump
 from tests.support.synthetic import STEPS, induction_run, watch
 
 
@@ -191,11 +192,29 @@ def test_what_stands_above_the_forest_does_not_overlap_where_names_are_long() ->
     assert not boxes[0].overlaps(boxes[1]), boxes
 
 
-def test_lags_keep_their_sign() -> None:
-    _, ax = plots.plot_lead_lag([("before", -80.0, (-100.0, -60.0), True), ("unclear", 5.0, (-9.0, 20.0), False)])
-    marks = [line for line in ax.lines if len(line.get_xdata()) == 1]
-    assert [float(mark.get_xdata()[0]) for mark in marks] == [-80.0, 5.0]
-    assert [mark.get_markerfacecolor() == "white" for mark in marks] == [False, True]
+def test_the_order_within_a_transition_goes_by_half_way_on_the_scale_of_its_width() -> None:
+    rows = [("late", jump("a/x", 640, span=80)), ("early", jump("b/x", 600, span=20, resolved=False))]
+    _, ax = plots.plot_order(rows, (560.0, 720.0))
+    marks = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [float(mark.get_xdata()[0]) for mark in marks] == [600.0, 640.0]
+    assert [mark.get_markerfacecolor() == "white" for mark in marks] == [True, False]
+    ends = [float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "|"]
+    assert ends == [580.0, 620.0, 560.0, 720.0]
+    low, high = ax.get_xlim()
+    assert 550 < low < 560
+    assert 720 < high < 730
+
+
+def test_stages_are_named_where_there_is_room_and_the_transition_is_shaded() -> None:
+    rows = [("loss", series("a/b")), ("other", series("b/c"))]
+    parts = [("stage 1", 0, 500, False), ("learns induction", 500, 700, True), ("s" * 90, 700, 2000, False)]
+    _, axes = plots.plot_stages(rows, parts, (620.0, (600.0, 640.0)))
+    assert [text.get_text() for text in axes[0].texts] == ["stage 1", "learns induction"]
+    for ax in axes:
+        spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches]
+        assert (500, 700) in spans
+        assert any(np.allclose(span, (600, 640)) for span in spans)
+    assert [ax.get_title(loc="left") for ax in axes] == ["loss", "other"]
 
 
 CASES: list[tuple[Any, tuple[Any, ...]]] = [
@@ -204,7 +223,8 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (plots.plot_layers, (induction_run()["probe"], "accuracy")),
     (plots.plot_position_loss, (induction_run()["loss"],)),
     (plots.plot_events, ([event()],)),
-    (plots.plot_lead_lag, ([("a", 1.0, (0.0, 2.0), False)],)),
+    (plots.plot_order, ([("a", jump("a/x", 640))],)),
+    (plots.plot_stages, ([("a", Series("a/x", STEPS, np.log1p(STEPS)))],)),
 ]
 
 
@@ -212,7 +232,8 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
 def test_axes_that_are_given_are_drawn_on(draw: Any, data: tuple[Any, ...]) -> None:
     fig = Figure()
     ax = fig.subplots()
-    assert draw(*data, ax=ax) == (fig, ax)
+    several = draw is plots.plot_stages
+    assert draw(*data, ax=[ax] if several else ax) == (fig, [ax] if several else ax)
     assert ax.has_data()
 
 

@@ -58,19 +58,26 @@ def test_page_is_accessible_and_its_ids_are_unique(made: tuple[Path, str]) -> No
     assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in page.all("svg"))
     assert all(head.get("scope") in ("col", "row") for head in page.all("th"))
     headings = [attrs["id"] for attrs in page.all("section")]
-    assert headings == ["story", "overview", "stages", "events", "order", "llc", "watches", "provenance", "reading"]
+    assert headings == [
+        "story", "minor", "order", "against", "overview", "stages", "events", "llc", "watches", "provenance", "reading",
+    ]  # fmt: skip
 
 
 def test_page_tells_the_transition_that_was_put_in(made: tuple[Path, str]) -> None:
     _, text = made
-    match = re.search(r"induction/prefix_matching max rises abruptly by (0\.\d+) at step (\d+) \[(\d+), (\d+)\]", text)
+    match = re.search(
+        r"At step (\d+) \[(\d+), (\d+)\] the model learns induction: "
+        r"induction \(best head\) rises by (0\.\d+) of its attention",
+        text,
+    )
     assert match is not None
-    size, _, low, high = (float(group) for group in match.groups())
+    _, low, high, size = (float(group) for group in match.groups())
     assert low <= 640 <= high
     assert size == pytest.approx(0.72, abs=0.05)
-    assert "10 of 59 LLC estimates are rejected (negative 10)" in text
+    assert "10 of 59 estimates of λ̂ are rejected (negative 10)" in text
     assert text.count('<tr class="weak">') >= 10  # each rejected estimate is marked in the table
     assert "transition 1" in text
+    assert "induction: head 0.1 (+0.7" in text
     assert "0123456789abcdef" in text
     assert "InductionHeads, in one sentence." in text
     assert "arXiv:2209.11895" in text
@@ -185,10 +192,13 @@ def test_key_series_are_loss_llc_and_one_of_each_watch() -> None:
 
 def test_sections_are_those_of_what_the_run_holds() -> None:
     keys = [section.key for section in content(Run({"sketch": sketches(), "circuit": circuits()})).sections]
-    assert keys == ["story", "overview", "stages", "events", "representation", "circuits", "provenance", "reading"]
+    assert keys == [
+        "story", "against", "overview", "stages", "events", "representation", "circuits", "provenance", "reading",
+    ]  # fmt: skip
     plain = content(Run({"w": watch(TEN, {"x": np.sin(TEN)}, None, "Mine")}))
     assert [s.key for s in plain.sections] == [
         "story",
+        "against",
         "overview",
         "stages",
         "events",

@@ -17,14 +17,13 @@ from PIL import Image
 from devmon.analysis import plots
 from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.plots.style import EVENT_COLOURS, EVENT_LINES, EVENT_MARKS, brief, outline
-from devmon.analysis.reports.content import Figure, Paragraph
+from devmon.analysis.reports.content import Items, Paragraph
 from devmon.analysis.reports.findings import Findings, examine
 from devmon.analysis.reports.glossary import GLOSSARY
 from devmon.analysis.reports.svg import compact
 from devmon.analysis.reports.tables import transitions_table
 from devmon.analysis.reports.watches import panels_each
 from devmon.analysis.series import Series
-from devmon.analysis.table import Table
 from devmon.analysis.transitions.clusters import transitions
 from tests.support.reports import content, detection, figures, jump, told
 from tests.support.synthetic import STEPS, Run, traces, watch
@@ -112,13 +111,13 @@ def test_what_lasts_has_a_bar_over_its_span_and_a_legend_entry() -> None:
 def test_a_run_with_a_plateau_alone_has_no_transition() -> None:
     head, happened, _ = told(event("plateau"))
     assert head == "EVENTS"
-    assert happened.startswith("No main transition of the run, but 1 event: a/x has a plateau")
+    assert happened.startswith("No transition of the whole run, but 1 event: a: x has a plateau at step 300")
 
 
 def test_the_table_of_transitions_counts_and_orders() -> None:
     events = [jump("a/x", 600, size=2.0), jump("b/x", 605, size=-0.3, q=0.03),
               jump("c/x", 20, span=5, resolved=False)]  # fmt: skip
-    table = transitions_table(transitions(detection(*events)), ["A (0.97)", "–"])
+    table = transitions_table(transitions(detection(*events)), ["A (0.97)", "–"], {})
     assert [row.cells for row in table.rows] == [
         ["2: main", "602 [595, 610]", "550–655", "2", "0.01", "2 of 2", "–", "a/x ↑ 2, b/x ↓ 0.3"],
         ["1: minor", "20 [15, 25]", "15–25", "0.4", "0.01", "0 of 1", "A (0.97)", "c/x ↑ 1"],
@@ -128,11 +127,12 @@ def test_the_table_of_transitions_counts_and_orders() -> None:
 def test_the_page_opens_with_outcome_transitions_and_timeline() -> None:
     run = Run({"a": watch(STEPS, {"x": np.log1p(STEPS)}, None, "Mine")})
     story = content(run, jump("a/x", 600)).sections[0].blocks
-    assert [type(block).__name__ for block in story[:4]] == ["Paragraph", "Paragraph", "Table", "Figure"]
+    assert [type(block).__name__ for block in story] == ["Paragraph", "Paragraph", "Columns"]
     assert isinstance(story[1], Paragraph)
-    assert story[1].text == "Between steps 0 and 2000 the run went through one main transition, at about step 600."
-    quiet = content(run)
-    assert not any(isinstance(block, Table | Figure) for block in quiet.sections[0].blocks)
+    assert story[1].text == "At step 600 [595, 605] a: x rises by 1."
+    quiet = content(run).sections[0].blocks[1]
+    assert isinstance(quiet, Paragraph)
+    assert quiet.text.startswith("Nothing happens: 1 series was searched")
 
 
 def test_what_could_not_be_searched_is_not_counted_as_searched() -> None:
@@ -140,10 +140,12 @@ def test_what_could_not_be_searched_is_not_counted_as_searched() -> None:
             "a": watch(STEPS[:20], {"x": np.ones(20)}, None, "Mine")}  # fmt: skip
     said = content(Run(data), outcomes={"llc/llc": "SAMPLER REJECTED"})
     text = " ".join(block.text for block in said.sections[0].blocks if isinstance(block, Paragraph))
-    assert "NO EVENT: in 1 series (1 more could not be searched)" in text
-    (story,) = [block for block in said.sections[0].blocks if type(block).__name__ == "Prose"]
-    assert "all 20 LLC estimates are rejected (negative 20)" in story.sentences[0]
-    assert "measure later checkpoints, or raise gamma (devmon calibrate)" in story.sentences[0]
+    assert "1 series was searched (1 more could not be searched)" in text
+    (against,) = [section for section in said.sections if section.key == "against"]
+    (items,) = against.blocks
+    assert isinstance(items, Items)
+    assert "all 20 estimates of λ̂ are rejected (negative 20)" in items.items[0]
+    assert "measure later checkpoints, or raise gamma (devmon calibrate)" in items.items[0]
 
 
 # ---- large runs ----

@@ -18,9 +18,8 @@ def test_what_came_first_is_said_the_right_way_round() -> None:
     early, late = jump("prev/x", 560, span=150), jump("gain/x", 700, span=150)
     head, happened, _ = told(main, early, late)
     assert head == "EVENTS"
-    assert "one main transition, at about step 640." in happened
-    assert re.search(r"the jump of prev/x came 80 steps before it \[7\d, 8\d\] \(probability > 0\.99\)", happened)
-    assert re.search(r"the jump of gain/x came 60 steps after it", happened)
+    assert happened.startswith("At step 640 [555, 705] ")
+    assert re.search(r"What came first: prev: x, by its jump, 80 steps before induction: prefix matching", happened)
     rows = {row.event.series: row for row in lags(detection(main, early, late), main)}
     assert (rows["prev/x"].steps, rows["gain/x"].steps) == pytest.approx((-80, 60))
     assert rows["prev/x"].first > 0.99
@@ -31,26 +30,27 @@ def test_order_is_open_where_intervals_meet_or_an_event_is_not_resolved() -> Non
     main, same = jump("a/prefix_matching max", 640), jump("b/x", 642)
     coarse = replace(jump("c/x", 560), resolved=False, note="abruptness unresolved: measure steps 555, 560, 565")
     _, happened, against = told(main, same, coarse)
-    assert "the order is not settled for c/x (jump), b/x (jump)" in happened.replace(" and ", ", ")
-    assert "before it" not in happened
-    assert "measure steps 555, 560, 565" in against
+    assert "What came first: Not settled: the earliest, a: prefix matching (best element) and b: x" in happened
+    assert "steps before" not in happened
+    assert "not resolved in time, for lack of checkpoints: c: x" in against
 
 
 def test_no_event_is_stated_as_a_result_and_weak_events_argue_nothing() -> None:
     head, happened, against = told(jump("a/x", 300, q=0.3), outcomes={"b/x": "NO EVENT"}, control=True)
     assert head == "NO EVENT"
     assert "control" in happened
-    assert "NO EVENT: in 2 series and 40 tests" in happened
-    assert "1 event found in a single series does not stand among 40 series" in against
+    assert "2 series were searched" in happened
+    assert "40 tests" in happened
+    assert "1 event of a single series does not stand among 40 (q > 0.05): a: x rises by 1.00 at step 300" in against
 
 
 def test_rejection_and_lack_of_data_have_their_own_names() -> None:
     verdicts = {"llc": np.array(["negative"] * 3 + ["diverged"])}
-    head, happened, _ = told(outcomes={"llc/llc": "SAMPLER REJECTED"}, verdicts=verdicts)
+    head, _, against = told(outcomes={"llc/llc": "SAMPLER REJECTED"}, verdicts=verdicts)
     assert head == "SAMPLER REJECTED"
-    assert "all 4 LLC estimates are rejected (negative 3, diverged 1)" in happened
+    assert "all 4 estimates of λ̂ are rejected (negative 3, diverged 1)" in against
     partly = {"llc": np.array(["negative", "ok", "ok", "ok"])}
-    assert "1 of 4 LLC estimates are rejected" in told(outcomes={"llc/llc": "NO EVENT"}, verdicts=partly)[2]
+    assert "1 of 4 estimates of λ̂ are rejected" in told(outcomes={"llc/llc": "NO EVENT"}, verdicts=partly)[2]
     assert told(outcomes={"a/x": "UNRESOLVED"})[0] == "UNRESOLVED"
 
 

@@ -24,6 +24,9 @@ NEEDS_BROWSER = (  # skipped by name where there is no Chromium; in CI nothing o
     "test_the_numbers_are_saved_as_csv",
     "test_light_dark_and_print",
     "test_a_live_page_keeps_the_zoom_when_it_loads_itself_again",
+    "test_a_link_marks_its_step_and_opens_what_it_leads_to",
+    "test_figures_are_hidden_moved_and_pinned",
+    "test_the_first_screen_holds_every_answer",
     "test_a_page_of_500_series_by_2000_steps_responds",
 )
 SWITCHES = (
@@ -68,8 +71,12 @@ class Browser:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service(chromedriver))
 
-    def open(self, path: Path) -> None:
-        self.driver.get(path.as_uri())
+    def open(self, path: Path, hash: str = "", *, unfolded: bool = True) -> None:
+        """A page, with its folded parts opened unless told otherwise."""
+        self.driver.get("about:blank")
+        self.driver.get(path.as_uri() + hash)
+        if unfolded:
+            self.run("document.querySelectorAll('details.part').forEach((part) => { part.open = true; })")
         self.run("scrollTo(0, 0)")
 
     def run(self, script: str, *values: Any) -> Any:

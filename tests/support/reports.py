@@ -55,7 +55,10 @@ def findings(
     series: list[Series], searched: Detection, run: Run | None = None, verdicts: Mapping[str, Any] | None = None
 ) -> Findings:
     """What the events of a search say together; `verdicts` are those of LLC watches at each step."""
-    estimates = {name: xr.Dataset({"verdict": ("step", np.asarray(v))}) for name, v in (verdicts or {}).items()}
+    estimates = {
+        name: xr.Dataset({"verdict": ("step", np.asarray(v)), "llc": ("step", np.ones(len(v)))})
+        for name, v in (verdicts or {}).items()
+    }
     return findings_of(ReadOnce(run or Run({})), series, searched, estimates)
 
 
@@ -67,7 +70,8 @@ def told(
     series = [Series(name, np.arange(0, 1000, 10), np.arange(100.0)) for name in sorted(names)]
     run = Run({}, {"control": control})
     story = tell(findings(series, detection(*events, outcomes=outcomes), run, verdicts))
-    return story.outcome, " ".join(story.happened), " ".join(story.against)
+    answered = (f"{answer.question}: {answer.text}" for answer in story.answers)
+    return story.outcome, " ".join([story.lead, *answered, *story.minor]), " ".join(story.against)
 
 
 class Reader(html.parser.HTMLParser):

@@ -4,7 +4,7 @@ for (const one of data.series) one.steps = data.grids[one.steps];
 const series = new Map(data.series.map((one) => [one.name, one]));
 const tip = document.getElementById("tip"), said = document.getElementById("said"), tools = document.getElementById("tools");
 const charts = [];
-let current = null, dragged = null;
+let current = null, dragged = null, linked = null; // `linked` is the step that the address names
 
 const words = (value) => (value === null ? "–" : String(Number(value.toPrecision(4)))).replace("-", "−");
 
@@ -100,7 +100,7 @@ function tell(panel, step, y, left, top) {
 }
 
 function hide() {
-  move(null);
+  move(linked);
   tip.hidden = true;
 }
 
@@ -111,9 +111,11 @@ function listen(chart) {
   svg.addEventListener("pointerdown", (event) => {
     const point = at(event), panel = under(point);
     if (!panel || event.button !== 0 || panel.scale === "square") return;
+    const step = current;
     dragged = { panel, from: point.x, mark: make(panel.group, "rect", { class: "chosen", y: panel.box[1], height: panel.box[3] - panel.box[1], width: 0 }) };
     svg.setPointerCapture(event.pointerId);
     hide();
+    move(step); // a click without a drag links to it
   });
   svg.addEventListener("pointermove", (event) => {
     const point = at(event);
@@ -136,6 +138,7 @@ function listen(chart) {
     mark.remove();
     dragged = null;
     if (zoom && to !== undefined && Math.abs(to - from) > 5) show(stepAt(panel, Math.min(from, to)), stepAt(panel, Math.max(from, to)));
+    else if (zoom && current !== null) link(current);
   };
   svg.addEventListener("pointerup", () => drop(true));
   svg.addEventListener("pointercancel", () => drop(false));
@@ -193,7 +196,7 @@ function turn() {
 const live = document.querySelector('meta[http-equiv="refresh"]') !== null;
 function remember() {
   try {
-    if (live) sessionStorage.setItem("devmon", JSON.stringify(view));
+    if (live) sessionStorage.setItem("devmon", JSON.stringify({ ...view, open: [...document.querySelectorAll("details.part[open]")].map((part) => part.parentElement.id) }));
   } catch { /* a browser that keeps nothing */ }
 }
 function recall() {
@@ -209,6 +212,7 @@ for (const figure of document.querySelectorAll("figure[data-name]")) {
   const chart = { svg, panels: panels.map((panel) => panelOf(panel, svg)) };
   charts.push(chart);
   listen(chart);
+  arrange(figure);
   if (!parts.length) continue;
   const bar = document.createElement("div");
   bar.className = "tools";
@@ -230,14 +234,37 @@ for (const code of document.querySelectorAll("pre[data-file]"))
 const help = document.createElement("p");
 help.id = "keys";
 help.className = "soft help";
-help.textContent = "In a figure: drag to zoom all of them, double-click to show all; arrow keys read values, + and − zoom, 0 shows all, l is log or linear.";
+help.textContent = "In a figure: drag to zoom all of them, double-click to show all, click to mark a step in the address; arrow keys read values, + and − zoom, 0 shows all, l is log or linear.";
 tools.after(help);
 document.addEventListener("keydown", (event) => {
   if (event.key === "l" && !event.ctrlKey && !event.metaKey && !event.altKey && !event.target.closest?.("select, input")) turn();
 });
 anySeries(charts, listen);
 const kept = recall();
+for (const id of kept?.open ?? []) document.querySelector(`#${CSS.escape(id)} > details.part`)?.setAttribute("open", "");
+for (const part of document.querySelectorAll("details.part")) part.addEventListener("toggle", remember);
 if (kept && (kept.linear || kept.low !== null)) {
   view.linear = kept.linear;
   show(kept.low, kept.high);
 }
+
+// ---- the address: #step=758 marks a step in every figure, another part is opened where it leads; print opens all ----
+
+function link(step) {
+  linked = step === linked ? null : step;
+  history.replaceState(null, "", linked === null ? location.pathname + location.search : `#step=${Math.round(linked)}`);
+  said.textContent = linked === null ? "no step marked" : `step ${Math.round(linked)} marked: the address links to it`;
+  move(linked);
+}
+
+function follow() {
+  const named = /^#step=(\d+(?:\.\d+)?)$/.exec(location.hash);
+  linked = named ? Number(named[1]) : null;
+  move(linked);
+  const target = named || location.hash.length < 2 ? null : document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  for (let at = target && (target.querySelector(":scope > details.part") ?? target); at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
+  if (target) target.scrollIntoView();
+}
+addEventListener("hashchange", follow);
+addEventListener("beforeprint", () => document.querySelectorAll("details.part").forEach((part) => { part.open = true; }));
+follow();

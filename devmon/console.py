@@ -11,7 +11,7 @@ def run_view(trajectory: Any, run: str) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from devmon.analysis.reports.run_words import alarms, one_set_of_weights, skipped, steps_of
+    from devmon.analysis.reports.prose.run_words import alarms, one_set_of_weights, skipped, steps_of
     from devmon.analysis.run import ReadOnce, same_weights
 
     attrs, held = trajectory.attrs, ReadOnce(trajectory)

@@ -13,12 +13,12 @@ from devmon.analysis.derive.ladder import ladder
 from devmon.analysis.derive.verdicts import FINITE_TIME, accepted
 from devmon.analysis.detection.events import Event
 from devmon.analysis.plots.events import in_order
-from devmon.analysis.reports.answers import main_series
 from devmon.analysis.reports.content import Figure
 from devmon.analysis.reports.drawing import Page, curves, rows_over_steps
 from devmon.analysis.reports.findings import Findings
+from devmon.analysis.reports.prose.answers import main_series
+from devmon.analysis.reports.prose.words import Labels, called, naming
 from devmon.analysis.reports.tables import numbers_table
-from devmon.analysis.reports.words import Labels, called, naming
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.table import Row, Table, thinned
 from devmon.analysis.transitions.clusters import Transition

@@ -14,8 +14,8 @@ from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.detection.search import detect
-from devmon.analysis.reports.evidence import Evidence, evidence
-from devmon.analysis.reports.words import Labels, labels_of
+from devmon.analysis.reports.prose.evidence import Evidence, evidence
+from devmon.analysis.reports.prose.words import Labels, labels_of
 from devmon.analysis.run import ReadOnce, RunData, has_rows
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.transitions.clusters import Transition, transitions

@@ -9,7 +9,6 @@ from devmon.analysis.detection.results import events_table
 from devmon.analysis.reports.bibtex import bibtex
 from devmon.analysis.reports.content import Block, Code, Columns, Fold, Heading, Items, Paragraph, Section, Terms
 from devmon.analysis.reports.drawing import Page
-from devmon.analysis.reports.evidence import type_in_short
 from devmon.analysis.reports.figures import (
     calibration_figure,
     forest,
@@ -22,8 +21,9 @@ from devmon.analysis.reports.figures import (
 )
 from devmon.analysis.reports.findings import Findings
 from devmon.analysis.reports.glossary import GLOSSARY, TOPICS, methods
+from devmon.analysis.reports.prose.evidence import type_in_short
+from devmon.analysis.reports.prose.story import tell
 from devmon.analysis.reports.references import references
-from devmon.analysis.reports.story import tell
 from devmon.analysis.reports.tables import (
     alarms_table,
     fields_table,

@@ -9,8 +9,8 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis.detection.results import Detection
-from devmon.analysis.reports.run_words import skipped
-from devmon.analysis.reports.words import Labels, called
+from devmon.analysis.reports.prose.run_words import skipped
+from devmon.analysis.reports.prose.words import Labels, called
 from devmon.analysis.run import ReadOnce, has_rows
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.table import Row, Table, thinned

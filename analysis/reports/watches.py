@@ -19,6 +19,7 @@ from devmon.analysis.reports.drawing import Page
 from devmon.analysis.reports.figures import PANELS, bands, stack
 from devmon.analysis.reports.findings import Findings
 from devmon.analysis.reports.glossary import TOPICS
+from devmon.analysis.reports.prose.words import called
 from devmon.analysis.reports.watch_figures import (
     components_figure,
     essential_figure,
@@ -29,7 +30,6 @@ from devmon.analysis.reports.watch_figures import (
     square_figure,
     susceptibilities_figure,
 )
-from devmon.analysis.reports.words import called
 from devmon.analysis.run import has_rows
 from devmon.analysis.series import Series
 from devmon.analysis.wording import number

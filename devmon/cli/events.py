@@ -59,7 +59,7 @@ def detect(
     from devmon.analysis import Detector
     from devmon.analysis import detect as run_detector
     from devmon.analysis.derive.from_anything import series_in
-    from devmon.analysis.reports.run_words import one_set_of_weights
+    from devmon.analysis.reports.prose.run_words import one_set_of_weights
     from devmon.analysis.run import same_weights
     from devmon.analysis.transitions.clusters import headline, main_first, transitions
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from rich import progress as bars
 from rich.console import Console
 
-from devmon.analysis.reports.run_words import one_set_of_weights
+from devmon.analysis.reports.prose.run_words import one_set_of_weights
 from devmon.analysis.run import same_weights
 from devmon.console import cost_table
 from devmon.cost import estimates

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from devmon import InstrumentError, Snapshot, Trajectory, Watch, every
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.reports.findings import examine
-from devmon.analysis.reports.run_words import one_set_of_weights, weights_within
-from devmon.analysis.reports.story import tell
+from devmon.analysis.reports.prose.run_words import one_set_of_weights, weights_within
+from devmon.analysis.reports.prose.story import tell
 from devmon.analysis.run import same_weights
 from devmon.cli.root import app
 from devmon.instruments import Curvature

@@ -15,10 +15,10 @@ from devmon.analysis.derive.llc import llc
 from devmon.analysis.derive.llc_loss import loss_of_llc
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.bibtex import bibtex
-from devmon.analysis.reports.evidence import Evidence, type_in_short, type_in_words
 from devmon.analysis.reports.findings import examine
+from devmon.analysis.reports.prose.evidence import Evidence, type_in_short, type_in_words
+from devmon.analysis.reports.prose.story import tell
 from devmon.analysis.reports.references import CITED, references
-from devmon.analysis.reports.story import tell
 from devmon.analysis.reports.writers import as_html
 from devmon.analysis.series import Series
 from devmon.analysis.transitions.mirage import MIRAGE, SURVIVES

@@ -14,7 +14,7 @@ import pytest
 
 from devmon.analysis.reports.comparison import summary
 from devmon.analysis.reports.findings import examine
-from devmon.analysis.reports.story import tell
+from devmon.analysis.reports.prose.story import tell
 from devmon.analysis.runs.compare import compare_runs
 from tests.support.reports import small_run
 from tests.support.synthetic import STEPS, Run, induction_run, rise, traces, watch

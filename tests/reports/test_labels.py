@@ -11,7 +11,7 @@ import xarray as xr
 import devmon.instruments
 from devmon.analysis.detection.events import Event
 from devmon.analysis.labels import KNOWN, distinct, label_of
-from devmon.analysis.reports.words import amount, clause, joined, labels_of, naming
+from devmon.analysis.reports.prose.words import amount, clause, joined, labels_of, naming
 from devmon.analysis.run import ReadOnce
 from devmon.analysis.series import Series
 from devmon.analysis.wording import measured

@@ -16,8 +16,8 @@ from devmon.analysis.detection.events import Event, Fit, Trend
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.reports.content import Content, Figure, Panel
 from devmon.analysis.reports.findings import Findings, examine, findings_of
+from devmon.analysis.reports.prose.story import tell
 from devmon.analysis.reports.report import content_of
-from devmon.analysis.reports.story import tell
 from devmon.analysis.run import ReadOnce
 from devmon.analysis.series import Series
 from tests.support.synthetic import Run, induction_run, watch

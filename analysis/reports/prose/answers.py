@@ -9,9 +9,19 @@ import numpy as np
 
 from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.detection.events import Event
-from devmon.analysis.reports.evidence import Evidence, type_in_words
 from devmon.analysis.reports.findings import Findings
-from devmon.analysis.reports.words import amount, called, chance, clause, error_of, naming, placed, sentence, share
+from devmon.analysis.reports.prose.evidence import Evidence, type_in_words
+from devmon.analysis.reports.prose.words import (
+    amount,
+    called,
+    chance,
+    clause,
+    error_of,
+    naming,
+    placed,
+    sentence,
+    share,
+)
 from devmon.analysis.series import Series, run_level
 from devmon.analysis.transitions.clusters import Transition, watch_of
 from devmon.analysis.transitions.stages import change_across

@@ -10,10 +10,10 @@ import numpy as np
 
 from devmon.analysis.derive.verdicts import FINITE_TIME, accepted
 from devmon.analysis.detection.events import Event
-from devmon.analysis.reports.answers import Answer, answers, changed
 from devmon.analysis.reports.findings import Findings
-from devmon.analysis.reports.run_words import one_set_of_weights, weights_within
-from devmon.analysis.reports.words import called, clause, joined, naming, placed, sentence
+from devmon.analysis.reports.prose.answers import Answer, answers, changed
+from devmon.analysis.reports.prose.run_words import one_set_of_weights, weights_within
+from devmon.analysis.reports.prose.words import called, clause, joined, naming, placed, sentence
 from devmon.analysis.run import same_weights
 from devmon.analysis.series import run_level
 from devmon.analysis.transitions.clusters import Transition

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from devmon.analysis.derive.watch_series import series_of
-from tests.support.browser import NEEDS_BROWSER, OVERVIEW, PANELS, Browser, cursors, drawing, inside, marks, panels
+from tests.support.browser import OVERVIEW, PANELS, Browser, cursors, drawing, inside, marks, panels
 from tests.support.pages import CASES, EVIL, LARGE, write_pages
 from tests.support.reports import TEN
 from tests.support.synthetic import STEPS
@@ -285,56 +284,6 @@ def test_a_live_page_keeps_the_zoom_when_it_loads_itself_again(browser: Browser,
     assert drawing(browser) != zoomed
 
 
-def test_a_link_marks_its_step_and_opens_what_it_leads_to(browser: Browser, pages: dict[str, Path]) -> None:
-    browser.open(pages["events"], "#step=650", unfolded=False)
-    folded = "return [...document.querySelectorAll('details.part')].filter((part) => part.open).length"
-    assert browser.run(folded) == 0
-    at = int(np.flatnonzero(STEPS == 650)[0])
-    first = panels(browser, "stages")[0]
-    assert cursors(browser, "stages")[0] == pytest.approx(marks(browser, first)[at], abs=0.05)
-    # another click marks another step, and the address says which
-    place = (marks(browser, first)[at + 2], first["box"][3] - 5)
-    browser.pointer('figure[data-name="stages"]', place, place, drag=True)
-    assert browser.run("return location.hash") == f"#step={STEPS[at + 2]}"
-    browser.open(pages["events"], "#llc", unfolded=False)
-    assert browser.run("return document.querySelector('#llc > details').open")
-    assert browser.run(folded) == 1
-
-
-def test_figures_are_hidden_moved_and_pinned(browser: Browser, pages: dict[str, Path]) -> None:
-    browser.open(pages["events"])
-    figure = 'figure[data-name="llc-llc"]'
-    button = "document.querySelectorAll(arguments[0] + ' > .arrange button')[arguments[1]].click()"
-    parent = "return document.querySelector(arguments[0]).parentElement.id"
-    browser.run(button, figure, 2)
-    assert browser.run(parent, figure) == "pinned"
-    browser.run(button, figure, 2)
-    assert browser.run(parent, figure) != "pinned"
-    shown = "return getComputedStyle(document.querySelector(arguments[0] + ' svg')).display !== 'none'"
-    for state in (False, True):
-        browser.run(button, figure, 0)
-        assert browser.run(shown, figure) is state
-    order = "return [...document.querySelectorAll('#overview figure')].map((one) => one.dataset.name)"
-    before = browser.run(order)
-    browser.run(button, f'figure[data-name="{before[1]}"]', 1)
-    assert browser.run(order) == [before[1], before[0], *before[2:]]
-
-
-def test_the_first_screen_holds_every_answer(browser: Browser, pages: dict[str, Path]) -> None:
-    sizes = {}
-    for width in (1280, 390):
-        metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        browser.open(pages["events"], unfolded=False)
-        bottom = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom"
-        sizes[width] = [browser.run(bottom, selector) for selector in ("dl.answers", "#story figure svg")]
-        assert browser.run("return document.documentElement.scrollWidth") <= width  # the page never scrolls sideways
-        if width == 1280:
-            assert browser.run("return document.documentElement.scrollHeight") <= 6 * 800
-    browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert max(sizes[1280]) <= 800
-
-
 def test_a_page_of_500_series_by_2000_steps_responds(browser: Browser, pages: dict[str, Path]) -> None:
     from selenium.webdriver.support.ui import Select
 
@@ -352,12 +301,3 @@ def test_a_page_of_500_series_by_2000_steps_responds(browser: Browser, pages: di
     assert browser.run("return document.querySelector('#any .line').getAttribute('d').split('L').length") == len(LARGE)
     assert browser.run("return document.querySelectorAll('#any line.event.jump').length") == 1
     assert browser.logged() == []
-
-
-def test_the_list_of_what_needs_a_browser_is_this_file() -> None:
-    here = {
-        name
-        for name, one in globals().items()
-        if name.startswith("test_") and "browser" in inspect.signature(one).parameters
-    }
-    assert here == set(NEEDS_BROWSER)

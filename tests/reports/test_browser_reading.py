@@ -1,4 +1,4 @@
-"""How a reader finds their way on the page in a real browser: the first screen, links to steps, an order of their own."""
+"""How a reader finds their way on the page in a real browser: the first screen, links to steps, their own order."""
 
 from __future__ import annotations
 

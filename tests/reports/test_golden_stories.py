@@ -126,7 +126,7 @@ def test_the_first_section_answers(question: str) -> None:
 def test_the_stories_speak_in_no_keys_and_hold_few_numbers_in_brackets() -> None:
     for text in golden().values():
         assert not re.search(r"\w+/\w+", text), text
-        for sentence in re.split(r"(?<=[.;:]) ", text):
+        for sentence in re.split(r"(?<=[.;:])\s", text):
             inside = [n for part in re.findall(r"\[([^\]]*)\]", sentence) for n in part.split(",")]
             assert len(inside) <= 2, sentence
 

@@ -70,6 +70,12 @@ def changed(findings: Findings, change: Transition) -> list[Event]:
     return first + [event for event in ranked if event not in first]
 
 
+def _ends(findings: Findings, change: Transition) -> tuple[float, float]:
+    """The checkpoints before and after a transition, as in the table of stages."""
+    own = next((part for part in findings.stages if part.transition is change), None)
+    return change.span if own is None else (own.start, own.end)
+
+
 def _sure(findings: Findings, change: Transition) -> str:
     """How many watches agree, the smallest q, and whether the checkpoints resolve it."""
     searched = {
@@ -126,7 +132,7 @@ def _which(findings: Findings, change: Transition) -> str:
         prefix = event.series.removesuffix(" max") + "["
         moved: list[tuple[float, str]] = []
         for name, each in by_name.items():
-            if name.startswith(prefix) and (over := change_across(each, *change.span)) is not None:
+            if name.startswith(prefix) and (over := change_across(each, *_ends(findings, change))) is not None:
                 moved.append((over.value, name))
         moved.sort(key=lambda row: -row[0] * np.sign(event.size))
         least = 0.5 * abs(moved[0][0]) if moved else 0.0  # those that change by half as much as the first
@@ -156,7 +162,7 @@ def _in_the_loss(findings: Findings, change: Transition) -> str:
     seen, not_seen = [], []
     for each in losses:
         own = [event for event in change.events if event.series == each.name and event.kind == "jump"]
-        over = change_across(each, *change.span)
+        over = change_across(each, *_ends(findings, change))
         name = called(findings.labels, each.name)
         if own:
             seen.append(clause(own[0], findings.labels))

@@ -77,7 +77,7 @@ def test_page_tells_the_transition_that_was_put_in(made: tuple[Path, str]) -> No
     assert "10 of 59 estimates of λ̂ are rejected (negative 10)" in text
     assert text.count('<tr class="weak">') >= 10  # each rejected estimate is marked in the table
     assert "transition 1" in text
-    assert "induction: head 0.1 (+0.7" in text
+    assert "induction: head 0.1 (+0.6" in text
     assert "0123456789abcdef" in text
     assert "InductionHeads, in one sentence." in text
     assert "arXiv:2209.11895" in text

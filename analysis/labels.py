@@ -139,6 +139,13 @@ KNOWN: dict[tuple[str, str], Label] = {
     ("WeightStatistics", "model_l2"): _of("norm of the weights", "Euclidean norm of all weights", ""),
     ("WeightStatistics", "mean_spectral"): _of("spectral norm", "mean largest singular value", ""),
     ("WeightStatistics", "density"): _of("density of the weights", "‖w‖₁² over n ‖w‖₂²", ""),
+    ("ReferenceDrift", "kl"): _of(
+        "distance from the model before", "divergence of the model's predictions from those before", "nats per token",
+        "moves away from the model before"),
+    ("ReferenceDrift", "drift"): _of("drift of the states", "1 − CKA with the states of the model before", ""),
+    ("ReferenceDrift", "loss_change"): _of(
+        "forgetting", "loss on general text less that of the model before", "nats per token",
+        "forgets general text"),
     ("Susceptibilities", "mean"): _of("susceptibility", "response of a component to a shift of the data", ""),
     ("BayesianInfluence", "mean"): _of("influence", "covariance of losses over draws", ""),
     ("ProbeLoss", "icl_score"): _of(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from devmon import InstrumentError, LoopMonitor, Trajectory, Watch, every
-from devmon.analysis.reports.run_words import alarms
+from devmon.analysis.reports.prose.run_words import alarms
 from devmon.instruments import GradientStatistics
 from devmon.instruments.gradient_statistics import noise_scale, parts_of
 from devmon.sampling import regression_loss

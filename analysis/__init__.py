@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from devmon.analysis import plots as plots
     from devmon.analysis.derive.circuit import circuit_overlap as circuit_overlap
     from devmon.analysis.derive.components import component_llc as component_llc
+    from devmon.analysis.derive.directions import direction_cosine as direction_cosine
     from devmon.analysis.derive.essential import essential_dynamics as essential_dynamics
     from devmon.analysis.derive.influence import transition_data as transition_data
     from devmon.analysis.derive.ladder import ladder as ladder
@@ -55,6 +56,7 @@ _HOME = {
     "component_llc": "derive.components",
     "cka": "derive.representation",
     "circuit_overlap": "derive.circuit",
+    "direction_cosine": "derive.directions",
     "drift": "derive.representation",
     "similarity": "derive.representation",
     "essential_dynamics": "derive.essential",

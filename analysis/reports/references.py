@@ -67,6 +67,13 @@ CITED = {
     "Sketch": (_CKA, _HOOGLAND),
     "Superposition": (_TOY,),
     "Polysemanticity": (_TOY,),
+    "Steering": (
+        "Turner et al. (2023), Steering language models with activation engineering. arXiv:2308.10248",
+        "Heimersheim & Nanda (2024), How to use and interpret activation patching. arXiv:2404.15255",
+    ),
+    "ConceptDirection": (
+        "Zou et al. (2023), Representation engineering: a top-down approach to AI transparency. arXiv:2310.01405",
+    ),
     "Susceptibilities": (
         "Baker et al. (2025), Structural inference: interpreting small language models with susceptibilities. "
         "arXiv:2504.18274",

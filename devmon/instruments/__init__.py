@@ -2,6 +2,7 @@
 
 from devmon.instruments.circuit import Circuit
 from devmon.instruments.composition import Composition
+from devmon.instruments.concept_direction import ConceptDirection
 from devmon.instruments.copying import CopyingHeads
 from devmon.instruments.curvature import Curvature
 from devmon.instruments.few_shot import FewShot
@@ -31,6 +32,7 @@ from devmon.instruments.representation_sketch import Sketch
 from devmon.instruments.residual_attribution import ResidualAttribution
 from devmon.instruments.restricted_llc import RestrictedLLC
 from devmon.instruments.restricted_loss import RestrictedLoss
+from devmon.instruments.steering import Steering
 from devmon.instruments.superposition import Superposition
 from devmon.instruments.susceptibilities import Susceptibilities
 from devmon.instruments.tuned_lens import TunedLens
@@ -69,6 +71,9 @@ __all__ = [  # noqa: RUF022 (in groups)
     "ReferenceDrift",
     "Superposition",
     "Polysemanticity",
+    # features and directions
+    "Steering",
+    "ConceptDirection",
     # weights and geometry
     "LLC",
     "RestrictedLLC",

@@ -13,16 +13,16 @@ def direction_cosine(dataset: xr.Dataset, to: int | None = None) -> xr.Dataset:
 
     `dataset` is what `devmon.instruments.ConceptDirection` stores: `direction` (step, estimator, layer, dimension).
 
-    - `cosine` (step, estimator, layer): 1 at the step itself; the most to expect before it is `cosine_halves`, the null is
-      `cosine_random`, √(2/πd).
+    - `cosine` (step, estimator, layer): 1 at the step itself; the most to expect before it is `cosine_halves`, the
+      null is `cosine_random`, √(2/πd).
     - `cosine_before` (step, estimator, layer): cosine to the measured step before; NaN at the first.
 
     Raises DataError for another dataset, and where the step `to` was not measured.
     """
     if not {"step", "estimator", "layer", "dimension"} <= set(dataset.get("direction", xr.DataArray()).dims):
         raise DataError(
-            "direction_cosine needs direction over (step, estimator, layer, dimension), as the watch of a ConceptDirection "
-            f"stores it; got {dict(dataset.sizes)}: give trajectory[watch]"
+            "direction_cosine needs direction over (step, estimator, layer, dimension), as the watch of a "
+            f"ConceptDirection stores it; got {dict(dataset.sizes)}: give trajectory[watch]"
         )
     steps = dataset["step"].values
     if to is not None and to not in steps:

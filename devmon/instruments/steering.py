@@ -113,7 +113,7 @@ class Steering(ByContent):
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
         check_site(anatomy, self.site)
-        anatomy.need_causal(self.pairs.clean)
+        anatomy.need_causal(self.tokens)
         if self.site[0] == MLP_IN:
             raise InstrumentError("Steering: 'mlp_in' can be read, not written: steer 'resid_mid' or 'mlp_out'")
         chosen = self._directions(anatomy)

@@ -18,6 +18,7 @@ import xarray as xr
 
 import devmon.instruments
 from devmon.data import broken_repeats, random_tokens
+from devmon.features import Dictionary
 from devmon.instruments import (
     LLC,
     ActivationPatching,
@@ -31,6 +32,7 @@ from devmon.instruments import (
     RestrictedLLC,
     RestrictedLoss,
     Sketch,
+    Steering,
     Susceptibilities,
 )
 from devmon.snapshot import Snapshot
@@ -72,7 +74,11 @@ def returned(name: str) -> dict[str, xr.DataArray]:
 
 
 FEW: dict[str, Any] = {"draws": 5, "chains": 2, "batch_size": 3, "gamma": 100.0, "lr": 1e-4}
+WIDE = Dictionary(torch.eye(32, 40), torch.zeros(40), torch.eye(40, 32) + 0.1, torch.zeros(32))
 MORE: dict[str, Any] = {
+    "Steering": lambda x: [
+        (Steering(broken_repeats(VOCAB, 8, 4), x, ("mlp_out", 1), dictionary=WIDE, latents=(1, 2), random=2), gpt2)
+    ],
     "HeadAblation": lambda x: [(HeadAblation(VOCAB, 8, LENGTH, exclude=OUTSIDE, groups=2), gpt2)],
     "Composition": lambda x: [(Composition(pair=((0, 1), (1, 2)), draws=16), gpt2)],
     "ActivationPatching": lambda x: [

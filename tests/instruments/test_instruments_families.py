@@ -137,6 +137,20 @@ INSTRUMENTS = [
         tuple(name for name in ALL if name not in EXPERTS),
         refuses=True,
     ),
+    # features and directions
+    Case(
+        "steering",
+        "Steering",
+        lambda make, x: make(pairs(), x[:4], ("resid_post", 1), torch.ones(1, D), strengths=(1.0,), random=2),
+        (("direction", "strength"),),
+    ),
+    Case(
+        "concept_direction",
+        "ConceptDirection",
+        lambda make, x: make(*x.repeat(2, 1)[:20].split(10), shuffles=2),
+        (("estimator", "layer"),),
+        tuple(name for name in ALL if name not in VISION),
+    ),
     # weights
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]

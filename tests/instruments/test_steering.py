@@ -72,7 +72,7 @@ def readouts(model: AttentionOnly) -> Tensor:
 
 
 def test_behind_a_linear_readout_the_slope_is_the_product_and_nothing_bends() -> None:
-    model, random = linear(), 200
+    model, random = linear(), 60
     found = steer(model, directions=3 * unit(2, D, seed=1), random=random)
     products = readouts(model) @ unit(2, D, seed=1).T  # (prompt, direction)
     for strength in range(3):

@@ -9,6 +9,7 @@ from devmon.callbacks.checkpoint_series import CheckpointSeries
 from devmon.callbacks.fabric import FabricMonitor
 from devmon.callbacks.monitor import Monitor
 from devmon.callbacks.one_watch import InductionMonitor, LLCMonitor, RepresentationMonitor
+from devmon.callbacks.sidecar import Sidecar
 from devmon.checkpoints.folder import checkpoints, latest
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "LLCMonitor",
     "Monitor",
     "RepresentationMonitor",
+    "Sidecar",
     "TrainerMonitor",
     "checkpoints",
     "latest",

@@ -19,9 +19,9 @@ def refuse_sharded(strategy: object) -> None:
     names = {kind.__name__ for kind in type(strategy).__mro__}
     if names & SHARDED_STRATEGIES or ("DeepSpeedStrategy" in names and getattr(strategy, "zero_stage_3", False)):
         raise DevmonError(
-            f"{type(strategy).__name__} shards the weights over the ranks, and Monitor needs all of them on one: save "
-            "whole checkpoints (CheckpointSeries, with the strategy set to a full state dict) and measure those "
-            "afterwards with devmon.observe, or train with strategy='ddp'"
+            f"{type(strategy).__name__} shards the weights over the ranks, and Monitor needs all of them on one: use "
+            "Sidecar (devmon.callbacks), which gathers them and measures in a process beside, or train with "
+            "strategy='ddp'"
         )
 
 

@@ -63,7 +63,8 @@ class TrainerMonitor(TrainerCallback):
         if getattr(args, "fsdp", None) or (deepspeed is not None and deepspeed.is_zero3()):
             raise DevmonError(
                 "FSDP and DeepSpeed ZeRO 3 shard the weights over the ranks, and TrainerMonitor needs all of them on "
-                "one: save whole checkpoints and measure those afterwards with devmon measure, or train with DDP"
+                "one: call devmon.callbacks.Sidecar's step in on_step_end of a callback of yours, or save whole "
+                "checkpoints and measure those afterwards with devmon measure, or train with DDP"
             )
         self._takes_part = state.is_world_process_zero
         if self._takes_part:

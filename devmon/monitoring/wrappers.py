@@ -143,8 +143,8 @@ def refuse_absent(model: torch.nn.Module) -> None:
 
 def _sharded(what: str) -> str:
     return (
-        f"the weights are not whole in this process ({what}): save whole checkpoints and measure those afterwards with "
-        "devmon measure, or train with DDP"
+        f"the weights are not whole in this process ({what}): use devmon.callbacks.Sidecar, save whole checkpoints and "
+        "measure those afterwards with devmon measure, or train with DDP"
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from subprocess import Popen
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -30,7 +30,8 @@ def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, torch.Tensor], get_model_state_dict(model, options=options))
 
 
 class Sidecar(L.Callback):

@@ -24,6 +24,7 @@ from devmon.monitoring.observe import attempt, observe, refusal
 from devmon.monitoring.page_updates import PageUpdates
 from devmon.monitoring.passed import Passed
 from devmon.monitoring.ranks import SINGLE, Ranks
+from devmon.monitoring.unclosed import fold_at_end
 from devmon.monitoring.updates import Updates
 from devmon.snapshot import Update, weights_digest
 from devmon.store.trajectory import Trajectory
@@ -137,6 +138,8 @@ class LoopMonitor:
         """Open the trajectory on rank 0, for a training that begins with the next `step`. Every rank does."""
         self.ranks, self._seen, self._begun = ranks, None, set()
         self.trajectory = ranks.agree(self._opened)
+        if self.trajectory is not None:
+            self._unclosed = fold_at_end(self, self.trajectory)
 
     def step(self, step: int, model: torch.nn.Module) -> None:
         """Measure what is due at `step`. Raises DevmonError for a step before the last one."""
@@ -184,11 +187,13 @@ class LoopMonitor:
         return part(model, self.model)
 
     def close(self, *, raising: bool = True) -> None:
-        """Write what is still to be written, and fold. Without it, or where it cannot be done, no row is lost: unfolded
-        rows are read all the same. What goes wrong is warned of; with `strict` it is raised, unless `raising` is False
-        (something else ended training, and is to be raised)."""
+        """Write what is still to be written, and fold. Without it rows are folded when the monitor goes or the process
+        ends; where it cannot be done (a kill), no row is lost: unfolded rows are read all the same. What goes wrong is
+        warned of; with `strict` it is raised, unless `raising` is False (something else ended training, and is to be
+        raised)."""
         if self.trajectory is None:
             return
+        self._unclosed.detach()
         try:
             for companion in self.companions:
                 companion.record()

@@ -249,6 +249,10 @@ class Edges:
         """The module in which an MLP or the logits begin, and the hook that gives it a stream of its own."""
         # The norm before it; without one the module around the MLP, or the unembedding.
         (layer, part), a = group, self.anatomy
+        if not a.layout.batch_first:
+            raise InstrumentError(
+                f"{self.who} needs layers whose stream is (batch, pos, d): set batch_first=True in them"
+            )
         if (a.layout.norm if part == "logits" else a.layout.mlp_norm).startswith(FUNCTIONAL):
             raise InstrumentError(
                 f"{self.who} must set what a norm reads apart: {type(a.model).__name__} calls it as a function; make "

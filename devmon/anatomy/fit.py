@@ -169,7 +169,9 @@ class _Fit:
             expected = before if parts.parallel else before + reads["attn_out", layer]
             is_norm = bool(layout.mlp_norm) and not layout.mlp_norm.startswith(FUNCTIONAL)  # it stands before it
             expected = expected if is_norm else parts.norm_in(layer, "mlp")(expected)
-            off = _off(self.entered[layer].reshape(expected.shape), expected)
+            entered = self.entered[layer]
+            entered = entered if layout.batch_first or entered.ndim < 3 else entered.transpose(0, 1)
+            off = _off(entered.reshape(expected.shape), expected)
             if off > self.most:
                 where = "before" if parts.parallel else "after"
                 self._refuse(

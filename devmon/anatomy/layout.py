@@ -45,6 +45,7 @@ class Layout:
       the layer is not itself called (by default the layer, or the first and last of those `together`)
     - `hybrid`: the list holds blocks without these parts too (convolutions, state spaces), which are passed over:
       layers are counted among the blocks that have them
+    - `batch_first`: False where the stream is (pos, batch, d) within the layers, as torch's own have it by default
     - `logits`: how logits (batch, pos, vocab) are had of the model: "flat" (it returns them as (batch · pos, vocab)),
       "last" (it returns those of the last place; all are made of `norm` and `unembed`), or a function of the model and
       the tokens, as in `lambda model, tokens: model(tokens, targets=tokens)[0]`
@@ -78,6 +79,7 @@ class Layout:
     enter: str = field(default="", metadata=LATER)
     leave: str = field(default="", metadata=LATER)
     hybrid: bool = field(default=False, metadata=LATER)
+    batch_first: bool = field(default=True, metadata=LATER)
     logits: str | Adapter = field(default="", metadata=LATER)
 
     @property

@@ -121,8 +121,13 @@ class Taps:
 
     def _shaped(self, value: Tensor, heads: bool) -> Tensor:
         """(batch, pos, d) or (batch, pos, head, d_head), also of a model that runs its maps on (batch · pos, d)."""
+        value = self._turned(value)
         value = value.view(*self.shape, -1) if value.ndim == 2 and self.shape[0] else value
         return value.unflatten(-1, (-1, self.parts.d_head)) if heads else value
+
+    def _turned(self, value: Tensor) -> Tensor:
+        """From (pos, batch, …) to (batch, pos, …) and back, where the layers have their stream so."""
+        return value if self.parts.layout.batch_first or value.ndim < 3 else value.transpose(0, 1)
 
     def _any(self, layer: int, *names: str) -> bool:
         return any((name, layer) in self.wanted or (name, layer) in self.writes for name in names)
@@ -137,37 +142,43 @@ class Taps:
 
     def _enter(self, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            state = args[0] if args else kwargs["hidden_states"]
+            state = self._turned(args[0] if args else kwargs["hidden_states"])
             self.layer, self.shape, self.before = layer, (state.shape[0], state.shape[1]), state
             new = self._meet(("resid_pre", layer), state)
             if new is None:
                 return None
-            self.before = new
+            self.before, new = new, self._turned(new)
             return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
 
         return hook
 
     def _input(self, name: str, layer: int, heads: bool = False) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            new = self._meet((name, layer), self._shaped(args[0], heads))
-            return None if new is None else (new.reshape(args[0].shape), *args[1:])
+            value = args[0] if name in ENDS else self._shaped(args[0], heads)
+            new = self._meet((name, layer), value)
+            if new is None:
+                return None
+            return ((new if name in ENDS else self._turned(new)).reshape(args[0].shape), *args[1:])
 
         return hook
 
     def _output(self, name: str, layer: int, heads: bool = False) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             value = _first(output)
-            return _in_place_of(output, self._meet((name, layer), self._shaped(value, heads)))
+            if name in ENDS:
+                return _in_place_of(output, self._meet((name, layer), value))
+            new = self._meet((name, layer), self._shaped(value, heads))
+            return _in_place_of(output, None if new is None else self._turned(new))
 
         return hook
 
     def _fused(self, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Any:
-            parts = self.parts.split(layer, output)
+            parts = self.parts.split(layer, self._turned(output))
             new = [self._meet((name, layer), part) for name, part in zip("qkv", parts, strict=True)]
             if all(part is None for part in new):
                 return None
-            return self.parts.join([p if n is None else n for p, n in zip(parts, new, strict=True)])
+            return self._turned(self.parts.join([p if n is None else n for p, n in zip(parts, new, strict=True)]))
 
         return hook
 
@@ -183,7 +194,7 @@ class Taps:
                 # No module holds the sum: it is read here, and written by what attention adds instead.
                 middle = self._meet(("resid_mid", layer), self.before + added)
                 new = new if middle is None else middle - self.before
-            return _in_place_of(output, new)
+            return _in_place_of(output, None if new is None else self._turned(new))
 
         return hook
 

@@ -55,9 +55,15 @@ def read_ends(trace: Trace, stack: Stack, stream: Tensor) -> dict[str, Any]:
     if same(stream_at, read_at):
         return ends
     for call in calls:
-        if call.start > end and call.given is not None and same(call.given, stream) and not is_linear(call.module):
+        if (
+            call.start > end
+            and call.given is not None
+            and _one_stream(call.given, stream)
+            and not is_linear(call.module)
+        ):
             gave = call.gave
             assert gave is not None
+            gave = gave if same(call.given, stream) else gave.transpose(0, 1)
             at = gave[:, -1] if last and read.shape != stream.shape and gave.ndim == 3 else gave
             if at.numel() == read_at.numel() and same(at.reshape(read_at.shape), read_at):
                 return ends | {"norm": call.path}
@@ -65,6 +71,11 @@ def read_ends(trace: Trace, stack: Stack, stream: Tensor) -> dict[str, Any]:
         if same(function(stream_at, (stream.shape[-1],)), read_at):
             return ends | {"norm": FUNCTIONAL + name}
     return ends | {"direct": False}
+
+
+def _one_stream(given: Tensor | None, stream: Tensor) -> bool:
+    """Whether a module was given the stream, which may be (pos, batch, d) there."""
+    return same(given, stream) or (given is not None and given.ndim == 3 and same(given.transpose(0, 1), stream))
 
 
 def _cap(written: Tensor, logits: Tensor) -> float | None:

@@ -21,7 +21,7 @@ from devmon.anatomy.variants.fused import ORDERS
 def guesses(trace: Trace, stack: Stack) -> Iterator[Layout]:
     """Layouts that may be right, the likeliest first. All agree with the order of calls and the shapes."""
     layer = _Layer(trace, stack, stack.last)  # the first may read what is normed already, which hides its norm
-    ends = read_ends(trace, stack, layer.after)
+    ends = read_ends(trace, stack, layer.after if layer.batch_first else layer.after.transpose(0, 1))
     for maps in layer.maps():
         for rest in layer.rest(maps):
             yield replace(rest, **ends)
@@ -49,6 +49,8 @@ class _Layer:
         assert self.enter.given is not None
         assert self.leave.gave is not None
         self.before, self.after = self.enter.given, self.leave.gave
+        turned = (*trace.inputs.shape[1::-1],)  # (pos, batch)
+        self.batch_first = not (trace.tokens and self.before.ndim == 3 and self.before.shape[:2] == turned)
         self.attention = next(a for a in trace.attentions if any(under(p, self.prefixes) for p in a.within))
         self.linear = [call for call in self.calls if is_linear(call.module)]
         whole_maps = [call for call in self.linear if not isinstance(call.module, Projection)]  # whose parts are theirs
@@ -151,7 +153,10 @@ class _Layer:
                 fields["mlp_norm"] = self._norm(whole[0].given, middle) or ""
         fields["attention_norm"] = fields["attention_norm"] or ""
         fields |= self.named_ends
-        yield Layout(blocks=self.stack.path, together=self.stack.together, hybrid=self.stack.hybrid, **fields)
+        yield Layout(
+            blocks=self.stack.path, together=self.stack.together, hybrid=self.stack.hybrid,
+            batch_first=self.batch_first, **fields,
+        )  # fmt: skip
 
     def _norm(self, read: Tensor, stream: Tensor) -> str | None:
         """What the stream passes before it is read: "" for nothing, None where that is not seen."""

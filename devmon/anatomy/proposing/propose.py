@@ -112,9 +112,10 @@ def anatomy_of(model: nn.Module, inputs: Any = None) -> Proposal:
     unplaced = tuple(
         path for path, (_, place) in block.items() if not place and _has_weights(traced.model, f"{first}.{path}")
     )
-    return Proposal(
-        type(bare).__name__, found, source, blocks, refused, unplaced, block, adapter_text=traced.adapter_text
-    )
+    note = ""
+    if traced.tokens and not parts.has_logits and not found.unembed:
+        note = "its unembedding is no module (an nn.Linear with the tied weight would be): no logits are taken apart"
+    return Proposal(type(bare).__name__, found, source, blocks, refused, unplaced, block, traced.adapter_text, note)
 
 
 def spell(layout: Layout, adapter_text: str = "") -> str:

@@ -20,6 +20,7 @@ from devmon.errors import InstrumentError
 
 BATCH = 2  # sequences that are tried: more than one, so that (batch · pos) is told from (batch, pos)
 CLOSE = 1e-4  # of the largest number: the same sum made in another order is off by 1e-6, another tensor by tenths
+LONGEST = 1024  # tokens of a sequence that is made up, where a model takes no shorter one
 SIDE = 32  # pixels of an image that is made up
 
 
@@ -125,7 +126,9 @@ def _inputs(model: nn.Module, inputs: Any) -> Iterator[Tensor]:
     sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
     if sizes:
         most = min(sizes)
-        for length in (min(TOKENS, most), 2):
+        # Some models take one length alone: that of a table of positions.
+        tables = {p.shape[-2] for p in model.parameters() if p.ndim in (2, 3) and TOKENS < p.shape[-2] <= LONGEST}
+        for length in (min(TOKENS, most), 2, *sorted(tables)):
             places = torch.arange(BATCH * length).view(BATCH, length)
             yield ((7 * places + 3) % most).to(device)
         return

@@ -86,9 +86,9 @@ def _attend(
         }  # fmt: skip
         return type(attention).forward(attention, query, key, value, **rest)
 
-    # To (batch, pos, d), and one bias (batch or 1, head or 1, q, k) for both masks.
-    alone, heads = query.ndim == 2, attention.num_heads
-    x = query[None] if alone else query if attention.batch_first else query.transpose(0, 1)
+    # One bias (batch or 1, head or 1, q, k) for both masks.
+    alone, heads, first = query.ndim == 2, attention.num_heads, attention.batch_first
+    x = query[None] if alone and first else query[:, None] if alone else query
     bias = None
     if attn_mask is not None:
         bias = _added(attn_mask, x.dtype)
@@ -98,11 +98,14 @@ def _attend(
         padding = (padding[None] if alone else padding)[:, None, None, :]
         bias = padding if bias is None else bias + padding
 
-    # The two maps are calls of modules, so that hooks see them; in between stands a call that `Patterns` sees.
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in projection(x).chunk(3, -1))
-    z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    out = attention.out_proj(z.transpose(1, 2).flatten(2))
-    out = out[0] if alone else out if attention.batch_first else out.transpose(0, 1)
+    # The two maps are calls of modules on the stream as it lies, so that hooks see them; in between stands a call on
+    # (batch, head, pos, dim) that `Patterns` sees.
+    fused = projection(x)
+    fused = fused if first else fused.transpose(0, 1)
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in fused.chunk(3, -1))
+    z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    out = attention.out_proj(z if first else z.transpose(0, 1))
+    out = (out[0] if first else out[:, 0]) if alone else out
     if not need_weights:
         return out, None
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])

@@ -302,18 +302,19 @@ class LitGPT(nn.Module):
 class TorchEncoder(nn.Module):
     """A language model of `nn.TransformerEncoder` with a causal mask; `flat`: logarithms of probabilities."""
 
-    def __init__(self, norm_first: bool = True, flat: bool = False) -> None:
+    def __init__(self, norm_first: bool = True, flat: bool = False, batch_first: bool = True) -> None:
         super().__init__()
         self.embed, self.places = nn.Embedding(VOCAB, D), nn.Embedding(PLACES, D)
-        layer = nn.TransformerEncoderLayer(D, HEADS, 2 * D, batch_first=True, norm_first=norm_first, dropout=0.1)
+        layer = nn.TransformerEncoderLayer(D, HEADS, 2 * D, 0.1, batch_first=batch_first, norm_first=norm_first)
         norm = nn.LayerNorm(D) if norm_first else None
         self.encoder = nn.TransformerEncoder(layer, LAYERS, norm, enable_nested_tensor=False)
-        self.decoder, self.flat = nn.Linear(D, VOCAB), flat
+        self.decoder, self.flat, self.batch_first = nn.Linear(D, VOCAB), flat, batch_first
 
     def forward(self, tokens: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
         x = self.embed(tokens) + self.places(torch.arange(tokens.shape[1]))
-        logits = self.decoder(self.encoder(x, mask=mask, is_causal=True))
+        x = self.encoder(x if self.batch_first else x.transpose(0, 1), mask=mask, is_causal=True)
+        logits = self.decoder(x if self.batch_first else x.transpose(0, 1))
         return logits.log_softmax(-1).flatten(0, 1) if self.flat else logits
 
 

@@ -39,6 +39,7 @@ CLIENTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         {"qkv": "self_attn", "out": "self_attn.out_proj", "norm": "encoder.norm"},
     ),
     "norms after": (lambda: C.TorchEncoder(norm_first=False), {"post_norm": True, "attention_end": "norm1"}),
+    "places first": (lambda: C.TorchEncoder(batch_first=False), {"batch_first": False, "mlp_norm": "norm2"}),
     "flat": (lambda: C.TorchEncoder(flat=True), {"logits": "flat"}),
 }
 
@@ -249,6 +250,25 @@ def test_the_command(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["anatomy", f"{script}:mixed"]).exit_code == 1
     failed = CliRunner().invoke(app, ["anatomy", f"{script}:torch"])
     assert isinstance(failed.exception, DataError)
+
+
+def test_a_model_of_one_length_and_one_whose_unembedding_is_no_module() -> None:
+    class OneLength(C.MinGPT):
+        def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
+            assert idx.shape[1] == C.PLACES
+            return super().forward(idx)
+
+    class Tied(C.MinGPT):
+        def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
+            states = self.blocks(self.tok_emb(idx) + self.pos_emb[:, : idx.shape[1]])
+            return nn.functional.linear(self.ln_f(states), self.tok_emb.weight)
+
+    torch.manual_seed(0)
+    assert anatomy_of(C.shaken(OneLength())).layout == anatomy_of(made("minGPT")).layout
+    proposal = anatomy_of(C.shaken(Tied()))
+    assert proposal.layout is not None
+    assert (proposal.layout.unembed, proposal.layout.neurons) == ("", "mlp.2")
+    assert "its unembedding is no module" in str(proposal)
 
 
 def test_a_model_that_runs_on_nothing_that_is_made_up() -> None:

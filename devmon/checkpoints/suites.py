@@ -26,6 +26,7 @@ class Suite:
     - `apart`: a branch begins elsewhere than at the end of the stage before, and is counted by itself.
     - `distinct`: nobody else is known to write such names, so that a folder of them is read by this row where words
       leave something open.
+    - `steps`: those that each of its models has.
     - `each`: a name pattern of repositories that hold a step each; `commits`: commits of a branch are the checkpoints.
     - `refused`: why none of it can be read.
     - `llc`: settings of λ̂ by the size in the name, "" for all sizes; `source` is where they are published.
@@ -41,6 +42,7 @@ class Suite:
     anew: bool = False
     apart: bool = False
     distinct: bool = False
+    steps: tuple[int, ...] = ()
     each: str = ""
     commits: bool = False
     refused: str = ""
@@ -69,8 +71,9 @@ PYTHIA_LLC = (
 SUITES = (
     Suite(
         "Pythia", r"EleutherAI/pythia-.*", "step0 step512 step143000", llc=PYTHIA_LLC,
+        steps=(0, *(2**n for n in range(10)), *range(1000, 144_000, 1000)),
         source="Urdshals et al. 2025, 2510.12077",
-        note="several sizes serve one model.safetensors on many branches",
+        note="several sizes serve one model.safetensors on many branches: devmon audit",
     ),
     Suite("OLMo, OLMoE", r"allenai/OLMo(?:E|-1B|-7B).*", "step1000-tokens2B"),
     Suite("OLMo 2 early", r"allenai/OLMo-2-.*-early-training", "stage1-step1000-tokens3B"),

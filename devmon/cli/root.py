@@ -36,6 +36,8 @@ app.command()(instruments.cost)
 app.command()(anatomy.anatomy)
 # measuring checkpoints
 app.command()(checkpoints.suites)
+app.command(no_args_is_help=True)(checkpoints.audit)
+app.command(no_args_is_help=True)(checkpoints.evaluations)
 app.command()(calibrate.calibrate)
 app.command(no_args_is_help=True)(measure.measure)
 # a run

@@ -5,6 +5,7 @@ from devmon.instruments.composition import Composition
 from devmon.instruments.concept_direction import ConceptDirection
 from devmon.instruments.copying import CopyingHeads
 from devmon.instruments.curvature import Curvature
+from devmon.instruments.evaluation import Evaluation
 from devmon.instruments.few_shot import FewShot
 from devmon.instruments.fourier_spectrum import FourierSpectrum
 from devmon.instruments.function_vectors import FunctionVectorHeads
@@ -44,6 +45,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "InContextLearning",
     "RepeatGain",
     "FewShot",
+    "Evaluation",
     "NgramStages",
     # attention heads
     "PreviousTokenHeads",

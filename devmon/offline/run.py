@@ -12,9 +12,10 @@ from rich.console import Console
 
 from devmon.analysis.reports.prose.run_words import one_set_of_weights
 from devmon.analysis.run import same_weights
+from devmon.checkpoints.audit import Audit, audit
 from devmon.console import cost_table
 from devmon.cost import estimates
-from devmon.offline import forecast
+from devmon.offline import forecast, kept
 from devmon.offline.plan import Plan
 from devmon.offline.study import Progress, Study
 from devmon.watch import Watch
@@ -41,10 +42,14 @@ def run(plan: Plan, dry_run: bool) -> int:
         out.print(f"the watches of {plan.source} are measured {when}{more}")
     if study.assumed:
         out.print(study.assumed)
+    found = audit(study.series, study.steps) if work else Audit({})
+    for fault in found.faults:
+        errors.print(str(fault))
     if dry_run:
         _print_plan(study, work, out)
         return 0
-    study.record()
+    kept.refuse_twins(study, found, work)
+    kept.record(study, found)
     if work:
         study.choose()
 

@@ -27,16 +27,16 @@ from devmon.checkpoints.weights import fitting
 from devmon.errors import DataError, IdentityError, InstrumentError
 from devmon.instruments import LLC
 from devmon.monitoring.choices import keep
-from devmon.monitoring.fingerprint import describe, identity
+from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.isolation import isolated, private_copy
 from devmon.monitoring.observe import observe
+from devmon.offline import kept
 from devmon.offline.in_parts import OUT_OF_MEMORY, in_parts
 from devmon.offline.plan import NO_LLC, Plan, pairs
 from devmon.offline.probe_text import Home, Probe, load_tokenizer, read_probe
 from devmon.offline.source import late_and_middle, load_study
 from devmon.snapshot import Choosing, derive_seed
 from devmon.store.place import store_path
-from devmon.store.rows import plain
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
 
@@ -91,6 +91,7 @@ class Study:
         if self.model is not None:
             self.model = private_copy(self.model).to(self.device)
         self.trajectory = self._open(read_only)
+        self.series.kinds = kept.formats(self.trajectory)
         self._begun: set[str] = set()  # the watches that were measured before
 
     def _shard(self) -> list[int]:
@@ -146,7 +147,7 @@ class Study:
                 if isinstance(checkpoint, DataError):
                     raise checkpoint
                 model = self._filled(checkpoint)
-                self.trajectory.note("checkpoints", str(step), self._source(checkpoint))
+                self.trajectory.note("checkpoints", str(step), kept.checkpoint(self.series, checkpoint))
                 del checkpoint  # the next is being read: two are in memory at most
                 self._observe(step, model, work[step], tell)
             except (DataError, IdentityError) as error:
@@ -156,12 +157,6 @@ class Study:
                 tell(Progress("skipped", step, None, str(error)))
             except InstrumentError as error:
                 raise InstrumentError(f"step {step}: {error}") from error
-
-    def _source(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What the run keeps of a checkpoint: its name, stage and tokens, its commit, its files with their SHA-256."""
-        step, entry = checkpoint.step, {"name": checkpoint.name, "files": dict(checkpoint.files)}
-        told = {"stage": self.series.stage[step], "tokens": self.series.tokens[step], "commit": checkpoint.commit}
-        return entry | {key: value for key, value in told.items() if value not in (None, "")}
 
     def _observe(self, step: int, model: nn.Module, due: Iterable[Watch], tell: Callable[[Progress], None]) -> None:
         """`observe`, and again in a half and a quarter of the memory for those for which it was too small."""
@@ -279,28 +274,6 @@ class Study:
                 trajectory.redeclare(watch.name, identity(watch.instrument))
         self.known = set(trajectory.names())
         return trajectory
-
-    def record(self) -> None:
-        """Keep the plan in the run, the last of the list `measured`, with the digests of the probe data."""
-        digests = {}
-        if self.probe is not None:
-            digests = {"tokens_held": describe(self.probe.tokens), "examples_held": describe(self.probe.examples)}
-        single = self.plan.engine == "processes" and self.plan.workers == 1
-        threads = self.plan.threads or (torch.get_num_threads() if single else 1)  # the last bits depend on it
-        record = plain(self.plan.record() | digests | {"checkpoints": len(self.steps), "threads": threads})
-        read = self.series.axis
-        held = self.trajectory.attrs.get("series", {}).get("offsets", {})
-        if differ := [stage for stage, at in read.offsets.items() if held.get(stage, at) != at]:
-            raise DataError(
-                f"{self.trajectory.path} has {differ[0] or 'the first stage'} begin at {held[differ[0]]}, this series "
-                f"at {read.offsets[differ[0]]}: give the checkpoints of all stages as they were then, or another run"
-            )
-        self.trajectory.record(
-            series={"name": self.series.name, "unit": read.unit, "offsets": held | read.offsets, "said": read.said()}
-        )
-        before = self.trajectory.attrs.get("measured", [])
-        before = [before] if isinstance(before, dict) else before  # of an earlier devmon
-        self.trajectory.record(measured=[*(earlier for earlier in before if earlier != record), record])
 
     def frozen(self) -> Plan:
         """The plan for other processes: whole paths, and the probe data as they are, in a file of the run's folder."""

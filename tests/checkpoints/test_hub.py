@@ -95,6 +95,37 @@ def test_revisions_of_olmo_are_told_apart(tmp_path: Path, serve: Callable[[Hub],
     assert Series.open("lab/model").steps == [0, 1000]
 
 
+def test_commits_of_a_branch_and_repositories_of_a_step_each_are_series(
+    tmp_path: Path, serve: Callable[[Hub], Hub]
+) -> None:
+    models = {name: pretrained(tmp_path / "pico" / name, seed) for seed, name in enumerate(["a", "b"])}
+    titles = {"Saving Logs -- Step 1000": "b", "Saving HF Model -- Step 1000": "b", "Saving HF Model -- Step 0": "a"}
+    repositories = ["pico-lm/pico-decoder-tiny", "pico-lm/other"]
+    (tmp_path / "pico").rename(tmp_path / "pico-decoder-tiny")
+    serve(Hub(tmp_path, ["main"], repositories=repositories, titles=titles))
+    series = Series.open("pico-lm/pico-decoder-tiny@run-1")
+    assert series.steps == [0, 1000]
+    assert [*series.axis.left_out] == ["Saving Logs -- Step 1000"]
+    assert Series.open("pico-lm/pico-decoder-tiny").steps == [0, 1000]
+    read = series.read(1000)
+    assert read.commit == commit("b")
+    assert torch.equal(read.state["gpt_neox.embed_in.weight"], models["b"].gpt_neox.embed_in.weight)
+
+    names = [f"multiberts-seed_{seed}-step_{step}" for seed in (0, 1) for step in ("20k", "1000k")]
+    for seed, name in enumerate(names):
+        models[name] = pretrained(tmp_path / "bert" / name / "main", seed)
+    serve(Hub(tmp_path / "bert", ["main"], repositories=[f"google/{name}" for name in names]))
+    series = Series.open("google/multiberts-seed_0-step_*")
+    assert series.steps == [20_000, 1_000_000]
+    read = series.read(1_000_000)
+    assert read.name == f"google/{names[1]}@main"
+    assert torch.equal(read.state["gpt_neox.embed_in.weight"], models[names[1]].gpt_neox.embed_in.weight)
+    assert "several branches or seeds" in error("google/multiberts-*")
+    assert Series.open("google/multiberts-*", branch="seed_1").steps == [20_000, 1_000_000]
+    assert "no repository google/nothing-*" in error("google/nothing-*")
+    assert "lists no commits of lab/none@main" in error("lab/none@main")
+
+
 def test_a_checkpoint_that_is_not_whole_or_of_another_model_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pretrained(tmp_path / "step1")

@@ -25,6 +25,7 @@ from devmon.instruments import (
     BayesianInfluence,
     Composition,
     Curvature,
+    Evaluation,
     FourierSpectrum,
     GradientStatistics,
     HeadAblation,
@@ -80,6 +81,11 @@ MORE: dict[str, Any] = {
         (Steering(broken_repeats(VOCAB, 8, 4), x, ("mlp_out", 1), dictionary=WIDE, latents=(1, 2), random=2), gpt2)
     ],
     "HeadAblation": lambda x: [(HeadAblation(VOCAB, 8, LENGTH, exclude=OUTSIDE, groups=2), gpt2)],
+    "Evaluation": lambda x: [
+        (Evaluation(x, torch.arange(4) // choices, places, places + 1, torch.arange(4) % choices == 0, places), gpt2)
+        for choices in (1, 2)
+        for places in [torch.ones(4, dtype=torch.int64)]
+    ],
     "Composition": lambda x: [(Composition(pair=((0, 1), (1, 2)), draws=16), gpt2)],
     "ActivationPatching": lambda x: [
         (

@@ -45,8 +45,16 @@ def test_steps_with_one_set_of_weights_are_named_by_every_command(
     with_watches(monkeypatch, Net(), [Watch("norm", Norm(), every(1)), Watch("twice", Norm(2.0), every(2))])
     command = (folder, "--into", tmp_path / "run.zarr", "--source", "x.py:y")
     said = "steps 2, 5 and 7 have one set of weights"
+    refused = measure(*command)
+    assert "steps 2, 5, 7 of" in str(refused.exception)
+    assert "leave them out by --steps, or measure and mark them with --allow-twins" in str(refused.exception)
+    assert Trajectory(tmp_path / "run.zarr", "r").steps("norm") == []
+    assert measure(*command, "--steps", "0,1,3,4,6,7").exit_code == 0  # none of them is another's
+    command = (*command, "--allow-twins")
     result = measure(*command)
     assert result.exit_code == 0
+    assert "twins: steps 2, 5, 7 have one set of weights" in result.output
+    assert Trajectory(tmp_path / "run.zarr", "r").attrs["twins"] == [[2, 5, 7]]
     assert f"{said}: check the files of" in result.output
     assert said in measure(*command).output  # and again, where nothing is left to measure
     run = Trajectory(tmp_path / "run.zarr", "r")

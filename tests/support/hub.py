@@ -2,62 +2,79 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import http.server
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
+
+DATE = "2024-01-01T00:00:00.000Z"
 
 
 class Hub:
-    """One repository, `lab/model`: a folder a revision; `branches` and `tags` are listed, with a folder or without.
+    """Repositories, `lab/model` alone by default: a folder a revision; `branches` and `tags` are listed, with a folder
+    or without. Of several repositories each has a folder of its own in `folder`. `titles` are the commits of a branch,
+    the last first, with the folder that each of them is.
 
-    As the hub does it, a weights file is named by its SHA-256 in its ETag. `requests` are the paths asked for.
+    As the hub does it, a weights file is named by its SHA-256 in its ETag and in the tree. `requests` are the paths
+    asked for.
     """
 
-    def __init__(self, folder: Path, branches: Sequence[str], tags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        branches: Sequence[str],
+        tags: Sequence[str] = (),
+        *,
+        repositories: Sequence[str] = ("lab/model",),
+        titles: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder, self.branches, self.tags = folder, branches, tags
+        self.repositories, self.titles = repositories, titles or {}
         self.requests: list[str] = []
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         self.requests.append(path)
         parts = path.partition("?")[0].strip("/").split("/")
+        at = 2 if parts[:2] == ["api", "models"] else 0
+        asked = "/".join(parts[at : at + 2])
+        folder = self.folder / parts[at + 1] if len(self.repositories) > 1 and len(parts) > at + 1 else self.folder
+        if asked in self.repositories:
+            parts = [*parts[:at], *parts[at + 2 :]]
         match parts:
-            case ["api", "models", "lab", "model", "refs"]:
-                told: dict[str, Any] = {
+            case ["api", "models"] if "author=" in path:
+                return 200, {}, json.dumps([{"id": name, "modelId": name} for name in self.repositories]).encode()
+            case ["api", "models", "commits", _]:
+                told = [
+                    {"id": commit(name), "authors": [], "date": DATE, "title": title, "message": ""}
+                    for title, name in self.titles.items()
+                ]
+                return 200, {}, json.dumps(told).encode()
+            case ["api", "models", "refs"]:
+                refs: dict[str, Any] = {
                     kind: [{"name": name, "ref": f"refs/{name}", "targetCommit": commit(name)} for name in names]
                     for kind, names in (("branches", self.branches), ("tags", self.tags))
                 }
-                return 200, {}, json.dumps({"converts": [], **told}).encode()
-            case ["api", "models", "lab", "model", "revision", name] if name := self._name(name):
-                files = [{"rfilename": file.name} for file in sorted((self.folder / name).iterdir())]
+                return 200, {}, json.dumps({"converts": [], **refs}).encode()
+            case ["api", "models", "revision", name] if name := revision(folder, name):
+                files = [{"rfilename": file.name} for file in sorted((folder / name).iterdir())]
                 return 200, {}, json.dumps({"id": "lab/model", "sha": commit(name), "siblings": files}).encode()
-            case ["api", "models", "lab", "model", "tree", name, *_] if name := self._name(name):
-                tree = [
-                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": commit(file.name)}
-                    for file in sorted((self.folder / name).iterdir())
-                ]
-                return 200, {}, json.dumps(tree).encode()
-            case ["lab", "model", "resolve", name, file] if (name := self._name(name)) and (
-                self.folder / name / file
-            ).is_file():
-                content = (self.folder / name / file).read_bytes()
+            case ["api", "models", "tree", name, *_] if name := revision(folder, name):
+                return 200, {}, json.dumps([*map(entry, sorted((folder / name).iterdir()))]).encode()
+            case ["resolve", name, file] if (name := revision(folder, name)) and (folder / name / file).is_file():
+                content = (folder / name / file).read_bytes()
                 digest = hashlib.sha256(content).hexdigest()
                 etag = digest if file.endswith((".safetensors", ".bin")) else digest[:40]
                 return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit(name)}, content
         missing = "RepoNotFound" if parts[-3:-2] != ["resolve"] else "EntryNotFound"
         return 404, {"X-Error-Code": missing}, b"{}"
-
-    def _name(self, name: str) -> str:
-        """The revision that a name or a commit stands for, if it has a folder."""
-        held = [path.name for path in self.folder.iterdir() if path.is_dir()]
-        return next((other for other in held if name in (other, commit(other))), "")
 
     @contextmanager
     def serving(self) -> Iterator[str]:
@@ -79,11 +96,28 @@ class Hub:
             def log_message(self, *_: Any) -> None: ...
 
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
             try:
                 yield f"http://127.0.0.1:{server.server_port}"
             finally:
                 server.shutdown()
+
+
+def entry(file: Path) -> dict[str, Any]:
+    """A file as the tree of a revision lists it: weights by their SHA-256, with the date of the last commit."""
+    about = file.stat()
+    told: dict[str, Any] = {"type": "file", "path": file.name, "size": about.st_size, "oid": commit(file.name)}
+    if file.suffix in (".safetensors", ".bin"):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        told["lfs"] = {"oid": digest, "size": about.st_size, "pointerSize": 130}
+    date = datetime.datetime.fromtimestamp(about.st_mtime, datetime.UTC).isoformat(timespec="milliseconds")
+    return told | {"lastCommit": {"id": commit(file.name), "title": "upload", "date": date.replace("+00:00", "Z")}}
+
+
+def revision(folder: Path, name: str) -> str:
+    """The revision that a name or a commit stands for, if it has a folder."""
+    held = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return next((other for other in held if name in (other, commit(other))), "")
 
 
 def commit(name: str) -> str:

@@ -45,7 +45,7 @@ def test_a_suite_needs_its_name_and_data(
         (folder / name / "model.safetensors").write_bytes(stale)
     serve(Hub(folder, ["main", *steps], repositories=["EleutherAI/pythia-14m"]))
     run = tmp_path / "run.zarr"
-    size = ("--sequences", 4, "--length", 16)
+    size = ("--sequences", 12, "--length", 16)
     told = measure("EleutherAI/pythia-14m", "--into", run, "--data", text, *size, "--dry-run")
     assert told.exit_code == 0, told.output
     assert "published for this model: nbeta=30 batch_size=32 chains=4 draws=100 gamma=300 lr=0.001" in told.output
@@ -54,7 +54,7 @@ def test_a_suite_needs_its_name_and_data(
     assert not run.exists()
 
     # the watches of the standard preset, with the LLC of the suite
-    plan = Plan("EleutherAI/pythia-14m", str(run), tokens=str(text), sequences=4, length=16)
+    plan = Plan("EleutherAI/pythia-14m", str(run), tokens=str(text), sequences=12, length=16)
     watches = {watch.name: watch.instrument for watch in Study(plan, read_only=True).watches}
     llc = watches["llc"]
     assert isinstance(llc, LLC)
@@ -85,7 +85,7 @@ def test_settings_of_other_sizes_and_of_ones_own(
     serve(Hub(folder, ["step0", "step1"], repositories=["EleutherAI/pythia-70m"]))
 
     def settings(*llc: str, series: str = "EleutherAI/pythia-70m") -> dict[str, object]:
-        plan = Plan(series, str(tmp_path / "run.zarr"), tokens=str(text), sequences=4, length=16, llc=llc)
+        plan = Plan(series, str(tmp_path / "run.zarr"), tokens=str(text), sequences=12, length=16, llc=llc)
         return Study(plan, read_only=True).settings
 
     assert settings() == {"nbeta": 30, "batch_size": 32, "chains": 4, "draws": 100}  # lr and gamma are chosen
@@ -98,7 +98,7 @@ def test_stages_lie_on_one_axis_of_the_run_which_stays(tmp_path: Path, language:
     names = ["stage1-step10-tokens1B", "stage1-step20-tokens2B", "stage2-step10-tokens3B"]
     for seed, name in enumerate(names):
         family("gpt_neox", seed).save_pretrained(tmp_path / "saved" / name)
-    run, rest = tmp_path / "run.zarr", ("--data", language / "tokens.pt", "--watch", "loss")
+    run, rest = tmp_path / "run.zarr", ("--preset", "economy", "--data", language / "tokens.pt", "--watch", "loss")
     result = measure(tmp_path / "saved", "--into", run, *rest)
     assert result.exit_code == 0, result.output
     assert "stage2 counts anew: its steps begin at 20" in result.output

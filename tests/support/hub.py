@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 
 DATE = "2024-01-01T00:00:00.000Z"
@@ -134,6 +135,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         def start(hub: Hub) -> Hub:
             url = stack.enter_context(hub.serving())
             monkeypatch.setattr(constants, "ENDPOINT", url)
+            monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)  # of functions without an HfApi
             monkeypatch.setattr(
                 constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
             )

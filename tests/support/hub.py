@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
-import huggingface_hub.hf_api
 import pytest
 
 DATE = "2024-01-01T00:00:00.000Z"
@@ -135,7 +134,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         def start(hub: Hub) -> Hub:
             url = stack.enter_context(hub.serving())
             monkeypatch.setattr(constants, "ENDPOINT", url)
-            monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)  # of functions without an HfApi
+            monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made for the first address that it meets
             monkeypatch.setattr(
                 constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
             )

@@ -81,9 +81,9 @@ def audit(series: Series, steps: Sequence[int] | None = None, tell: Callable[[in
     for step, listing in held.items():
         if not listing.files:
             empty.setdefault(listing.error, []).append(step)
-    for error, group in empty.items():
+    for error, lacking in empty.items():
         words = f"cannot be listed ({error})" if error else "have no weights"
-        found.faults.append(Fault("missing", tuple(group), f"steps {_steps(group)} {words}"))
+        found.faults.append(Fault("missing", tuple(lacking), f"steps {_steps(lacking)} {words}"))
     _shards(held, chosen, found)
 
     # steps that lack: those that the suite is known to have, else between others, stage by stage

@@ -134,8 +134,8 @@ class Evaluation(ByContent):
             raise DataError("Evaluation needs items, got none")
         longest = max(map(len, rows))
         tokens = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
-        columns = (torch.tensor(column) for column in (item, start, stop, right, characters))
-        return cls(tokens, *columns, batch_size=batch_size)
+        item_, start_, stop_, right_, size = (torch.tensor(part) for part in (item, start, stop, right, characters))
+        return cls(tokens, item_, start_, stop_, right_, size, batch_size)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         # by row: the answer's log-likelihood, its tokens, whether all have the highest logit

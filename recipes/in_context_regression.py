@@ -40,7 +40,7 @@ from devmon import Snapshot, Trajectory, Watch, every, log_spaced
 from devmon.analysis import detect, phase_types, report, series_of
 from devmon.data import ByContent
 from devmon.data.rows import Rows
-from devmon.instruments import LLC, WeightStatistics
+from devmon.instruments import LLC, RegressionReferences, WeightStatistics
 from devmon.recipes.common import Check, batches, conclude, fit, one_line_errors, table
 from devmon.recipes.linear_regression import DIMS, NOISE, PAIRS, ZERO, Regressor, ridge, ridge_errors, sequences
 from devmon.sampling import BAOAB
@@ -127,6 +127,7 @@ def watches(steps: int, llc: LLC, estimates: Container[int], *, probe: int) -> l
     tokens, y = sequences(probe, _generator(0, "probe"))
     return [
         Watch("regression", InContextError(tokens, y, ridge(tokens)), often),
+        Watch("references", RegressionReferences(tokens, tokens[:, ::2, 1:], y, NOISE), often),
         Watch("weights", WeightStatistics(), often),
         Watch("llc", llc, estimates),
     ]
@@ -239,7 +240,7 @@ def main(out: Path, seed: int, form: Form, console: Console) -> dict[str, Any]:
 
 def _results(trajectory: Trajectory) -> dict[str, Any]:
     """Curves, estimates by step as (λ̂, standard error, rejected), events, and the types of transitions."""
-    rows = trajectory["regression"]
+    rows, distance = trajectory["regression"], trajectory["references"]["distance"]
     curves = [curve for curve in series_of(trajectory) if curve.name in ("regression/loss", "llc/llc")]
     (llc,) = (curve for curve in curves if curve.name == "llc/llc")
     estimates = zip(llc.steps, llc.values, np.asarray(llc.se), np.asarray(llc.rejected), strict=True)
@@ -247,6 +248,7 @@ def _results(trajectory: Trajectory) -> dict[str, Any]:
     return {
         "steps": rows["step"].values.tolist(),
         **{name: rows[name].values.tolist() for name in ("loss", "above_ridge", "from_zero")},
+        "distance": {name: distance.sel(solution=name).values.tolist() for name in ("ridge", "zero")},
         "last_by_pair": rows["error_by_pair"][-1].values.tolist(),
         "ridge_by_pair": list(ridge_errors()),
         "llc": {int(step): (float(value), float(se), bool(rejected)) for step, value, se, rejected in estimates},
@@ -280,11 +282,14 @@ def checks(results: Mapping[str, Any], form: str) -> list[Check]:
     best = float(np.mean(results["ridge_by_pair"]))
     above = min(m - r for m, r in zip(results["last_by_pair"], results["ridge_by_pair"], strict=True))
     emptiest = f"mean squared prediction at step {steps[prior]}, where it predicts 0"
+    ridge_far = results["distance"]["ridge"]
     # exact, or known at any length of training
     listed = [
         Check("error at the start", loss[0], 4.1, 4.7, "4.45"),
         Check(emptiest, results["from_zero"][prior], 0, 0.05, "0"),
         Check("error there, above that of 0 on the same sequences", loss[prior] - zero, -0.05, 0.05, "4.13 - 4.125"),
+        Check("distance to ridge regression at the start, a dim", ridge_far[0], 0.6, 0.8, "exact of zero: .617"),
+        Check("least distance to it", min(ridge_far), 0, 0.6 if form == "fast" else 0.1, "0, where it is learnt"),
         Check("error of ridge regression", best, 1.652, 1.664, "exact: 1.658"),
         Check("least distance above ridge regression at the end, of the pairs", above, -ABOVE[form]),
         Check("λ̂ at the end above λ̂ at the start, in errors", (last - first) / float(np.hypot(first_se, last_se)), 3),

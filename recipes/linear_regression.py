@@ -9,20 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from devmon.anatomy import Layout
+from devmon.data.regression import regression_examples, ridge_predictions
 
 DIMS, PAIRS, NOISE = 4, 8, 0.125  # of x, examples in a sequence, variance of the noise of y
 WIDTH, HEADS, LAYERS, HIDDEN = 64, 4, 2, 64  # of the transformer
 ZERO = DIMS + NOISE  # the error of predicting 0
 
 
-def sequences(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sequences(count: int, generator: torch.Generator, pool: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Tokens (count, 2 PAIRS, 1 + DIMS), and the y (count, PAIRS) that are to be predicted.
 
-    Every first token holds x in its last DIMS entries, every second one its y in the first.
+    Every first token holds x in its last DIMS entries, every second one its y in the first. The weights of a sequence
+    are from N(0, 1), or one of the `pool` (task, DIMS).
     """
-    weight = torch.randn(count, DIMS, 1, generator=generator)
-    x = torch.randn(count, PAIRS, DIMS, generator=generator)
-    y = (x @ weight)[..., 0] + NOISE**0.5 * torch.randn(count, PAIRS, generator=generator)
+    if pool is None:
+        weights = torch.randn(count, DIMS, 1, generator=generator)[..., 0]
+    else:
+        weights = pool[torch.randint(len(pool), (count,), generator=generator)]
+    x, y = regression_examples(weights, PAIRS, NOISE, generator)
     tokens = torch.zeros(count, 2 * PAIRS, 1 + DIMS)
     tokens[:, ::2, 1:], tokens[:, 1::2, 0] = x, y
     return tokens, y
@@ -30,13 +34,7 @@ def sequences(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def ridge(tokens: Tensor) -> Tensor:
     """Predictions (batch, PAIRS) of the posterior mean of w given the pairs before: no predictor has a lower error."""
-    x, y = tokens[:, ::2, 1:].double(), tokens[:, 1::2, 0].double()
-    predictions = torch.zeros_like(y)
-    for k in range(1, PAIRS):
-        gram = x[:, :k].mT @ x[:, :k] + NOISE * torch.eye(DIMS, dtype=x.dtype)
-        weight = torch.linalg.solve(gram, x[:, :k].mT @ y[:, :k, None])
-        predictions[:, k] = (x[:, k, None] @ weight)[:, 0, 0]
-    return predictions
+    return ridge_predictions(tokens[:, ::2, 1:], tokens[:, 1::2, 0], NOISE)
 
 
 @cache

@@ -34,6 +34,15 @@ CITED = {
     "InContextLearning": (_OLSSON,),
     "FewShot": ("Brown et al. (2020), Language models are few-shot learners. arXiv:2005.14165",),
     "NgramStages": (_HOOGLAND,),
+    "MarkovReferences": (
+        "Edelman et al. (2024), The evolution of statistical induction heads: in-context learning Markov chains. "
+        "arXiv:2402.11004",
+        "Park et al. (2024), Competition dynamics shape algorithmic phases of in-context learning. arXiv:2412.01003",
+    ),
+    "RegressionReferences": (
+        "Raventós et al. (2023), Pretraining task diversity and the emergence of non-Bayesian in-context learning for "
+        "regression. arXiv:2306.15063",
+    ),
     "FuzzyInduction": (_OLSSON,),
     "AbstractInduction": (_OLSSON,),
     "HierarchicalInduction": (_OLSSON,),

@@ -21,6 +21,7 @@ from devmon.instruments.layers import LayerRoles
 from devmon.instruments.linear_probe import LinearProbe
 from devmon.instruments.llc import LLC
 from devmon.instruments.logit_lens import LogitLens
+from devmon.instruments.markov_references import MarkovReferences
 from devmon.instruments.mdl_probe import MDLProbe
 from devmon.instruments.ngram_stages import NgramStages
 from devmon.instruments.patching import ActivationPatching
@@ -28,6 +29,7 @@ from devmon.instruments.polysemanticity import Polysemanticity
 from devmon.instruments.previous_token import PreviousTokenHeads
 from devmon.instruments.probe_loss import ProbeLoss
 from devmon.instruments.reference_drift import ReferenceDrift
+from devmon.instruments.regression_references import RegressionReferences
 from devmon.instruments.repeat_gain import RepeatGain
 from devmon.instruments.representation_sketch import Sketch
 from devmon.instruments.residual_attribution import ResidualAttribution
@@ -47,6 +49,9 @@ __all__ = [  # noqa: RUF022 (in groups)
     "FewShot",
     "Evaluation",
     "NgramStages",
+    # distance to solutions that are known exactly
+    "MarkovReferences",
+    "RegressionReferences",
     # attention heads
     "PreviousTokenHeads",
     "InductionHeads",

@@ -30,6 +30,7 @@ from devmon.instruments import (
     GradientStatistics,
     HeadAblation,
     ReferenceDrift,
+    RegressionReferences,
     RestrictedLLC,
     RestrictedLoss,
     Sketch,
@@ -42,6 +43,13 @@ from tests.instruments.test_instruments_families import INSTRUMENTS, LENGTH, OUT
 
 BULLET = re.compile(r"- `(?P<name>\w+)`(?: \((?P<dims>\w+(?:, \w+)*)\))?, (?P<units>[^:]+): (?P<meaning>\S.*)")
 P = 5
+
+
+class Regressor(torch.nn.Module):
+    """Predictions (batch, pair) of inputs (batch, pair, 2)."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs[..., 0]
 
 
 class Adder(torch.nn.Module):
@@ -58,6 +66,10 @@ class Adder(torch.nn.Module):
 def adder() -> Snapshot:
     torch.manual_seed(0)
     return Snapshot(0, Adder().eval())
+
+
+def regressor() -> Snapshot:
+    return Snapshot(0, Regressor())
 
 
 def gpt2() -> Snapshot:
@@ -115,6 +127,9 @@ MORE: dict[str, Any] = {
     ],
     "Susceptibilities": lambda x: [(Susceptibilities(x, {"a": x}, ["layer 0 mlp"], **FEW, nulls=2), gpt2)],
     "BayesianInfluence": lambda x: [(BayesianInfluence(x, {"a": x}, **FEW), gpt2)],
+    "RegressionReferences": lambda x: [
+        (RegressionReferences(torch.ones(4, 3, 2), torch.ones(4, 3, 1), torch.ones(4, 3), 1.0), regressor)
+    ],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "ReferenceDrift": lambda x: [(ReferenceDrift(model_of("gpt2"), x), gpt2)],
     "GradientStatistics": lambda x: [(GradientStatistics(x[:4], batch_size=1), gpt2)],

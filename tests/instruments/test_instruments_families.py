@@ -76,6 +76,7 @@ INSTRUMENTS = [
         lambda make, x: make(VOCAB, shots=(1, 2), prompts=8, exclude=OUTSIDE),
         (("shots",), ("shots",)),
     ),
+    Case("markov_references", "MarkovReferences", lambda make, x: make(x, VOCAB), (("solution",), ("solution",))),
     # attention heads
     Case("induction", "InductionHeads", lambda make, x: make(VOCAB, 4, LENGTH, exclude=OUTSIDE), (HEAD,)),
     Case("previous_token", "PreviousTokenHeads", lambda make, x: make(tokens=x), (HEAD,), ALL),
@@ -155,6 +156,7 @@ INSTRUMENTS = [
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]
 ELSEWHERE = {
+    "RegressionReferences": "of numbers in a context; tests/instruments/test_references.py",
     "LLC": "samples for seconds; tests/analysis/test_llc_derive.py, tests/sampling",
     "RestrictedLLC": "samples for seconds; tests/sampling/test_components.py, tests/instruments/test_restricted_llc.py",
     "Susceptibilities": "samples for seconds; tests/instruments/test_susceptibilities.py",
@@ -240,7 +242,7 @@ def test_images_go_in_as_they_are(name: str) -> None:
 
 
 PREDICTS = (
-    *("ProbeLoss", "RepeatGain", "InContextLearning", "FewShot", "NgramStages"),
+    *("ProbeLoss", "RepeatGain", "InContextLearning", "FewShot", "NgramStages", "MarkovReferences"),
     *("HeadAblation", "ActivationPatching", "FunctionVectorHeads"),
 )
 

@@ -79,6 +79,21 @@ KNOWN: dict[tuple[str, str], Label] = {
         "leaves n-gram statistics", "learns n-gram statistics"),
     ("NgramStages", "loss_ratio"): _of("loss over n-gram loss", "loss as a ratio to that of the n-gram", "ratio"),
     ("NgramStages", "common_ratio"): _of("loss on common n-grams", "loss on common n-grams over that on all", "ratio"),
+    ("GrammarExcess", "excess"): _of(
+        "excess over the grammar", "divergence from the exact law of the language", "nats per token", "",
+        "learns the grammar"),
+    ("GrammarExcess", "impossible"): _of(
+        "impossible mass", "probability of tokens that cannot come", "", "", "learns what cannot come"),
+    ("MarkovReferences", "distance"): _of(
+        "distance to a solution", "divergence from a known predictor of the chain", "nats per token",
+        "leaves a known solution", "comes to a known solution"),
+    ("RegressionReferences", "distance"): _of(
+        "distance to a solution", "squared distance from a known predictor", "squared error per dim",
+        "leaves a known solution", "comes to a known solution"),
+    ("MarkovReferences", "regret"): _of(
+        "regret to a solution", "loss less that of a known predictor", "nats per token"),
+    ("RegressionReferences", "regret"): _of(
+        "regret to a solution", "error less that of a known predictor", "squared error"),
     ("Circuit", "area"): _of(
         "circuit's faithfulness", "area under faithfulness over circuit size", "",
         "concentrates the task in a circuit"),

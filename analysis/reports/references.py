@@ -39,6 +39,10 @@ CITED = {
         "arXiv:2402.11004",
         "Park et al. (2024), Competition dynamics shape algorithmic phases of in-context learning. arXiv:2412.01003",
     ),
+    "GrammarExcess": (
+        "Allen-Zhu & Li (2023), Physics of language models: part 1, learning hierarchical language structures. "
+        "arXiv:2305.13673",
+    ),
     "RegressionReferences": (
         "Raventós et al. (2023), Pretraining task diversity and the emergence of non-Bayesian in-context learning for "
         "regression. arXiv:2306.15063",

@@ -11,6 +11,7 @@ from devmon.instruments.fourier_spectrum import FourierSpectrum
 from devmon.instruments.function_vectors import FunctionVectorHeads
 from devmon.instruments.fuzzy_induction import AbstractInduction, FuzzyInduction, HierarchicalInduction
 from devmon.instruments.gradient_statistics import GradientStatistics
+from devmon.instruments.grammar_excess import GrammarExcess
 from devmon.instruments.head_ablation import HeadAblation
 from devmon.instruments.head_spectra import HeadSpectra
 from devmon.instruments.in_context import InContextLearning
@@ -52,6 +53,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     # distance to solutions that are known exactly
     "MarkovReferences",
     "RegressionReferences",
+    "GrammarExcess",
     # attention heads
     "PreviousTokenHeads",
     "InductionHeads",

@@ -49,6 +49,17 @@ class Case:
     told: str = ""  # why its cost is not what passes through the model here
 
 
+@dataclass(frozen=True)
+class AnyToken:
+    """The language of independent uniform tokens, all but three of the vocabulary."""
+
+    vocab_size: int = VOCAB
+
+    def laws(self, tokens: Tensor) -> Tensor:
+        law = torch.cat([torch.zeros(3), torch.ones(VOCAB - 3)]).double() / (VOCAB - 3)
+        return law.expand(*tokens.shape, VOCAB)
+
+
 def pairs() -> Any:
     return broken_repeats(VOCAB, 8, 4, exclude=(0, 1, 2))
 
@@ -77,6 +88,7 @@ INSTRUMENTS = [
         (("shots",), ("shots",)),
     ),
     Case("markov_references", "MarkovReferences", lambda make, x: make(x, VOCAB), (("solution",), ("solution",))),
+    Case("grammar_excess", "GrammarExcess", lambda make, x: make(x, AnyToken()), ((), ())),
     # attention heads
     Case("induction", "InductionHeads", lambda make, x: make(VOCAB, 4, LENGTH, exclude=OUTSIDE), (HEAD,)),
     Case("previous_token", "PreviousTokenHeads", lambda make, x: make(tokens=x), (HEAD,), ALL),
@@ -242,7 +254,7 @@ def test_images_go_in_as_they_are(name: str) -> None:
 
 
 PREDICTS = (
-    *("ProbeLoss", "RepeatGain", "InContextLearning", "FewShot", "NgramStages", "MarkovReferences"),
+    *("ProbeLoss", "RepeatGain", "InContextLearning", "FewShot", "NgramStages", "MarkovReferences", "GrammarExcess"),
     *("HeadAblation", "ActivationPatching", "FunctionVectorHeads"),
 )
 

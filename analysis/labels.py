@@ -84,6 +84,17 @@ KNOWN: dict[tuple[str, str], Label] = {
         "learns the grammar"),
     ("GrammarExcess", "impossible"): _of(
         "impossible mass", "probability of tokens that cannot come", "", "", "learns what cannot come"),
+    ("Negation", "sensitivity"): _of(
+        "sensitivity to negation", "logit difference that the negation makes", "logits", "learns to read negation"),
+    ("Negation", "accuracy_negated"): _of(
+        "negation obeyed", "negated prompts with the complement ahead", "", "learns to obey negation"),
+    ("NeuralCollapse", "nc1"): _of(
+        "spread within classes", "spread within classes over that between them", "", "", "collapses to class means"),
+    ("NeuralCollapse", "simplex"): _of(
+        "distance from a simplex", "distance of the class means from a simplex", "", "", "spreads its classes evenly"),
+    ("NeuralCollapse", "duality"): _of(
+        "distance of classifier and means", "distance of the classifier from the class means", "", "",
+        "aligns classifier and class means"),
     ("MarkovReferences", "distance"): _of(
         "distance to a solution", "divergence from a known predictor of the chain", "nats per token",
         "leaves a known solution", "comes to a known solution"),

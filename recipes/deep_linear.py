@@ -38,7 +38,7 @@ from devmon import Snapshot, Trajectory, Watch, every, log_spaced
 from devmon.analysis import detect, report, series_of
 from devmon.data.rows import Rows
 from devmon.recipes.common import Check, batches, conclude, fit, one_line_errors, table
-from devmon.recipes.deep_linear_network import TARGET, WIDTHS, Deep, copying_loss, law_at_rank_zero, level, task
+from devmon.recipes.models.deep_linear_network import TARGET, WIDTHS, Deep, copying_loss, law_at_rank_zero, level, task
 from devmon.sampling import BAOAB, Settings, regression_loss, sample
 from devmon.snapshot import derive_seed
 from devmon.testing.exact import deep_linear

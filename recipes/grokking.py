@@ -41,8 +41,8 @@ from devmon.analysis import Detection, Event, compare_runs, detect, llc
 from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.detection.events import meet
 from devmon.instruments import LLC, FourierSpectrum, RestrictedLoss
-from devmon.recipes.addition_networks import OneHiddenLayer, OneLayerTransformer
 from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, one_line_errors, write_report
+from devmon.recipes.models.addition_networks import OneHiddenLayer, OneLayerTransformer
 from devmon.sampling import classification_loss
 from devmon.snapshot import derive_seed
 

@@ -42,7 +42,7 @@ from devmon.data import ByContent
 from devmon.data.rows import Rows
 from devmon.instruments import LLC, RegressionReferences, WeightStatistics
 from devmon.recipes.common import Check, batches, conclude, fit, one_line_errors, table
-from devmon.recipes.linear_regression import DIMS, NOISE, PAIRS, ZERO, Regressor, ridge, ridge_errors, sequences
+from devmon.recipes.models.linear_regression import DIMS, NOISE, PAIRS, ZERO, Regressor, ridge, ridge_errors, sequences
 from devmon.sampling import BAOAB
 from devmon.snapshot import derive_seed
 

@@ -39,6 +39,11 @@ CITED = {
         "arXiv:2402.11004",
         "Park et al. (2024), Competition dynamics shape algorithmic phases of in-context learning. arXiv:2412.01003",
     ),
+    "Negation": ("LM_Negation (2026), negation in language models. arXiv:2605.03052",),
+    "NeuralCollapse": (
+        "Papyan, Han & Donoho (2020), Prevalence of neural collapse during the terminal phase of deep learning "
+        "training. PNAS 117(40)",
+    ),
     "GrammarExcess": (
         "Allen-Zhu & Li (2023), Physics of language models: part 1, learning hierarchical language structures. "
         "arXiv:2305.13673",

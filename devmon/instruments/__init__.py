@@ -24,6 +24,8 @@ from devmon.instruments.llc import LLC
 from devmon.instruments.logit_lens import LogitLens
 from devmon.instruments.markov_references import MarkovReferences
 from devmon.instruments.mdl_probe import MDLProbe
+from devmon.instruments.negation import Negation
+from devmon.instruments.neural_collapse import NeuralCollapse
 from devmon.instruments.ngram_stages import NgramStages
 from devmon.instruments.patching import ActivationPatching
 from devmon.instruments.polysemanticity import Polysemanticity
@@ -50,6 +52,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "FewShot",
     "Evaluation",
     "NgramStages",
+    "Negation",
     # distance to solutions that are known exactly
     "MarkovReferences",
     "RegressionReferences",
@@ -79,6 +82,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "Sketch",
     "ReferenceDrift",
     "Superposition",
+    "NeuralCollapse",
     "Polysemanticity",
     # features and directions
     "Steering",

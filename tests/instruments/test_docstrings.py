@@ -29,6 +29,8 @@ from devmon.instruments import (
     FourierSpectrum,
     GradientStatistics,
     HeadAblation,
+    Negation,
+    NeuralCollapse,
     ReferenceDrift,
     RegressionReferences,
     RestrictedLLC,
@@ -39,7 +41,15 @@ from devmon.instruments import (
 )
 from devmon.snapshot import Snapshot
 from tests.anatomy.test_anatomy_sites import VOCAB
-from tests.instruments.test_instruments_families import INSTRUMENTS, LENGTH, OUTSIDE, instrument_of, model_of
+from tests.instruments.test_instruments_families import (
+    INSTRUMENTS,
+    LENGTH,
+    OUTSIDE,
+    TEXT,
+    instrument_of,
+    model_of,
+    negated,
+)
 
 BULLET = re.compile(r"- `(?P<name>\w+)`(?: \((?P<dims>\w+(?:, \w+)*)\))?, (?P<units>[^:]+): (?P<meaning>\S.*)")
 P = 5
@@ -127,6 +137,13 @@ MORE: dict[str, Any] = {
     ],
     "Susceptibilities": lambda x: [(Susceptibilities(x, {"a": x}, ["layer 0 mlp"], **FEW, nulls=2), gpt2)],
     "BayesianInfluence": lambda x: [(BayesianInfluence(x, {"a": x}, **FEW), gpt2)],
+    "Negation": lambda x: [(Negation(negated(TEXT)), gpt2)],
+    "NeuralCollapse": lambda x: [
+        (
+            NeuralCollapse(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2),
+            lambda: Snapshot(0, torch.nn.Linear(3, 2)),
+        )
+    ],
     "RegressionReferences": lambda x: [
         (RegressionReferences(torch.ones(4, 3, 2), torch.ones(4, 3, 1), torch.ones(4, 3), 1.0), regressor)
     ],

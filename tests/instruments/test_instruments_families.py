@@ -20,6 +20,7 @@ import devmon.instruments
 from devmon.anatomy import Anatomy
 from devmon.cost import Cost
 from devmon.data import broken_repeats, random_tokens, symbol_tasks
+from devmon.data.negation import NegationPrompts
 from devmon.errors import InstrumentError
 from devmon.instruments import Sketch
 from devmon.presets import vision
@@ -58,6 +59,13 @@ class AnyToken:
     def laws(self, tokens: Tensor) -> Tensor:
         law = torch.cat([torch.zeros(3), torch.ones(VOCAB - 3)]).double() / (VOCAB - 3)
         return law.expand(*tokens.shape, VOCAB)
+
+
+def negated(x: Tensor) -> NegationPrompts:
+    """Prompts of eight random tokens whose third differs."""
+    plain, at = x[:6, :8].clone(), torch.full((6,), 2)
+    plain[:, 2] = (plain[:, 2] - 2) % (VOCAB - 3) + 3
+    return NegationPrompts(x[:6, :8], plain, at + 5, at, at + 3, x[:6, 8:10], x[:6, 10:12], x[:6, 12:14])
 
 
 def pairs() -> Any:
@@ -168,6 +176,8 @@ INSTRUMENTS = [
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]
 ELSEWHERE = {
+    "Negation": "of pairs of prompts; tests/instruments/test_negation.py",
+    "NeuralCollapse": "of classifiers; tests/instruments/test_neural_collapse.py",
     "RegressionReferences": "of numbers in a context; tests/instruments/test_references.py",
     "LLC": "samples for seconds; tests/analysis/test_llc_derive.py, tests/sampling",
     "RestrictedLLC": "samples for seconds; tests/sampling/test_components.py, tests/instruments/test_restricted_llc.py",

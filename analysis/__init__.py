@@ -14,6 +14,7 @@ if __name__ == "analysis":
 if TYPE_CHECKING:
     from devmon.analysis import plots as plots
     from devmon.analysis.derive.circuit import circuit_overlap as circuit_overlap
+    from devmon.analysis.derive.code_length import prequential_code as prequential_code
     from devmon.analysis.derive.components import component_llc as component_llc
     from devmon.analysis.derive.directions import direction_cosine as direction_cosine
     from devmon.analysis.derive.essential import essential_dynamics as essential_dynamics
@@ -54,6 +55,7 @@ _HOME = {
     "llc": "derive.llc",
     "ladder": "derive.ladder",
     "component_llc": "derive.components",
+    "prequential_code": "derive.code_length",
     "cka": "derive.representation",
     "circuit_overlap": "derive.circuit",
     "direction_cosine": "derive.directions",

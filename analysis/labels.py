@@ -84,6 +84,12 @@ KNOWN: dict[tuple[str, str], Label] = {
         "learns the grammar"),
     ("GrammarExcess", "impossible"): _of(
         "impossible mass", "probability of tokens that cannot come", "", "", "learns what cannot come"),
+    ("AttentionSinks", "first"): _of(
+        "attention sink", "attention to the first token", "of its attention", "rests on the first token"),
+    ("AttentionSinks", "high_norm"): _of(
+        "states of a huge norm", "places of a norm above five medians", "", "forms massive activations"),
+    ("AttentionSinks", "largest"): _of(
+        "largest norm of a state", "largest norm of a sequence over the median", "", "forms massive activations"),
     ("Negation", "sensitivity"): _of(
         "sensitivity to negation", "logit difference that the negation makes", "logits", "learns to read negation"),
     ("Negation", "accuracy_negated"): _of(

@@ -39,6 +39,10 @@ CITED = {
         "arXiv:2402.11004",
         "Park et al. (2024), Competition dynamics shape algorithmic phases of in-context learning. arXiv:2412.01003",
     ),
+    "AttentionSinks": (
+        "Xiao et al. (2023), Efficient streaming language models with attention sinks. arXiv:2309.17453",
+        "Sun et al. (2024), Massive activations in large language models. arXiv:2402.17762",
+    ),
     "Negation": ("LM_Negation (2026), negation in language models. arXiv:2605.03052",),
     "NeuralCollapse": (
         "Papyan, Han & Donoho (2020), Prevalence of neural collapse during the terminal phase of deep learning "

@@ -1,5 +1,6 @@
 """Instruments: each a frozen dataclass that reads one thing off a snapshot of the weights."""
 
+from devmon.instruments.attention_sinks import AttentionSinks
 from devmon.instruments.circuit import Circuit
 from devmon.instruments.composition import Composition
 from devmon.instruments.concept_direction import ConceptDirection
@@ -59,6 +60,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "GrammarExcess",
     # attention heads
     "PreviousTokenHeads",
+    "AttentionSinks",
     "InductionHeads",
     "FuzzyInduction",
     "AbstractInduction",

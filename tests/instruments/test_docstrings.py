@@ -22,6 +22,7 @@ from devmon.features import Dictionary
 from devmon.instruments import (
     LLC,
     ActivationPatching,
+    AttentionSinks,
     BayesianInfluence,
     Composition,
     Curvature,
@@ -137,6 +138,7 @@ MORE: dict[str, Any] = {
     ],
     "Susceptibilities": lambda x: [(Susceptibilities(x, {"a": x}, ["layer 0 mlp"], **FEW, nulls=2), gpt2)],
     "BayesianInfluence": lambda x: [(BayesianInfluence(x, {"a": x}, **FEW), gpt2)],
+    "AttentionSinks": lambda x: [(AttentionSinks(x), gpt2)],
     "Negation": lambda x: [(Negation(negated(TEXT)), gpt2)],
     "NeuralCollapse": lambda x: [
         (

@@ -176,6 +176,8 @@ INSTRUMENTS = [
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]
 ELSEWHERE = {
+    "AttentionSinks": "of patterns and streams that others read; tests/instruments/test_attention_sinks.py",
+    "Evaluation": "of prompts of a tokenizer; tests/instruments/test_evaluation.py",
     "Negation": "of pairs of prompts; tests/instruments/test_negation.py",
     "NeuralCollapse": "of classifiers; tests/instruments/test_neural_collapse.py",
     "RegressionReferences": "of numbers in a context; tests/instruments/test_references.py",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import itertools
 import json
 import math
+import sysconfig
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -151,6 +154,26 @@ def conclude(out: Path, checks: Iterable[Check], console: Console, facts: Mappin
     failed = [f"{check.what}: {_text(check.value)} is outside {check.interval}" for check in checks if not check.holds]
     if failed:
         raise DevmonError("; ".join(failed))
+
+
+def docstrings() -> list[str]:
+    """The docstrings of the top-level modules of the standard library."""
+    texts = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        tree = ast.parse(path.read_text(errors="ignore"))
+        nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+        texts += [inspect.cleandoc(text) for node in nodes if (text := ast.get_docstring(node)) and len(text) > 80]
+    return texts
+
+
+def packed(texts: list[str], encode: Callable[[str], list[int]], length: int, rows: int, seed: int) -> torch.Tensor:
+    """`rows` sequences of the texts, one after another in a random order, drawn again when all were used."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    while len(ids) < rows * length:
+        for at in torch.randperm(len(texts), generator=generator).tolist():
+            ids += encode(texts[at] + "\n")
+    return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
 def crossing(steps: Any, values: Any, level: float, *, last: bool = False) -> float:

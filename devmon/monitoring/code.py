@@ -76,7 +76,7 @@ def _source(thing: Any) -> str:
     """The code as Python writes it, whatever its comments; its bytecode where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError, SyntaxError, ValueError):
+    except Exception:  # no file, a file that changed, code that was made by code
         code = getattr(thing, "__code__", None)
         return thing.__name__ if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
     for node in ast.walk(tree):

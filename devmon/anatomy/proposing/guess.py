@@ -23,8 +23,7 @@ def guesses(trace: Trace, stack: Stack) -> Iterator[Layout]:
     layer = _Layer(trace, stack, stack.last)  # the first may read what is normed already, which hides its norm
     ends = read_ends(trace, stack, layer.after if layer.batch_first else layer.after.transpose(0, 1))
     for maps in layer.maps():
-        for rest in layer.rest(maps):
-            yield replace(rest, **ends)
+        yield replace(layer.layout(maps), **ends)
 
 
 class _Layer:
@@ -102,61 +101,66 @@ class _Layer:
         even = call.gave.shape[-1] == 3 * width
         return ORDERS if even else tuple(order for order in ORDERS if " " not in order)
 
-    def rest(self, maps: dict[str, Call | str]) -> Iterator[Layout]:
-        """The norms, the MLP and the ends around given maps."""
-        fields: dict[str, Any] = {
-            name: self.relative(call) if isinstance(call, Call) else call for name, call in maps.items()
-        }
+    def layout(self, maps: dict[str, Call | str]) -> Layout:
+        """The layout that has these maps, with the norms, the ends and the MLP around them."""
         named = [call for call in maps.values() if isinstance(call, Call)]
-        source, out = next(c for c in named if c is not maps["out"]), maps["out"]
+        paths = {name: self.relative(call) if isinstance(call, Call) else call for name, call in maps.items()}
+        source, out = next(call for call in named if call is not maps["out"]), maps["out"]
         assert isinstance(out, Call)
         assert source.given is not None
-        assert out.gave is not None
-        fields["attention_norm"] = self._norm(source.given, self.before)
 
-        # The MLP: the last linear map in the layer that writes the stream, and the first that reads it.
-        others = [call for call in self.linear if call not in named]
-        writes = [c for c in others if c.gave is not None and c.gave.shape[-1] == self.before.shape[-1]]
-        down = max(writes, key=lambda call: call.end, default=None)
-        attended = self._through(out)
-        written = out.gave if attended is None else attended.gave
-        assert written is not None
-        middle = self.before + written
-        post = self._post_norm(out, self.before + out.gave)
-        if post is not None:
-            fields |= {"post_norm": True, "attention_end": self.relative(post)}
-            assert post.gave is not None
-            middle = post.gave
-        elif attended is not None:
-            fields["attention_end"] = self.relative(attended)
-        if down is not None:
-            assert down.gave is not None
-            fields["neurons"] = self.relative(down)
-            first = min((c for c in others if c.given is not None), key=lambda call: call.start)
-            assert first.given is not None
-            last = self._post_norm(down, middle + down.gave) if post is not None else self._through(down)
-            if last is not None:
-                fields["mlp_end"] = self.relative(last)
-            if post is None:
-                apart = self._norm(first.given, middle)
-                fields["mlp_norm"] = apart or ""
-                if apart is None:  # it reads the stream before attention, through a norm of its own or the same
-                    fields["parallel"] = True
-                    apart = self._norm(first.given, self.before)
-                    fields["mlp_norm"] = "" if apart in (None, fields["attention_norm"]) else apart
-        else:
-            added = self.after - middle
-            whole = [c for c in self.calls if c.gave is not None and same(c.gave, added) and c.start > out.end]
-            if whole:
-                fields["mlp_end"] = self.relative(whole[0])
-                assert whole[0].given is not None
-                fields["mlp_norm"] = self._norm(whole[0].given, middle) or ""
-        fields["attention_norm"] = fields["attention_norm"] or ""
-        fields |= self.named_ends
-        yield Layout(
+        # What the stream passes on its way into the attention, and what the attention's output on its way out.
+        norm = self._norm(source.given, self.before) or ""
+        ends, middle = self._end(out, self.before)
+        # The stream between the two parts is then known, and with it what the MLP reads and adds.
+        mlp = self._mlp([call for call in self.linear if call not in named], out, middle, "post_norm" in ends, norm)
+        fields: dict[str, Any] = paths | ends | mlp | self.named_ends
+        return Layout(
             blocks=self.stack.path, together=self.stack.together, hybrid=self.stack.hybrid,
-            batch_first=self.batch_first, **fields,
+            batch_first=self.batch_first, attention_norm=norm, **fields,
         )  # fmt: skip
+
+    def _end(self, out: Call, before: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """`attention_end`, with `post_norm` where it is a norm of the stream, and the stream after the attention."""
+        assert out.gave is not None
+        post = self._post_norm(out, before + out.gave)
+        if post is not None:
+            assert post.gave is not None
+            return {"post_norm": True, "attention_end": self.relative(post)}, post.gave
+        passed = self._through(out)
+        if passed is None:
+            return {}, before + out.gave
+        assert passed.gave is not None
+        return {"attention_end": self.relative(passed)}, before + passed.gave
+
+    def _mlp(self, others: list[Call], out: Call, middle: Tensor, post: bool, norm: str) -> dict[str, Any]:
+        """`neurons`, `mlp_norm`, `mlp_end` and `parallel`, from the linear maps that are not the attention's; `middle`
+        is the stream after attention, `norm` what the attention reads through."""
+        writes = [call for call in others if call.gave is not None and call.gave.shape[-1] == middle.shape[-1]]
+        down = max(writes, key=lambda call: call.end, default=None)
+        if down is None:
+            # No map of a layer's own writes the stream (experts, a convolution): the module that gives what is added.
+            added = self.after - middle
+            whole = [call for call in self.calls if call.start > out.end and same(call.gave, added)]
+            if not whole or whole[0].given is None:
+                return {}
+            return {"mlp_end": self.relative(whole[0]), "mlp_norm": self._norm(whole[0].given, middle) or ""}
+
+        # The last map that writes the stream, and what it passes after.
+        assert down.gave is not None
+        last = self._post_norm(down, middle + down.gave) if post else self._through(down)
+        fields: dict[str, Any] = {"neurons": self.relative(down)}
+        fields |= {} if last is None else {"mlp_end": self.relative(last)}
+        if post:
+            return fields
+        # The first map that reads it: the stream after attention, or before it, through a norm of its own or the same.
+        first = min((call for call in others if call.given is not None), key=lambda call: call.start)
+        assert first.given is not None
+        after = self._norm(first.given, middle)
+        if after is not None:
+            return fields | {"mlp_norm": after}
+        before = self._norm(first.given, self.before)
+        return fields | {"parallel": True, "mlp_norm": "" if before in (None, norm) else before}
 
     def _norm(self, read: Tensor, stream: Tensor) -> str | None:
         """What the stream passes before it is read: "" for nothing, None where that is not seen."""

@@ -82,7 +82,7 @@ class Study:
             self.task, self.general, reference=reference, last=self.steps, vocab_size=self.vocab_size,
             exclude=self.exclude, count=self.count, llc=LLC(self.task, **self.llc),
         )  # fmt: skip
-        more = {"questions": ProbeLoss(self.questions), "gradients": GradientStatistics()}
+        more: dict[str, Any] = {"questions": ProbeLoss(self.questions), "gradients": GradientStatistics()}
         return [*watches, *(Watch(name, instrument, watches[0].steps) for name, instrument in more.items())]
 
 

@@ -85,9 +85,17 @@ def mlp() -> nn.Module:
 
 
 def measure(
-    model: nn.Module, loss: Any, data: Any, chains: int, batch: int, device: str, steps: int = 8, **options: Any
+    model: nn.Module,
+    loss: Any,
+    data: Any,
+    chains: int,
+    batch: int,
+    device: str,
+    steps: int = 8,
+    seconds: float = math.inf,
+    **options: Any,
 ) -> dict[str, float]:
-    """Seconds of a plain pass and of a chain step, and their ratio."""
+    """Milliseconds of a plain pass and of a chain step, and their ratio; no round begins after `seconds`."""
     model = model.to(device)
     parts = data if isinstance(data, tuple) else (data,)
     short = max(2, math.ceil(4 * len(parts[0]) / chains / batch))  # draws after which all examples have been met
@@ -108,8 +116,8 @@ def measure(
 
     plain(3)
     chain(short)
-    rounds = []
-    for _ in range(ROUNDS):
+    rounds, end = [], time.perf_counter() + seconds
+    while len(rounds) < ROUNDS and (not rounds or time.perf_counter() < end):
         before = clock(lambda: plain(steps), device)
         more, less = clock(lambda: chain(short + steps), device), clock(lambda: chain(short), device)
         base = (before + clock(lambda: plain(steps), device)) / 2 / steps
@@ -122,6 +130,7 @@ def measure(
         "ratio": statistics.median(ratios),
         "lowest": ratios[0],
         "highest": ratios[-1],
+        "rounds": len(rounds),
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr  # the distribution of t: its tails are those of scipy.stats.t, without the checks
 
 from devmon.analysis.detection.constants import DRAWS
 from devmon.analysis.detection.windows import p_value
@@ -24,18 +24,19 @@ def lags(n: int) -> list[int]:
     return [lag for lag in found if lag <= max(n // 3, 1)]
 
 
-def surprise(values: Array, lag: int) -> Array:
-    """(..., n - lag) -log tail probability of each change over `lag` places, against the others that do not touch
-    it."""
+def surprise(values: Array, lag: int, part: slice = slice(None)) -> Array:
+    """(..., n - lag) -log tail probability of each change over `lag` places, or of `part` of them, against the others
+    that do not touch it."""
     change = np.square(values[..., lag:] - values[..., :-lag])
     count = change.shape[-1]
     total = np.concatenate([np.zeros((*change.shape[:-1], 1)), np.cumsum(change, axis=-1)], axis=-1)
-    start = np.maximum(np.arange(count) - lag + 1, 0)
-    stop = np.minimum(np.arange(count) + lag, count)
+    place = np.arange(count)[part]
+    start = np.maximum(place - lag + 1, 0)
+    stop = np.minimum(place + lag, count)
     others = count - (stop - start)
     elsewhere = np.maximum(total[..., -1:] - (total[..., stop] - total[..., start]), 1e-30)
-    t = np.sqrt(change * np.maximum(others, 1) / elsewhere)
-    return np.where(others > 0, -student.logsf(t, np.maximum(others / lag, 1)), 0.0)
+    t = np.sqrt(change[..., part] * np.maximum(others, 1) / elsewhere)
+    return np.where(others > 0, -np.log(stdtr(np.maximum(others / lag, 1), -t)), 0.0)
 
 
 @lru_cache(maxsize=32)
@@ -59,5 +60,5 @@ def abruptness(values: Array, start: float, end: float) -> float:
     most = 0.0
     for lag in lags(n):
         if lag <= high - low:
-            most = max(most, float(surprise(values, lag)[low : high - lag + 1].max()))
+            most = max(most, float(surprise(values, lag, slice(low, high - lag + 1)).max()))
     return max(p_value(most, family) for family in nulls(n))

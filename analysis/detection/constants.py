@@ -21,6 +21,8 @@ SHARES = (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e8)
 TAIL = 1e-2
 # share of the range below which differences are rounding (float32 carries 6e-8)
 EXACT = 1e-7
+# series whose numbers of one window are in memory at once, 150 kB each: moves time alone
+AT_ONCE = 64
 # noise sd by which one checkpoint must leave all four neighbours; the noise is the median of 24 changes
 SPIKE = 7.0
 

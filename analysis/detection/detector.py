@@ -54,13 +54,16 @@ class Detector:
         """Search one series; NaN values are missing points. `replicates` (R, n) is the same quantity on R groups of
         items or by R chains; nothing smaller than `smallest` is an event. Raises DataError on malformed input (see
         series.py)."""
-        return self._fit(Series(name, steps, values, se, smallest=smallest, replicates=replicates))
+        return self.fit_all([Series(name, steps, values, se, smallest=smallest, replicates=replicates)])[0]
 
     def fit_all(self, series: Sequence[Series]) -> list[Fit]:
         """Search many series; those measured at the same steps share their windows and nulls."""
-        return [self._fit(one) for one in series]
+        begun = [self._begin(one) for one in series]
+        curve_noise([one for one in begun if isinstance(one, Search)])
+        return [one.fit() if isinstance(one, Search) else one for one in begun]
 
-    def _fit(self, series: Series) -> Fit:
+    def _begin(self, series: Series) -> Fit | Search:
+        """The search of a series; or what is said without one."""
         # what is missing, and what can be said without a search
         refused = 0 if series.rejected is None else int(np.sum(series.rejected))
         notes = [*series.notes, *([f"{refused} of {len(series.values)} points rejected"] if refused else [])]
@@ -85,7 +88,7 @@ class Detector:
         if se is None and replicates is None and np.any(odd := spikes(y)):
             notes.append(f"left out as isolated spikes: steps {', '.join(f'{step:g}' for step in t[odd])}")
             t, y = t[~odd], y[~odd]
-        return Search(self, series, t, y, se, replicates, notes).fit()
+        return Search(self, series, t, y, se, replicates, notes)
 
 
 class Search:
@@ -106,30 +109,29 @@ class Search:
         self.known = self.source = "estimated"
         self.phi, self.sd, self.wider = 0.0, np.ones(1), np.ones(1)
         self.windows: Windows = windows_of(self.x.tobytes(), self.points.tobytes())
-        if replicates is not None:
-            self._measured(averaged(replicates, starts) / self.scale)
+        self.se = None if se is None else averaged(se, starts) / self.scale
+        self.replicates = None if replicates is None else averaged(replicates, starts) / self.scale
+        # rises between rests hide the noise: they are taken out where the likelihood pays for each of their changes
+        self.rests, self.taken = without_rises(self.x, self.values)
+        self.curve: tuple[float, Array] = (0.0, np.ones(1))  # correlation and sd (places,), see `curve_noise`
+
+    def _weigh(self) -> None:
+        """The noise, and every statistic beside it and its null."""
+        if self.replicates is not None:
+            self._measured(self.replicates)
         else:
-            self._estimated(None if se is None else averaged(se, starts) / self.scale)
+            self._estimated(self.se)
         self.sd = np.maximum(self.sd, EXACT)
         self.statistics = self.windows.statistics(self.values[:, None], self.sd[:, None], self.phi)[:, 0] * self.wider
-        self.null = self.windows.null(self.phi, self.known, detector.n_null, detector.seed)
+        self.null = self.windows.null(self.phi, self.known, self.detector.n_null, self.detector.seed)
 
     def _estimated(self, se: Array | None) -> None:
         """The noise from the curve itself, bounded by given errors."""
-        self.phi, self.sd = self._of_the_curve()
+        self.phi, self.sd = self.curve
         if se is not None:
             self.known, self.source, excess = "bounded", "se", self.sd / se
             # none is lower than elsewhere, for se tells how the size of the noise goes over steps
             self.sd = self._bounded(se, np.maximum(excess, min(float(np.median(excess)), 1.0)), "their standard errors")
-
-    def _of_the_curve(self) -> tuple[float, Array]:
-        """Correlation and sd (places,) of the noise, from the values alone."""
-        # rises between rests hide these: they are taken out where the likelihood pays for each of their changes
-        rests, taken = without_rises(self.x, self.values)
-        loglik, sd = self.windows.noise.fit(np.stack([self.values, rests], axis=1)[:, : 1 + (taken > 0)])
-        which = int(loglik[:, -1].max() - taken * self.windows.noise.cost > loglik[:, 0].max())
-        k, free = correlation(loglik[:, which]), len(rests) - 2
-        return PHIS[k], sd[k, :, which] * np.sqrt(free / max(free - which * taken, 1))
 
     def _bounded(self, measured: Array, excess: Array, what: str) -> Array:
         """Measured errors, exceeded by the scatter of the values (the training's own jitter, or structure) as far as
@@ -158,11 +160,12 @@ class Search:
         # a spread below what chance makes of so few is chance
         self.wider = 1 / (np.sqrt(np.maximum((found + usual) / 2, chi2.ppf(TAIL, free) / free)) * widening)
         # the same everywhere: where the curve changes fast, its scatter is no noise
-        excess = np.full(len(sd), max(float(np.median(self._of_the_curve()[1] / sd)), 1.0))
+        excess = np.full(len(sd), max(float(np.median(self.curve[1] / sd)), 1.0))
         self.sd = self._bounded(sd, excess, "their replicates tell")
 
     def fit(self) -> Fit:
         detector = self.detector
+        self._weigh()
         # what surely alternates, and the curve between any two places
         threshold = float(np.quantile(self.null, 1 - detector.alpha))
         extrema = {order: self.windows.extrema(self.statistics, order, threshold) for order in Order}
@@ -175,8 +178,10 @@ class Search:
             short = max(0, 4 - (end - start))
             start, end = max(0, start - (short + 1) // 2), min(last, end + (short + 1) // 2)
             if (start, end) not in splines:
-                j = np.unique(np.round(np.linspace(start, end, min(end - start + 1, 120))).astype(int))
-                noise = correlations[np.ix_(j, j)] * np.outer(self.sd[j], self.sd[j])
+                j: Any = slice(start, end + 1)
+                if end - start + 1 > 120:
+                    j = np.unique(np.round(np.linspace(start, end, 120)).astype(int))
+                noise = correlations[j][:, j] * np.outer(self.sd[j], self.sd[j])
                 splines[start, end] = Spline(self.x[j], self.values[j], noise, detector.seed)
             return splines[start, end]
 
@@ -210,3 +215,19 @@ class Search:
             inside = bool(self.windows.extrema(self.statistics, order, float(self.null[middle])))
             low, high = (middle, high) if inside else (low, middle)
         return (float(1 - low / len(self.null)),)
+
+
+def curve_noise(searches: Sequence[Search]) -> None:
+    """Correlation and sd (places,) of the noise of each, from its values alone, those on the same places together."""
+    alike: dict[int, list[Search]] = {}
+    for one in searches:
+        alike.setdefault(-id(one) if one.taken else id(one.windows), []).append(one)
+    for group in alike.values():
+        first, model = group[0], group[0].windows.noise
+        # where rises may be taken out, with and without them
+        curves = [first.values, first.rests] if first.taken else [one.values for one in group]
+        loglik, sd = model.fit(np.stack(curves, axis=1), alone=not first.taken)
+        for i, one in enumerate(group):
+            out = int(one.taken and loglik[:, -1].max() - one.taken * model.cost > loglik[:, 0].max())
+            k, free = correlation(loglik[:, i + out]), len(one.values) - 2
+            one.curve = PHIS[k], sd[k, :, i + out] * np.sqrt(free / max(free - out * one.taken, 1))

@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from devmon.analysis.detection.constants import CAUTION, EXACT, PHIS, SHARES, SPAN, SPIKE, TAIL
+from devmon.analysis.detection.constants import AT_ONCE, CAUTION, EXACT, PHIS, SHARES, SPAN, SPIKE, TAIL
 from devmon.analysis.series import Array
 
 
@@ -89,28 +89,41 @@ class NoiseModel:
         whiten, logdet, odd, wider = (np.array(part) for part in zip(*parts, strict=True))
         return whiten, logdet, odd, wider
 
-    def fit(self, values: Array, phi: float | None = None) -> tuple[Array, Array]:
+    def fit(self, values: Array, phi: float | None = None, *, alone: bool = False) -> tuple[Array, Array]:
         """Log likelihood (phi, series) and noise sd (phi, places, series) of `values` (places, series); of one `phi`
-        alone if it is given."""
+        alone if it is given. With `alone` each series has the numbers, to the last bit, that it has without others."""
         which = slice(None) if phi is None else slice(PHIS.index(phi), PHIS.index(phi) + 1)
         d, number, series = self.length - 2, len(np.array(PHIS)[which]), values.shape[1]
         loglik, sd = np.zeros((number, series)), np.empty((number, len(self.starts), series))
-        tiny = 1e-300 + (EXACT * np.ptp(values, axis=0)) ** 2
+        rows = np.ascontiguousarray(values.T) if alone else values.T
+        tiny = d * (1e-300 + (EXACT * np.ptp(rows, axis=1)) ** 2)[:, None, None]
+        # window by window, whose matrices then stay in the cache while all series meet them
         for i, a in enumerate(self.starts):
-            z = values[a : a + self.length] - values[a : a + self.length].mean(0)
-            left = np.matmul(self.whiten[i, which], z)  # (phi, share, d, series)
-            rss = np.sum(left**2, axis=2) + d * tiny
-            # the rise or point that takes most off the sum of squares, where it is worth its cost
-            gain = np.square(np.matmul(np.swapaxes(self.odd[i, which], -1, -2), left)).max(2)
-            less = np.maximum(rss - gain, 1e-12 * rss) + d * tiny
-            freed = 0.5 * d * np.log(rss / d) - 0.5 * (d - 1) * np.log(less / (d - 1)) - self.cost
-            logs = np.maximum(freed, 0) - 0.5 * self.logdet[i, which][..., None] - 0.5 * d * np.log(rss / d)
-            size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, which][..., None]
-            best = logs.max(1)
-            weights = np.exp(logs - best[:, None])
-            loglik += best
-            sd[:, i] = np.sum(weights * size, axis=1) / weights.sum(1)
-        return loglik / self.overlap, np.matmul(self.mix, np.sqrt(sd)) ** 2
+            z = rows[:, a : a + self.length] - rows[:, a : a + self.length].mean(1, keepdims=True)
+            whiten, odd = self.whiten[i, which], np.swapaxes(self.odd[i, which], -1, -2)
+            for first in range(0, series, step := AT_ONCE if alone else series):
+                at = slice(first, first + step)
+                left = _product(whiten, z[at, None, None], alone)  # (series, phi, share, d)
+                rss = np.sum(left**2, axis=3) + tiny[at]
+                # the rise or point that takes most off the sum of squares, where it is worth its cost
+                gain = np.square(_product(odd, left, alone)).max(3)
+                less = np.maximum(rss - gain, 1e-12 * rss) + tiny[at]
+                freed = 0.5 * d * np.log(rss / d) - 0.5 * (d - 1) * np.log(less / (d - 1)) - self.cost
+                logs = np.maximum(freed, 0) - 0.5 * self.logdet[i, which] - 0.5 * d * np.log(rss / d)
+                size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, which]
+                best = logs.max(2)
+                weights = np.exp(logs - best[..., None])
+                loglik[:, at] += best.T
+                sd[:, i, at] = (np.sum(weights * size, axis=2) / weights.sum(2)).T
+        mixed = _product(self.mix, np.moveaxis(np.sqrt(sd), 2, 0), alone)
+        return loglik / self.overlap, np.moveaxis(mixed, 0, 2) ** 2
+
+
+def _product(matrices: Array, vectors: Array, alone: bool) -> Array:
+    """Matrices (..., n, m) times vectors (series, ..., m), either one by one or in products of all series."""
+    if alone:
+        return np.stack([np.matmul(matrices, np.ascontiguousarray(one)[..., None])[..., 0] for one in vectors])
+    return np.moveaxis(np.matmul(matrices, np.moveaxis(vectors, 0, -1)), -1, 0)
 
 
 def correlation(loglik: Array) -> int:

@@ -7,7 +7,7 @@ The prior variance is the likeliest of POWERS by restricted likelihood.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,37 +17,57 @@ from devmon.analysis.detection.constants import DRAWS, FREE, GRID, POWERS, RESOL
 from devmon.analysis.series import Array
 
 
+class Places:
+    """What splines on the same places of a window have in common: GRID places `x` and `at` these, on a window of length
+    1 parabolas and kernels, and the directions `rest` that no parabola has."""
+
+    def __init__(self, x: Array) -> None:
+        u, at = (x - x[0]) / np.ptp(x), np.linspace(0, 1, GRID)
+        self.x = x[0] + np.ptp(x) * at
+        free = min(3, len(x) - 1)
+        parabola, parabola_at = (np.vander(2 * t - 1, free, increasing=True) for t in (u, at))
+        self.rest = np.linalg.qr(parabola, mode="complete")[0][:, free:]
+        self.kernel, self.kernel_at = _kernel(u, u), _kernel(at, u)
+        self.free, self.free_at = FREE * parabola @ parabola.T, FREE * parabola_at @ parabola.T
+
+
+@lru_cache(maxsize=512)  # windows: those of the curves of a run, which most series share; 30 kB each, at most 350
+def places_of(x: bytes) -> Places:
+    """Those of the places x (as bytes)."""
+    return Places(np.frombuffer(x))
+
+
 class Spline:
     """f and its slope on GRID places `x` of the window: posterior mean, and (GRID, DRAWS) as new noise moves it."""
 
     def __init__(self, x: Array, values: Array, noise: Array, seed: int = 0) -> None:
         self.middle, self.scale, self.seed = float(values.mean()), float(np.ptp(values)) or 1.0, seed
-        u, at = (x - x[0]) / np.ptp(x), np.linspace(0, 1, GRID)
-        self.x = x[0] + np.ptp(x) * at
+        self.places = places = places_of(x.tobytes())
+        self.x = places.x
         self.values = (values - self.middle) / self.scale
         self.noise = noise / self.scale**2 + 1e-8 * np.eye(len(x))  # 1e-4 of the window's range: keeps it well posed
-        free = min(3, len(x) - 1)
-        self.parabola, self.parabola_at = (np.vander(2 * t - 1, free, increasing=True) for t in (u, at))
-        self.kernel = _kernel(u, u)
         # gain: from the values to the curve on the grid, given the likeliest prior variance
-        power = POWERS[self._likeliest(free)]
-        cov = power * self.kernel + FREE * self.parabola @ self.parabola.T + self.noise
-        across = power * _kernel(at, u) + FREE * self.parabola_at @ self.parabola.T
+        power = POWERS[self._likeliest()]
+        cov = power * places.kernel + places.free + self.noise
+        across = power * places.kernel_at + places.free_at
         self.gain = np.linalg.solve(cov, across.T).T
         self.mean = self.middle + self.scale * (self.gain @ self.values)
-        self.slope = np.gradient(self.mean, self.x)
 
-    def _likeliest(self, free: int) -> int:
+    def _likeliest(self) -> int:
         """Index of the prior variance of the largest restricted likelihood."""
-        rest = np.linalg.qr(self.parabola, mode="complete")[0][:, free:]
+        rest = self.places.rest
         if rest.shape[1] == 0:
             return 0
         # one eigendecomposition beside the noise serves all powers
         root = np.linalg.inv(np.linalg.cholesky(rest.T @ self.noise @ rest)) @ rest.T
-        size, vectors = np.linalg.eigh(root @ self.kernel @ root.T)
+        size, vectors = np.linalg.eigh(root @ self.places.kernel @ root.T)
         square = (vectors.T @ (root @ self.values)) ** 2
         variance = 1 + np.array(POWERS)[:, None] * np.maximum(size, 0)
         return int(np.argmax(-0.5 * np.sum(np.log(variance) + square / variance, axis=1)))
+
+    @cached_property
+    def slope(self) -> Array:
+        return np.gradient(self.mean, self.x)
 
     @cached_property
     def draws(self) -> Array:

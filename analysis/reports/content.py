@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -150,4 +151,4 @@ def curve_numbers(series: Series) -> dict[str, Any]:
 
 
 def _rounded(value: float, digits: int) -> float | None:
-    return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import xarray as xr
@@ -53,6 +54,12 @@ class Findings:
     def main(self) -> Transition | None:
         """The main transition, where there is one."""
         return next((change for change in self.transitions if change.main), None)
+
+    @cached_property
+    def by_watch(self) -> dict[str, list[Series]]:
+        """The series of every watch, by its name."""
+        names = self.run.names()
+        return {name: [each for each in self.series if each.name.startswith(f"{name}/")] for name in names}
 
     @property
     def foremost(self) -> Transition | None:

@@ -93,10 +93,11 @@ def _form(data: xr.Dataset, variable: str) -> str:
     return "heat" if others and few and array.size else "plain"
 
 
-def _own(findings: Findings, prefix: str) -> list[Series]:
-    """The series of one variable: it, or its maximum and its elements."""
+def _own(findings: Findings, name: str, variable: str) -> list[Series]:
+    """The series of one variable of a watch: it, or its maximum and its elements."""
+    prefix = f"{name}/{variable}"
     starts = (f"{prefix} max", f"{prefix}[")
-    return [each for each in findings.series if each.name == prefix or each.name.startswith(starts)]
+    return [each for each in findings.by_watch[name] if each.name == prefix or each.name.startswith(starts)]
 
 
 def _plain(findings: Findings, name: str, data: xr.Dataset) -> list[Series]:
@@ -106,7 +107,7 @@ def _plain(findings: Findings, name: str, data: xr.Dataset) -> list[Series]:
     plain: list[Series] = []
     for variable in followed(data):
         if _form(data, variable) == "plain":
-            own = _own(findings, f"{name}/{variable}")
+            own = _own(findings, name, variable)
             plain += own if data[variable].ndim == 1 else own[:1]
     return plain
 
@@ -114,7 +115,7 @@ def _plain(findings: Findings, name: str, data: xr.Dataset) -> list[Series]:
 def _arrays(page: Page, findings: Findings, name: str) -> list[Figure]:
     data, drawn = findings.run[name], []
     for variable in followed(data):
-        form, own = _form(data, variable), _own(findings, f"{name}/{variable}")
+        form, own = _form(data, variable), _own(findings, name, variable)
         if form == "lines":
             drawn.append(layers_figure(page, name, data, variable, own))
         elif form == "heat":

@@ -66,7 +66,9 @@ def lead_lag(a: Event | tuple[Array, Array], b: Event | tuple[Array, Array], lev
     (s, u), (t, v) = _location(a), _location(b)
     lags = np.subtract.outer(t, s).ravel()
     weights = np.multiply.outer(v, u).ravel()
-    order = np.argsort(lags, kind="stable")
+    order = np.argsort(lags)
+    if (lags[order][1:] == lags[order][:-1]).any():  # equal lags in the order of the pairs, on any machine
+        order = np.argsort(lags, kind="stable")
     lags, cumulative = lags[order], np.cumsum(weights[order])
     tail = (1 - level) / 2
     places = np.minimum(np.searchsorted(cumulative, [tail, 0.5, 1 - tail]), len(lags) - 1)

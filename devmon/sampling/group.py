@@ -183,11 +183,12 @@ class _AtCenter:
         self.score = evaluator.bind([values.expand(rows, *values.shape) for values in self.flat.center_parts()])
 
     def __call__(self, index: Tensor) -> Tensor:
-        self.variate.copy_(self.full)
         self.score(index, self._take)
         return self.variate
 
     def _take(self, number: int | None, gradient: Tensor | None) -> None:
-        if gradient is not None:
-            for part, within in self.flat.blocks(number):
-                self.variate[:, part].sub_(gradient[:, within])
+        for part, within in self.flat.blocks(number):
+            if gradient is None:
+                self.variate[:, part].copy_(self.full[part])
+            else:
+                torch.sub(self.full[part], gradient[:, within], out=self.variate[:, part])

@@ -59,14 +59,14 @@ class Schedule:
         (chain, part) that share memory: each chain has its own stream."""
         own = [chain - chain % 2 for chain in chains] if self.mirrored else chains
         generators = [torch.Generator(like.device).manual_seed(derive_seed(self.seed, what, chain)) for chain in own]
-        signs = [-1 if self.mirrored and chain % 2 else 1 for chain in chains]
+        mirror = [self.mirrored and chain % 2 == 1 for chain in chains]
         size = like.shape[1]
         # A small model: many steps in one call.
         if size <= NOISE_BLOCK:
             block = like.new_empty(len(chains), NOISE_BLOCK // size, size)
             while True:
-                for part, generator, sign in zip(block, generators, signs, strict=True):
-                    part.normal_(generator=generator).mul_(sign)
+                for part, generator, mirrored in zip(block, generators, mirror, strict=True):
+                    _fill(part, generator, mirrored)
                 yield from (iter([(slice(0, size), noise)]) for noise in block.unbind(1))
         # A large one: a step in many calls. On the CPU normals come in sixteens, and the last sixteen of a call are
         # made anew where the call is no multiple: so the rest, if shorter, joins the block before it.
@@ -76,9 +76,16 @@ class Schedule:
         def blocks() -> Iterator[tuple[slice, Tensor]]:
             for start, stop in zip(cuts, cuts[1:], strict=False):
                 noise = block[:, : stop - start]
-                for row, generator, sign in zip(noise, generators, signs, strict=True):
-                    row.normal_(generator=generator).mul_(sign)
+                for row, generator, mirrored in zip(noise, generators, mirror, strict=True):
+                    _fill(row, generator, mirrored)
                 yield slice(start, stop), noise
 
         while True:
             yield blocks()
+
+
+def _fill(values: Tensor, generator: torch.Generator, mirrored: bool) -> None:
+    """Fresh normals, or their opposites."""
+    values.normal_(generator=generator)
+    if mirrored:
+        values.neg_()

@@ -174,7 +174,6 @@ KNOWN: dict[tuple[str, str], Label] = {
     ("ReferenceDrift", "kl"): _of(
         "distance from the model before", "divergence of the model's predictions from those before", "nats per token",
         "moves away from the model before"),
-    ("ReferenceDrift", "drift"): _of("drift of the states", "1 − CKA with the states of the model before", ""),
     ("ReferenceDrift", "loss_change"): _of(
         "forgetting", "loss on general text less that of the model before", "nats per token",
         "forgets general text"),

@@ -23,7 +23,7 @@ class ReadOnce:
 
     def __init__(self, run: RunData):
         self.attrs, self._run = run.attrs, run
-        self._read: dict[str, xr.Dataset] = {}
+        self._read: dict[str, xr.Dataset] = run._read if isinstance(run, ReadOnce) else {}
         self._names = run.names()
 
     def names(self) -> list[str]:
@@ -38,14 +38,6 @@ class ReadOnce:
         """How many measurements of a watch failed; None for a run that does not keep them."""
         failures = getattr(self._run, "failures", None)
         return None if failures is None else len(failures(name))
-
-    def ends(self) -> ReadOnce:
-        """The same run with the first and the last row of each watch alone."""
-        short = ReadOnce(self)
-        for name in self._names:
-            rows = self[name].sizes["step"]
-            short._read[name] = self[name].isel(step=sorted({0, rows - 1}) if rows else [])
-        return short
 
 
 def same_weights(run: Any) -> list[list[int]]:

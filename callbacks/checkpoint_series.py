@@ -93,7 +93,7 @@ class CheckpointSeries(L.Callback):
             return
         path = self._path(step)
         if not trainer.strategy.broadcast(path.exists()):  # rank 0's answer: all save, or none
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # said, so that Lightning says nothing
 
 
 def _holds(path: Path, own: dict[str, Any], unreadable: bool) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
-def run_view(trajectory: Any, run: str) -> Any:
+def run_view(trajectory: Any, run: str, held: Any = None) -> Any:
     """What `devmon show` prints: provenance, a table of the watches, a table of the latest values."""
     from rich.console import Group
     from rich.text import Text
@@ -14,7 +16,7 @@ def run_view(trajectory: Any, run: str) -> Any:
     from devmon.analysis.reports.prose.run_words import alarms, one_set_of_weights, skipped, steps_of
     from devmon.analysis.run import ReadOnce, same_weights
 
-    attrs, held = trajectory.attrs, ReadOnce(trajectory)
+    attrs, held = trajectory.attrs, held or ReadOnce(trajectory)
     title = Text(str(attrs.get("title", run)), style="bold")
     parts: list[Any] = [title.append(f"  run {attrs['run_id']}, seed {attrs['seed']}, {attrs['created']}", "not bold")]
     if left_out := skipped(attrs):
@@ -43,20 +45,44 @@ def watches_table(held: Any, trajectory: Any) -> Any:
 
 
 def latest_table(held: Any) -> Any:
-    """The first and the latest value of each series of the whole run, with its error."""
+    """Each series of the whole run: its course in a line, its first value, and its latest with the error."""
     from rich.table import Table
 
     from devmon.analysis.derive.watch_series import series_of
 
-    table = Table("series", "first", "latest", "", box=None, header_style="bold")
-    for series in series_of(held.ends(), each=False):
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    # the unit goes first where the console is narrow
+    for column, least in {"series": 10, "course": 10, "first": 8, "latest": 15}.items():
+        table.add_column(column, no_wrap=True, min_width=least)
+    table.add_column("", no_wrap=True, overflow="ellipsis", max_width=40)
+    for series in series_of(held, each=False):
         if len(series.values):
-            error = f"± {series.se[-1]:.2g}" if series.se is not None else ""
-            if series.rejected is not None and series.rejected[-1]:
-                error += " rejected by the sampler's checks"
-            ends = (f"{series.values[0]:.4g}", f"{series.values[-1]:.4g}")
-            table.add_row(safe(series.name), *ends, f"{error} {safe(series.units)}")
+            error = f" ± {series.se[-1]:.2g}" if series.se is not None else ""
+            first, latest = (f"{series.values[end]:.4g}" for end in (0, -1))
+            refused = series.rejected is not None and series.rejected[-1]
+            about = "rejected by the sampler's checks" if refused else safe(series.units)
+            course = sparkline([float(v) for v, good in zip(series.values, series.good, strict=True) if good])
+            table.add_row(safe(series.name), course, first, latest + error, about)
     return table
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 10) -> str:
+    """Finite values in their order as at most `width` bars, each the mean of as many neighbours.
+
+    >>> sparkline([0, 0, 1, 2, 3, 3]), sparkline([1.0, 1.0]), sparkline([])
+    ('▁▁▃▆██', '▁▁', '')
+    """
+    if not values:
+        return ""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, spread = min(means), max(means) - min(means)
+    places = [0 if spread == 0 else round((mean - low) / spread * (len(BARS) - 1)) for mean in means]
+    return "".join(BARS[place] for place in places)
 
 
 def list_table(lines: Mapping[str, str]) -> Any:
@@ -98,26 +124,59 @@ def plain_table(table: Any) -> Any:
 
 
 def events_table(detection: Any) -> Any:
-    """A rich table of every series: its events, or the outcome NO EVENT, UNRESOLVED or SAMPLER REJECTED."""
-    from rich.table import Table
-
+    """Every series with its events, or the outcome NO EVENT, UNRESOLVED or SAMPLER REJECTED, as something that rich
+    prints: a table, or, where the console is too narrow for the names, the events of each series under its name."""
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for name, fit in detection.fits.items():
+        cells = []
+        for e in (event for event in detection.events if event.series == name):
+            word, width = e.word + ("" if e.resolved else "*"), "" if e.width is None else f"{e.width:.2f}"
+            where = (f"{e.step:.0f}", f"{e.interval[0]:.0f} to {e.interval[1]:.0f}")
+            chance = ["<.001" if p < 0.0005 else f"{p:.3f}" for p in (e.p_value, e.q_value)]
+            cells.append((word, *where, f"{e.size:+.3g}", width, *chance))
+        rows[safe(name)] = cells or [(fit.outcome, *[""] * (len(EVENT_COLUMNS) - 1))]
     caption = (
         f"{len(detection.fits)} series, {detection.family} tests in the q-values. * the place, width or abruptness is "
         "not resolved: the report names the steps to add"
     )
-    table = Table(box=None, header_style="bold", caption_justify="left", caption=caption)
-    for column in ("series", "outcome", "step", "90% interval", "size", "decades", "p", "q"):
-        table.add_column(column, overflow="fold" if column == "series" else "ellipsis", no_wrap=column != "series")
-    for name, fit in detection.fits.items():
-        events = [event for event in detection.events if event.series == name]
-        for e in events:
-            word, width = e.word + ("" if e.resolved else "*"), "" if e.width is None else f"{e.width:.2f}"
-            where = (f"{e.step:.0f}", f"{e.interval[0]:.0f} to {e.interval[1]:.0f}")
-            chance = ["<.001" if p < 0.0005 else f"{p:.3f}" for p in (e.p_value, e.q_value)]
-            table.add_row(safe(name), word, *where, f"{e.size:+.3g}", width, *chance)
-        if not events:
-            table.add_row(safe(name), fit.outcome)
-    return table
+    return _Events(rows, caption)
+
+
+# columns of an event, with the widest of what usually stands there
+EVENT_COLUMNS = {"outcome": 16, "step": 8, "90% interval": 18, "size": 9, "decades": 7, "p": 5, "q": 5}
+
+
+@dataclass(frozen=True)
+class _Events:
+    """Rows of events by the name of their series."""
+
+    rows: Mapping[str, Sequence[Sequence[str]]]
+    caption: str
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        whole = Table(box=None, header_style="bold", caption_justify="left", caption=self.caption)
+        for column in ("series", *EVENT_COLUMNS):
+            whole.add_column(column, no_wrap=True)
+        for name, events in self.rows.items():
+            for cells in events:
+                whole.add_row(name, *cells)
+        if console.measure(whole, options=options.update(max_width=10_000)).maximum <= options.max_width:
+            yield whole
+            return
+        # too narrow: names stand alone and are never broken
+        for i, (name, events) in enumerate(self.rows.items()):
+            yield Text(name, style="bold", no_wrap=True, overflow="ignore")
+            part = Table(box=None, show_header=i == 0, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+            part.add_column("", width=1)
+            for column, width in EVENT_COLUMNS.items():
+                part.add_column(column, width=width, overflow="fold")
+            for cells in events:
+                part.add_row("", *cells)
+            yield part
+        yield Text(self.caption, style="italic dim")
 
 
 def cost_table(estimates: Sequence[Any], training: int | None, parameters: int | None = None) -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from devmon.analysis.run import ReadOnce
 from devmon.cli.arguments import Run, open_run
 from devmon.console import run_view
 from devmon.errors import DevmonError
@@ -22,14 +23,18 @@ WATCH = typer.Option(show_default="all", help="Take this watch alone.")
 
 
 def show(run: Run, follow: Annotated[bool, FOLLOW] = False, every: Annotated[float, EVERY] = 2.0) -> None:
-    """Say what a run holds: its provenance, and each watch with its instrument, steps, failures and latest values."""
+    """Say what a run holds: its provenance, each watch with its instrument, steps and failures, the course of each
+    series, and in one sentence what happened."""
     import time
 
     from rich.console import Console
 
     console = Console()
     if not follow:
-        console.print(run_view(open_run(run), run))
+        trajectory = open_run(run)
+        held = ReadOnce(trajectory)
+        console.print(run_view(trajectory, run, held))
+        console.print(happened(held), style="bold", highlight=False)
         return
     seen: object = None
     try:
@@ -44,6 +49,17 @@ def show(run: Run, follow: Annotated[bool, FOLLOW] = False, every: Annotated[flo
             time.sleep(every)
     except KeyboardInterrupt:
         pass
+
+
+def happened(held: ReadOnce) -> str:
+    """What happened in a run, in one sentence; why that cannot be said where it cannot."""
+    from devmon.analysis.reports.findings import examine
+    from devmon.analysis.reports.prose.story import tell
+
+    try:
+        return tell(examine(held)).lead
+    except DevmonError as error:
+        return f"What happened cannot be said: {error}"
 
 
 def serve(run: Run, port: Annotated[int, PORT] = 8765, every: Annotated[float, NEWS] = 10.0) -> None:

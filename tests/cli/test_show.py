@@ -74,7 +74,7 @@ def test_first_and_latest_are_those_of_the_whole_run(tmp_path):
         observe(step, torch.nn.Linear(2, 2), [Watch("own", half_more, every(1))], store)
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(store.path)]).output
     (line,) = [line.split() for line in shown.splitlines() if line.strip().startswith("own/x")]
-    assert line[1:] == ["0", "15"], shown
+    assert line[1:] == ["▁▂▂█", "0", "15"], shown
     (line,) = [line.split() for line in shown.splitlines() if line.strip().startswith("own ")]
     assert line[2:5] == ["4", "0", "10"], shown
 

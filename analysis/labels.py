@@ -53,6 +53,11 @@ KNOWN: dict[tuple[str, str], Label] = {
         "function vector", "gain of the answer when the mean of the heads is put in", "nats", "forms function vectors"),
     ("FunctionVectorHeads", "logit_effect"): _of(
         "function-vector head", "effect of a head's mean on the answer", "logits", "forms function-vector heads"),
+    ("ConceptDirection", "auc"): _of(
+        "concept's direction", "held-out AUC of a direction", "", "comes to represent the concept as a direction"),
+    ("Steering", "slope"): _of(
+        "steering", "change of the answer by a step along a direction", "logits", "becomes steerable"),
+    ("Evaluation", "accuracy"): _of("accuracy", "share of right answers", "", "learns the task"),
     ("FewShot", "score"): _of(
         "few-shot score", "loss on the last example less that on the first", "nats", "", "learns from examples"),
     ("FewShot", "map_gain"): _of(

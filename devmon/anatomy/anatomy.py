@@ -20,6 +20,7 @@ from devmon.anatomy.sites import ENDS, SITES, Reads, Site, Write
 from devmon.anatomy.taps import Taps
 from devmon.anatomy.variants.outputs import declared
 from devmon.errors import InstrumentError
+from devmon.snapshot import Snapshot
 
 
 class Anatomy(Parts):
@@ -70,6 +71,22 @@ class Anatomy(Parts):
                 "shows which of them runs: hand over one (Monitor(model=...) takes such a path)"
             )
         raise refused
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, layout: Layout | None, who: str, model: nn.Module | None = None) -> Anatomy:
+        """The anatomy of the snapshot's model, or of a copy of it; what was found to fit is tried once a step."""
+        model = original(snapshot.model if model is None else model)
+        key = ("anatomy", layout)
+        if key in snapshot.memo:
+            fitting, path, guessed, tried = snapshot.memo[key]
+            anatomy = cls.__new__(cls)
+            Parts.__init__(anatomy, model, layout, who, (fitting, model.get_submodule(path), guessed))
+            anatomy.tried = tried
+            return anatomy
+        anatomy = cls(model, layout, who)
+        path = next(path for path, module in model.named_modules() if module is anatomy.body)
+        snapshot.memo[key] = anatomy.layout, path, anatomy.guessed, anatomy.tried
+        return anatomy
 
     @property
     def trust(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.fit import exact_products
+from devmon.anatomy.passes import Read
 from devmon.cost import Cost
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
@@ -71,11 +72,14 @@ class Composition:
                 f"got {self.pair}"
             )
 
+    def reads(self) -> list[Read]:
+        return []  # weights alone
+
     def cost(self) -> Cost:
         return Cost()
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
+        anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)
         self._refuse(anatomy)
         layers, heads = anatomy.layers, anatomy.heads
         values = np.full((3, layers, heads, layers, heads), np.nan)

@@ -90,7 +90,7 @@ class CopyingHeads(ByContent):
         return [Read(self, self._probe, self._sums, self.batch_size, sites=sites, layout=self.layout)]
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
+        anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)
         _refuse(anatomy, int(self._probe.max()))
         [parts] = read(snapshot, self)
         with torch.no_grad():
@@ -138,8 +138,9 @@ def _layer(seen: Seen, layer: int, content: Tensor, toward: Tensor) -> Tensor:
     attended beat, and how many they met. `content` (batch, pos) are the tokens that count, `toward` (batch, pos, d) the
     direction in the final stream that raises each."""
     a, start = seen.anatomy, seen.inputs.shape[1] - content.shape[1]
-    v, z, pattern = (seen.sites[site, layer].double() for site in ("v", "z", "pattern"))
+    v, z, pattern = (seen.sites[site, layer] for site in ("v", "z", "pattern"))
     v = v.repeat_interleave(a.heads // v.shape[2], 2)
+    v, z = v.double(), z.double()
 
     # the norms are linear once their scale is frozen: it is divided out of the attention, summed over queries
     end, dtype, w_o = a.end_norm(layer, "attention"), a.W_O(layer).dtype, a.W_O(layer).detach().double()
@@ -147,7 +148,7 @@ def _layer(seen: Seen, layer: int, content: Tensor, toward: Tensor) -> Tensor:
     if end.normalises:
         whole = torch.einsum("bqhe,hed->bqd", z, w_o) + a.bias(layer, "out")
         scale = scale * end.scale(whole.to(dtype)).double()
-    weight = (pattern / scale[:, None]).sum(2)[:, :, start:]  # (batch, head, k)
+    weight = torch.einsum("bhqk,bq->bhk", pattern.double(), 1 / scale[:, :, 0])[:, :, start:]
 
     # how much the value at k raises the token at t, from the direction of t seen by the head
     back = torch.einsum("btd,hed->bhte", end.pulled(toward), w_o)

@@ -88,7 +88,7 @@ class FunctionVectorHeads(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who, tasks = type(self).__name__, self.tasks
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy.of(snapshot, self.layout, who)
         anatomy.need_causal(tasks.prompts)
         (shown_output, shown), (blind_output, blind) = (
             activations(snapshot, tokens, ["z"], who, self.layout, self.batch_size)

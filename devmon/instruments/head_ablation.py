@@ -111,7 +111,7 @@ class HeadAblation(ByContent, OnRepeats):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who, probe, half = type(self).__name__, self._repeats, self.sequences // 2
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy.of(snapshot, self.layout, who)
         anatomy.need_causal(self._repeats.tokens)
         result = Rows(headline=["gain_share", "excess_loss"], error="standard error", how=self.how)
 
@@ -234,7 +234,7 @@ class HeadAblation(ByContent, OnRepeats):
         for layer in layers:
             z = reads["z", layer]
             stand_in[layer] = z[donor] if self.how == "resample" else (z.sum(0) - z) / (len(z) - 1)
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy.of(snapshot, self.layout, who)
         return np.stack([np.concatenate(list(self._run(anatomy, tokens, group, stand_in))) for group in groups])
 
     def _run(self, anatomy: Anatomy, tokens: Tensor, group: Heads, stand_in: dict[int, Tensor]) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.circuits import ROUNDING_SHARE, eigenvalue_sum, over, over_tokens, token_tables, trace
 from devmon.anatomy.fit import exact_products
+from devmon.anatomy.passes import Read
 from devmon.cost import Cost
 from devmon.data import clustered_mean, minibatches
 from devmon.data.rows import Rows
@@ -85,6 +86,9 @@ class HeadSpectra:
         if self.sample < 2 or self.length < 2:
             raise DataError(f"HeadSpectra needs sample >= 2 and length >= 2, got {self.sample} and {self.length}")
 
+    def reads(self) -> list[Read]:
+        return []  # weights alone
+
     def cost(self) -> Cost:
         """The passes that find learned positions.
 
@@ -94,7 +98,7 @@ class HeadSpectra:
         return Cost(forwards=self.sample + 5 * self.length, positions=1)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
+        anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)
         with torch.no_grad(), exact_products():
             embed, unembed = token_tables(anatomy)
             vocab = len(embed)

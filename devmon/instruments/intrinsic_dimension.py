@@ -176,7 +176,10 @@ def _layer(states: Array, eps: float, group: NDArray[np.int64], trim: float, noi
     whole = np.array([_twonn(ratio, trim), *_linear(eigenvalues)])
     present = np.unique(group)
     left_out = [group != left for left in present]
-    each = np.array([[_twonn(ratio[rest], trim), *_linear(_eigenvalues(states[rest]))] for rest in left_out])
+    spectra = _eigenvalues_of(states, left_out)
+    each = np.array(
+        [[_twonn(ratio[rest], trim), *_linear(spectrum)] for rest, spectrum in zip(left_out, spectra, strict=True)]
+    )
     se = np.sqrt((len(each) - 1) * each.var(0))
     # by groups of sequences: the jackknife's pseudo-values about the value; the same group at every step
     total, count = np.zeros((GROUPS, len(names))), np.zeros(GROUPS)
@@ -200,8 +203,10 @@ def _distances(states: Array) -> Array:
 
 def _ratios(distances: Array) -> Array:
     """Distance of the second neighbour over that of the first."""
-    first, second = np.partition(distances, 1, axis=1)[:, :2].T
-    return second / first
+    item, nearest = np.arange(len(distances)), distances.argmin(1)
+    first, others = distances[item, nearest], distances.copy()
+    others[item, nearest] = np.inf
+    return np.asarray(others.min(1) / first)
 
 
 def _twonn(ratio: Array, trim: float) -> float:
@@ -217,6 +222,19 @@ def _eigenvalues(states: Array) -> Array:
     centred = states - states.mean(0)
     gram = centred.T @ centred if centred.shape[1] <= len(centred) else centred @ centred.T
     return np.maximum(np.linalg.eigvalsh(gram / len(centred)), 0)
+
+
+def _eigenvalues_of(states: Array, kept: list[NDArray[np.bool_]]) -> list[Array]:
+    """`_eigenvalues` of several subsets of centred states, each of nearly all of them."""
+    if states.shape[1] > len(states):
+        return [_eigenvalues(states[rest]) for rest in kept]
+    # what is left out is taken off the whole: its products are few
+    gram, found = states.T @ states, []
+    for rest in kept:
+        gone, mean = states[~rest], states[rest].mean(0)
+        left = (gram - gone.T @ gone) / rest.sum() - np.outer(mean, mean)
+        found.append(np.maximum(np.linalg.eigvalsh(left), 0))
+    return found
 
 
 def _linear(eigenvalues: Array) -> tuple[float, float]:

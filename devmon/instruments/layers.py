@@ -91,7 +91,7 @@ class LayerRoles(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who = type(self).__name__
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy.of(snapshot, self.layout, who)
         anatomy.need_sum()
         sites: tuple[Site, ...] = (("resid_pre", 0), "resid_post")
         _, reads = activations(snapshot, self.tokens, sites, who, self.layout, self.batch_size)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout
-from devmon.anatomy.passes import Read, Seen, log_softmax, read
+from devmon.anatomy.passes import Read, Seen, chunks, log_softmax, read
 from devmon.anatomy.sites import Site
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
@@ -84,7 +85,7 @@ class LogitLens(ByContent):
         return [Read(self, self.tokens, self._sums, self.batch_size, sites=sites, layout=self.layout, predicts="all")]
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        Anatomy(snapshot.model, self.layout, type(self).__name__).need_sum()
+        Anatomy.of(snapshot, self.layout, type(self).__name__).need_sum()
         [parts] = read(snapshot, self)
         whole = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         constant = _constant(whole.pop("mean"), whole.pop("negentropy"), whole.pop("best"), self.tokens)
@@ -103,37 +104,49 @@ def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
     (batch, length), log_ps, last = seen.inputs.shape, seen.log_p.flatten(0, 1), len(stream) - 1
     _refuse_other(seen, stream[-1].flatten(0, 1)[:CHECKED], log_ps[:CHECKED])
     # the last position of a sequence, which has no next token, is worked out too, and left out of the sums
-    target = seen.inputs.roll(-1, 1).flatten().to(log_ps.device)
-    kl, loss = (torch.zeros(last + 1, batch * length, dtype=torch.float64, device=log_ps.device) for _ in range(2))
-    best, negentropy = torch.zeros_like(kl, dtype=torch.int64), torch.zeros_like(kl[0])
+    target, best = (values.flatten().to(log_ps.device) for values in (seen.inputs.roll(-1, 1), seen.best))
+    before = F.pad(seen.best[:, :-1].roll(1, 1), (0, 1)).flatten()  # what the model prefers at the place before
+    kl, loss, same, other = torch.zeros(4, last + 1, batch * length, dtype=torch.float64, device=log_ps.device)
+    negentropy = torch.zeros_like(kl[0])
     mean = torch.zeros(batch, log_ps.shape[1], dtype=log_ps.dtype, device=log_ps.device)
 
-    # a few places at a time, at every depth: no more than their logits are held
-    for at in seen.chunks():
-        log_p = log_ps[at]
-        p = log_p.exp()
-        negentropy[at] = torch.linalg.vecdot(p, log_p).double()
-        for sequence in range(at.start // length, (at.stop - 1) // length + 1):
-            inside = slice(max(sequence * length - at.start, 0), (sequence + 1) * length - 1 - at.start)
-            mean[sequence] += p[inside].sum(0)
-        for depth in range(last + 1):  # at the last the lens is the model
-            log_q = log_p if depth == last else log_softmax(_unembedded(seen.anatomy, stream[depth].flatten(0, 1)[at]))
-            kl[depth, at] = negentropy[at] - torch.linalg.vecdot(p, log_q).double()
-            loss[depth, at] = -log_q.gather(-1, target[at, None])[:, 0].double()
-            best[depth, at] = log_q.argmax(-1)
+    # some places at a time, at every depth: no more than their logits are held
+    for block in seen.products():
+        p = log_ps[block].exp()
+        within = list(chunks(len(p), p.shape[1], p.element_size()))
+        for sequence in range(block.start // length, (block.stop - 1) // length + 1):
+            first, end = sequence * length - block.start, (sequence + 1) * length - 1 - block.start
+            mean[sequence] += p[max(first, 0) : max(end, 0)].sum(0)
+        for depth in range(last, -1, -1):  # at the last the lens is the model
+            scores = log_ps[block] if depth == last else _unembedded(seen.anatomy, stream[depth].flatten(0, 1)[block])
+            for at in within:
+                here = slice(block.start + at.start, block.start + at.stop)
+                log_q = scores[at] if depth == last else log_softmax(scores[at])
+                along = torch.linalg.vecdot(p[at], log_q).double()
+                negentropy[here] = along if depth == last else negentropy[here]
+                kl[depth, here] = negentropy[here] - along
+                loss[depth, here] = -log_q.gather(-1, target[here, None])[:, 0].double()
+                same[depth, here], other[depth, here] = _prefers(log_q, best[here]), _prefers(log_q, before[here])
+            del scores  # before the next product
 
     # from places to sequences
     places = (-1, batch, length)
-    kl, loss, best = (values.reshape(places)[..., :-1] for values in (kl, loss, best))
-    same = (best == best[-1]).double()
+    kl, loss, same, other = (values.reshape(places)[..., :-1] for values in (kl, loss, same, other))
     late = 1 + torch.arange(last, device=same.device)[:, None, None]
     # one more than the last depth that disagrees with the token of this place, and with that of the place before
-    other = (best == best[-1].roll(1, 1)).double()
     settled, shifted = ((late * (1 - agrees[:-1])).amax(0) for agrees in (same, other))
     sums = {name: values.sum(-1).T for name, values in (("kl", kl), ("loss", loss), ("agreement", same))}
     sums |= {"prediction_depth": settled.sum(-1), "prediction_depth_shifted": shifted.sum(-1)}
     sums |= {"negentropy": negentropy.reshape(places)[0, :, :-1].sum(-1)}
-    return sums | {"mean": mean, "best": best[-1]}
+    return sums | {"mean": mean, "best": seen.best[:, :-1]}
+
+
+def _prefers(log_q: Tensor, token: Tensor) -> Tensor:
+    """Whether the first token with the largest log-probability (place, vocab) is this one, (place,)."""
+    top = log_q.gather(-1, token[:, None])[:, 0] == log_q.amax(-1)
+    where = top.nonzero()[:, 0]  # of several as large, argmax takes the first; it takes much longer than amax
+    top[where] = log_q[where].argmax(-1) == token[where]
+    return top.double()
 
 
 def _unembedded(anatomy: Anatomy, state: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class ActivationPatching(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         pairs = self.pairs
-        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
+        anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)
         anatomy.need_causal(pairs.clean)
         kinds = {name: kind for name, kind in SITE_KINDS.items() if name != "mlp" or anatomy.has_mlp}
         check_heads(anatomy, self.heads)

@@ -147,7 +147,7 @@ class ResidualAttribution(ByContent):
         return [Read(self, self.tokens, self._here, self.batch_size, **asked)]
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
+        anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)
         _refuse(anatomy, max(int(self.answers.max()), int(self.foils.max())))
         [parts] = read(snapshot, self)
 

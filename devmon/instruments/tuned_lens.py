@@ -80,7 +80,7 @@ class TunedLens(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who = type(self).__name__
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy.of(snapshot, self.layout, who)
         anatomy.need_sum()
         sites: tuple[str | tuple[str, int], ...] = (("resid_pre", 0), "resid_post")
         output, reads = activations(snapshot, self.tokens, sites, who, self.layout, self.batch_size)

@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from devmon.anatomy.circuits import gram
+from devmon.anatomy.passes import Read
 from devmon.cost import Cost
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
@@ -126,6 +127,9 @@ class WeightStatistics:
         _put_whole(rows, [p for _, p, _ in named])
         kinds = np.array(["weight", "vector"], dtype=object)
         return rows.dataset(parameter=np.array(list(matrices), dtype=object), kind=kinds)
+
+    def reads(self) -> list[Read]:
+        return []  # weights alone
 
     def cost(self) -> Cost:
         """No passes: a singular value decomposition of each matrix."""

@@ -91,11 +91,11 @@ def isolated() -> Iterator[None]:
 def guarded(model: torch.nn.Module) -> Iterator[None]:
     """Raise `ChangedModelError` where parameters, buffers, gradients or modes of the model that trains were changed
     inside: it came into the instrument by another way than the snapshot, and cannot be put back."""
-    before = _marks(model)
+    before = marks(model)
     try:
         yield
     finally:
-        changed = [name for name, mark in _marks(model).items() if before.get(name, mark) != mark]
+        changed = [name for name, mark in marks(model).items() if before.get(name, mark) != mark]
         if changed:
             raise ChangedModelError(
                 f"the instrument changed the model that trains ({', '.join(changed[:3])}{', …' if changed[3:] else ''})"
@@ -104,7 +104,7 @@ def guarded(model: torch.nn.Module) -> Iterator[None]:
             )
 
 
-def _marks(model: torch.nn.Module) -> dict[str, object]:
+def marks(model: torch.nn.Module) -> dict[str, object]:
     """For each tensor and module what a change in place moves (one through `tensor.data` does not)."""
     marks: dict[str, object] = {f"{name}.training": module.training for name, module in model.named_modules()}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

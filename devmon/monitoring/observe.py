@@ -16,7 +16,7 @@ from devmon.anatomy.passes.plan import Plan
 from devmon.errors import DevmonError, IdentityError, InstrumentError
 from devmon.monitoring.choices import chosen, confirm
 from devmon.monitoring.fingerprint import identity
-from devmon.monitoring.isolation import ChangedModelError, guarded, isolated, private_copy
+from devmon.monitoring.isolation import ChangedModelError, guarded, isolated, marks, private_copy
 from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.monitoring.wrappers import refuse_absent
 from devmon.snapshot import Choosing, Divisible, Instrument, Snapshot, Update, derive_seed, weights_digest
@@ -163,10 +163,17 @@ def _measure(
     """The dataset on rank 0, None on the others. What may fail on one rank only is done within a call of `ranks`."""
 
     def whole() -> xr.Dataset | None:
+        if ranks.rank:
+            return None
         with isolated(), guarded(model):
-            if ranks.rank:
-                return None
-            return _dataset(instrument(Snapshot(step, private_copy(model), seed, memo, update)))
+            # Who says what it reads leaves the model as it is: its copy serves the next of them.
+            twin, reader = memo.pop("model", None), hasattr(instrument, "reads")
+            twin = twin if reader and twin is not None else private_copy(model)
+            before = marks(twin)
+            measured = _dataset(instrument(Snapshot(step, twin, seed, memo, update)))
+            if reader and marks(twin) == before:
+                memo["model"] = twin
+        return measured
 
     if ranks.size == 1 or not isinstance(instrument, Divisible):
         return ranks.agree(whole)

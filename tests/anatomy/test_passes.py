@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from devmon import InstrumentError, Snapshot, Trajectory, Watch, observe, presets
 from devmon.anatomy import Anatomy
-from devmon.anatomy.passes import Plan, Read, Seen, log_softmax, read
-from devmon.anatomy.passes import plan as planning
+from devmon.anatomy.passes import Plan, Read, Seen, log_softmax, read, vocabulary
 from devmon.anatomy.passes.vocabulary import log_softmax_
 from devmon.instruments import LogitLens, NgramStages, PreviousTokenHeads, ProbeLoss, Sketch
 from devmon.recipes.language_model import AttentionOnly
@@ -165,7 +164,7 @@ def test_log_probabilities_take_the_memory_of_the_logits_unless_somebody_else_ho
 
 
 def test_minibatches_are_as_large_as_their_logits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "LOGITS", 15 * 32 * VOCAB * 4)
+    monkeypatch.setattr(vocabulary, "LOGITS", 15 * 32 * VOCAB * 4)
     with passes(transformers.GPT2LMHeadModel) as seen:
         read(Snapshot(0, gpt2()), ProbeLoss(TOKENS))
     assert seen == [(14, 32), (14, 32), (12, 32)]
@@ -174,8 +173,8 @@ def test_minibatches_are_as_large_as_their_logits_allow(monkeypatch: pytest.Monk
 def test_no_more_memory_than_half_again_the_logits_of_a_minibatch(monkeypatch: pytest.MonkeyPatch) -> None:
     vocab = 20_000
     model, one = gpt2(vocab), 32 * vocab * 4
-    monkeypatch.setattr(planning, "LOGITS", 8 * one)
-    monkeypatch.setattr("devmon.anatomy.passes.vocabulary.CHUNK", one // 2)
+    monkeypatch.setattr(vocabulary, "LOGITS", 8 * one)
+    monkeypatch.setattr(vocabulary, "CHUNK", one // 2)
     text, corpus = TOKENS[:20], CORPUS[:8]
     for instrument in (
         ProbeLoss(text),

@@ -38,7 +38,7 @@ def activations(
 
     Raises InstrumentError for a model or a site that `Anatomy` does not know.
     """
-    anatomy = Anatomy(snapshot.model, layout, who)
+    anatomy = Anatomy.of(snapshot, layout, who)
     asked = [OUTPUT, *(at for site in sites for at in anatomy.expand(site))]
 
     def make(missing: list[Any]) -> list[Tensor]:

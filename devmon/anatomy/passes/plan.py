@@ -13,14 +13,10 @@ from torch import Tensor
 
 from devmon.anatomy.attention import hides_patterns
 from devmon.anatomy.forward import check_causal, forward, scores_in
+from devmon.anatomy.passes import vocabulary
 from devmon.anatomy.passes.reads import Read
 from devmon.anatomy.passes.run import in_half_precision, run
 from devmon.snapshot import Snapshot
-
-# Bytes of the logits of one minibatch at most (or one sequence, where that has more): small beside the memory of any
-# device, and the 1,300 places that a vocabulary of 50,000 leaves keep a processor busy. Numbers move with it by
-# roundings.
-LOGITS = 2**28
 
 
 class Plan:
@@ -88,7 +84,7 @@ def _group(snapshot: Snapshot, asked: Read) -> tuple[Any, ...]:
     # The same data are the same group whoever holds them: two watches have equal probes, not one tensor.
     inputs = asked.inputs
     data = (_digest(inputs), inputs.shape, inputs.dtype)
-    most = max(1, LOGITS // max(_logits_of_one(snapshot, asked), 1))
+    most = max(1, vocabulary.LOGITS // max(_logits_of_one(snapshot, asked), 1))
     parts = math.ceil(len(inputs) / min(asked.batch_size, most))
     raised = asked.stream and in_half_precision(snapshot.model)
     other_kernel = asked.meets_patterns and hides_patterns(snapshot.model)

@@ -69,7 +69,7 @@ class _Group:
         self.anatomies: dict[Layout | None, Anatomy] = {}
         for read in reads:
             if read.sites and read.layout not in self.anatomies:
-                self.anatomies[read.layout] = Anatomy(self.model, read.layout, read.who)
+                self.anatomies[read.layout] = Anatomy.of(snapshot, read.layout, read.who, self.model)
         self.sites = {
             layout: list(_sites(anatomy, [read for read in reads if read.layout == layout]))
             for layout, anatomy in self.anatomies.items()
@@ -85,7 +85,7 @@ class _Group:
         # Where nobody asks for all predictions, the unembedding is given the last place alone.
         ends = any(site in ENDS or site[0] in ENDS for read in reads for site in read.sites)
         everywhere = ends or any(read.predicts == "all" for read in reads) or self.inputs.is_floating_point()
-        self.unembedding = None if everywhere else self._find_unembedding()
+        self.unembedding = None if everywhere else self._find_unembedding(snapshot)
 
     def shown(self, rows: slice) -> list[Seen]:
         """One pass, as each read is shown it."""
@@ -128,10 +128,10 @@ class _Group:
             for read in self.reads
         ]
 
-    def _find_unembedding(self) -> nn.Module | None:
+    def _find_unembedding(self, snapshot: Snapshot) -> nn.Module | None:
         try:
-            found = next(iter(self.anatomies.values()), None) or Anatomy(self.model, None, self.reads[0].who)
-            return found.unembedding
+            found = next(iter(self.anatomies.values()), None)
+            return (found or Anatomy.of(snapshot, None, self.reads[0].who, self.model)).unembedding
         except InstrumentError:
             return None  # of a model that has none, or whose parts are not known
 

@@ -8,16 +8,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Bytes of the logits of the places that are worked on together: they stay in a processor's cache, and the C allocator
-# hands buffers below 32 MiB out again without new pages. Memory and time, not numbers.
+from devmon.data.probe import minibatches
+
+# Bytes of the logits of one minibatch at most (or one sequence, where that has more): small beside the memory of any
+# device, and the 1,300 places that a vocabulary of 50,000 leaves keep a processor busy. Numbers move by roundings.
+LOGITS = 2**28
+# Places of one product with the unembedding, with a fifth of these bytes of logits at most: BLAS takes half as long
+# again for each of 128 places as for each of 256, and no less for more. Memory and time, not numbers, like the next.
+PRODUCT = 512
+# Bytes of the logits that are worked on together: they stay in a processor's cache, and the C allocator hands buffers
+# below 32 MiB out again without new pages.
 CHUNK = 2**24
+
+
+def products(places: int, vocab: int, element: int = 4) -> Iterator[slice]:
+    """Slices that cover `places`, each good for a product with the unembedding."""
+    return _slices(places, min(PRODUCT, LOGITS // 5 // max(vocab * element, 1)))
 
 
 def chunks(places: int, vocab: int, element: int = 4) -> Iterator[slice]:
     """Slices that cover `places`, each with about `CHUNK` bytes of logits over `vocab` tokens."""
-    size = max(1, CHUNK // max(vocab * element, 1))
-    for start in range(0, places, size):
-        yield slice(start, min(start + size, places))
+    return _slices(places, CHUNK // max(vocab * element, 1))
+
+
+def _slices(places: int, size: int) -> Iterator[slice]:
+    return minibatches(places, max(1, size))
 
 
 def log_softmax(scores: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""What an observation costs on a GPT-2-small-sized random model, in forward and backward passes of the probe batch.
+"""What an observation costs: each watch alone against what it says, all in one observation, and memory.
 
-    python benchmarks/instruments.py [--sequences 16] [--length 64] [--preset standard] [--rounds 3] [--device cpu]
-        [--json PATH]
+    python benchmarks/instruments.py [--model small|gpt2] [--vocab 5000] [--sequences 32] [--length 64]
+        [--preset standard] [--rounds 3] [--device cpu] [--memory] [--json PATH]
 
-Every watch of the preset (the LLC apart) is measured alone, and then all of them in one observation, where what one has
-read serves the others. Ratios to a forward and backward pass of the same `sequences` × `length` tokens; medians over
-rounds.
+`small` has 6 layers of d = 256, `gpt2` is of the size of GPT-2 small; both are random. Every watch of the preset (the
+LLC apart) is measured alone, then all of them in one `observe`, with its copies of the model and its rows. In forward
+passes of the same `sequences` × `length` tokens, medians over rounds of the time of this process; `told` is what
+`cost` says, and `worst` the largest of measured over told, or told over measured. With `--memory` the most bytes that
+tensors take at once beside the model, counted.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,86 +25,95 @@ from typing import Any
 import torch
 import transformers
 
-from devmon import Snapshot, Watch, presets
+from devmon import Snapshot, Trajectory, Watch, observe, presets
+from devmon.cost import Shape, cost_of, estimates
+from devmon.testing.memory import peak_bytes
 
-VOCAB = 50257
+SIZES = {"small": {"n_layer": 6, "n_embd": 256, "n_head": 8}, "gpt2": {}}
 
 
-def model(layers: int, device: str) -> torch.nn.Module:
-    config = transformers.GPT2Config(n_layer=layers)
+def build(size: str, vocab: int, device: str) -> torch.nn.Module:
+    config = transformers.GPT2Config(**SIZES[size], vocab_size=vocab, bos_token_id=None, eos_token_id=None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return transformers.GPT2LMHeadModel(config).to(device).eval()
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    start = clock()
     work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def one_pass(net: torch.nn.Module, tokens: torch.Tensor) -> None:
-    net.zero_grad()
-    logits = net(tokens).logits[:, :-1]
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-
-
-def small(watch: Watch, sequences: int) -> Watch:
-    """The same watch on probes of `sequences` sequences, where it draws its own."""
-    instrument = watch.instrument
-    fields = getattr(instrument, "__dataclass_fields__", {})
-    if "sequences" in fields:
-        from dataclasses import replace
-
-        instrument = replace(instrument, sequences=sequences)
-    return Watch(watch.name, instrument, watch.steps)
+    return clock() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--model", default="small", choices=list(SIZES))
+    parser.add_argument("--vocab", type=int, default=5000)
+    parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--preset", default="standard", choices=["economy", "standard", "full"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCAB, (args.sequences, args.length), generator=generator)
-    corpus = torch.randint(VOCAB, (256, args.length), generator=generator)
-    make = getattr(presets, args.preset)
+    tokens = torch.randint(args.vocab, (args.sequences, args.length), generator=generator)
+    corpus = torch.randint(args.vocab, (256, args.length), generator=generator)
     options = {} if args.preset == "economy" else {"corpus": corpus}
-    watches = [small(w, args.sequences) for w in make(tokens, vocab_size=VOCAB, last=1000, **options)]
-    net = model(args.layers, args.device)
-    moved = tokens.to(args.device)
-    one_pass(net, moved)
-    for watch in watches:
-        watch.instrument(Snapshot(0, net))  # frozen probes are fitted and cached once a run
-    rounds: list[dict[str, float]] = []
-    for _ in range(args.rounds):
-        base = statistics.median(seconds(lambda: one_pass(net, moved), args.device) for _ in range(3))
-        net.zero_grad()
-        row = {"one_pass_s": base}
-        for watch in watches:
-            row[watch.name] = seconds(lambda w=watch: w.instrument(Snapshot(0, net)), args.device) / base
-        memo: dict[Any, Any] = {}
-        row["all together"] = (
-            seconds(lambda m=memo: [watch.instrument(Snapshot(0, net, 0, m)) for watch in watches], args.device) / base
-        )
-        rounds.append(row)
-        print(json.dumps(row), flush=True)
-    result: dict[str, Any] = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
-    result["sum of each alone"] = sum(result[watch.name] for watch in watches)
+    watches = getattr(presets, args.preset)(tokens, vocab_size=args.vocab, last=1000, **options)
+    watches = [Watch(watch.name, watch.instrument, range(10**6)) for watch in watches]
+    net = build(args.model, args.vocab, args.device)
+    found: dict[str, Any] = {"options": vars(args) | {"json": None}}
+    found["memory_bytes" if args.memory else "forwards"] = (
+        memory(net, watches) if args.memory else times(net, watches, tokens, args)
+    )
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu, one thread"
-    machine = {"platform": platform.platform(), "torch": torch.__version__, "device": device}
-    found = {"machine": machine, "options": vars(args) | {"json": None}, "ratios": result}
+    found["machine"] = {"platform": platform.platform(), "torch": torch.__version__, "device": device}
     print(json.dumps(found, indent=1))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def memory(net: torch.nn.Module, watches: list[Watch]) -> dict[str, int]:
+    """Of each watch alone, and of all in one observation less the copy of the model that it makes."""
+    held = {watch.name: peak_bytes(lambda w=watch: w.instrument(Snapshot(0, net))) for watch in watches}
+    with tempfile.TemporaryDirectory() as folder:
+        trajectory = Trajectory(Path(folder) / "run.zarr", seed=0)
+        together = peak_bytes(lambda: observe(0, net, watches, trajectory))
+    return held | {"all together": together - sum(p.nbytes for p in net.parameters())}
+
+
+def times(net: torch.nn.Module, watches: list[Watch], tokens: torch.Tensor, args: argparse.Namespace) -> Any:
+    moved, shape = tokens.to(args.device), Shape.of(net)
+
+    def one_pass() -> None:
+        with torch.no_grad():
+            net(moved)
+
+    rounds: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trajectory = Trajectory(Path(folder) / "run.zarr", seed=0)
+        observe(0, net, watches, trajectory)  # what is drawn or fitted once a run is kept
+        for step in range(1, 1 + args.rounds):
+            base = min(seconds(one_pass, args.device) for _ in range(4))
+            alone = {w.name: seconds(lambda w=w: w.instrument(Snapshot(0, net)), args.device) for w in watches}
+            together = seconds(lambda step=step: observe(step, net, watches, trajectory), args.device)
+            base = min(base, *(seconds(one_pass, args.device) for _ in range(4)))
+            row = {name: took / base for name, took in alone.items()} | {"all together": together / base}
+            rounds.append(row | {"seconds of a forward pass": base})
+            print(json.dumps(rounds[-1]), flush=True)
+    measured = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+    costs = {watch.name: cost_of(watch.instrument, shape) for watch in watches}
+    told = {name: cost.tokens(shape) / tokens.numel() for name, cost in costs.items() if cost is not None}
+    saved = sum(e.saved / e.observations for e in estimates(watches, 0, net)) / tokens.numel()
+    told["all together"] = sum(told.values()) - saved
+    ratio = {name: measured[name] / told[name] for name in told}
+    return {"measured": measured, "told": told, "worst": max(max(r, 1 / r) for r in ratio.values()), "ratio": ratio}
 
 
 if __name__ == "__main__":

@@ -185,7 +185,8 @@ def cost_table(estimates: Sequence[Any], training: int | None, parameters: int |
     from rich.table import Table
 
     caption = (
-        "work: tokens passed forward, a backward pass counted as two; what watches of a step share is counted for each"
+        "work: all that is done, in tokens passed forward (a backward pass counts as two), of each watch alone; "
+        "shared: passes of the same tokens, which are made once"
     )
     if training is not None:
         caption += "; share: of a training step's forward and backward passes"
@@ -216,7 +217,10 @@ def cost_table(estimates: Sequence[Any], training: int | None, parameters: int |
         if e.cost is not None:
             passes = [f"{number:,}" for number in (e.cost.forwards, e.cost.backwards, e.cost.positions)]
         add(e.name, e.instrument, passes, f"{e.observations:,}", e.work, "", held)
-    add("all", "", [""] * 3, "", sum(e.work for e in estimates if e.work is not None), "bold", "")
+    saved = sum(e.saved for e in estimates)
+    if saved:
+        add("shared", "", [""] * 3, "", -saved, "", "")
+    add("all", "", [""] * 3, "", sum(e.work for e in estimates if e.work is not None) - saved, "bold", "")
     return table
 
 

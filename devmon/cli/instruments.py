@@ -55,7 +55,7 @@ def cost(
         raise DevmonError(f"{source} has no watches: name a list of Watch, a Monitor, or what returns one")
     training = None if tokens_per_step is None else 3 * tokens_per_step * last  # a backward pass costs two forward
     parameters = None if model is None else sum(p.numel() for p in model.parameters())
-    Console().print(cost_table(estimates(watches, last), training, parameters))
+    Console().print(cost_table(estimates(watches, last, model), training, parameters))
 
 
 def demo(context: typer.Context) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.fit import exact_products
 from devmon.anatomy.passes import Read
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, Cost, Shape
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
@@ -75,8 +75,10 @@ class Composition:
     def reads(self) -> list[Read]:
         return []  # weights alone
 
-    def cost(self) -> Cost:
-        return Cost()
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        pairs = shape.layers * (shape.layers - 1) // 2
+        d, d_head = shape.d_model, shape.d_head
+        return Cost(operations=pairs * 3 * (d**3 + 4 * d**2 * d_head))
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)

@@ -15,7 +15,7 @@ from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.circuits import copying_eigenvalues
 from devmon.anatomy.passes import Read, Seen, read
 from devmon.anatomy.sites import Site
-from devmon.cost import Cost
+from devmon.cost import EIGENVALUES, GPT2_SMALL, Cost, Shape
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
@@ -82,8 +82,19 @@ class CopyingHeads(ByContent):
                 f"sequences of {self.length} out of {len(self._allowed)} tokens: lower length"
             )
 
-    def cost(self) -> Cost:
-        return Cost(forwards=len(self._probe), positions=self._probe.shape[1])
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        sequences, positions = self._probe.shape
+        eigenvalues = shape.layers * shape.heads * EIGENVALUES * shape.d_head**3
+        # by place: what a head's values say of every token of the sequence, in float64, and some ten sweeps over that
+        heads = (
+            shape.layers
+            * sequences
+            * positions
+            * (4 * shape.d_model**2 + positions * (6 * shape.d_model + 300 * shape.heads))
+        )
+        tables = 2 * shape.vocab * shape.d_model**2
+        work = eigenvalues + heads + tables
+        return Cost(sequences, positions=positions, unembedded=sequences, operations=work)
 
     def reads(self) -> list[Read]:
         sites: tuple[Site, ...] = ("v", "z", "pattern", ("resid_post", -1))

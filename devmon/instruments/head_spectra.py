@@ -14,7 +14,7 @@ from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.circuits import ROUNDING_SHARE, eigenvalue_sum, over, over_tokens, token_tables, trace
 from devmon.anatomy.fit import exact_products
 from devmon.anatomy.passes import Read
-from devmon.cost import Cost
+from devmon.cost import EIGENVALUES, GPT2_SMALL, Cost, Shape
 from devmon.data import clustered_mean, minibatches
 from devmon.data.rows import Rows
 from devmon.errors import DataError
@@ -89,13 +89,12 @@ class HeadSpectra:
     def reads(self) -> list[Read]:
         return []  # weights alone
 
-    def cost(self) -> Cost:
-        """The passes that find learned positions.
-
-        Products over the vocabulary come on top: vocab · d² multiplications, and vocab · d_head · (d + sample) for each
-        head that copies.
-        """
-        return Cost(forwards=self.sample + 5 * self.length, positions=1)
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        """The passes that find learned positions, products over the vocabulary, and eigenvalues by head."""
+        d, d_head = shape.d_model, shape.d_head
+        tables = 3 * shape.vocab * d**2 + shape.layers * self.sample * shape.vocab * d
+        heads = shape.layers * (shape.heads * EIGENVALUES * d_head**3 * 6 + 8 * d**3)
+        return Cost(forwards=self.sample + 5 * self.length, positions=1, operations=tables + heads)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)

@@ -104,7 +104,7 @@ class InductionHeads(OnRepeats):
         return repeats(self.vocab_size, self.sequences, length, self.seed, self.bos, self.exclude)
 
     def cost(self) -> Cost:
-        return Cost(forwards=self.sequences, positions=self.length)
+        return Cost(self.sequences, positions=self.length, unembedded=self.sequences)
 
 
 class _Part(NamedTuple):

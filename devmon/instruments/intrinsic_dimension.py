@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from devmon.anatomy.passes import TOGETHER, Read, Seen, read
-from devmon.cost import Cost
+from devmon.cost import EIGENVALUES, GPT2_SMALL, Cost, Shape
 from devmon.data import ByContent, clustered_groups, places_of, probe_inputs
 from devmon.data.probe import REPLICATES
 from devmon.data.rows import Rows
@@ -138,8 +138,13 @@ class IntrinsicDimension(ByContent):
         here = (sequence >= seen.rows.start) & (sequence < seen.rows.stop)
         return [state[sequence[here] - seen.rows.start, place[here]].cpu() for state in seen.stream]
 
-    def cost(self) -> Cost:
-        return Cost(forwards=len(self.tokens), positions=places_of(self.tokens))
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        items, d = len(self._items()), shape.d_model
+        # distances of all pairs, twice, in float64; products and eigenvalues of size d, eleven times
+        each = 4 * items**2 * d + 500 * items**2 + 4 * items * d**2 + (GROUPS + 1) * EIGENVALUES * min(d, items) ** 3
+        sequences = len(self.tokens)
+        work = (shape.layers + 1) * each
+        return Cost(sequences, positions=places_of(self.tokens), unembedded=sequences, operations=work)
 
     def _items(self) -> Tensor:
         """(item, 2): sequence and position, in order."""

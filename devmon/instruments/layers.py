@@ -14,7 +14,7 @@ from torch import Tensor
 from devmon.analysis.derive.representation import similarity
 from devmon.anatomy import Anatomy, Layout, activations, next_token
 from devmon.anatomy.sites import Site, Write
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, Cost, Shape
 from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.rows import Rows
 from devmon.data.shares import NO_SIGNAL, share, share_groups
@@ -85,9 +85,11 @@ class LayerRoles(ByContent):
                 f"permutations={self.permutations}: give more tokens, or raise places"
             )
 
-    def cost(self, layers: int = 12) -> Cost:
-        """Four passes a layer, and two; `layers` is that of the model, which is not known here."""
-        return Cost(forwards=(2 + 4 * layers) * len(self.tokens), positions=self.tokens.shape[1])
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        """Four passes a layer, and two."""
+        sequences, positions = self.tokens.shape
+        passes = 2 + 4 * shape.layers
+        return Cost(passes * sequences, positions=positions, softmaxes=passes * sequences * positions)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who = type(self).__name__

@@ -14,7 +14,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.passes import Read, Seen, chunks, log_softmax, read
 from devmon.anatomy.sites import Site
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, Cost, Shape
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
@@ -76,9 +76,13 @@ class LogitLens(ByContent):
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", probe_tokens(self.tokens, "LogitLens"))
 
-    def cost(self) -> Cost:
-        """One pass of the model; its unembedding runs once more for each layer, which is not counted."""
-        return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        """One pass, and for each layer one more unembedding."""
+        sequences, positions = self.tokens.shape
+        depths = sequences * positions * shape.layers
+        direct = 2 * depths * shape.d_model**2
+        softmaxes = depths + 2 * sequences * positions
+        return Cost(sequences, positions=positions, products=depths, softmaxes=softmaxes, operations=direct)
 
     def reads(self) -> list[Read]:
         sites: tuple[Site, ...] = (("resid_pre", 0), "resid_post", "z")
@@ -112,18 +116,16 @@ def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
 
     # some places at a time, at every depth: no more than their logits are held
     for block in seen.products():
-        p = log_ps[block].exp()
-        within = list(chunks(len(p), p.shape[1], p.element_size()))
-        for sequence in range(block.start // length, (block.stop - 1) // length + 1):
-            first, end = sequence * length - block.start, (sequence + 1) * length - 1 - block.start
-            mean[sequence] += p[max(first, 0) : max(end, 0)].sum(0)
         for depth in range(last, -1, -1):  # at the last the lens is the model
             scores = log_ps[block] if depth == last else _unembedded(seen.anatomy, stream[depth].flatten(0, 1)[block])
-            for at in within:
+            for at in chunks(len(scores), scores.shape[1], scores.element_size()):
                 here = slice(block.start + at.start, block.start + at.stop)
                 log_q = scores[at] if depth == last else log_softmax(scores[at])
-                along = torch.linalg.vecdot(p[at], log_q).double()
-                negentropy[here] = along if depth == last else negentropy[here]
+                p = log_ps[here].exp()  # again at each depth: to hold it would be memory
+                along = torch.linalg.vecdot(p, log_q).double()
+                if depth == last:
+                    negentropy[here] = along
+                    _add_by_sequence(mean, p, here.start, length)
                 kl[depth, here] = negentropy[here] - along
                 loss[depth, here] = -log_q.gather(-1, target[here, None])[:, 0].double()
                 same[depth, here], other[depth, here] = _prefers(log_q, best[here]), _prefers(log_q, before[here])
@@ -139,6 +141,13 @@ def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
     sums |= {"prediction_depth": settled.sum(-1), "prediction_depth_shifted": shifted.sum(-1)}
     sums |= {"negentropy": negentropy.reshape(places)[0, :, :-1].sum(-1)}
     return sums | {"mean": mean, "best": seen.best[:, :-1]}
+
+
+def _add_by_sequence(total: Tensor, p: Tensor, start: int, length: int) -> None:
+    """Raises the rows of `total` (sequence, vocab) by what places from `start` on have, but the last of each."""
+    for sequence in range(start // length, (start + len(p) - 1) // length + 1):
+        first, end = sequence * length - start, (sequence + 1) * length - 1 - start
+        total[sequence] += p[max(first, 0) : max(end, 0)].sum(0)
 
 
 def _prefers(log_q: Tensor, token: Tensor) -> Tensor:

@@ -153,8 +153,14 @@ class NgramStages(ByContent):
 
     def cost(self) -> Cost:
         """The contexts of n-grams are short: together they count as many sequences as have their tokens."""
-        contexts = sum(self._distinct(order)[0].numel() for order in self._grams)
-        return Cost(forwards=len(self.tokens) + contexts // self.tokens.shape[1], positions=self.tokens.shape[1])
+        sequences, positions = self.tokens.shape
+        contexts = [self._distinct(order)[0] for order in self._grams]
+        count = sum(map(len, contexts))
+        forwards = sequences + sum(context.numel() for context in contexts) // positions
+        unembedded = sequences * positions + count
+        # the text's log-probabilities again, in float64, against the counts
+        softmaxes = 2 * sequences * positions + count
+        return Cost(forwards, positions=positions, unembedded=unembedded, softmaxes=softmaxes)
 
     @property
     def _start(self) -> int:

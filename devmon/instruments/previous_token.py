@@ -69,7 +69,8 @@ class PreviousTokenHeads(ByContent):
         return [Read(self, self._probe, _sums, self.batch_size, patterns=True)]
 
     def cost(self) -> Cost:
-        return Cost(forwards=len(self._probe), positions=self._probe.shape[1])
+        sequences, positions = self._probe.shape
+        return Cost(sequences, positions=positions, unembedded=sequences)
 
     @cached_property
     def _probe(self) -> Tensor:

@@ -77,7 +77,8 @@ class ProbeLoss(ByContent):
         return [Read(self, self.tokens, _nats, self.batch_size, predicts="all")]
 
     def cost(self) -> Cost:
-        return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
+        sequences, positions = self.tokens.shape
+        return Cost(sequences, positions=positions, softmaxes=sequences * positions)
 
 
 def _nats(seen: Seen) -> np.ndarray:

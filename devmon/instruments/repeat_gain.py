@@ -70,7 +70,7 @@ class RepeatGain(OnRepeats):
         return [Read(self, self._repeats.tokens, _predictions, self.batch_size, predicts="all")]
 
     def cost(self) -> Cost:
-        return Cost(forwards=self.sequences, positions=self.length)
+        return Cost(self.sequences, positions=self.length, softmaxes=self.sequences * self.length)
 
 
 def _predictions(seen: Seen) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy.passes import TOGETHER, Read, Seen, read
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, Cost, Shape
 from devmon.data import ByContent, clustered_groups, clustered_mean, places_of, probe_inputs
 from devmon.data.rows import Rows
 from devmon.errors import DataError
@@ -117,8 +117,15 @@ class Sketch(ByContent):
         outputs = Read(self, self.tokens, self._predictions, batch, predicts="all")
         return [states] * self.layers + [outputs] * self.outputs
 
-    def cost(self) -> Cost:
-        return Cost(forwards=len(self.tokens), positions=places_of(self.tokens))
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        sequences, positions = len(self.tokens), places_of(self.tokens)
+        items, whole = sequences * len(self.positions or ()), sequences * positions
+        if not self.outputs:
+            return Cost(sequences, positions=positions, unembedded=sequences)
+        drawn = 2 * self.dims**2 * shape.vocab + 200 * self.dims * shape.vocab  # orthonormal directions, in float64
+        return Cost(
+            sequences, positions=positions, softmaxes=whole, operations=drawn + 2 * items * self.dims * shape.vocab
+        )
 
     def _states(self, seen: Seen) -> list[Tensor]:
         """The states of the items at each layer, (item, d)."""

@@ -139,7 +139,8 @@ class ResidualAttribution(ByContent):
 
     def cost(self) -> Cost:
         """Without the ablations, whose number is that of the model's heads and MLPs, times `ablation_prompts`."""
-        return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
+        sequences, positions = self.tokens.shape
+        return Cost(sequences, positions=positions, softmaxes=sequences * positions)
 
     def reads(self) -> list[Read]:
         sites: list[Site] = [("resid_pre", 0), "z", ("resid_post", -1)]

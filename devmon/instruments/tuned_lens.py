@@ -11,7 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, activations
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, Cost, Shape
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
@@ -74,9 +74,14 @@ class TunedLens(ByContent):
         if self.steps < 1 or not self.penalty >= 0:
             raise DataError(f"TunedLens needs steps >= 1 and penalty >= 0, got {self.steps} and {self.penalty}")
 
-    def cost(self) -> Cost:
-        """One pass of the model; the training of the maps, which runs its unembedding alone, is not counted."""
-        return Cost(forwards=len(self.tokens), positions=self.tokens.shape[1])
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        """One pass; for each layer the training of its map, passes of the unembedding over half of the sequences."""
+        sequences, positions = self.tokens.shape
+        trained = sequences // 2 * positions * shape.layers
+        # an evaluation is a forward and a backward pass of the unembedding alone
+        evaluations = round(1.25 * self.steps) + 4
+        products = 2 * evaluations * trained + 2 * trained
+        return Cost(sequences, positions=positions, products=products, softmaxes=2 * evaluations * trained)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who = type(self).__name__

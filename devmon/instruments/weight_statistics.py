@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from devmon.anatomy.circuits import gram
 from devmon.anatomy.passes import Read
-from devmon.cost import Cost
+from devmon.cost import EIGENVALUES, GPT2_SMALL, Cost, Shape
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
@@ -131,9 +131,12 @@ class WeightStatistics:
     def reads(self) -> list[Read]:
         return []  # weights alone
 
-    def cost(self) -> Cost:
-        """No passes: a singular value decomposition of each matrix."""
-        return Cost()
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        """No passes: a Gram matrix of each matrix, and its eigenvalues."""
+        d = shape.d_model
+        # of each matrix a Gram matrix of its smaller side and its eigenvalues
+        matrices = shape.layers * (12 * d**3 + 4 * EIGENVALUES * d**3) + shape.vocab * d**2 + EIGENVALUES * d**3
+        return Cost(operations=matrices)
 
 
 def _weights(model: nn.Module) -> list[tuple[str, Tensor, bool]]:

@@ -90,7 +90,9 @@ def _print_plan(study: Study, work: Mapping[int, Sequence[Watch]], out: Console)
     """The steps, each watch with what it costs, and what a process will need."""
     out.print("steps: " + (", ".join(map(str, work)) or "none"))
     due = Counter(watch.name for watches in work.values() for watch in watches)
-    costs = [replace(estimate, observations=due[estimate.name]) for estimate in estimates(study.watches, 0)]
+    costs = [
+        replace(estimate, observations=due[estimate.name]) for estimate in estimates(study.watches, 0, study.model)
+    ]
     parameters = None if study.model is None else sum(p.numel() for p in study.model.parameters())
     out.print(cost_table(costs, None, parameters))
     out.print(forecast.memory(study))

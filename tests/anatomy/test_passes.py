@@ -174,8 +174,10 @@ def test_no_more_memory_than_half_again_the_logits_of_a_minibatch(monkeypatch: p
     vocab = 20_000
     model, one = gpt2(vocab), 32 * vocab * 4
     monkeypatch.setattr(vocabulary, "LOGITS", 8 * one)
-    monkeypatch.setattr(vocabulary, "CHUNK", one // 2)
+    monkeypatch.setattr(vocabulary, "CHUNK", one // 4)
     text, corpus = TOKENS[:20], CORPUS[:8]
+    with torch.no_grad():
+        plain = peak_bytes(lambda: model(text[:7]))  # logits, and the activations
     for instrument in (
         ProbeLoss(text),
         PreviousTokenHeads(tokens=text),
@@ -184,4 +186,5 @@ def test_no_more_memory_than_half_again_the_logits_of_a_minibatch(monkeypatch: p
         NgramStages(corpus, text, vocab, common=8),
     ):
         peak = peak_bytes(lambda i=instrument: i(Snapshot(0, model)))
-        assert peak < 1.5 * 7 * one, f"{type(instrument).__name__}: {peak / (7 * one):.2f} times the logits"
+        more = (peak - plain) / (7 * one)
+        assert more < 0.5, f"{type(instrument).__name__}: {1 + more:.2f} times the logits"

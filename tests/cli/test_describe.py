@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from devmon import Snapshot, Watch, every, log_spaced
 from devmon.analysis.reports.references import CITED
 from devmon.cli.describe import Description, Variable, description, instrument, instruments, signature, summary
 from devmon.cli.root import app
-from devmon.cost import Cost, estimates
+from devmon.cost import SOFTMAX, Cost, Shape, estimates
 from devmon.errors import DataError
 from devmon.instruments import LLC, InductionHeads, LinearProbe, PreviousTokenHeads, ProbeLoss, RepeatGain
 from devmon.sampling import sample
@@ -119,7 +120,7 @@ def test_the_commands(tmp_path: Path) -> None:
     script.write_text(SOURCE)
     shown = run(app, ["cost", f"{script}:watches", "--last", "100", "--tokens-per-step", "1000"], terminal_width=120)
     words = {line.split()[0]: line.split() for line in shown.output.splitlines() if line.strip()}
-    assert words["induction"][2:] == ["10", "0", "32", "11", "3.52e+03", "1.2%"]  # 11 · 10 · 32 of 3 · 1000 · 100
+    assert words["induction"][2:] == ["10", "0", "32", "11", "2.45e+03", "0.8%"]  # 11 · 10 · 32, without logits
     assert words["own"][-2:] == ["21", "unknown"]
     assert "memory" not in shown.output
     script.write_text(f"{SOURCE}\nfrom devmon.instruments import LLC\nfrom torch import nn\n" + LLCS)
@@ -161,10 +162,39 @@ def test_the_cost_is_what_passes_through_the_model(instrument: object) -> None:
         assert told.forwards >= seen[True] + seen[False] > 0.9 * told.forwards
     else:
         instrument(Snapshot(0, model))  # type: ignore[operator]
-        assert told == Cost(forwards=seen[False], backwards=0, positions=16)
+        assert (told.forwards, told.backwards, told.positions) == (seen[False], 0, 16)
 
 
 def test_observations_are_counted_by_the_rule() -> None:
     found = estimates([Watch("a", print, log_spaced(5, 10_000)), Watch("b", print, every(7, start=3))], 100)
     assert [e.observations for e in found] == [4, 14]
     assert found[0].work is None
+
+
+def test_unembeddings_and_work_on_weights_count_by_the_shape_of_the_model() -> None:
+    shape = Shape(layers=2, heads=2, d_model=10, vocab=40, weights=600)  # a token: 600 and 10 · 40
+    assert Cost(3, 1, positions=20).tokens(shape) == 100
+    assert Cost(3, positions=20, unembedded=0).tokens(shape) == 36
+    assert Cost(3, positions=20, products=50, operations=30_000).tokens(shape) == 60 + 20 + 30
+    assert Cost(softmaxes=5).tokens(shape) == round(5 * SOFTMAX * 40 / 1000)
+    assert ProbeLoss(TOKENS).cost().tokens() > 6 * 16
+
+
+def test_the_shape_is_read_off_the_model_and_tied_tables_count_once() -> None:
+    for tied in (True, False):
+        config = GPT2Config(n_layer=2, n_embd=12, n_head=3, vocab_size=50, tie_word_embeddings=tied, n_positions=7)
+        model = GPT2LMHeadModel(config)
+        weights = sum(p.numel() for p in model.transformer.parameters()) - 50 * 12
+        assert Shape.of(model) == Shape(2, 3, 12, 50, weights)
+    assert Shape.of(torch.nn.Linear(2, 2)) is None
+
+
+def test_what_an_earlier_watch_reads_as_often_is_saved() -> None:
+    other = TOKENS.roll(1, 1)
+    watches = [
+        Watch("loss", ProbeLoss(TOKENS), range(8)),
+        Watch("again", ProbeLoss(TOKENS.clone()), range(4)),
+        Watch("other", ProbeLoss(other), range(8)),
+        Watch("oftener", ProbeLoss(other.clone()), range(9)),
+    ]
+    assert [e.saved for e in estimates(watches, 10)] == [0, 4 * TOKENS.numel(), 0, 0]

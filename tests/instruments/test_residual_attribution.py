@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from devmon.anatomy import Layout
-from devmon.cost import Cost
 from devmon.data import random_tokens, repeats
 from devmon.errors import DataError, InstrumentError
 from devmon.instruments.residual_attribution import ResidualAttribution
@@ -275,7 +274,7 @@ def test_repeated_asks_for_the_token_that_followed() -> None:
     assert instrument == ResidualAttribution.repeated(30, prompts=40, length=33, seed=5, bos=7, exclude=(3, 4))
     assert instrument != ResidualAttribution.repeated(30, prompts=40, length=33, seed=6, bos=7, exclude=(3, 4))
     assert instrument == pickle.loads(pickle.dumps(instrument))
-    assert instrument.cost() == Cost(forwards=len(instrument.tokens), positions=33)
+    assert instrument.cost().work == 33 * len(instrument.tokens)
 
 
 def test_minibatches_and_positions_from_the_end() -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from devmon.anatomy.attention import hides_patterns
 from devmon.anatomy.forward import check_causal, forward, scores_in
 from devmon.anatomy.passes import vocabulary
-from devmon.anatomy.passes.reads import Read
+from devmon.anatomy.passes.reads import Read, digest
 from devmon.anatomy.passes.run import in_half_precision, run
 from devmon.snapshot import Snapshot
 
@@ -73,22 +71,19 @@ def read_one(snapshot: Snapshot, asked: Read) -> list[Any]:
 
 def need_causal(snapshot: Snapshot, tokens: Tensor, who: str) -> None:
     """`check_causal`, once a step for the same tokens (batch, pos)."""
-    key = ("causal", _digest(tokens[:1]), tokens.shape, _digest(tokens.unique()))
+    key = ("causal", digest(tokens[:1]), tokens.shape, digest(tokens.unique()))
     if key not in snapshot.memo:
         check_causal(snapshot.model, tokens, who)
         snapshot.memo[key] = True
 
 
 def _group(snapshot: Snapshot, asked: Read) -> tuple[Any, ...]:
-    """Reads of one group share their passes: first of it how many inputs pass at once."""
-    # The same data are the same group whoever holds them: two watches have equal probes, not one tensor.
-    inputs = asked.inputs
-    data = (_digest(inputs), inputs.shape, inputs.dtype)
+    """Reads of one group share their passes; it begins with how many inputs pass at once."""
     most = max(1, vocabulary.LOGITS // max(_logits_of_one(snapshot, asked), 1))
-    parts = math.ceil(len(inputs) / min(asked.batch_size, most))
+    parts = math.ceil(len(asked.inputs) / min(asked.batch_size, most))
     raised = asked.stream and in_half_precision(snapshot.model)
     other_kernel = asked.meets_patterns and hides_patterns(snapshot.model)
-    return math.ceil(len(inputs) / parts), *data, raised, other_kernel, asked.predicts == "last"
+    return math.ceil(len(asked.inputs) / parts), asked.data, raised, other_kernel
 
 
 def _logits_of_one(snapshot: Snapshot, asked: Read) -> int:
@@ -100,8 +95,3 @@ def _logits_of_one(snapshot: Snapshot, asked: Read) -> int:
         wide = isinstance(scores, Tensor) and scores.ndim == 3
         snapshot.memo["vocab"] = scores.shape[-1] * max(4, scores.element_size()) if wide else 0
     return int(snapshot.memo["vocab"] * asked.inputs.shape[1])
-
-
-def _digest(inputs: Tensor) -> str:
-    data = inputs.detach().cpu().contiguous()
-    return hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()

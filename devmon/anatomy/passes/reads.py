@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from devmon.anatomy.anatomy import Anatomy
@@ -49,9 +51,20 @@ class Read:
     def who(self) -> str:
         return type(self.of).__name__
 
+    @cached_property
+    def data(self) -> tuple[str, torch.Size, torch.dtype, bool]:
+        """The same for reads that may share passes: the same inputs, whoever holds them, at all places or the last."""
+        return digest(self.inputs), self.inputs.shape, self.inputs.dtype, self.predicts == "last"
+
     @property
     def meets_patterns(self) -> bool:
         return self.patterns or any(site == "pattern" or site[0] == "pattern" for site in self.sites)
+
+
+def digest(inputs: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    data = inputs.detach().cpu().contiguous()
+    return hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @dataclass

@@ -18,7 +18,7 @@ LOGITS = 2**28
 PRODUCT = 512
 # Bytes of the logits that are worked on together: they stay in a processor's cache, and the C allocator hands buffers
 # below 32 MiB out again without new pages.
-CHUNK = 2**24
+CHUNK = 2**23
 
 
 def products(places: int, vocab: int, element: int = 4) -> Iterator[slice]:

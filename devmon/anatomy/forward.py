@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.variants.outputs import answer
+from devmon.anatomy.vocabulary import chunks, log_softmax
 from devmon.errors import InstrumentError
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "block_size")  # in configs, first there
@@ -149,17 +149,22 @@ def next_token(
     """
     if check:
         check_causal(model, tokens, who)
-    # Log-sum-exp over a vocabulary in half precision is off by more than a step of training changes the loss.
-    scores = logits(model, tokens, who)[:, :-1]
-    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    target = tokens[:, 1:].to(scores.device)
-    if int(target.max()) >= scores.shape[-1]:
+    scores = logits(model, tokens, who)
+    target = tokens.roll(-1, 1).flatten().to(scores.device)
+    if int(tokens[:, 1:].max()) >= scores.shape[-1]:
         raise InstrumentError(
-            f"{who}: the tokens go up to {int(target.max())} but {type(original(model)).__name__} has "
+            f"{who}: the tokens go up to {int(tokens[:, 1:].max())} but {type(original(model)).__name__} has "
             f"{scores.shape[-1]} logits: give tokens of this model's vocabulary"
         )
-    nats = F.cross_entropy(scores.flatten(0, 1), target.flatten(), reduction="none").reshape(target.shape)
-    return nats.double().cpu(), (scores.argmax(-1) == target).cpu()
+    # A few places at a time: no copy of all logits. The last place of a sequence is left out in the end.
+    flat = scores.flatten(0, 1)
+    nats = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
+    hits = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    for at in chunks(len(flat), flat.shape[1], flat.element_size()):
+        goal = target[at].clamp(max=flat.shape[1] - 1)
+        nats[at] = -log_softmax(flat[at]).gather(-1, goal[:, None])[:, 0].double()
+        hits[at] = flat[at].argmax(-1) == goal
+    return nats.reshape(tokens.shape)[:, :-1].cpu(), hits.reshape(tokens.shape)[:, :-1].cpu()
 
 
 def check_causal(model: nn.Module, tokens: Tensor, who: str, watched: bool = True) -> None:

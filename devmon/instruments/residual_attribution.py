@@ -14,7 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, Reads
-from devmon.anatomy.contributions import Contributions
+from devmon.anatomy.circuits import Contributions
 from devmon.anatomy.passes import Read, Seen, read
 from devmon.anatomy.sites import Site
 from devmon.cost import Cost

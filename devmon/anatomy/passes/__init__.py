@@ -2,6 +2,6 @@
 
 from devmon.anatomy.passes.plan import Plan, need_causal, read, read_one
 from devmon.anatomy.passes.reads import TOGETHER, Read, Seen
-from devmon.anatomy.passes.vocabulary import chunks, log_softmax, products
+from devmon.anatomy.vocabulary import chunks, log_softmax, products
 
 __all__ = ["TOGETHER", "Plan", "Read", "Seen", "chunks", "log_softmax", "need_causal", "products", "read", "read_one"]

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from devmon.anatomy import vocabulary
 from devmon.anatomy.attention import hides_patterns
 from devmon.anatomy.forward import check_causal, forward, scores_in
-from devmon.anatomy.passes import vocabulary
 from devmon.anatomy.passes.reads import Read, digest
 from devmon.anatomy.passes.run import in_half_precision, run
 from devmon.snapshot import Snapshot

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.forward import logits, original, scores_in
 from devmon.anatomy.layout import Layout
-from devmon.anatomy.passes.vocabulary import chunks, log_softmax_, products
 from devmon.anatomy.sites import Reads, Site
+from devmon.anatomy.vocabulary import chunks, log_softmax_, products
 from devmon.errors import InstrumentError
 
 TOGETHER = 32  # inputs that pass at once, where an instrument does not ask for fewer: only equal numbers share a pass

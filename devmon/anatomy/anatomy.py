@@ -77,6 +77,7 @@ class Anatomy(Parts):
         """The anatomy of the snapshot's model, or of a copy of it; what was found to fit is tried once a step."""
         model = original(snapshot.model if model is None else model)
         key = ("anatomy", layout)
+        # All copies of a step have the same weights: the layout that fits one fits them all.
         if key in snapshot.memo:
             fitting, path, guessed, tried = snapshot.memo[key]
             anatomy = cls.__new__(cls)

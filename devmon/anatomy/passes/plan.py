@@ -36,6 +36,7 @@ class Plan:
 
     def take(self, snapshot: Snapshot, instrument: Any, index: int) -> list[Any] | None:
         """What a read gave, once. None where it was not planned, or its group could not be run together."""
+        # The first that is asked for makes the passes of its group, and what they gave waits for the others.
         asked = self.waiting.get((id(instrument), index))
         if asked is not None:
             with suppress(Exception):  # each is then read alone, and says itself what is wrong with it
@@ -55,6 +56,7 @@ def read(snapshot: Snapshot, instrument: Any) -> list[list[Any]]:
     The numbers are the same whoever else reads: minibatches, precision and kernels depend on the read alone. To be
     called before the model is changed. Raises what `reduce` raises, and InstrumentError as `forward` does.
     """
+    # Alone, or in parts of its memory, it has a plan of its own: several reads of the same data are one pass there too.
     plan = snapshot.memo.get("plan")
     plan = plan if isinstance(plan, Plan) and plan.knows(instrument) else Plan([instrument])
     made = [(plan.take(snapshot, instrument, index), each) for index, each in enumerate(instrument.reads())]
@@ -79,8 +81,10 @@ def need_causal(snapshot: Snapshot, tokens: Tensor, who: str) -> None:
 
 def _group(snapshot: Snapshot, asked: Read) -> tuple[Any, ...]:
     """Reads of one group share their passes; it begins with how many inputs pass at once."""
+    # Equal parts, of as many as its logits and its batch size allow; never of who else reads.
     most = max(1, vocabulary.LOGITS // max(_logits_of_one(snapshot, asked), 1))
     parts = math.ceil(len(asked.inputs) / min(asked.batch_size, most))
+    # What rounds otherwise is another group: a copy in float32, and the kernel that shows its patterns.
     raised = asked.stream and in_half_precision(snapshot.model)
     other_kernel = asked.meets_patterns and hides_patterns(snapshot.model)
     return math.ceil(len(asked.inputs) / parts), asked.data, raised, other_kernel

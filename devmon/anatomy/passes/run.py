@@ -31,6 +31,7 @@ def run(snapshot: Snapshot, reads: Sequence[Read], size: int) -> list[list[Any] 
     group = _Group(snapshot, reads)
     made: list[list[Any] | Exception] = [[] for _ in reads]
     with torch.no_grad():
+        # One minibatch at a time: it passes once, each read makes something small of it, and it is gone.
         for rows in minibatches(len(reads[0].inputs), size):
             shown = group.shown(rows)
             for i, parts in enumerate(made):
@@ -122,6 +123,7 @@ class _Group:
             }
             stack.enter_context(_last_place(self.unembedding, tuple(inputs.shape)))
             output = forward(self.model, inputs, who)
+        # What it gave is worked out when a read asks for it, and goes with the last of them.
         whole = Pass(self.model, rows, inputs, output, patterns, streams)
         return [
             Seen(read, taps[read.layout].reads if read.sites else Reads(), whole, self.anatomies.get(read.layout))

@@ -100,10 +100,10 @@ def times(net: torch.nn.Module, watches: list[Watch], tokens: torch.Tensor, args
         trajectory = Trajectory(Path(folder) / "run.zarr", seed=0)
         observe(0, net, watches, trajectory)  # what is drawn or fitted once a run is kept
         for step in range(1, 1 + args.rounds):
-            base = min(seconds(one_pass, args.device) for _ in range(4))
+            passes = [seconds(one_pass, args.device) for _ in range(4)]
             alone = {w.name: seconds(lambda w=w: w.instrument(Snapshot(0, net)), args.device) for w in watches}
             together = seconds(lambda step=step: observe(step, net, watches, trajectory), args.device)
-            base = min(base, *(seconds(one_pass, args.device) for _ in range(4)))
+            base = statistics.median([*passes, *(seconds(one_pass, args.device) for _ in range(4))])
             row = {name: took / base for name, took in alone.items()} | {"all together": together / base}
             rounds.append(row | {"seconds of a forward pass": base})
             print(json.dumps(rounds[-1]), flush=True)

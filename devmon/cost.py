@@ -23,6 +23,10 @@ SOFTMAX = 110
 EIGENVALUES = 10
 
 
+# Multiplications that a number of an attention pattern costs where it is read: its softmax again, copies, sums.
+PATTERN = 300
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a language model by which instruments cost; those of GPT-2 small where nothing is known.
@@ -61,6 +65,10 @@ class Shape:
     def softmax(self) -> int:
         """Multiplications that the log-probabilities of one place are worth."""
         return SOFTMAX * self.vocab
+
+    def patterns(self, sequences: int, positions: int) -> int:
+        """Multiplications that reading the attention patterns of all layers is worth."""
+        return self.layers * sequences * positions**2 * (self.d_model + PATTERN * self.heads)
 
     @property
     def d_head(self) -> int:

@@ -86,14 +86,10 @@ class CopyingHeads(ByContent):
         sequences, positions = self._probe.shape
         eigenvalues = shape.layers * shape.heads * EIGENVALUES * shape.d_head**3
         # by place: what a head's values say of every token of the sequence, in float64, and some ten sweeps over that
-        heads = (
-            shape.layers
-            * sequences
-            * positions
-            * (4 * shape.d_model**2 + positions * (6 * shape.d_model + 300 * shape.heads))
-        )
+        heads = shape.layers * sequences * positions * (4 * shape.d_model**2 + 6 * positions * shape.d_model)
+        patterns = 3 * shape.patterns(sequences, positions)
         tables = 2 * shape.vocab * shape.d_model**2
-        work = eigenvalues + heads + tables
+        work = eigenvalues + heads + patterns + tables
         return Cost(sequences, positions=positions, unembedded=sequences, operations=work)
 
     def reads(self) -> list[Read]:

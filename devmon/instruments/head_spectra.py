@@ -93,7 +93,8 @@ class HeadSpectra:
         """The passes that find learned positions, products over the vocabulary, and eigenvalues by head."""
         d, d_head = shape.d_model, shape.d_head
         tables = 3 * shape.vocab * d**2 + shape.layers * self.sample * shape.vocab * d
-        heads = shape.layers * (shape.heads * EIGENVALUES * d_head**3 * 6 + 8 * d**3)
+        count = shape.layers * shape.heads + 64  # with those of the null
+        heads = count * (6 * EIGENVALUES * d_head**3 + 8 * d**2 * d_head)
         return Cost(forwards=self.sample + 5 * self.length, positions=1, operations=tables + heads)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:

@@ -13,7 +13,7 @@ from torch import Tensor
 from devmon.anatomy import stack_heads
 from devmon.anatomy.passes import Read, Seen, read, read_one
 from devmon.anatomy.sight import sees_ahead, shortest_window, uniform_attention
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, Cost, Shape
 from devmon.data import best_fixed_offset, clustered_groups, clustered_mean
 from devmon.data.repeats import OnRepeats, RepeatProbe, repeats
 from devmon.data.rows import Rows
@@ -103,8 +103,9 @@ class InductionHeads(OnRepeats):
             )
         return repeats(self.vocab_size, self.sequences, length, self.seed, self.bos, self.exclude)
 
-    def cost(self) -> Cost:
-        return Cost(self.sequences, positions=self.length, unembedded=self.sequences)
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        work = shape.patterns(self.sequences, self.length)
+        return Cost(self.sequences, positions=self.length, unembedded=self.sequences, operations=work)
 
 
 class _Part(NamedTuple):

@@ -120,7 +120,11 @@ def test_the_commands(tmp_path: Path) -> None:
     script.write_text(SOURCE)
     shown = run(app, ["cost", f"{script}:watches", "--last", "100", "--tokens-per-step", "1000"], terminal_width=120)
     words = {line.split()[0]: line.split() for line in shown.output.splitlines() if line.strip()}
-    assert words["induction"][2:] == ["10", "0", "32", "11", "2.45e+03", "0.8%"]  # 11 · 10 · 32, without logits
+    *passes, work, share = words["induction"][2:]
+    assert passes == ["10", "0", "32", "11"]
+    told = 11 * InductionHeads(50, 10, 32).cost().tokens()
+    assert work == f"{told:.3g}"
+    assert share == f"{told / (3 * 1000 * 100):.1%}"
     assert words["own"][-2:] == ["21", "unknown"]
     assert "memory" not in shown.output
     script.write_text(f"{SOURCE}\nfrom devmon.instruments import LLC\nfrom torch import nn\n" + LLCS)

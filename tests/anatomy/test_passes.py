@@ -16,8 +16,8 @@ import xarray as xr
 from torch import Tensor, nn
 
 from devmon import InstrumentError, Snapshot, Trajectory, Watch, observe, presets
-from devmon.anatomy import Anatomy
-from devmon.anatomy.passes import Plan, Read, Seen, log_softmax, read, vocabulary
+from devmon.anatomy import Anatomy, vocabulary
+from devmon.anatomy.passes import Plan, Read, Seen, log_softmax, read
 from devmon.anatomy.vocabulary import log_softmax_
 from devmon.instruments import LogitLens, NgramStages, PreviousTokenHeads, ProbeLoss, Sketch
 from devmon.recipes.language_model import AttentionOnly

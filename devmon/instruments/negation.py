@@ -38,7 +38,8 @@ class Negation(ByContent):
 
     - `sensitivity`, logits: LD(negated) - LD(plain). Null: `sensitivity_permuted`.
     - `sensitivity_se`, logits: its standard error.
-    - `sensitivity_permuted`, logits: the same with the answers of the next item.
+    - `sensitivity_permuted`, logits: the same with the answers of the item half the list further on,
+      so of another X where the list goes by X. Near 0 where the negation moves nothing but its own class.
     - `sensitivity_permuted_se`, logits: its standard error.
     - `sensitive`, share: items with a sensitivity above 0. Null: .5.
     - `sensitive_se`, share: its standard error.
@@ -121,9 +122,9 @@ class Negation(ByContent):
                 scores = anatomy.capped(anatomy.unembedding(anatomy.final_norm(states)))
             found[name] = self._answers(scores, part)
             if name == "negated":
-                shifted = self._answers(scores[:, -1:], part, shift=1)
+                shifted = self._answers(scores[:, -1:], part, shift=len(mine.negated) // 2)
             else:
-                shifted = shifted - self._answers(scores[:, -1:], part, shift=1)
+                shifted = shifted - self._answers(scores[:, -1:], part, shift=len(mine.negated) // 2)
         found["permuted"] = shifted[:, 0, 0] - shifted[:, 0, 1]
 
         # each kind of reader in turn: key and value from the plain run, or no attention to the place at all

@@ -99,6 +99,9 @@ def test_construction_and_suppression_are_the_sensitivity_of_the_lens_at_each_de
             each = ahead(part(PROMPTS.negated)) - ahead(part(PROMPTS.plain))
             total = found["construction"][depth] + found["suppression"][depth]
             np.testing.assert_allclose(total, each.mean(), rtol=1e-9, atol=1e-12)
+        other = [model(tokens)[:, 7].roll(12, 0) for tokens in (PROMPTS.negated, PROMPTS.plain)]
+        moved = ahead(other[0][:, None].expand(-1, 8, -1)) - ahead(other[1][:, None].expand(-1, 8, -1))
+    np.testing.assert_allclose(found["sensitivity_permuted"], moved.mean(), rtol=1e-9)
     np.testing.assert_allclose(found["construction"][0], 0, atol=1e-12)  # the last token is the same
 
 

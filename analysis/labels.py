@@ -137,6 +137,22 @@ KNOWN: dict[tuple[str, str], Label] = {
     ("CopyingHeads", "rank"): _of("copying rank", "rank of the attended token among candidates", ""),
     ("Composition", "max"): _of("composition", "how much a head reads what an earlier one wrote", "above random"),
     ("Composition", "pair"): _of("composition of the pair", "how much one head reads another", "above random"),
+    ("FeatureCircuit", "area"): _of(
+        "feature circuit", "share of the effect in the first features", "mean over counts",
+        "gathers the effect in few features"),
+    ("FeatureCircuit", "signal"): _of(
+        "features' effect", "logit difference with all features less that with none", "logits", "learns the task"),
+    ("Steering", "slope"): _of(
+        "steering slope", "what a step along the direction adds to the answer", "nats per unit",
+        "answers more to the direction", "answers less to the direction"),
+    ("ConceptDirection", "auc"): _of(
+        "concept direction", "held-out area under the curve of the direction", "",
+        "comes to represent the concept by a direction"),
+    ("Transcoder", "replacement_loss"): _of(
+        "replacement loss", "loss added by transcoders in the place of MLPs", "nats per token"),
+    ("Transcoder", "replacement"): _of(
+        "replacement score", "influence of tokens over that of tokens and errors", "",
+        "comes to be explained by the transcoders' features"),
     ("LinearProbe", "selectivity"): _of(
         "probe selectivity", "accuracy of a linear probe less that on random labels", "",
         "comes to represent the labels linearly"),

@@ -15,9 +15,11 @@ from devmon.analysis.plots.curves import (
     plot_series,
 )
 from devmon.analysis.plots.events import plot_events, plot_matched
+from devmon.analysis.plots.feature_circuit import plot_feature_circuit
 from devmon.analysis.plots.heatmaps import plot_heads, plot_pairs, plot_similarity
 from devmon.analysis.plots.ladder import plot_ladder
 from devmon.analysis.plots.path import plot_essential
+from devmon.analysis.plots.steering import plot_steering
 from devmon.analysis.plots.style import step_axis, style
 from devmon.analysis.plots.summary import plot_order, plot_stages
 from devmon.analysis.plots.susceptibilities import plot_susceptibilities
@@ -42,6 +44,9 @@ __all__ = [  # noqa: RUF022
     "plot_essential",
     # tokens in the components of susceptibilities
     "plot_susceptibilities",
+    # features
+    "plot_feature_circuit",
+    "plot_steering",
     # events
     "plot_events",
     "plot_order",

@@ -96,6 +96,15 @@ CITED = {
     "ConceptDirection": (
         "Zou et al. (2023), Representation engineering: a top-down approach to AI transparency. arXiv:2310.01405",
     ),
+    "FeatureCircuit": (
+        "Marks et al. (2024), Sparse feature circuits: discovering and editing interpretable causal graphs in language "
+        "models. arXiv:2403.19647",
+    ),
+    "Transcoder": (
+        "Dunefsky et al. (2024), Transcoders find interpretable LLM feature circuits. arXiv:2406.11944",
+        "Ameisen et al. (2025), Circuit tracing: revealing computational graphs in language models. Transformer "
+        "Circuits Thread",
+    ),
     "Susceptibilities": (
         "Baker et al. (2025), Structural inference: interpreting small language models with susceptibilities. "
         "arXiv:2504.18274",

@@ -77,6 +77,61 @@ def pairs_figure(page: Page, name: str, data: xr.Dataset) -> Figure:
     return page.add(f"{name}-pairs", drawing, caption, Table(["pair", "first", "last"], table), [where])
 
 
+def feature_circuit_figure(page: Page, name: str, data: xr.Dataset) -> Figure:
+    """The feature circuit of the last step; its nodes and scores behind it."""
+    last = data.isel(step=-1)
+    drawing, _ = plots.plot_feature_circuit(last)
+    faithful = last["faithfulness"].sel(errors="ranked")
+    shares = ", ".join(f"{int(k)} nodes {number(float(f), 2)}" for k, f in zip(last["count"], faithful, strict=True))
+    caption = (
+        f"{name}: the features that the answer needs at the last step, and what each adds by way of another; a square "
+        f"is what a dictionary leaves over at a place. Faithfulness: {shares} (random nodes: "
+        f"{number(float(last['faithfulness_random'].max()), 2)} at most)."
+    )
+    keys = ("node_site", "node_latent", "node_pos", "score")
+    rows = []
+    for site, latent, pos, score in zip(*(last[key].values for key in keys), strict=True):
+        if site >= 0:
+            node = str(int(latent)) if latent >= 0 else f"error @{int(pos)}"
+            rows.append(Row([str(last["site"].values[int(site)]), node, number(float(score))]))
+    return page.add(f"{name}-circuit", drawing, caption, thinned(["site", "node", "score"], rows))
+
+
+def steering_figure(page: Page, name: str, data: xr.Dataset) -> Figure:
+    """Slopes and side effect of the direction that steers most; all directions at the last step behind it."""
+    drawing, _ = plots.plot_steering(data)
+    last = data.isel(step=-1, strength=0)
+    caption = (
+        f"{name}: what a step along the direction adds to the answer, and how far it moves the predictions of other "
+        "text, by strength in standard deviations of the states along it. A slope within the grey band is no more than "
+        "a random direction's."
+    )
+    keys = ("slope", "slope_se", "slope_p", "kl", "quantile")
+    columns = ["direction", "slope", "± SE", "p", "divergence", "quantile"]
+    rows = [
+        Row([str(each), *(number(float(last[key].values[i]), 3) for key in keys)])
+        for i, each in enumerate(last["direction"].values.tolist())
+    ]
+    return page.add(f"{name}-steering", drawing, caption, thinned(columns, rows))
+
+
+def directions_figure(page: Page, name: str, cosines: xr.Dataset) -> Figure:
+    """Cosines of a concept's mean-difference direction to that of the last step, by layer."""
+    mean = cosines.sel(estimator="mean", drop=True)
+    drawing, ax = plots.plot_heads(mean, "cosine")
+    most = float(mean["cosine_halves"].isel(step=-1).mean())
+    caption = (
+        f"{name}: cosine of the direction of each step to that of the last, by layer. Two halves of the pairs agree to "
+        f"{number(most, 2)} at the last step, random directions to {number(float(mean['cosine_random'].mean()), 2)}."
+    )
+    steps = mean["step"].values
+    rows = [Row([str(int(s)), *map(number, row)]) for s, row in zip(steps, mean["cosine"].values.tolist(), strict=True)]
+    columns = ["step", *(f"layer {int(layer)}" for layer in mean["layer"].values)]
+    labels = [f"layer={layer}" for layer in mean["layer"].values]
+    where = [heat(ax, steps[thin(len(steps), MAX_COLUMNS)].tolist(), labels)]
+    return page.add(f"{name}-directions", drawing, caption, thinned(columns, rows), where)
+
+
 def essential_figure(page: Page, name: str, dynamics: xr.Dataset) -> Figure:
     """The path of the outputs in their first components (`essential_dynamics`)."""
     drawing, _ = plots.plot_essential(dynamics)

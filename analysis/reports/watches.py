@@ -9,6 +9,7 @@ import xarray as xr
 
 from devmon.analysis.derive.circuit import circuit_overlap
 from devmon.analysis.derive.components import component_llc, is_component_llc
+from devmon.analysis.derive.directions import direction_cosine
 from devmon.analysis.derive.essential import essential_dynamics
 from devmon.analysis.derive.representation import similarity
 from devmon.analysis.derive.susceptibilities import sign_changes, susceptibility_components
@@ -22,12 +23,15 @@ from devmon.analysis.reports.glossary import TOPICS
 from devmon.analysis.reports.prose.words import called
 from devmon.analysis.reports.watch_figures import (
     components_figure,
+    directions_figure,
     essential_figure,
+    feature_circuit_figure,
     heads_figure,
     layers_figure,
     pairs_figure,
     positions_figure,
     square_figure,
+    steering_figure,
     susceptibilities_figure,
 )
 from devmon.analysis.run import has_rows
@@ -160,6 +164,12 @@ def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
         makers.append(lambda: [_overlap(page, name, data)])
     if "composition" in data and set(data["composition"].dims) == PAIR_DIMS:
         makers.append(lambda: [pairs_figure(page, name, data)])
+    if {"node_site", "edge"} <= set(data.data_vars):
+        makers.append(lambda: [feature_circuit_figure(page, name, data)])
+    if {"slope", "slope_random_sd", "kl"} <= set(data.data_vars):
+        makers.append(lambda: [steering_figure(page, name, data)])
+    if {"direction", "cosine_halves"} <= set(data.data_vars) and data.sizes["step"] > 1:
+        makers.append(lambda: [directions_figure(page, name, direction_cosine(data))])
     if "top_susceptibility" in data and data.sizes["step"] > 1:
         makers.append(lambda: _susceptibilities(page, name, data))
     blocks: list[Block] = []

@@ -97,7 +97,7 @@ class Anatomy(Parts):
 
     def need_causal(self, tokens: Tensor) -> None:
         """Raises InstrumentError for a model that sees the tokens (batch, pos) which it should predict."""
-        with suppress(IndexError):  # tokens that the model does not know are told by the pass that measures
+        with suppress(IndexError, TypeError, ValueError):  # what it cannot take is told by the pass that measures
             check_causal(self.model, tokens, self.who, watched=False)
 
     # -- activations -------------------------------------------------------------------------------------------------

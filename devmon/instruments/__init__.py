@@ -7,6 +7,7 @@ from devmon.instruments.concept_direction import ConceptDirection
 from devmon.instruments.copying import CopyingHeads
 from devmon.instruments.curvature import Curvature
 from devmon.instruments.evaluation import Evaluation
+from devmon.instruments.feature_circuit import FeatureCircuit
 from devmon.instruments.few_shot import FewShot
 from devmon.instruments.fourier_spectrum import FourierSpectrum
 from devmon.instruments.function_vectors import FunctionVectorHeads
@@ -42,6 +43,7 @@ from devmon.instruments.restricted_loss import RestrictedLoss
 from devmon.instruments.steering import Steering
 from devmon.instruments.superposition import Superposition
 from devmon.instruments.susceptibilities import Susceptibilities
+from devmon.instruments.transcoder import Transcoder
 from devmon.instruments.tuned_lens import TunedLens
 from devmon.instruments.weight_statistics import WeightStatistics
 
@@ -89,6 +91,8 @@ __all__ = [  # noqa: RUF022 (in groups)
     # features and directions
     "Steering",
     "ConceptDirection",
+    "FeatureCircuit",
+    "Transcoder",
     # weights and geometry
     "LLC",
     "RestrictedLLC",

@@ -22,6 +22,7 @@ from devmon.cost import Cost
 from devmon.data import broken_repeats, random_tokens, symbol_tasks
 from devmon.data.negation import NegationPrompts
 from devmon.errors import InstrumentError
+from devmon.features import Dictionary
 from devmon.instruments import Sketch
 from devmon.presets import vision
 from devmon.snapshot import Snapshot
@@ -70,6 +71,13 @@ def negated(x: Tensor) -> NegationPrompts:
 
 def pairs() -> Any:
     return broken_repeats(VOCAB, 8, 4, exclude=(0, 1, 2))
+
+
+def coder(centred: bool) -> Dictionary:
+    """A random dictionary of 40 latents for states of D numbers."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, D, generator=generator)
+    return Dictionary(rows.T.contiguous(), torch.zeros(40), 0.02 * rows, torch.zeros(D), centred=centred)
 
 
 def tasks() -> Any:
@@ -171,6 +179,21 @@ INSTRUMENTS = [
         lambda make, x: make(*x.repeat(2, 1)[:20].split(10), shuffles=2),
         (("estimator", "layer"),),
         tuple(name for name in ALL if name not in VISION),
+    ),
+    Case(
+        "feature_circuit",
+        "FeatureCircuit",
+        lambda make, x: make(pairs(), {("resid_post", 1): coder(True)}, steps=1, counts=(2,), random=1, top=2),
+        ((), ()),
+        nan=RARE,
+        told="backward passes of edges are of parts of the model",
+    ),
+    Case(
+        "transcoder",
+        "Transcoder",
+        lambda make, x: make({0: coder(False), 1: coder(False)}, x[:4], x[:2], most=2),
+        ((), ()),
+        told="backward passes of graphs go back part of the way",
     ),
     # weights
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),

@@ -1,6 +1,7 @@
 """Dictionaries of features: autoencoders, transcoders and crosscoders, their training, quality and files."""
 
 from devmon.features.dictionary import CrossLayer, Dictionary, Gate, Jump, Largest, Relu
+from devmon.features.files import load_dictionary, save_dictionary
 from devmon.features.objectives import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from devmon.features.sources import Held, Source, Streamed
 from devmon.features.training import Trained, Training, train
@@ -20,6 +21,9 @@ __all__ = [  # noqa: RUF022 (in groups)
     "JumpReLU",
     "Gated",
     "Matryoshka",
+    # files
+    "save_dictionary",
+    "load_dictionary",
     # training
     "Training",
     "Trained",

@@ -32,3 +32,12 @@ START_NORM = 1.0  # of the decoder's rows: at .1 (SAELens) BatchTopK finds 92% o
 # tokens, which a short run hardly reaches.
 DEAD_AFTER = 0.05
 KEEP = 0.99  # of the least score at each step, when its mean is moved on (dictionary_learning: .999; SAELens: .99)
+
+# What is told of a dictionary.
+DENSE = 0.1  # share of places in which a dense latent fires (Gao et al. 2024 use .1 and .01)
+TOP_PLACES = 10  # places of the largest activations that are kept of each latent
+TOP_TOKENS = 10  # tokens of a latent's lens
+BINS = (2, 4, 8, 16, 32, 64, 128, 256)  # of an activation, for its description length
+BITS_TOLERANCE = 0.01  # share of the variance that bins may move
+ANTIPODAL = -0.7  # cosine of two decoder rows that make a pair of opposites (Elhage et al. 2022: an ideal one is -1)
+MOST_PAIRS = 4096  # latents of which pairs are counted

@@ -129,6 +129,14 @@ class Dictionary(ByContent):
         """ŷ (…, d_out) of x (…, d)."""
         return self.decode(self.encode(x), x)
 
+    def pre_of(self, x: Tensor, latents: Tensor) -> Tensor:
+        """h of some latents, (…, latent)."""
+        return (x - self.b_dec if self.centred else x) @ self.W_enc[:, latents] + self.b_enc[latents]
+
+    def part_of(self, f: Tensor, latents: Tensor) -> Tensor:
+        """What some latents add to ŷ, of their f (…, latent), without the bias."""
+        return f @ self.W_dec[latents]
+
     def norms(self) -> Tensor:
         """(m,): ‖d_j‖, of a crosscoder Σ_t ‖d_j^t‖."""
         return self.W_dec.unflatten(1, (self.parts, -1)).norm(dim=-1).sum(-1)
@@ -210,6 +218,15 @@ class CrossLayer(ByContent):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))
+
+    def pre_of(self, x: Tensor, latents: Tensor) -> Tensor:
+        """h of some latents, (…, latent)."""
+        return self.pre(x)[..., latents]
+
+    def part_of(self, f: Tensor, latents: Tensor) -> Tensor:
+        """What some latents add to ŷ, of their f (…, latent), without the biases."""
+        whole = f.new_zeros(*f.shape[:-1], self.latents).index_copy(-1, latents, f)
+        return self.decode(whole) - self.b_dec.flatten()
 
     def norms(self) -> Tensor:
         """(layer · m,): the length of what a latent writes to all layers, side by side."""

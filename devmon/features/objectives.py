@@ -6,6 +6,7 @@ Errors ‖e‖² are summed over the outputs and averaged over places.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ from devmon.features.constants import (
     TANH_SLOPE,
 )
 from devmon.features.dictionary import Activation, Coder, Dictionary, Gate, Jump, Largest, Relu
+from devmon.features.sparse import Chosen, activations_at, decoded, k_of_all, k_of_each
 
 
 class Now(NamedTuple):
@@ -35,10 +37,11 @@ class Now(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The loss of a batch, latents f (n, m), the squared error a place, and the least score that was let through."""
+    """The loss of a batch, in how many places each latent fires (m,), the squared error a place, and the least score
+    that was let through, where that is one of all places."""
 
     loss: Tensor
-    f: Tensor
+    fires: Tensor
     error: Tensor
     least: Tensor | None = None
 
@@ -68,7 +71,7 @@ class ReLU(_Plain):
         f = coder.pre(x).relu()
         error = (y - coder.decode(f, x)).square().sum(-1).mean()
         penalty = (f @ coder.norms()).mean()
-        return Outcome(error + now.warm * strength(self.l1, coder) * penalty, f, error)
+        return Outcome(error + now.warm * strength(self.l1, coder) * penalty, (f > 0).sum(0), error)
 
     def activation(self, extra: dict[str, Tensor], least: Tensor) -> Activation:
         return Relu()
@@ -81,13 +84,7 @@ class TopK(_Plain):
     k: int = 32
 
     def loss(self, coder: Coder, extra: dict[str, Tensor], x: Tensor, y: Tensor, now: Now) -> Outcome:
-        h = coder.pre(x)
-        scores = h.detach() * coder.norms().detach()
-        chosen = scores.topk(self.k, dim=-1, sorted=False)
-        f = h.relu() * torch.zeros_like(h).scatter_(-1, chosen.indices, 1.0)
-        e = y - coder.decode(f, x)
-        error = e.square().sum(-1).mean()
-        return Outcome(error + revival(coder, h, e, now, chosen.values.amin(-1, keepdim=True)), f, error)
+        return _largest(coder, x, y, now, lambda scores: k_of_each(scores, self.k))[0]
 
     def activation(self, extra: dict[str, Tensor], least: Tensor) -> Activation:
         return Largest(self.k)
@@ -100,14 +97,10 @@ class BatchTopK(_Plain):
     In use a latent fires where its score exceeds one threshold, the mean of the least score that training let through.
     """
 
-    k: int = 32
+    k: float = 32
 
     def loss(self, coder: Coder, extra: dict[str, Tensor], x: Tensor, y: Tensor, now: Now) -> Outcome:
-        h = coder.pre(x)
-        f, least = _largest_of_batch(coder, h, self.k)
-        e = y - coder.decode(f, x)
-        error = e.square().sum(-1).mean()
-        return Outcome(error + revival(coder, h, e, now, least), f, error, least)
+        return _largest(coder, x, y, now, lambda scores: k_of_all(scores.relu(), self.k))[0]
 
     def activation(self, extra: dict[str, Tensor], least: Tensor) -> Activation:
         return Jump(least)
@@ -120,25 +113,19 @@ class Matryoshka(_Plain):
     The last prefix is all latents, and may be left out.
     """
 
-    k: int = 32
+    k: float = 32
     prefixes: tuple[int, ...] = ()
 
     def loss(self, coder: Coder, extra: dict[str, Tensor], x: Tensor, y: Tensor, now: Now) -> Outcome:
         if not isinstance(coder, Dictionary):
-            raise DataError(
-                "Matryoshka: prefixes are of the latents of one site; take another objective for many layers"
-            )
-        h = coder.pre(x)
-        f, least = _largest_of_batch(coder, h, self.k)
-
-        # The part of each prefix is added to that of the one before: the target less all of them is its error.
-        rest, total = y - coder.decode(torch.zeros_like(f), x), y.new_zeros(())
-        ends = [end for end in self.prefixes if end < coder.latents] + [coder.latents]
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            rest = rest - f[:, start:end] @ coder.W_dec[start:end]
-            error = rest.square().sum(-1).mean()
-            total = total + error
-        return Outcome(total + revival(coder, h, rest, now, least), f, error, least)
+            raise DataError("Matryoshka: prefixes are of latents of one site; take another objective for many layers")
+        outcome, values, chosen = _largest(coder, x, y, now, lambda scores: k_of_all(scores.relu(), self.k))
+        total = outcome.loss
+        for end in self.prefixes:
+            if end < coder.latents:
+                part = decoded(coder, values * (chosen.latents < end), chosen, x)
+                total = total + (y - part).square().sum(-1).mean()
+        return outcome._replace(loss=total)
 
     def activation(self, extra: dict[str, Tensor], least: Tensor) -> Activation:
         return Jump(least)
@@ -171,7 +158,7 @@ class JumpReLU:
         else:
             penalty = now.share * self.strength * torch.tanh(TANH_SLOPE * passed).sum(-1).mean()
             penalty = penalty + REVIVAL * ((theta - scores).relu() * now.dead).sum(-1).mean()
-        return Outcome(error + penalty, f, error)
+        return Outcome(error + penalty, (f > 0).sum(0), error)
 
     def activation(self, extra: dict[str, Tensor], least: Tensor) -> Activation:
         return Jump(extra["threshold"].clamp(min=0))
@@ -197,7 +184,7 @@ class Gated:
         opened = h.relu()
         gate = (y - held.decode(opened, x)).square().sum(-1).mean()
         penalty = (opened @ coder.norms().detach()).mean()  # else the decoder shrinks, and the gain makes up for it
-        return Outcome(error + gate + now.warm * strength(self.l1, coder) * penalty, f, error)
+        return Outcome(error + gate + now.warm * strength(self.l1, coder) * penalty, (f > 0).sum(0), error)
 
     def activation(self, extra: dict[str, Tensor], least: Tensor) -> Activation:
         return Gate(extra["log_gain"].exp(), extra["shift"])
@@ -208,36 +195,43 @@ def strength(l1: float | None, coder: Coder) -> float:
     return L1_PER_ROOT_WIDTH * (coder.outputs / coder.parts) ** 0.5 if l1 is None else l1
 
 
-def revival(coder: Coder, h: Tensor, e: Tensor, now: Now, least: Tensor) -> Tensor:
-    """What gives dead latents a gradient, for h (n, m), the error e (n, d_out) and the least score that fires.
+def revival(coder: Coder, x: Tensor, e: Tensor, now: Now, least: Tensor) -> Tensor:
+    """What gives dead latents a gradient, for inputs x (n, d), the error e (n, d_out) and the least score that fires.
 
     First they learn what is left: ‖ê − e‖² · min(dead / (d/2), 1), ê decoded without bias from the d/2 dead latents of
     largest h, e held (2406.04093 App. A.2, SAELens). While the learning rate falls, a pull to the least score,
     .1 Σ_dead relu(least − s) (as Anthropic, January 2025, all along), lets those fire that found nothing.
     """
-    count = int(now.dead.sum())
-    if not count:
+    at = now.dead.nonzero()[:, 0]
+    if not len(at):
         return e.new_zeros(())
+    h = coder.pre_of(x, at)  # (n, dead)
     if now.share > 1 - DECAY:
-        scores = h * coder.norms().detach()
-        return PULL * ((least - scores).relu() * now.dead).sum(-1).mean()
-    dead = now.dead
+        return PULL * (least - h * coder.norms().detach()[at]).relu().sum(-1).mean()
     most = max(1, coder.outputs // coder.parts // 2)
-    at = dead.nonzero()[:, 0]
-    values, chosen = h[:, at].topk(min(most, count), dim=-1, sorted=False)
-    f = torch.zeros_like(h).scatter(-1, at[chosen], values)
-    explained = coder.decode(f, torch.zeros(len(h), coder.inputs).to(h)) - coder.b_dec.flatten()
-    return AUXILIARY * min(count / most, 1.0) * (explained - e.detach()).square().sum(-1).mean()
+    values, chosen = h.topk(min(most, len(at)), dim=-1, sorted=False)
+    explained = coder.part_of(torch.zeros_like(h).scatter(-1, chosen, values), at)
+    return AUXILIARY * min(len(at) / most, 1.0) * (explained - e.detach()).square().sum(-1).mean()
 
 
-def _largest_of_batch(coder: Coder, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """f (n, m) of the k · n latents of largest score, and the least positive score among them."""
-    scores = (h.detach().relu() * coder.norms().detach()).flatten()
-    values, at = scores.topk(min(k * len(h), len(scores)), sorted=False)
-    kept = torch.zeros_like(scores).scatter_(0, at, 1.0).view_as(h)
-    positive = values[values > 0]
-    least = positive.min() if len(positive) else values.new_zeros(())
-    return h.relu() * kept, least
+def _largest(
+    coder: Coder, x: Tensor, y: Tensor, now: Now, choose: Callable[[Tensor], tuple[Chosen, Tensor]]
+) -> tuple[Outcome, Tensor, Chosen]:
+    """The loss of the latents that are chosen by their scores (n, m), their activations (pair,), and which they are."""
+    with torch.no_grad():
+        h = coder.pre(x)
+        chosen, least = choose(h * coder.norms())
+    if isinstance(coder, Dictionary):
+        values = activations_at(coder, x, h, chosen)
+        e = y - decoded(coder, values, chosen, x)
+    else:
+        values = coder.pre(x).relu()[chosen.places, chosen.latents]
+        f = torch.zeros_like(h).index_put((chosen.places, chosen.latents), values)
+        e = y - coder.decode(f, x)
+    error = e.square().sum(-1).mean()
+    fires = torch.bincount(chosen.latents[values > 0], minlength=coder.latents)
+    loss = error + revival(coder, x, e, now, least)
+    return Outcome(loss, fires, error, least if least.ndim == 0 else None), values, chosen
 
 
 class _Jump(torch.autograd.Function):

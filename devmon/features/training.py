@@ -29,8 +29,8 @@ class Training:
     """How a dictionary is trained: all that its numbers depend on, beside the source of activations.
 
     - `objective`: what is minimised (`devmon.features.objectives`)
-    - `width`: latents over the width of the site, 4 to 256; of a crosscoder and a cross-layer transcoder over that of
-      one part
+    - `width`: latents over the width of the site, 1 or more, mostly 4 to 256; of a crosscoder and a cross-layer
+      transcoder over that of one part
     - `steps` of Adam on batches of the source; `lr` None: 2e-4 at 16,384 latents, as 1 / √latents, 2e-3 at most
     - `form`: an autoencoder of one site; a transcoder from one to another, with a linear map beside it or not; a
       transcoder across layers
@@ -162,8 +162,7 @@ class State:
 
         # What is kept of the step: who fired, and the least score
         with torch.no_grad():
-            fired = (outcome.f > 0).any(0)
-            self.silent = torch.where(fired, 0, self.silent + 1)
+            self.silent = torch.where(outcome.fires > 0, 0, self.silent + 1)
             if outcome.least is not None:
                 self.least = torch.where(
                     self.least.isnan(), outcome.least, KEEP * self.least + (1 - KEEP) * outcome.least
@@ -175,7 +174,7 @@ class State:
             "step": float(self.step),
             "loss": outcome.loss.item(),
             "fvu": outcome.error.item() / float((y - y.mean(0)).square().sum(-1).mean()),
-            "l0": float((outcome.f > 0).sum(-1).double().mean()),
+            "l0": float(outcome.fires.sum()) / len(x),
             "dead": float(dead.double().mean()),
         }
         self.history.append(record)
@@ -252,14 +251,14 @@ def begin(training: Training, x: Tensor, y: Tensor) -> Coder:
         if y is not x:
             raise DataError("train: an autoencoder's targets are its inputs: give no target, or form='transcoder'")
         decoder = rows(latents, d).repeat(1, parts)
-        return Dictionary(decoder.T.contiguous(), x.new_zeros(latents), decoder, y.mean(0), parts=parts)
+        return Dictionary(decoder.T, x.new_zeros(latents), decoder, y.mean(0), parts=parts)
     if training.form == "cross-layer transcoder":
         encoder = torch.stack([rows(latents, d).T for _ in range(parts)])
         pairs = parts * (parts + 1) // 2
         decoder = torch.stack([rows(latents, out) for _ in range(pairs)])
         centre = torch.einsum("ld,ldm->lm", x.mean(0).view(parts, d), encoder)
         return CrossLayer(encoder.contiguous(), -centre, decoder, y.mean(0).view(parts, out).clone())
-    encoder = rows(latents, d).T.contiguous()
+    encoder = rows(latents, d).T
     skip = x.new_zeros(d, out) if training.form == "skip transcoder" else None
     return Dictionary(encoder, -x.mean(0) @ encoder, rows(latents, out), y.mean(0), W_skip=skip, centred=False)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from devmon.features import BatchTopK, Dictionary, Gated, JumpReLU, Matryoshka, ReLU, TopK
+from devmon.features.dictionary import tensors
 from devmon.features.objectives import Now, revival
-from tests.features.test_dictionary import cross_layer, dictionary, normal
+from tests.features.test_dictionary import CODERS, cross_layer, dictionary, normal
 
 X = normal(6, 4, seed=20)
 D, M = 4, 7
@@ -37,13 +38,14 @@ def test_l1_counts_what_a_latent_adds() -> None:
 
 def test_top_k_keeps_the_largest_contributions_not_activations() -> None:
     long = replace(CODER, W_dec=CODER.W_dec * torch.tensor([9.0, 1, 1, 1, 1, 1, 1]).double()[:, None])
-    f = TopK(2).loss(long, {}, X, X, ALIVE).f
-    h = long.pre(X)
+    h, f = long.pre(X), torch.zeros(len(X), M, dtype=torch.float64)
     for row in range(len(X)):
         order = (h[row] * long.norms()).argsort(descending=True)[:2]
-        expected = torch.zeros(M, dtype=torch.float64)
-        expected[order] = h[row, order].relu()
-        torch.testing.assert_close(f[row], expected)
+        f[row, order] = h[row, order].relu()
+    outcome = TopK(2).loss(long, {}, X, X, ALIVE)
+    torch.testing.assert_close(outcome.loss, squared(X - long.decode(f)))
+    assert outcome.fires.tolist() == (f > 0).sum(0).tolist()
+    assert outcome.least is None
 
 
 @pytest.mark.parametrize("objective", [BatchTopK(2), Matryoshka(2, (3,))])
@@ -52,12 +54,15 @@ def test_batch_top_k_spends_k_a_place_where_it_pays(objective: BatchTopK | Matry
     scores = (CODER.pre(X).relu() * CODER.norms()).flatten()
     least = scores.sort(descending=True).values[2 * len(X) - 1]
     torch.testing.assert_close(outcome.least, least)
-    torch.testing.assert_close(outcome.f, CODER.pre(X).relu() * (scores.view(6, M) >= least))
+    f = CODER.pre(X).relu() * (scores.view(6, M) >= least)
+    torch.testing.assert_close(outcome.error, squared(X - CODER.decode(f)))
+    assert outcome.fires.tolist() == (f > 0).sum(0).tolist()
 
 
 def test_matryoshka_adds_the_errors_of_its_prefixes() -> None:
     outcome = Matryoshka(2, (3, 5)).loss(CODER, {}, X, X, ALIVE)
-    ends = [squared(X - outcome.f[:, :end] @ CODER.W_dec[:end] - CODER.b_dec) for end in (3, 5, M)]
+    f = CODER.pre(X).relu() * (CODER.pre(X) * CODER.norms() >= outcome.least)
+    ends = [squared(X - f[:, :end] @ CODER.W_dec[:end] - CODER.b_dec) for end in (3, 5, M)]
     torch.testing.assert_close(outcome.loss, sum(ends, torch.zeros(()).double()))
     torch.testing.assert_close(outcome.error, ends[-1])
     torch.testing.assert_close(Matryoshka(2, (3, 5, M)).loss(CODER, {}, X, X, ALIVE).loss, outcome.loss)
@@ -114,12 +119,12 @@ def test_dead_latents_learn_what_is_left() -> None:
         best = sorted((int(j) for j in dead.nonzero()), key=lambda j: -float(h[row, j]))[:2]  # d / 2
         total += float((e[row] - sum(h[row, j] * CODER.W_dec[j] for j in best)).square().sum()) / len(X)
     now, least = ALIVE._replace(share=0.5), torch.tensor(1.5).double()
-    torch.testing.assert_close(float(revival(CODER, h, e, now._replace(dead=dead), least)), total)
+    torch.testing.assert_close(float(revival(CODER, X, e, now._replace(dead=dead), least)), total)
     one = torch.arange(M) == 3  # of two that could, one is dead: half the weight
     alone = 0.5 * squared(e - h[:, 3:4] * CODER.W_dec[3])
-    torch.testing.assert_close(revival(CODER, h, e, now._replace(dead=one), least), alone)
-    assert float(revival(CODER, h, e, now, least)) == 0
-    late = revival(CODER, h, e, Now(0.9, 1.0, one), least)
+    torch.testing.assert_close(revival(CODER, X, e, now._replace(dead=one), least), alone)
+    assert float(revival(CODER, X, e, now, least)) == 0
+    late = revival(CODER, X, e, Now(0.9, 1.0, one), least)
     torch.testing.assert_close(late, 0.1 * (1.5 - h[:, 3] * CODER.norms()[3]).relu().mean())
 
 
@@ -130,4 +135,32 @@ def test_every_objective_but_prefixes_is_one_of_many_layers() -> None:
     for objective in (ReLU(), TopK(3), BatchTopK(3), JumpReLU(), JumpReLU(target=3), Gated()):
         like = torch.zeros(coder.latents, dtype=torch.float64)
         outcome = objective.loss(coder, objective.extra(like), x, y, now)
-        torch.testing.assert_close(outcome.error, squared(y - coder.decode(outcome.f)))
+        assert torch.isfinite(outcome.loss)
+        if isinstance(objective, ReLU):
+            torch.testing.assert_close(outcome.error, squared(y - coder.decode(coder.pre(x).relu())))
+
+
+@pytest.mark.parametrize("objective", [TopK(2), BatchTopK(2)])
+@pytest.mark.parametrize("form", ["autoencoder", "transcoder", "crosscoder"])
+def test_gradients_of_the_few_are_those_of_all(objective: TopK | BatchTopK, form: str) -> None:
+    """What is coded at chosen pairs alone, against masks over all latents and autograd."""
+    start = CODER if form == "autoencoder" else CODERS[form]
+    assert isinstance(start, Dictionary)
+    leaves = {name: each.clone().requires_grad_() for name, each in tensors(start).items()}
+    coder = replace(start, **leaves)  # type: ignore[arg-type]
+    y = X if form != "transcoder" else normal(6, 3, seed=25)
+    now = ALIVE._replace(dead=torch.arange(M) < 2, share=0.5)
+    outcome = objective.loss(coder, {}, X, y, now)
+    few = torch.autograd.grad(outcome.loss, list(leaves.values()))
+
+    h = coder.pre(X)
+    scores = (h * coder.norms()).detach()
+    if isinstance(objective, TopK):
+        kept = torch.zeros_like(h).scatter(1, scores.topk(2, dim=1).indices, 1.0)
+    else:
+        kept = (scores >= scores.flatten().topk(12).values.min()).to(h)
+    e = y - coder.decode(h.relu() * kept, X)
+    dense = e.square().sum(-1).mean() + revival(coder, X, e, now, torch.tensor(0.0).double())
+    torch.testing.assert_close(outcome.loss, dense)
+    for name, one, other in zip(leaves, few, torch.autograd.grad(dense, list(leaves.values())), strict=True):
+        torch.testing.assert_close(one, other, msg=name)

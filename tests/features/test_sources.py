@@ -10,7 +10,7 @@ import torch
 from devmon.anatomy import Anatomy
 from devmon.errors import DataError, InstrumentError
 from devmon.features import BatchTopK, Held, Streamed, TopK, Training, train
-from devmon.features.sources import site_activations
+from devmon.features.sources import read_up_to, site_activations
 from tests.anatomy.families import CONFIGS, VOCAB, D
 from tests.instruments.test_instruments_families import CAUSAL, model_of
 
@@ -69,9 +69,9 @@ def test_a_dictionary_is_trained_on_any_family(name: str) -> None:
     """At every site that is a vector by place, and from an MLP's input to what it adds where that is the stream."""
     model = model_of(name)
     anatomy = Anatomy(model)
-    sites = ["resid_post", "z", "attn_out"] + (["mlp_out"] if anatomy.has_mlp else [])
+    sites = ["resid_post", "z", "attn_out", "normed"] + (["mlp_out"] if anatomy.has_mlp else [])
     for site in sites:
-        source = Streamed(model, TOKENS, [(site, 1)], batch=64)
+        source = Streamed(model, TOKENS, [(site, 0 if site == "normed" else 1)], batch=64)
         coder = train(Training(BatchTopK(2), width=1, steps=3), source).dictionary
         assert torch.isfinite(coder.W_dec).all()
     layered = [("mlp_in", 0), ("mlp_in", 1)], [("mlp_out", 0), ("mlp_out", 1)]
@@ -116,3 +116,21 @@ def test_a_site_that_is_not_there_is_refused(site: object, words: str) -> None:
 def test_fewer_places_than_latents_are_refused() -> None:
     with pytest.raises(DataError, match=f"{D * 20} latents need at least as many places, got 200"):
         train(Training(TopK(2), width=20, steps=2), stream())
+
+
+def test_no_later_layer_runs() -> None:
+    model, ran = model_of("gpt2"), []
+    blocks: Any = model.transformer.h  # type: ignore[union-attr]
+    handles = [block.register_forward_hook(lambda *_, at=i: ran.append(at)) for i, block in enumerate(blocks)]
+    handles.append(model.lm_head.register_forward_hook(lambda *_: ran.append("unembedding")))  # type: ignore[union-attr]
+    anatomy = Anatomy(model)
+    anatomy.run(TOKENS[:1])
+    _, reads = anatomy.run(TOKENS, [("mlp_out", 0), ("mlp_out", 1)])
+    for site, expected in ((("mlp_out", 0), [0]), (("mlp_out", 1), [0, 1])):
+        ran.clear()
+        early = read_up_to(anatomy, TOKENS, [site])
+        assert ran == expected
+        assert torch.equal(early[site], reads[site])
+    for handle in handles:
+        handle.remove()
+    assert not any(block._forward_pre_hooks for block in blocks)

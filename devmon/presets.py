@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from devmon.data import broken_repeats, symbol_tasks
 from devmon.data.words import Vocabulary, case_map, unpadded, vocabulary, word_tasks
 from devmon.errors import DataError
+from devmon.features.objectives import BatchTopK
+from devmon.features.training import Training
 from devmon.instruments import (
     LLC,
     ActivationPatching,
@@ -40,6 +42,7 @@ from devmon.instruments import (
     RepeatGain,
     ResidualAttribution,
     Sketch,
+    SparseAutoencoder,
     TunedLens,
     WeightStatistics,
 )
@@ -49,6 +52,8 @@ COUNT = 60  # observations of a run, in the tiers above `economy`
 # Prompts of patching and circuits, and the tokens of their first copy: while induction emerges, 128 prompts of 20 show
 # its effect at 6.0 standard errors where 32 of 8 show it at 2.4, below the 3 that a share needs.
 PAIRS, PERIOD = 128, 20
+# Of a dictionary at each of a tenth of the steps: 4 times the width, 8 latents a place, half a million places.
+DICTIONARY, DICTIONARY_BATCH = Training(BatchTopK(8), width=4, steps=1000), 512
 EXACT = 64  # heads that patching measures at a step: all of a small model, so that none comes and goes
 
 
@@ -165,6 +170,32 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
         return [*watches, Watch("function_vectors", FunctionVectorHeads(tasks), seldom)]
     watches.append(Watch("function_vectors", FunctionVectorHeads(tasks), seldom))
     return [*watches, Watch("fuzzy_induction", fuzzy, seldom)]
+
+
+def features(
+    tokens: Tensor,
+    *,
+    corpus: Tensor | None = None,
+    sites: Sequence[tuple[str, int]] = (("resid_post", 0),),
+    **shared: Unpack[Shared],
+) -> list[Watch]:
+    """`full`, and a sparse autoencoder of each site, trained anew at a tenth of the steps.
+
+    It learns from `corpus` (sequence, pos), or from `tokens` without it, and is scored on `tokens`; the fewer tokens,
+    the more it learns by heart (`fvu_train` beside `fvu`). `sites` are names and layers, such as ("mlp_out", 3). A
+    dictionary is half a million places of training, some minutes for a model of a hundred million weights on a CPU.
+    More watches: features-resid_post-0, one a site.
+    """
+    shared.setdefault("count", COUNT)
+    watches = full(tokens, corpus=corpus, **shared)
+    pad = _known(shared).pad
+    held_out = unpadded(tokens, pad)
+    learnt = held_out if corpus is None else unpadded(corpus, pad)
+    rarely = log_spaced(max(2, shared["count"] // 10), shared["last"])
+    for name, layer in sites:
+        dictionary = SparseAutoencoder(learnt, held_out, (name, layer), DICTIONARY, batch=DICTIONARY_BATCH)
+        watches.append(Watch(f"features-{name}-{layer}", dictionary, rarely))
+    return watches
 
 
 def _known(shared: Shared) -> Vocabulary:

@@ -1,5 +1,6 @@
 """Dictionaries of features: autoencoders, transcoders and crosscoders, their training, quality and files."""
 
+from devmon.features.crosscoder import Crosscoded, crosscode, lengths, unembeddings
 from devmon.features.dictionary import CrossLayer, Dictionary, Gate, Jump, Largest, Relu
 from devmon.features.files import load_dictionary, save_dictionary
 from devmon.features.objectives import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
@@ -21,6 +22,11 @@ __all__ = [  # noqa: RUF022 (in groups)
     "JumpReLU",
     "Gated",
     "Matryoshka",
+    # over snapshots
+    "crosscode",
+    "Crosscoded",
+    "lengths",
+    "unembeddings",
     # files
     "save_dictionary",
     "load_dictionary",

@@ -6,8 +6,10 @@ from devmon.instruments.composition import Composition
 from devmon.instruments.concept_direction import ConceptDirection
 from devmon.instruments.copying import CopyingHeads
 from devmon.instruments.curvature import Curvature
+from devmon.instruments.dictionary_quality import DictionaryQuality
 from devmon.instruments.evaluation import Evaluation
 from devmon.instruments.feature_circuit import FeatureCircuit
+from devmon.instruments.feature_lens import FeatureLens
 from devmon.instruments.few_shot import FewShot
 from devmon.instruments.fourier_spectrum import FourierSpectrum
 from devmon.instruments.function_vectors import FunctionVectorHeads
@@ -40,6 +42,8 @@ from devmon.instruments.representation_sketch import Sketch
 from devmon.instruments.residual_attribution import ResidualAttribution
 from devmon.instruments.restricted_llc import RestrictedLLC
 from devmon.instruments.restricted_loss import RestrictedLoss
+from devmon.instruments.site_activations import SiteActivations
+from devmon.instruments.sparse_autoencoder import SparseAutoencoder
 from devmon.instruments.steering import Steering
 from devmon.instruments.superposition import Superposition
 from devmon.instruments.susceptibilities import Susceptibilities
@@ -93,6 +97,10 @@ __all__ = [  # noqa: RUF022 (in groups)
     "ConceptDirection",
     "FeatureCircuit",
     "Transcoder",
+    "SparseAutoencoder",
+    "DictionaryQuality",
+    "FeatureLens",
+    "SiteActivations",
     # weights and geometry
     "LLC",
     "RestrictedLLC",

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from devmon.errors import DataError
 
-PRESETS = ("economy", "standard", "full")
+PRESETS = ("economy", "standard", "full", "features")
 ENGINES = ("processes", "ray", "slurm")  # the modules of devmon.offline.engines
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 NO_LLC = ("none",)  # --llc none
@@ -49,7 +49,7 @@ class Plan:
         "path/to/script.py:name or package.module:name: the model, the watches, or (model, watches).", None
     )
     preset: str | None = option(
-        "economy, standard or full: the usual watches for a language model.", None, among=PRESETS,
+        "economy, standard, full or features: the usual watches for a language model.", None, among=PRESETS,
         show_default="standard, where there are tokens",
     )  # fmt: skip
     tokens: str | None = option(

@@ -22,7 +22,7 @@ from devmon.cost import Cost
 from devmon.data import broken_repeats, random_tokens, symbol_tasks
 from devmon.data.negation import NegationPrompts
 from devmon.errors import InstrumentError
-from devmon.features import Dictionary
+from devmon.features import BatchTopK, Dictionary, Largest, Training
 from devmon.instruments import Sketch
 from devmon.presets import vision
 from devmon.snapshot import Snapshot
@@ -82,6 +82,11 @@ def coder(centred: bool) -> Dictionary:
 
 def tasks() -> Any:
     return symbol_tasks(VOCAB, tasks=2, prompts=4, shots=3, symbols=5, exclude=(0, 1, 2))
+
+
+def features() -> Dictionary:
+    drawn = torch.randn(D, 2 * D, generator=torch.Generator().manual_seed(0))
+    return Dictionary(drawn, torch.zeros(2 * D), drawn.T / D, torch.zeros(D), Largest(4))
 
 
 ALL = tuple(CONFIGS)
@@ -195,6 +200,17 @@ INSTRUMENTS = [
         ((), ()),
         told="backward passes of graphs go back part of the way",
     ),
+    Case(
+        "sparse_autoencoder",
+        "SparseAutoencoder",
+        lambda make, x: make(x, x[:6], ("resid_post", 1), Training(BatchTopK(4), width=1, steps=3), batch=64),
+        ((), (), ()),
+        nan=RARE,
+        told="in whole blocks",
+    ),
+    Case("dictionary_quality", "DictionaryQuality", lambda make, x: make(x, features(), ("attn_out", 0)), (), nan=RARE),
+    Case("feature_lens", "FeatureLens", lambda make, x: make(features(), ("resid_post", 1)), (), CAUSAL),
+    Case("site_activations", "SiteActivations", lambda make, x: make(x, ("resid_post", 1)), ((),), (*CAUSAL, *MASKED)),
     # weights
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]

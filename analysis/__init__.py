@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from devmon.analysis.derive.components import component_llc as component_llc
     from devmon.analysis.derive.directions import direction_cosine as direction_cosine
     from devmon.analysis.derive.essential import essential_dynamics as essential_dynamics
+    from devmon.analysis.derive.features import feature_matches as feature_matches
+    from devmon.analysis.derive.features import lens_overlap as lens_overlap
     from devmon.analysis.derive.influence import transition_data as transition_data
     from devmon.analysis.derive.ladder import ladder as ladder
     from devmon.analysis.derive.llc import llc as llc
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from devmon.analysis.transitions.alarms import Alarm as Alarm
     from devmon.analysis.transitions.alarms import Looks as Looks
     from devmon.analysis.transitions.alarms import provisional as provisional
+    from devmon.analysis.transitions.features import feature_births as feature_births
     from devmon.analysis.transitions.mirage import mirage_guard as mirage_guard
     from devmon.analysis.transitions.mirage import twins_of as twins_of
     from devmon.analysis.transitions.order import lead_lag as lead_lag
@@ -65,6 +68,8 @@ _HOME = {
     "susceptibility_components": "derive.susceptibilities",
     "sign_changes": "derive.susceptibilities",
     "transition_data": "derive.influence",
+    "feature_matches": "derive.features",
+    "lens_overlap": "derive.features",
     "series_of": "derive.watch_series",
     "Series": "series",
     # where training changed phase
@@ -75,6 +80,7 @@ _HOME = {
     "detect": "detection.search",
     "lead_lag": "transitions.order",
     "stages": "transitions.stages",
+    "feature_births": "transitions.features",
     # the same while training goes on
     "Alarm": "transitions.alarms",
     "Looks": "transitions.alarms",

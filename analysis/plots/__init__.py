@@ -16,6 +16,7 @@ from devmon.analysis.plots.curves import (
 )
 from devmon.analysis.plots.events import plot_events, plot_matched
 from devmon.analysis.plots.feature_circuit import plot_feature_circuit
+from devmon.analysis.plots.features import plot_births, plot_crosscoder, plot_densities
 from devmon.analysis.plots.heatmaps import plot_heads, plot_pairs, plot_similarity
 from devmon.analysis.plots.ladder import plot_ladder
 from devmon.analysis.plots.path import plot_essential
@@ -42,6 +43,10 @@ __all__ = [  # noqa: RUF022
     "plot_pairs",
     # the path of the outputs
     "plot_essential",
+    # features of dictionaries
+    "plot_densities",
+    "plot_births",
+    "plot_crosscoder",
     # tokens in the components of susceptibilities
     "plot_susceptibilities",
     # features

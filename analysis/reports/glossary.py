@@ -54,7 +54,19 @@ TOPICS = (  # sections of a report: key, title, and the instruments whose watche
         ("Sketch", "LayerRoles", "IntrinsicDimension", "Superposition", "Polysemanticity"),
     ),
     ("lenses", "Lenses and probes", ("LogitLens", "TunedLens", "LinearProbe", "MDLProbe")),
-    ("features", "Features and directions", ("FeatureCircuit", "Transcoder", "Steering", "ConceptDirection")),
+    (
+        "features",
+        "Features and directions",
+        (
+            "SparseAutoencoder",
+            "DictionaryQuality",
+            "FeatureLens",
+            "FeatureCircuit",
+            "Transcoder",
+            "Steering",
+            "ConceptDirection",
+        ),
+    ),
     ("components", "λ̂ of components", ("RestrictedLLC",)),
     ("circuits", "Circuits and composition", ("Circuit", "Composition", "ActivationPatching", "ResidualAttribution")),
 )

@@ -17,6 +17,7 @@ from devmon.analysis.derive.watch_series import MAX_ELEMENTS, followed, is_llc
 from devmon.analysis.plots.style import thin
 from devmon.analysis.reports.content import Block, Figure, Heading, Paragraph
 from devmon.analysis.reports.drawing import Page
+from devmon.analysis.reports.feature_figures import births_blocks, densities_figure
 from devmon.analysis.reports.figures import PANELS, bands, stack
 from devmon.analysis.reports.findings import Findings
 from devmon.analysis.reports.glossary import TOPICS
@@ -172,6 +173,10 @@ def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
         makers.append(lambda: [directions_figure(page, name, direction_cosine(data))])
     if "top_susceptibility" in data and data.sizes["step"] > 1:
         makers.append(lambda: _susceptibilities(page, name, data))
+    if "density" in data and {"step", "latent"} <= set(data["density"].dims) and data.sizes["step"] > 1:
+        makers.append(lambda: [densities_figure(page, name, data)])
+        if "moved" not in data or not data["moved"].isnull().all():
+            makers.append(lambda: births_blocks(page, name, data))
     blocks: list[Block] = []
     for make in makers:
         try:

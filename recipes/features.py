@@ -1,0 +1,302 @@
+"""Features over training: dictionaries of a small language model at its MLP and its stream, born around induction.
+
+What it shows, with the text of `recipes/language_model.py` and its model with an MLP in each layer:
+- a star of dictionaries (BatchTopK, 2412.06410): one is trained at the last checkpoint, and from it one at each earlier
+  one, so that latent j is the same feature at all steps; which latents are born, when, with intervals of the detector,
+  how many of them with the induction heads, and the contexts that they fire in;
+- how many features a step shares with the one before, beside the null: what two seeds of one step share;
+- a crosscoder over six checkpoints (Lindsey et al. 2024): lengths of one dictionary in all of them;
+- a control in which the births are known: sparse sums of planted directions, 16 of 48 of which begin at a known step.
+
+Cost: `--fast`, a context of 32 characters, 900 steps: two minutes on one core. By default a quarter of an hour.
+
+Expect: every planted birth found, inside its interval, and none beside them; latents born in the stream between the
+half-way steps of prefix matching; a dictionary of the last step that recovers more than .8 of the loss at the MLP.
+Figures to expect: OUT/births.png, a raster whose births gather at the transition; OUT/crosscoder.png.
+
+Writes OUT/trajectory.zarr, OUT/checkpoints/, OUT/dictionaries/ (folders that SAELens reads), OUT/report.html,
+OUT/births.png, OUT/densities.png, OUT/crosscoder.png, OUT/results.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+import xarray as xr
+from rich.console import Console
+from torch import nn
+
+from devmon import Trajectory, Watch, every, log_spaced
+from devmon.analysis import feature_births, feature_matches, plots, report
+from devmon.anatomy import Anatomy
+from devmon.callbacks import checkpoints
+from devmon.data.text import Text, read_text
+from devmon.features import BatchTopK, Dictionary, Streamed, crosscode, save_dictionary, train
+from devmon.features import Training as DictionaryTraining
+from devmon.features.sources import site_activations
+from devmon.instruments import InductionHeads, ProbeLoss, SparseAutoencoder
+from devmon.offline.source import with_weights
+from devmon.recipes import language_model as lm
+from devmon.recipes.common import Check, conclude, crossing, fit, measure_checkpoints, one_line_errors, table
+from devmon.testing.planted import Planted, best_cosines, directions
+
+STREAM, MLP = ("resid_post", 1), ("mlp_out", 1)
+NAMES = {"stream": STREAM, "mlp": MLP}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A size of the study: `observed` checkpoints have a dictionary of `fits` steps."""
+
+    steps: int = 2000
+    context: int = lm.CONTEXT
+    observed: int = 24
+    fits: int = 1500
+    planted: int = 800
+
+
+FULL = Form()
+FAST = Form(steps=900, context=32, observed=14, fits=250, planted=400)
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+class Block(lm.Block):
+    """Attention, then an MLP, each after a norm of its own."""
+
+    def __init__(self, width: int, heads: int, context: int) -> None:
+        super().__init__(width, heads, context)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class WithMLP(lm.AttentionOnly):
+    """The demo's model with an MLP in each layer."""
+
+    anatomy = replace(lm.AttentionOnly.anatomy, neurons="mlp.2", mlp_norm="mlp_norm")
+
+    def __init__(self, vocab: int, context: int = lm.CONTEXT) -> None:
+        super().__init__(vocab, context=context)
+        self.blocks = nn.ModuleList(Block(lm.WIDTH, lm.HEADS, context) for _ in range(lm.LAYERS))
+
+
+class Training(lm.Training):
+    def __init__(self, text: Text, *, seed: int, context: int) -> None:
+        super().__init__(text, seed=seed, repeats=True, context=context)
+        self.net = WithMLP(len(text.alphabet), context=context)
+
+
+# -- a run of features that are known --------------------------------------------------------------------------------
+
+
+def planted_run(steps: int) -> dict[str, Any]:
+    """A star over 12 checkpoints of 32 old features and 16 that begin at a known one; what `feature_births` says."""
+    d, old, new = 32, 32, 16
+    rows = directions(old + new, d, seed=7)
+    begins = np.array([0] * old + [2 + 8 * i // new for i in range(new)])  # index of the first checkpoint with it
+    moments = [0, *(int(x) for x in np.geomspace(10, 3000, 11))]
+    training = DictionaryTraining(BatchTopK(3), width=3, steps=steps)
+
+    def source(at: int, seed: int) -> Planted:
+        return Planted(rows * torch.tensor(begins <= at)[:, None], 3 / len(rows), batch=512, seed=seed)
+
+    reference = train(training, source(len(moments) - 1, 1)).dictionary
+    assert isinstance(reference, Dictionary)
+    latent = _latents_of(rows, reference.W_dec)
+    shorter = replace(training, steps=steps // 3, lr=1e-3)
+    density, error = [], []
+    for at in range(len(moments)):
+        star = train(shorter, source(at, 1), start=reference).dictionary
+        fires = torch.stack([(star.encode(source(at, 2)(i)[0]) > 0).float().mean(0) for i in range(40)]).double()
+        density.append(fires.mean(0).numpy())
+        error.append((fires.std(0) / 40**0.5).numpy())
+    dataset = xr.Dataset(
+        {"density": (("step", "latent"), np.array(density)), "density_se": (("step", "latent"), np.array(error))},
+        coords={"step": moments, "latent": np.arange(reference.latents)},
+    )
+    births = feature_births(dataset)
+    born = births["born"].values[latent]
+    truth = [(moments[begin - 1], moments[begin]) for begin in begins[old:]]
+    low, high = (births[f"born_{end}"].values[latent[old:]] for end in ("low", "high"))
+    inside = [a <= right and left <= b for (left, right), a, b in zip(truth, low, high, strict=True)]
+    return {
+        "found": int(np.isfinite(born[old:]).sum()),
+        "inside": int(np.sum(inside)),
+        "false": int(np.isfinite(born[:old]).sum()),
+        "cosine": float(best_cosines(reference.W_dec, rows).mean()),
+    }
+
+
+def _latents_of(rows: torch.Tensor, decoder: torch.Tensor) -> np.ndarray:
+    unit = decoder / decoder.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    return np.asarray((rows @ unit.T).argmax(1).numpy())
+
+
+# -- a run of the model ----------------------------------------------------------------------------------------------
+
+
+def tokens_of(text: Text, count: int, name: str, context: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(lm.derive_seed(0, "features", name))
+    return lm.mixture(text, count, generator, repeats=True, held_out=name == "held out", context=context)
+
+
+def one_run(out: Path, text: Text, form: Form, console: Console) -> Trajectory:
+    plain = tokens_of(text, 128, "held out", form.context)
+    often = log_spaced(36, form.steps) | every(max(1, form.steps // 50), stop=form.steps)
+    watches = [
+        Watch("loss", ProbeLoss(plain), often),
+        Watch("induction", InductionHeads(len(text.alphabet), length=form.context), often),
+    ]
+    return fit(
+        out,
+        lambda: Training(text, seed=0, context=form.context),
+        watches,
+        steps=form.steps,
+        saved=log_spaced(form.observed, form.steps, first=max(1, form.steps // 100)),
+        seed=0,
+        console=console,
+        title="Features of a small language model",
+        settings={"text": text.sha256, **vars(form)},
+        data=text.source,
+    )
+
+
+def star(out: Path, run: Trajectory, text: Text, form: Form, console: Console) -> None:
+    """Dictionaries of both sites at every checkpoint: from that of the last one, and at a few with two fresh seeds."""
+    net = WithMLP(len(text.alphabet), context=form.context)
+    saved = checkpoints(out / "checkpoints")
+    last = max(saved)
+    learnt, held_out = (
+        tokens_of(text, count, name, form.context) for count, name in ((4000, "learnt"), (256, "held out"))
+    )
+    training = DictionaryTraining(BatchTopK(6), width=3, steps=form.fits)
+    for name, site in NAMES.items():
+        console.print(f"a dictionary of {name} at step {last}, and from it one at each of {len(saved)} checkpoints")
+        model = with_weights(net, saved[last])
+        source = Streamed(model, learnt, [site], batch=512)
+        reference = train(training, source).dictionary
+        assert isinstance(reference, Dictionary)
+        save_dictionary(reference, out / "dictionaries" / name, site, context_size=form.context, step=last)
+        shorter = replace(training, steps=form.fits // 3, lr=1e-3)
+        watch = SparseAutoencoder(learnt, held_out, site, shorter, start=reference, batch=512)
+        watches = [Watch(f"features-{name}", watch, range(last + 1))]
+        if name == "stream":
+            few = sorted(saved)[:: max(1, len(saved) // 5)]
+            fresh = SparseAutoencoder(learnt, held_out, site, training, batch=512)
+            twin = replace(fresh, training=replace(training, seed=1))
+            watches += [Watch("fresh", fresh, few), Watch("fresh-twin", twin, few)]
+        measure_checkpoints(out, net, watches, run)
+
+
+def crosscoder(out: Path, text: Text, form: Form) -> xr.Dataset:
+    """Lengths over six checkpoints of the stream."""
+    net = WithMLP(len(text.alphabet), context=form.context)
+    saved = checkpoints(out / "checkpoints")
+    steps = sorted(saved)[:: -(len(saved) // 6)][::-1]
+    tokens = tokens_of(text, 700, "learnt", form.context)
+    states = []
+    for at in steps:
+        states.append(site_activations(Anatomy(with_weights(net, saved[at])), tokens, [STREAM])[0])
+    training = DictionaryTraining(BatchTopK(8), width=4, steps=form.fits)
+    return crosscode(states, steps, training, batch=512).table
+
+
+def contexts(text: Text, tokens: torch.Tensor, row: xr.Dataset, latent: int, count: int = 4) -> list[str]:
+    """The characters before the places where a latent is largest, and that place behind a ▸."""
+    named = []
+    for place in row["top_place"].sel(latent=latent).values[:count]:
+        if place >= 0:
+            sequence, at = divmod(int(place), tokens.shape[1])
+            window = [text.alphabet[int(i)] for i in tokens[sequence, max(0, at - 12) : at + 1]]
+            named.append(repr("".join(window[:-1]))[1:-1] + "▸" + repr(window[-1])[1:-1])
+    return named
+
+
+def main(out: Path, form: Form, console: Console) -> None:
+    torch.set_num_threads(1)
+    console.print("features that are known: when is each born?")
+    known = planted_run(form.planted)
+    text = read_text()
+    run = one_run(out, text, form, console)
+    star(out, run, text, form, console)
+    console.print("a crosscoder over six checkpoints")
+    shared = crosscoder(out, text, form)
+
+    # When features are born, beside the transition of the heads
+    prefix = run["induction"]["prefix_matching"].max(("layer", "head"))
+    level = float(prefix[-1])
+    transition = [crossing(prefix["step"], prefix.values, share * level) for share in (0.1, 0.9)]
+    stream = run["features-stream"]
+    births = feature_births(stream)
+    born = births["born"].values
+    wide = [transition[0] / 2, transition[1] * 2]
+    within = np.flatnonzero((born >= wide[0]) & (born <= wide[1]))
+    matches = feature_matches(run["fresh"], run["fresh-twin"])
+    for name, (figure, _) in {
+        "births": plots.plot_births(births),
+        "densities": plots.plot_densities(stream),
+        "crosscoder": plots.plot_crosscoder(shared),
+    }.items():
+        figure.savefig(out / f"{name}.png", dpi=150)
+    held_out = tokens_of(text, 256, "held out", form.context)
+    last = stream.isel(step=-1)
+    strongest = within[np.argsort(-last["density"].values[within])][:8]
+    rows = [(int(j), f"{born[j]:.0f}", "   ".join(contexts(text, held_out, last, int(j)))) for j in strongest]
+    console.print(table("born with the induction heads", ["latent", "step", "where it is largest"], rows))
+    report(run, out / "report.html", figures=out / "figures")
+    quality = {name: run[f"features-{name}"].isel(step=-1) for name in NAMES}
+    facts = {
+        "planted": known,
+        "transition": transition,
+        "births": {"all": int(np.isfinite(born).sum()), "with induction": len(within), "latents": len(born)},
+        "shared with the step before": matches["same"].values.tolist(),
+        "shared by two seeds": matches["twin_same"].values.tolist(),
+        "crosscoder FVU": shared["fvu"].values.tolist(),
+        "contexts": {str(row[0]): row[2] for row in rows},
+    }
+    conclude(out, checks(facts, quality), console, facts)
+
+
+def checks(facts: dict[str, Any], quality: dict[str, xr.Dataset]) -> list[Check]:
+    known, births = facts["planted"], facts["births"]
+    listed = [
+        Check("planted births found, of 16", known["found"], 16, 16, "exact: 16"),
+        Check("of these inside their interval", known["inside"], 16, 16, "exact: 16"),
+        Check("false births among 32 that are there all along", known["false"], 0, 0, "exact: 0"),
+        Check("mean best cosine to the planted directions", known["cosine"], 0.96, 1),
+        Check("features born, as a share", births["all"] / births["latents"], 0.02, 1),
+        Check("of these within a factor of two of the induction transition", births["with induction"], 1),
+    ]
+    for name, row in quality.items():
+        listed.append(Check(f"FVU of the {name}, last step", float(row["fvu"]), 0, 0.5))
+        if np.isfinite(recovered := float(row["loss_recovered_zero"])):
+            listed.append(Check(f"loss recovered at the {name}, last step", recovered, 0.6, 1.05))
+    return listed
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(help="Dictionaries of a small language model over its training: features born, and when.")
+def run(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/features"),
+    fast: Annotated[bool, typer.Option("--fast", help="A short run, and a check of its numbers.")] = False,
+) -> None:
+    console = Console(stderr=True)
+    with one_line_errors(console):
+        main(out, FAST if fast else FULL, console)
+        console.print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

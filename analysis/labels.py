@@ -53,10 +53,6 @@ KNOWN: dict[tuple[str, str], Label] = {
         "function vector", "gain of the answer when the mean of the heads is put in", "nats", "forms function vectors"),
     ("FunctionVectorHeads", "logit_effect"): _of(
         "function-vector head", "effect of a head's mean on the answer", "logits", "forms function-vector heads"),
-    ("ConceptDirection", "auc"): _of(
-        "concept's direction", "held-out AUC of a direction", "", "comes to represent the concept as a direction"),
-    ("Steering", "slope"): _of(
-        "steering", "change of the answer by a step along a direction", "logits", "becomes steerable"),
     ("Evaluation", "accuracy"): _of("accuracy", "share of right answers", "", "learns the task"),
     ("FewShot", "score"): _of(
         "few-shot score", "loss on the last example less that on the first", "nats", "", "learns from examples"),
@@ -142,6 +138,17 @@ KNOWN: dict[tuple[str, str], Label] = {
         "gathers the effect in few features"),
     ("FeatureCircuit", "signal"): _of(
         "features' effect", "logit difference with all features less that with none", "logits", "learns the task"),
+    ("SparseAutoencoder", "fvu"): _of("unexplained by the dictionary", "fraction of variance unexplained", ""),
+    ("SparseAutoencoder", "l0"): _of("latents in use", "mean number of latents that are on", "latents"),
+    ("SparseAutoencoder", "loss_recovered_zero"): _of(
+        "loss recovered", "loss recovered by the dictionary against zero ablation", ""),
+    ("DictionaryQuality", "fvu"): _of("unexplained by the dictionary", "fraction of variance unexplained", ""),
+    ("DictionaryQuality", "l0"): _of("latents in use", "mean number of latents that are on", "latents"),
+    ("DictionaryQuality", "loss_recovered_zero"): _of(
+        "loss recovered", "loss recovered by the dictionary against zero ablation", ""),
+    ("FeatureLens", "mean_kurtosis"): _of("focus of latents on tokens", "mean kurtosis of latents' logits", ""),
+    ("FeatureLens", "above"): _of("latents that name tokens", "share of latents with a kurtosis above the null", ""),
+    ("SiteActivations", "norm"): _of("norm of the states", "mean norm of the activations", ""),
     ("Steering", "slope"): _of(
         "steering slope", "what a step along the direction adds to the answer", "nats per unit",
         "answers more to the direction", "answers less to the direction"),

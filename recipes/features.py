@@ -180,6 +180,10 @@ def star(out: Path, run: Trajectory, text: Text, form: Form, console: Console) -
         tokens_of(text, count, name, form.context) for count, name in ((4000, "learnt"), (256, "held out"))
     )
     training = DictionaryTraining(BatchTopK(6), width=3, steps=form.fits)
+
+    def told(step: int, steps: int, record: dict[str, float]) -> None:
+        status.update(f"step {step} of {steps}: FVU {record['fvu']:.3f}, L0 {record['l0']:.1f}")
+
     for name, site in NAMES.items():
         console.print(f"a dictionary of {name} at step {last}, and from it one at each of {len(saved)} checkpoints")
         model = with_weights(net, saved[last])
@@ -188,14 +192,15 @@ def star(out: Path, run: Trajectory, text: Text, form: Form, console: Console) -
         assert isinstance(reference, Dictionary)
         save_dictionary(reference, out / "dictionaries" / name, site, context_size=form.context, step=last)
         shorter = replace(training, steps=form.fits // 3, lr=1e-3)
-        watch = SparseAutoencoder(learnt, held_out, site, shorter, start=reference, batch=512)
+        watch = SparseAutoencoder(learnt, held_out, site, shorter, start=reference, batch=512, progress=told)
         watches = [Watch(f"features-{name}", watch, range(last + 1))]
         if name == "stream":
             few = sorted(saved)[:: max(1, len(saved) // 5)]
             fresh = SparseAutoencoder(learnt, held_out, site, training, batch=512)
             twin = replace(fresh, training=replace(training, seed=1))
             watches += [Watch("fresh", fresh, few), Watch("fresh-twin", twin, few)]
-        measure_checkpoints(out, net, watches, run)
+        with console.status("") as status:
+            measure_checkpoints(out, net, watches, run)
 
 
 def crosscoder(out: Path, text: Text, form: Form) -> xr.Dataset:

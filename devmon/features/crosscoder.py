@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from devmon.anatomy.anatomy import Anatomy
 from devmon.errors import DataError
 from devmon.features.dictionary import Dictionary
 from devmon.features.sources import Held
-from devmon.features.training import Training, train
+from devmon.features.training import Progress, Training, train
 from devmon.snapshot import derive_seed
 
 THERE = 0.1  # share of its largest length from which a latent is in a snapshot (Lindsey et al. 2024)
@@ -37,7 +37,7 @@ def crosscode(
     batch: int = 4096,
     seed: int = 0,
     file: Path | None = None,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
 ) -> Crosscoded:
     """Train a crosscoder of the same places in every snapshot, and tell when each latent is there (Lindsey 2024).
 

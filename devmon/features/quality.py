@@ -33,6 +33,8 @@ class Quality(NamedTuple):
     top_activation: np.ndarray
     bits: float
     gaussian: dict[str, float]
+    mean_state: np.ndarray  # (sequence, d) and (sequence, latent): means over places
+    mean_f: np.ndarray
 
 
 def quality(
@@ -91,6 +93,8 @@ def quality(
             top_activation,
             description_length(f.flatten(0, 1), coder.W_dec, float(sums["variance"].sum())),
             _gaussian(coder, x.flatten(0, 1)),
+            x.mean(1).double().cpu().numpy(),
+            f.mean(1).double().cpu().numpy(),
         )
 
 

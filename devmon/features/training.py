@@ -21,6 +21,7 @@ from devmon.files import write_whole
 from devmon.snapshot import derive_seed
 
 Form = Literal["autoencoder", "transcoder", "skip transcoder", "cross-layer transcoder"]
+Progress = Callable[[int, int, dict[str, float]], None]
 RECORDS = 100  # of a training, evenly spaced
 
 
@@ -78,7 +79,7 @@ def train(
     start: Coder | None = None,
     file: Path | None = None,
     save_every: int = 500,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
 ) -> Trained:
     """The dictionary in use, in units of the activations, its decoder's rows of length 1.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from devmon.features.dictionary import Dictionary
 from devmon.features.geometry import put_geometry
 from devmon.features.quality import put_quality, quality
 from devmon.features.sources import BLOCK, Streamed, site_activations
-from devmon.features.training import Training, train
+from devmon.features.training import Progress, Training, train
 from devmon.snapshot import Snapshot
 
 TRAINING = Training()
@@ -74,6 +74,8 @@ class SparseAutoencoder(ByContent):
     - `interference` (latent), 1: Σ_j P(j fires where i does) ⟨d_i, d_j⟩².
     - `antipodal`, share: latents with another at cosine below -.7.
 
+    `progress` is called with the step of a training, all of them, and a record of loss, FVU, L0 and dead share.
+
     Pitfalls: a dictionary from another seed shares a third to two thirds of its features (2501.16615): births of single
     latents without `start` are births of this seed's. In a star the features that are gone by the reference's step have
     no latent: take a second one from an early step. Compare steps at equal L0. Cost: one pass of the tokens that
@@ -90,6 +92,7 @@ class SparseAutoencoder(ByContent):
     batch: int = 4096
     block: int = BLOCK
     batch_size: int = 32
+    progress: Progress | None = field(default=None, metadata={"identity": "never"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", probe_tokens(self.tokens, "SparseAutoencoder", shortest=3))
@@ -121,7 +124,7 @@ class SparseAutoencoder(ByContent):
             who=who,
         )
         start = None if self.start is None else self.start.to(source(0)[0])
-        dictionary, history = train(self.training, source, start=start)
+        dictionary, history = train(self.training, source, start=start, progress=self.progress)
         assert isinstance(dictionary, Dictionary)
         found = quality(snapshot, dictionary, self.held_out, self.site, who, self.layout, self.batch_size)
 

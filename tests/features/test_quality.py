@@ -212,3 +212,31 @@ class TestFeatureLens(InstrumentContract):
 
     def model(self, seed: int) -> nn.Module:
         return random_model(seed, VOCAB, 24)
+
+
+def test_labels_are_probed_by_means_over_a_sequence() -> None:
+    """A sequence's class is which of two tokens fills it: a latent of that token's state tells it."""
+    label = torch.arange(24) % 2
+    tokens = 3 + 7 * label[:, None] + torch.randint(2, (24, 12), generator=torch.Generator().manual_seed(0))
+    snapshot = Snapshot(0, model_of("gpt2"))
+    found = DictionaryQuality(tokens, perfect(D), ("resid_post", 0), labels=label)(snapshot)
+    assert float(found["probe"].max()) == 1
+    assert float(found["probe_full"]) == 1
+    assert float(found["probe_shuffled"].mean()) < 0.9
+    assert found["erased"].values.tolist() == [2, 5, 10, 20, 50]
+    assert "removal" not in found
+
+
+@pytest.mark.parametrize(
+    "labels, spurious, words",
+    [
+        (torch.arange(11), None, "one for each of 12 sequences; got (11,)"),
+        (torch.rand(12), None, "labels are integers"),
+        (None, torch.arange(12) % 2, "spurious goes with labels of two classes"),
+        (torch.arange(12) % 3, torch.arange(12) % 2, "spurious goes with labels of two classes"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels: Any, spurious: Any, words: str) -> None:
+    with pytest.raises(DataError) as error:
+        DictionaryQuality(TEXT, perfect(D), SITE, labels=labels, spurious=spurious)
+    assert words in str(error.value)

@@ -27,6 +27,7 @@ from devmon.instruments import (
     Composition,
     Curvature,
     Evaluation,
+    DictionaryQuality,
     FourierSpectrum,
     GradientStatistics,
     HeadAblation,
@@ -47,6 +48,7 @@ from tests.instruments.test_instruments_families import (
     LENGTH,
     OUTSIDE,
     TEXT,
+    features,
     instrument_of,
     model_of,
     negated,
@@ -148,6 +150,18 @@ MORE: dict[str, Any] = {
     ],
     "RegressionReferences": lambda x: [
         (RegressionReferences(torch.ones(4, 3, 2), torch.ones(4, 3, 1), torch.ones(4, 3), 1.0), regressor)
+    ],
+    "DictionaryQuality": lambda x: [
+        (
+            DictionaryQuality(
+                x.repeat(10, 1).roll(1, 0),
+                features(),
+                ("resid_post", 0),
+                labels=torch.arange(40) % 2,
+                spurious=torch.arange(40) // 2 % 2,
+            ),
+            gpt2,
+        )
     ],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "ReferenceDrift": lambda x: [(ReferenceDrift(model_of("gpt2"), x), gpt2)],

@@ -1,6 +1,6 @@
 """Steering a real language model of 135 million weights along a direction of sentiment, against random directions.
 
-    python benchmarks/steering.py FOLDER --json steering.json     # 3 minutes on a core
+    python benchmarks/features/steering.py FOLDER --json steering.json     # 3 minutes on a core
 
 FOLDER holds a causal language model and its tokenizer as `save_pretrained` writes them; the committed numbers are of
 SmolLM2-135M-Instruct, which `benchmarks/real_model.py FOLDER prepare` makes. The direction is read from sentences that

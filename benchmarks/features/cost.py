@@ -1,10 +1,10 @@
 """What a step of training a TopK dictionary costs, beside sae-lens' trainer on the same tensor.
 
-    python benchmarks/features_cost.py             # in an environment that has sae-lens too; one thread
+    python benchmarks/features/cost.py             # in an environment that has sae-lens too; one thread
 
 sae-lens is no dependency of devmon, and clashes with its extra `lens`: make an environment of its own. Steps of the two
 are taken in turns, so that the load of the machine is the same for both; memory is that of two fresh processes. Writes
-benchmarks/features_cost.json.
+benchmarks/features/cost.json.
 """
 
 from __future__ import annotations

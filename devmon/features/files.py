@@ -166,7 +166,7 @@ def _of_saelens(folder: Path, settings: dict[str, Any], tensors: dict[str, Tenso
     bias = tensors["b_gate"] if architecture == "gated" else tensors["b_enc"]
     centred = "transcoder" not in architecture and _required(folder, settings, "apply_b_dec_to_input")
     skip = tensors["W_skip"].T.contiguous() if "W_skip" in tensors else None
-    found = Dictionary(**plain, b_enc=bias, activation=activation, W_skip=skip, centred=centred)
+    found = Dictionary(**plain, b_enc=bias, activation=activation, W_skip=skip, centred=centred)  # type: ignore[arg-type]
     # Its scores count the decoder's rows as if they had length 1.
     return unit_rows(found) if settings.get("rescale_acts_by_decoder_norm") else found  # type: ignore[return-value]
 

@@ -126,12 +126,12 @@ class DictionaryQuality(ByContent):
         f, x, label = found.mean_f, found.mean_state, self.labels.numpy()
         W_dec = self.dictionary.W_dec.double().cpu().numpy()
         probes = sparse_probing(f, x, label)
-        share, error = {"units": "share"}, "standard error over test sequences"
+        unit, error = "share", "standard error over test sequences"
         values = {name: probes[name].values for name in map(str, probes.data_vars)}
         label_of_probe = "accuracy of few latents"
-        rows.put("probe", "few", values["accuracy"], values["accuracy_se"], label_of_probe, error=error, **share)
+        rows.put("probe", "few", values["accuracy"], values["accuracy_se"], label_of_probe, error=error, units=unit)
         for name, text in (("channels", "as many coordinates"), ("shuffled", "few latents for labels drawn anew")):
-            rows.put(f"probe_{name}", "few", values[f"accuracy_{name}"], None, f"accuracy of {text}", **share)
+            rows.put(f"probe_{name}", "few", values[f"accuracy_{name}"], None, f"accuracy of {text}", units=unit)
         rows.put("probe_full", (), float(probes["accuracy_full"]), None, "accuracy of all coordinates", units="share")
         erased = [("perturbation", "targeted perturbation", targeted_perturbation(f, x, W_dec, label))]
         if self.spurious is not None:

@@ -20,7 +20,6 @@ import devmon.instruments
 from devmon.anatomy import Anatomy
 from devmon.cost import Cost
 from devmon.data import broken_repeats, random_tokens, symbol_tasks
-from devmon.data.negation import NegationPrompts
 from devmon.errors import InstrumentError
 from devmon.features import BatchTopK, Dictionary, Largest, Training
 from devmon.instruments import Sketch
@@ -28,6 +27,7 @@ from devmon.presets import vision
 from devmon.snapshot import Snapshot
 from devmon.testing.contract import headlines, state
 from tests.anatomy.families import CONFIGS, KINDS, MASKED, PYRAMIDS, VISION, VOCAB, D, T, family
+from tests.instruments.made_up import AnyToken
 
 CAUSAL = tuple(name for name in CONFIGS if name not in (*MASKED, *VISION))
 LENGTH = 24
@@ -49,24 +49,6 @@ class Case:
     nan: str = ""  # why a headline may be NaN in a random model
     refuses: bool = False  # the families that are not named, in words
     told: str = ""  # why its cost is not what passes through the model here
-
-
-@dataclass(frozen=True)
-class AnyToken:
-    """The language of independent uniform tokens, all but three of the vocabulary."""
-
-    vocab_size: int = VOCAB
-
-    def laws(self, tokens: Tensor) -> Tensor:
-        law = torch.cat([torch.zeros(3), torch.ones(VOCAB - 3)]).double() / (VOCAB - 3)
-        return law.expand(*tokens.shape, VOCAB)
-
-
-def negated(x: Tensor) -> NegationPrompts:
-    """Prompts of eight random tokens whose third differs."""
-    plain, at = x[:6, :8].clone(), torch.full((6,), 2)
-    plain[:, 2] = (plain[:, 2] - 2) % (VOCAB - 3) + 3
-    return NegationPrompts(x[:6, :8], plain, at + 5, at, at + 3, x[:6, 8:10], x[:6, 10:12], x[:6, 12:14])
 
 
 def pairs() -> Any:

@@ -1,4 +1,4 @@
-"""Made-up data that instruments are built for in the tests of families: a language of uniform tokens, negated prompts."""
+"""Made-up data for the tests of families: a language of uniform tokens, negated prompts."""
 
 from __future__ import annotations
 

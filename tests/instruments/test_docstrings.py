@@ -43,6 +43,7 @@ from devmon.instruments import (
 )
 from devmon.snapshot import Snapshot
 from tests.anatomy.test_anatomy_sites import VOCAB
+from tests.instruments.made_up import negated
 from tests.instruments.test_instruments_families import (
     INSTRUMENTS,
     LENGTH,
@@ -51,7 +52,6 @@ from tests.instruments.test_instruments_families import (
     features,
     instrument_of,
     model_of,
-    negated,
 )
 
 BULLET = re.compile(r"- `(?P<name>\w+)`(?: \((?P<dims>\w+(?:, \w+)*)\))?, (?P<units>[^:]+): (?P<meaning>\S.*)")

@@ -273,29 +273,6 @@ def findings(run: Trajectory) -> dict[str, float]:
     return numbers
 
 
-def draw(runs: dict[str, Trajectory], out: Path) -> None:
-    """Learned and forgotten over steps, and the drift of each layer."""
-    import matplotlib.pyplot as plt
-
-    with plots.style():
-        figure, axes = plt.subplots(1, 1 + len(runs), figsize=(5 * (1 + len(runs)), 3.6), layout="constrained")
-        for (way, run), line in zip(runs.items(), ("-", "--"), strict=False):
-            for name, color in (("task", "C0"), ("questions", "C1"), ("general", "C2")):
-                data = run[name]
-                label = f"{name}, {way}"
-                axes[0].errorbar(data["step"], data["loss"], data["loss_se"], color=color, linestyle=line, label=label)
-        axes[0].set(xlabel="step", ylabel="nats per token", title="learned and forgotten (± 1 se)")
-        axes[0].legend(fontsize=7)
-        for axis, (way, run) in zip(axes[1:], runs.items(), strict=True):
-            drift = run["general_drift"]
-            for step, layers in zip(drift["step"].values, drift["drift"].values, strict=True):
-                axis.plot(drift["layer"], layers, label=f"step {step}")
-            axis.set(xlabel="layer", ylabel="|h − before| / |before|", title=f"drift on general text, {way}")
-            axis.legend(fontsize=7)
-        figure.savefig(out / "fine_tuning.png", dpi=120)
-        plt.close(figure)
-
-
 def main(out: Path, study: Study, ways: list[str], fast: bool, console: Console) -> None:
     torch.set_num_threads(1)
     quiet()
@@ -305,7 +282,8 @@ def main(out: Path, study: Study, ways: list[str], fast: bool, console: Console)
     console.print(table("before and after", ("", *found), rows))
     for way, run in runs.items():
         report(run, out / way / "report.html")
-    draw(runs, out)
+    figure, _ = plots.plot_fine_tuning(runs)
+    figure.savefig(out / "fine_tuning.png", dpi=120)
 
     # What has to hold of any such run; forgetting is measured, not demanded.
     checks = []

@@ -17,6 +17,7 @@ from devmon.analysis.plots.curves import (
 from devmon.analysis.plots.events import plot_events, plot_matched
 from devmon.analysis.plots.feature_circuit import plot_feature_circuit
 from devmon.analysis.plots.features import plot_births, plot_crosscoder, plot_densities
+from devmon.analysis.plots.fine_tuning import plot_fine_tuning
 from devmon.analysis.plots.heatmaps import plot_heads, plot_pairs, plot_similarity
 from devmon.analysis.plots.ladder import plot_ladder
 from devmon.analysis.plots.path import plot_essential
@@ -32,6 +33,7 @@ __all__ = [  # noqa: RUF022
     "plot_llc",
     "plot_overview",
     "plot_runs",
+    "plot_fine_tuning",
     "plot_layers",
     "plot_position_loss",
     "plot_calibration",

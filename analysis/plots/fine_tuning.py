@@ -22,7 +22,7 @@ def plot_fine_tuning(
     *,
     ax: Sequence[Axes] | None = None,
 ) -> tuple[Figure, list[Axes]]:
-    """Of runs by name: the losses of these watches over steps (± 1 se), and for each run `drift` (step, layer) by layer.
+    """Of runs by name: the losses of these watches over steps (± 1 se), and of each run `drift` (step, layer) by layer.
 
     One pair of axes for the losses, one for each run.
     """

@@ -21,7 +21,7 @@ from devmon.recipes import language_model as lm
 from devmon.recipes.common import Check, conclude, crossing
 from devmon.testing import InstrumentContract
 
-FAST = ["grokking", "induction", "digits", "own_instrument", "induction_loops", "markov_chains"]
+FAST = ["grokking", "induction", "digits", "own_instrument", "induction_loops", "markov_chains", "grammar"]
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -16,6 +16,7 @@ from devmon.errors import DataError
 
 ABSENT = 0.1  # share of its largest density below which a latent is not there
 FEWEST_FIRING = 1e-3  # density that a latent has to reach once: below, its curve is counts of single places
+JITTER = 0.02  # of the largest density: no density is known better, as dictionaries of one step differ by so much
 COLUMNS = ("low", "high", "p", "q")
 
 
@@ -25,9 +26,9 @@ def feature_births(dataset: xr.Dataset, detector: Detector | None = None) -> xr.
     `dataset` is a watch whose latent j is one feature at all steps: SparseAutoencoder with a `start`, or
     DictionaryQuality. A latent is searched for a birth where its `density` was once below a tenth of its largest,
     before that, and for a death where it is so after; its largest has to be one in a thousand places. The search takes
-    the density with its errors (`Detector`, jumps alone), and corrects for the number of latents (Benjamini–Hochberg).
-    A birth is the sure rise of largest size, if it crosses half of the largest density; a death the same of a fall. The
-    result has
+    the density with its errors, a fiftieth of the largest at least (`Detector`, jumps alone), and corrects for the
+    number of latents (Benjamini–Hochberg). A birth is the sure rise of largest size, if it crosses half of the largest
+    density; a death the same of a fall. The result has
 
     - `present` (step, latent), share: density over its largest
     - `born` (latent), step: NaN where it was there from the start, or never, or where no rise is sure
@@ -59,11 +60,8 @@ def feature_births(dataset: xr.Dataset, detector: Detector | None = None) -> xr.
     # Only what comes or goes is searched: latents that are there all along have no birth to be wrong about.
     searched = np.flatnonzero(heard & (comes | goes))
     detector = replace(detector or Detector(), kinds=("jump",))
-    least = [errors[:, j][errors[:, j] > 0].min(initial=1.0) for j in searched]  # an error of 0 of none that fired
-    series = [
-        Series(str(j), steps, density[:, j], np.maximum(errors[:, j], low))
-        for j, low in zip(searched, least, strict=True)
-    ]
+    floored = [np.maximum(errors[:, j], JITTER * most[j]) for j in searched]
+    series = [Series(str(j), steps, density[:, j], se) for j, se in zip(searched, floored, strict=True)]
     events = detect(series, detector).events if series else ()
     found = {name: _largest(events, density, comes if sign > 0 else goes, sign) for name, sign in SIGNS.items()}
 

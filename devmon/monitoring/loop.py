@@ -139,7 +139,7 @@ class LoopMonitor:
         self.ranks, self._seen, self._begun = ranks, None, set()
         self.trajectory = ranks.agree(self._opened)
         if self.trajectory is not None:
-            self._unclosed = fold_at_end(self, self.trajectory)
+            self._take_back = fold_at_end(self.trajectory)
 
     def step(self, step: int, model: torch.nn.Module) -> None:
         """Measure what is due at `step`. Raises DevmonError for a step before the last one."""
@@ -193,7 +193,7 @@ class LoopMonitor:
         raised)."""
         if self.trajectory is None:
             return
-        self._unclosed.detach()
+        self._take_back()
         try:
             for companion in self.companions:
                 companion.record()

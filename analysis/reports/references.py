@@ -15,7 +15,19 @@ _TOY = "Elhage et al. (2022), Toy models of superposition. arXiv:2209.10652"
 _HEWITT = "Hewitt & Liang (2019), Designing and interpreting probes with control tasks. arXiv:1909.03368"
 _NANDA = "Nanda et al. (2023), Progress measures for grokking via mechanistic interpretability. arXiv:2301.05217"
 _CKA = "Kornblith et al. (2019), Similarity of neural network representations revisited. arXiv:1905.00414"
+_SAE = (
+    "Bricken et al. (2023), Towards monosemanticity: decomposing language models with dictionary learning. "
+    "Transformer Circuits Thread"
+)
+_GAO = "Gao et al. (2024), Scaling and evaluating sparse autoencoders. arXiv:2406.04093"
 CITED = {
+    "SparseAutoencoder": (_SAE, _GAO),
+    "DictionaryQuality": (_SAE, _GAO),
+    "FeatureLens": ("nostalgebraist (2020), Interpreting GPT: the logit lens. LessWrong", _SAE),
+    "SiteActivations": (_SAE,),
+    "Evaluation": ("Gao et al. (2023), A framework for few-shot language model evaluation. Zenodo",),
+    "GradientStatistics": ("McCandlish et al. (2018), An empirical model of large-batch training. arXiv:1812.06162",),
+    "ReferenceDrift": (_CKA,),
     "LLC": (
         _LLC,
         "Watanabe (2009), Algebraic geometry and statistical learning theory. Cambridge University Press",

@@ -109,9 +109,11 @@ def _forest(
     return page.add(name, drawing, caption, table, [rows_over_steps(ax, words)])
 
 
-def stages_figure(page: Page, findings: Findings) -> Figure:
-    """Loss, λ̂ and the series that names the foremost transition, over the stages of the run."""
+def stages_figure(page: Page, findings: Findings) -> Figure | None:
+    """Loss, λ̂ and the series that names the foremost transition, over the stages of the run; None without a series."""
     chosen, change = main_series(findings), findings.foremost
+    if not chosen:
+        return None
     rows = [(titled(findings, each), each) for each in chosen]
     parts, stage = [], 0
     for part in findings.stages:

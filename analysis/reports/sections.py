@@ -52,7 +52,8 @@ def _story(page: Page, findings: Findings, note: str) -> list[Section]:
     blocks: list[Block] = [Paragraph(story.outcome, "outcome"), *([Paragraph(note, "note")] if note else [])]
     blocks.append(Paragraph(story.lead, "lead"))
     asked = Terms([(answer.question, answer.text) for answer in story.answers], "answers")
-    blocks.append(Columns([asked], [stages_figure(page, findings)]) if findings.series else asked)
+    drawn = stages_figure(page, findings)
+    blocks.append(asked if drawn is None else Columns([asked], [drawn]))
     sections = [Section("story", "What happened", blocks)]
     if alarms := findings.run.attrs.get("alarms"):
         sections.append(Section("alarms", "Alarms raised during training", [alarms_table(alarms)]))

@@ -12,7 +12,8 @@ PARTIAL = "functools.partial"  # how partial functions were described once, what
 
 
 def said_otherwise(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]] | None:
-    """The fields of two identities that differ in words alone, with both texts; None where they differ in more.
+    """The fields of two identities that differ in words alone, with both texts; None where they differ in more, or
+    where no field differs.
 
     The same number is 100 and 100.0. A function or class of the same name and the same code (`code` of both) is one,
     whatever module it lies in.
@@ -28,7 +29,7 @@ def said_otherwise(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
         earlier = texts[0] == PARTIAL and texts[1].startswith(f"{PARTIAL}(")
         if plain[0] != plain[1] and not earlier:
             return None
-    return differ
+    return differ or None  # other fingerprints of the same words are of something that no field tells
 
 
 def _plain(text: str, code: Mapping[str, str]) -> str:

@@ -256,7 +256,7 @@ def strategy(name: str, base: type = object, **attributes: object) -> object:
 def test_sharded_weights_are_refused_before_training_with_what_to_do(sharded: object, tmp_path: Path) -> None:
     monitor = Monitor(tmp_path / "run.zarr", [Watch("norm", Norm(), every(1))])
     trainer = SimpleNamespace(strategy=sharded, world_size=2, is_global_zero=True)
-    with pytest.raises(DevmonError, match=r"shards the weights.*save whole checkpoints.*measure those afterwards"):
+    with pytest.raises(DevmonError, match=r"shards the weights.*use Sidecar \(devmon\.callbacks\).*strategy='ddp'"):
         monitor.setup(trainer, Net(), "fit")
     assert not (tmp_path / "run.zarr").exists()
 

@@ -29,6 +29,7 @@ from devmon.analysis.wording import count, listed, measured, number, probability
 
 TOGETHER = 4  # changes that are named
 HEADS = 3  # elements that are named
+SHOWN = 3  # series of the first figure
 MEASURE = re.compile(r"measure steps? ([\d, ]+)")
 
 
@@ -250,7 +251,8 @@ def _next(findings: Findings, events: tuple[Event, ...]) -> str:
 
 def main_series(findings: Findings) -> list[Series]:
     """The loss, λ̂ and the series that names the foremost transition: what one figure can tell."""
-    level = [each for each in findings.series if run_level(each.name) and len(each.steps)]
+    held = [each for each in findings.series if len(each.steps)]
+    level = [each for each in held if run_level(each.name)] or held
     chosen: list[Series] = []
     for wanted in ("loss", "llc"):
         chosen += [each for each in level if each.name.rpartition("/")[2] == wanted][:1]
@@ -258,6 +260,6 @@ def main_series(findings: Findings) -> list[Series]:
     told = [] if change is None else changed(findings, change)
     named = None if change is None else naming(change.events, findings.labels)[0]
     for name in [*([named.series] if named else []), *(event.series for event in told), *(each.name for each in level)]:
-        if len(chosen) < 3:
+        if len(chosen) < SHOWN:
             chosen += [each for each in level if each.name == name and each not in chosen]
     return chosen

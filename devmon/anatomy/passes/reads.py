@@ -16,7 +16,7 @@ from devmon.anatomy.forward import logits, original, scores_in
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.sites import Reads, Site
 from devmon.anatomy.vocabulary import chunks, log_softmax_, products
-from devmon.errors import InstrumentError
+from devmon.errors import DataError, InstrumentError
 
 TOGETHER = 32  # inputs that pass at once, where an instrument does not ask for fewer: only equal numbers share a pass
 
@@ -46,6 +46,10 @@ class Read:
     stream: bool = False
     blocks: str | None = None
     predicts: Literal["all", "last"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise DataError(f"{self.who}: batch_size must be at least 1, got {self.batch_size}")
 
     @property
     def who(self) -> str:

@@ -12,7 +12,7 @@ from devmon.analysis import report as write_report
 from devmon.analysis.reports.content import Figure, Paragraph
 from devmon.analysis.reports.drawing import Page
 from devmon.analysis.reports.feature_figures import births_blocks, densities_figure
-from tests.analysis.test_features import STEPS, rising, watch
+from tests.features.test_over_time import STEPS, rising, watch
 from tests.support.synthetic import induction_run
 from tests.support.synthetic import watch as stored
 

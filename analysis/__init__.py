@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from devmon.analysis.derive.features import lens_overlap as lens_overlap
     from devmon.analysis.derive.influence import transition_data as transition_data
     from devmon.analysis.derive.ladder import ladder as ladder
+    from devmon.analysis.derive.learning.tokens import token_learning as token_learning
     from devmon.analysis.derive.llc import llc as llc
     from devmon.analysis.derive.representation import cka as cka
     from devmon.analysis.derive.representation import drift as drift
@@ -70,6 +71,7 @@ _HOME = {
     "transition_data": "derive.influence",
     "feature_matches": "derive.features",
     "lens_overlap": "derive.features",
+    "token_learning": "derive.learning.tokens",
     "series_of": "derive.watch_series",
     "Series": "series",
     # where training changed phase

@@ -211,6 +211,7 @@ KNOWN: dict[tuple[str, str], Label] = {
         "in-context score", "loss late in the text less that early", "nats per token", "",
         "learns in context"),
     ("ProbeLoss", "loss"): _of("loss", "next-token loss", "nats per token", "", "improves its predictions"),
+    ("TokenLoss", "loss"): _of("loss", "next-token loss", "nats per token", "", "improves its predictions"),
     ("LLC", "llc"): _of("λ̂", "local learning coefficient", "", "grows more complex", "grows simpler"),
     ("RestrictedLLC", "llc"): _of("λ̂", "local learning coefficient", "", "grows more complex", "grows simpler"),
 }  # fmt: skip

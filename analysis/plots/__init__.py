@@ -25,6 +25,7 @@ from devmon.analysis.plots.steering import plot_steering
 from devmon.analysis.plots.style import step_axis, style
 from devmon.analysis.plots.summary import plot_order, plot_stages
 from devmon.analysis.plots.susceptibilities import plot_susceptibilities
+from devmon.analysis.plots.tokens import plot_token_learning
 
 __all__ = [  # noqa: RUF022
     # curves over steps
@@ -36,6 +37,7 @@ __all__ = [  # noqa: RUF022
     "plot_fine_tuning",
     "plot_layers",
     "plot_position_loss",
+    "plot_token_learning",
     "plot_calibration",
     "plot_ladder",
     # heat maps

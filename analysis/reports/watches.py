@@ -22,6 +22,7 @@ from devmon.analysis.reports.figures import PANELS, bands, stack
 from devmon.analysis.reports.findings import Findings
 from devmon.analysis.reports.glossary import TOPICS
 from devmon.analysis.reports.prose.words import called
+from devmon.analysis.reports.token_figures import token_blocks
 from devmon.analysis.reports.watch_figures import (
     components_figure,
     directions_figure,
@@ -173,6 +174,8 @@ def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
         makers.append(lambda: [directions_figure(page, name, direction_cosine(data))])
     if "top_susceptibility" in data and data.sizes["step"] > 1:
         makers.append(lambda: _susceptibilities(page, name, data))
+    if "nats" in data and set(data["nats"].dims) == {"step", "token"} and data.sizes["step"] > 1:
+        makers.append(lambda: token_blocks(page, name, data))
     if "density" in data and {"step", "latent"} <= set(data["density"].dims) and data.sizes["step"] > 1:
         makers.append(lambda: [densities_figure(page, name, data)])
         if "moved" not in data or not data["moved"].isnull().all():

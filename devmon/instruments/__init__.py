@@ -47,6 +47,7 @@ from devmon.instruments.sparse_autoencoder import SparseAutoencoder
 from devmon.instruments.steering import Steering
 from devmon.instruments.superposition import Superposition
 from devmon.instruments.susceptibilities import Susceptibilities
+from devmon.instruments.token_loss import TokenLoss
 from devmon.instruments.transcoder import Transcoder
 from devmon.instruments.tuned_lens import TunedLens
 from devmon.instruments.weight_statistics import WeightStatistics
@@ -54,6 +55,7 @@ from devmon.instruments.weight_statistics import WeightStatistics
 __all__ = [  # noqa: RUF022 (in groups)
     # behaviour
     "ProbeLoss",
+    "TokenLoss",
     "InContextLearning",
     "RepeatGain",
     "FewShot",

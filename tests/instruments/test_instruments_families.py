@@ -81,6 +81,7 @@ RARE = "a random model's effect can be within 3 standard errors of 0"
 INSTRUMENTS = [
     # behaviour
     Case("probe_loss", "ProbeLoss", lambda make, x: make(x), ((), ()), refuses=True),
+    Case("token_loss", "TokenLoss", lambda make, x: make(x, 40), ((),)),
     Case("repeat_gain", "RepeatGain", lambda make, x: make(VOCAB, 4, LENGTH, exclude=OUTSIDE), ((),)),
     Case("ngram_stages", "NgramStages", lambda make, x: make(x, x[:4], VOCAB, (1, 2)), (), nan=UNIGRAM, told=AT_MOST),
     Case("in_context", "InContextLearning", lambda make, x: make(x, 2, 20), ((), ())),
@@ -287,7 +288,16 @@ def test_images_go_in_as_they_are(name: str) -> None:
 
 
 PREDICTS = (
-    *("ProbeLoss", "RepeatGain", "InContextLearning", "FewShot", "NgramStages", "MarkovReferences", "GrammarExcess"),
+    *(
+        "ProbeLoss",
+        "TokenLoss",
+        "RepeatGain",
+        "InContextLearning",
+        "FewShot",
+        "NgramStages",
+        "MarkovReferences",
+        "GrammarExcess",
+    ),
     *("HeadAblation", "ActivationPatching", "FunctionVectorHeads"),
 )
 

@@ -1,0 +1,1 @@
+"""What was learned when: tokens, heads, layers, from what is stored of each step."""

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from devmon.analysis.derive.features import lens_overlap as lens_overlap
     from devmon.analysis.derive.influence import transition_data as transition_data
     from devmon.analysis.derive.ladder import ladder as ladder
+    from devmon.analysis.derive.learning.layers import layer_centre as layer_centre
+    from devmon.analysis.derive.learning.layers import layer_centres as layer_centres
+    from devmon.analysis.derive.learning.since import since_first as since_first
+    from devmon.analysis.derive.learning.steps import step_depths as step_depths
+    from devmon.analysis.derive.learning.succession import head_succession as head_succession
     from devmon.analysis.derive.learning.tokens import token_learning as token_learning
     from devmon.analysis.derive.llc import llc as llc
     from devmon.analysis.derive.representation import cka as cka
@@ -72,6 +77,11 @@ _HOME = {
     "feature_matches": "derive.features",
     "lens_overlap": "derive.features",
     "token_learning": "derive.learning.tokens",
+    "head_succession": "derive.learning.succession",
+    "layer_centre": "derive.learning.layers",
+    "layer_centres": "derive.learning.layers",
+    "since_first": "derive.learning.since",
+    "step_depths": "derive.learning.steps",
     "series_of": "derive.watch_series",
     "Series": "series",
     # where training changed phase

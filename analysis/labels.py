@@ -211,6 +211,10 @@ KNOWN: dict[tuple[str, str], Label] = {
         "in-context score", "loss late in the text less that early", "nats per token", "",
         "learns in context"),
     ("ProbeLoss", "loss"): _of("loss", "next-token loss", "nats per token", "", "improves its predictions"),
+    ("IntermediateSteps", "bridge"): _of(
+        "intermediate step", "reciprocal rank of the unsaid step in the lens", "", "comes to the step between"),
+    ("IntermediateSteps", "answer"): _of(
+        "answer in two steps", "reciprocal rank of the answer in the lens", "", "learns to answer in two steps"),
     ("TokenLoss", "loss"): _of("loss", "next-token loss", "nats per token", "", "improves its predictions"),
     ("LLC", "llc"): _of("λ̂", "local learning coefficient", "", "grows more complex", "grows simpler"),
     ("RestrictedLLC", "llc"): _of("λ̂", "local learning coefficient", "", "grows more complex", "grows simpler"),

@@ -56,7 +56,7 @@ CITED = {
         "Xiao et al. (2023), Efficient streaming language models with attention sinks. arXiv:2309.17453",
         "Sun et al. (2024), Massive activations in large language models. arXiv:2402.17762",
     ),
-    "Negation": ("LM_Negation (2026), negation in language models. arXiv:2605.03052",),
+    "Negation": ("Zhou, Zhou, Jia & May (2026), How language models process negation. arXiv:2605.03052",),
     "NeuralCollapse": (
         "Papyan, Han & Donoho (2020), Prevalence of neural collapse during the terminal phase of deep learning "
         "training. PNAS 117(40)",
@@ -90,6 +90,7 @@ CITED = {
     "LogitLens": ("nostalgebraist (2020), Interpreting GPT: the logit lens. LessWrong",),
     "TunedLens": ("Belrose et al. (2023), Eliciting latent predictions with the tuned lens. arXiv:2303.08112",),
     "LayerRoles": (_CKA,),
+    "IntermediateSteps": ("nostalgebraist (2020), Interpreting GPT: the logit lens. LessWrong",),
     "LinearProbe": (_HEWITT,),
     "MDLProbe": (
         _HEWITT,

@@ -31,8 +31,9 @@ class Negation(ByContent):
     """Prompts "X that are not Y" beside "X that are indeed Y": what the negation does to the logits of the answers.
 
     With n, p, o the mean logit at the last place of the answers that are X and not Y (`complement`), that are Y
-    (`members`) and that are neither (`other`), LD = n - p (2605.03052). Through the lens at each depth (final norm and
-    unembedding of the stream there; depth 0 is the embedding) the sensitivity is construction + suppression, exactly.
+    (`members`) and that are neither (`other`), LD = n - p (Zhou et al. 2026, 2605.03052). By the lens at each depth
+    (final norm and unembedding of the stream there; depth 0 is the embedding) the sensitivity is construction plus
+    suppression, exactly.
     `query` is who is kept from the negation: the last place, the place of the class, or all places after the negation.
     `_se` are over items.
 

@@ -31,6 +31,7 @@ from devmon.instruments import (
     FourierSpectrum,
     GradientStatistics,
     HeadAblation,
+    IntermediateSteps,
     Negation,
     NeuralCollapse,
     ReferenceDrift,
@@ -140,6 +141,7 @@ MORE: dict[str, Any] = {
     ],
     "Susceptibilities": lambda x: [(Susceptibilities(x, {"a": x}, ["layer 0 mlp"], **FEW, nulls=2), gpt2)],
     "BayesianInfluence": lambda x: [(BayesianInfluence(x, {"a": x}, **FEW), gpt2)],
+    "IntermediateSteps": lambda x: [(IntermediateSteps(x, x[:, 0], x[:, 1]), gpt2)],
     "AttentionSinks": lambda x: [(AttentionSinks(x), gpt2)],
     "Negation": lambda x: [(Negation(negated(TEXT)), gpt2)],
     "NeuralCollapse": lambda x: [

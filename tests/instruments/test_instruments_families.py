@@ -200,6 +200,7 @@ INSTRUMENTS = [
 ELSEWHERE = {
     "AttentionSinks": "of patterns and streams that others read; tests/instruments/test_attention_sinks.py",
     "Evaluation": "of prompts of a tokenizer; tests/instruments/test_evaluation.py",
+    "IntermediateSteps": "of prompts in two steps; tests/instruments/test_intermediate_steps.py",
     "Negation": "of pairs of prompts; tests/instruments/test_negation.py",
     "NeuralCollapse": "of classifiers; tests/instruments/test_neural_collapse.py",
     "RegressionReferences": "of numbers in a context; tests/instruments/test_references.py",

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from devmon.analysis.derive.learning.passages import last_passage
 from devmon.errors import DataError
 
 Array = NDArray[np.float64]
@@ -45,7 +46,6 @@ def token_learning(dataset: xr.Dataset, least: float = 0.5) -> xr.Dataset:
         )
     nats = dataset["nats"].transpose("step", "token").values.astype(np.float64)
     steps = dataset["step"].values
-    time = np.log10(steps + 1.0)
 
     # what fell, against the noise of each token: second differences leave a smooth course out
     tail = max(1, round(TAIL * len(steps)))
@@ -56,25 +56,19 @@ def token_learning(dataset: xr.Dataset, least: float = 0.5) -> xr.Dataset:
 
     # the last passage of half-way, and the first
     ahead = np.sign(fall) * (nats - (nats[0] - fall / 2))  # above 0 before it
-    last = len(steps) - 2 - (ahead[-2::-1] > 0).argmax(0)
-    first = (ahead <= 0).argmax(0) - 1
-    tokens = np.arange(nats.shape[1])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        part = np.clip(ahead[last, tokens] / (ahead[last, tokens] - ahead[last + 1, tokens]), 0, 1)
-        passed = time[last] + part * (time[last + 1] - time[last])
-    passed[~moved] = np.nan
-    of = {name: np.where(kind == name, 10**passed - 1, np.nan) for name in ("learned", "unlearned")}
+    passed, first, after = last_passage(steps, ahead)
+    of = {name: np.where(kind == name, passed, np.nan) for name in ("learned", "unlearned")}
     known = kind == "learned"
 
     # the distribution over steps, of whole sequences
-    sequence = dataset["sequence"].values if "sequence" in dataset.coords else tokens
+    sequence = dataset["sequence"].values if "sequence" in dataset.coords else np.arange(nats.shape[1])
     group = np.unique(sequence, return_inverse=True)[1]
     share, share_se = _shares(of["learned"], steps, group)
     lost, _ = _shares(of["unlearned"], steps, group)
-    when, low, high = _quantiles(np.where(known, passed, np.nan), group)
+    when, low, high = _quantiles(np.log10(of["learned"] + 1), group)
 
     about = {"learned": of["learned"], "fall": fall, "kind": kind}
-    about |= {f"learned_{end}": np.where(known, steps[at], np.nan) for end, at in (("low", first), ("high", last + 1))}
+    about |= {f"learned_{end}": np.where(known, steps[at], np.nan) for end, at in (("low", first), ("high", after))}
     result = xr.Dataset(
         {name: ("token", values) for name, values in about.items()}
         | {"share": ("step", share), "share_se": ("step", share_se), "lost": ("step", lost)}

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from devmon.anatomy.anatomy import Anatomy
-from devmon.anatomy.sites import Reads, Site, Write
+from devmon.anatomy.sites import LayerSite, Reads, Site, Write
 from devmon.errors import InstrumentError
 
 Index = tuple[Any, ...]  # of a site's tensor (batch, pos, …)
+
+
+class SiteKind(NamedTuple):
+    """Sites of one kind: where they are in the model, the dimensions that tell them apart, and what they are."""
+
+    site: str
+    dims: tuple[str, ...]
+    what: str
+
+    def entries(self, at: tuple[int, ...]) -> Index:
+        """The entries of an activation of a layer, (batch, pos, …), that belong to the site."""
+        if "pos" in self.dims:
+            return slice(None), at[1]
+        return (slice(None), slice(None), at[1]) if "head" in self.dims else (...,)
+
+
+SITE_KINDS = {
+    "resid": SiteKind("resid_pre", ("layer", "pos"), "the stream before the layer, at the place"),
+    "z": SiteKind("z", ("layer", "head"), "the head, at all places"),
+    "mlp": SiteKind("mlp_out", ("layer",), "the MLP, at all places"),
+}
 
 
 def logit_difference(logits: Tensor, answer: Tensor, foil: Tensor, who: str = "logit_difference") -> Tensor:
@@ -62,8 +84,63 @@ def slopes(
     }
 
 
+def attributed(clean: Reads, corrupt: Reads, kind: SiteKind, slope: Mapping[LayerSite, Tensor]) -> np.ndarray:
+    """Σ (clean - corrupt) · slope, (prompt, *site)."""
+    layers = []
+    for site in sorted(site for site in clean if site[0] == kind.site):
+        product = ((clean[site] - corrupt[site]).double() * slope[site].double()).sum(-1)
+        layers.append(product if "pos" in kind.dims else product.sum(1))  # (batch, pos), (batch, head) or (batch,)
+    return torch.stack(layers, 1).cpu().numpy()
+
+
+def attributed_reads(
+    anatomy: Anatomy,
+    tokens: Tensor,
+    own: Reads,
+    source: Reads,
+    slope: Mapping[LayerSite, Tensor],
+    batches: Iterable[slice],
+) -> dict[str, np.ndarray]:
+    """Σ slope · change of `z` where a head's queries ("q"), keys ("k") or values ("v") alone are those of `source`,
+    (prompt, layer, head) each: through the softmax itself, from `z` on to first order (the query-key correction of
+    AtP*, Kramár et al. 2403.00745, section 3.1.1). `own` is what `tokens` hold; both have q, k, v, z and pattern.
+    """
+    found: dict[str, list[np.ndarray]] = {"q": [], "k": [], "v": []}
+    for rows in batches:
+        changes: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
+        for part in "qk":
+            # Where `z` stays what it is nothing further up changes: one pass serves all layers.
+            write: dict[Site, Write] = {}
+            for layer in range(anatomy.layers):
+                write[part, layer], write["z", layer] = source[part, layer][rows], own["z", layer][rows]
+            _, reads = anatomy.run(tokens[rows], ["pattern"], write)
+            for layer in range(anatomy.layers):
+                moved = reads["pattern", layer] - own["pattern", layer][rows]
+                changes[part].append(_attend(moved, own["v", layer][rows]))
+        for layer in range(anatomy.layers):
+            difference = source["v", layer][rows] - own["v", layer][rows]
+            changes["v"].append(_attend(own["pattern", layer][rows], difference))
+        for part, z in changes.items():
+            products = [(change * slope["z", i][rows].double()).sum((1, 3)) for i, change in enumerate(z)]
+            found[part].append(torch.stack(products, 1).cpu().numpy())
+    return {part: np.concatenate(values) for part, values in found.items()}
+
+
+def _attend(pattern: Tensor, v: Tensor) -> Tensor:
+    """(batch, pos, head, d_head) of a pattern (batch, head, q, k) and v (batch, pos, kv_head, d_head), in float64."""
+    v = v.repeat_interleave(pattern.shape[1] // v.shape[2], 2)
+    return torch.einsum("bhqk,bkhe->bqhe", pattern.double(), v.double())
+
+
 def _writes(source: Tensor, index: Index) -> Write:
     return lambda value: patched(value, source, index)
+
+
+def largest(guesses: dict[str, np.ndarray], count: int) -> list[tuple[int, ...]]:
+    """The sites with the largest attribution, of either sort."""
+    size = np.maximum(*(np.abs(values.mean(0)) for values in guesses.values()))
+    order = np.argsort(-size.ravel(), kind="stable")[:count]
+    return [tuple(int(i) for i in np.unravel_index(at, size.shape)) for at in order]
 
 
 def check_heads(anatomy: Anatomy, heads: Iterable[tuple[int, int]]) -> None:

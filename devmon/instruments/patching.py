@@ -13,7 +13,18 @@ from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, Reads, activations
 from devmon.anatomy.edges import Edges
-from devmon.anatomy.patching import Index, check_heads, logit_difference, run_patched, slopes
+from devmon.anatomy.patching import (
+    SITE_KINDS,
+    Index,
+    SiteKind,
+    attributed,
+    attributed_reads,
+    check_heads,
+    largest,
+    logit_difference,
+    run_patched,
+    slopes,
+)
 from devmon.anatomy.realism import Gauge
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, minibatches
@@ -26,30 +37,12 @@ from devmon.snapshot import Snapshot
 HeadPath = tuple[int, int, Literal["q", "k", "v"], int, int]
 
 
-class _Kind(NamedTuple):
-    """Sites of one kind: where they are in the model, the dimensions that tell them apart, and what they are."""
-
-    site: str
-    dims: tuple[str, ...]
-    what: str
-
-    def entries(self, at: tuple[int, ...]) -> Index:
-        """The entries of an activation of a layer, (batch, pos, …), that belong to the site."""
-        if "pos" in self.dims:
-            return slice(None), at[1]
-        return (slice(None), slice(None), at[1]) if "head" in self.dims else (...,)
-
-
-SITE_KINDS = {
-    "resid": _Kind("resid_pre", ("layer", "pos"), "the stream before the layer, at the place"),
-    "z": _Kind("z", ("layer", "head"), "the head, at all places"),
-    "mlp": _Kind("mlp_out", ("layer",), "the MLP, at all places"),
-}
 SHARE_LABELS = {
     "restored": "restored by {}, from the clean prompt",
     "broken": "broken by {}, from the corrupt prompt",
     "restored_resample": "restored by {}, from another clean prompt",
 }
+READS = {"q": "the head's queries", "k": "its keys", "v": "its values"}
 REALISM = {"norm_ratio": "norm", "quantile": "Mahalanobis quantile among clean prompts"}
 
 
@@ -71,10 +64,12 @@ class ActivationPatching(ByContent):
     restored_resample, the clean state of *another* prompt: what a state of no particular content does. The attributions
     are Σ (clean - corrupt) · slope of LD at the corrupt, or the clean prompt, over signal: attribution patching (Nanda
     2023; Kramár et al. 2403.00745), the first order of the two, exact where LD is linear in the site and poor behind
-    saturated attention and norms. They screen: of each kind only the `exact` sites with the largest attribution, of
-    either sort, are patched at a step; others are NaN. `heads`, pairs (layer, head), are patched at every step: without
-    gaps, and a maximum over them is one of the same heads all along. Shares are NaN where the signal is not above 3 of
-    its standard errors; `_se` are over prompts.
+    saturated attention and norms. Those of a head's queries, keys and values go through its softmax itself, then to
+    first order (AtP*, of the same paper): a head that attends elsewhere once its keys change has them at a slope of 0.
+    They screen: of each kind only the `exact` sites with the largest attribution, of either sort, are patched at a
+    step; others are NaN. `heads`, pairs (layer, head), are patched at every step: without gaps, and a maximum over them
+    is one of the same heads all along. Shares are NaN where the signal is not above 3 standard errors; `_se` are over
+    prompts.
 
     `paths` are (layer, head, "q" | "k" | "v", layer, head), from a head to the queries, keys or values of a later head
     (with grouped attention keys and values are counted by their own heads): path patching (Wang et al. 2211.00593),
@@ -116,6 +111,19 @@ class ActivationPatching(ByContent):
     - `z_restored_attribution_se` (layer, head), share: its standard error.
     - `z_broken_attribution` (layer, head), share: z_broken to first order, of every site.
     - `z_broken_attribution_se` (layer, head), share: its standard error.
+    - `q_restored_attribution` (layer, head), share: restored by the head's queries, through the softmax, then to first
+      order. Null: 0.
+    - `q_restored_attribution_se` (layer, head), share: its standard error.
+    - `q_broken_attribution` (layer, head), share: broken by them. Null: 0.
+    - `q_broken_attribution_se` (layer, head), share: its standard error.
+    - `k_restored_attribution` (layer, head), share: restored by the keys that the head sees. Null: 0.
+    - `k_restored_attribution_se` (layer, head), share: its standard error.
+    - `k_broken_attribution` (layer, head), share: broken by them. Null: 0.
+    - `k_broken_attribution_se` (layer, head), share: its standard error.
+    - `v_restored_attribution` (layer, head), share: restored by the values that the head reads. Null: 0.
+    - `v_restored_attribution_se` (layer, head), share: its standard error.
+    - `v_broken_attribution` (layer, head), share: broken by them. Null: 0.
+    - `v_broken_attribution_se` (layer, head), share: its standard error.
     - `z_norm_ratio` (layer, head), 1: mean norm of the stream after the restoring patch, over that of clean prompts.
       Null: 1.
     - `z_quantile` (layer, head), 1: its mean Mahalanobis quantile among clean prompts. Null: 0.5.
@@ -136,7 +144,7 @@ class ActivationPatching(ByContent):
       prompt. Null: 0.
     - `path_restored_se` (path), share: its standard error.
 
-    Cost: at most 3 passes of all prompts for each of `exact` sites of a kind and of `heads`, 1 for each path, 5 more, 2
+    Cost: at most 3 passes of all prompts for each of `exact` sites of a kind and of `heads`, 1 for each path, 9 more, 2
     of them back. Raises InstrumentError for models whose parts or `heads` are not known or whose vocabulary is too
     small, DataError for settings.
     """
@@ -157,7 +165,7 @@ class ActivationPatching(ByContent):
 
     def cost(self) -> Cost:
         count, length = self.pairs.clean.shape
-        passes = 4 + 9 * self.exact + 3 * len(self.heads) + (1 + len(self.paths) if self.paths else 0)
+        passes = 8 + 9 * self.exact + 3 * len(self.heads) + (1 + len(self.paths) if self.paths else 0)
         return Cost(forwards=passes * count, backwards=2 * count, positions=length)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
@@ -172,11 +180,24 @@ class ActivationPatching(ByContent):
 
         # each kind of site: attribution screens all of them, patching measures the largest
         for name, kind in kinds.items():
-            guesses = {effect: _attributed(runs, kind, slope) for effect, slope in runs.slopes.items()}
-            chosen = _largest(guesses, self.exact)
+            guesses = {
+                effect: attributed(runs.clean, runs.corrupt, kind, slope) for effect, slope in runs.slopes.items()
+            }
+            chosen = largest(guesses, self.exact)
             chosen = list(dict.fromkeys([*(self.heads if name == "z" else ()), *chosen]))
             patched = self._patch(anatomy, kind, runs, chosen)
             _put_kind(rows, name, kind, runs.whole, guesses, patched)
+        for effect, slope in runs.slopes.items():
+            # denoising puts clean queries, keys and values into the corrupt prompt, noising the other way round
+            back, sign = (pairs.clean, runs.clean, runs.corrupt), -1
+            if effect == "restored":
+                back, sign = (pairs.corrupt, runs.corrupt, runs.clean), 1
+            tokens, own, source = back
+            for part, values in attributed_reads(anatomy, tokens, own, source, slope, self._batches()).items():
+                mean, se = share(sign * values, runs.whole)
+                label = f"share of the signal {SHARE_LABELS[effect].format(READS[part])}, through the softmax"
+                name = f"{part}_{effect}_attribution"
+                rows.put(name, ("layer", "head"), mean, se, label, units="share", nan=NO_SIGNAL)
 
         coords = {"layer": np.arange(anatomy.layers), "pos": np.arange(pairs.clean.shape[1])}
         coords["head"] = np.arange(anatomy.heads)
@@ -188,23 +209,19 @@ class ActivationPatching(ByContent):
             coords["path"] = np.array(list(arrows), dtype=object)
         return rows.dataset(**coords)
 
-    def _unpatched(self, snapshot: Snapshot, anatomy: Anatomy, kinds: Iterable[_Kind]) -> _Runs:
+    def _unpatched(self, snapshot: Snapshot, anatomy: Anatomy, kinds: Iterable[SiteKind]) -> _Runs:
         """Both prompts of every pair as they are: outputs, what the sites hold, and the slopes of LD there."""
         pairs, sites = self.pairs, [kind.site for kind in kinds]
+        read, who = [*sites, *READS, "pattern", "resid_post"], type(self).__name__
         (clean_output, clean), (corrupt_output, corrupt) = (
-            activations(snapshot, tokens, [*sites, "resid_post"], type(self).__name__, self.layout, self.batch_size)
+            activations(snapshot, tokens, read, who, self.layout, self.batch_size)
             for tokens in (pairs.clean, pairs.corrupt)
         )
         # denoising starts from the corrupt prompt, noising from the clean one
         restored, broken = (self._slopes(anatomy, tokens, sites) for tokens in (pairs.corrupt, pairs.clean))
         differences = self._difference(clean_output), self._difference(corrupt_output)
-        return _Runs(
-            clean,
-            corrupt,
-            *differences,
-            {"restored": restored, "broken": broken},
-            Gauge.fit(clean.stack("resid_post")[:, :, -1]),
-        )
+        gauge = Gauge.fit(clean.stack("resid_post")[:, :, -1])
+        return _Runs(clean, corrupt, *differences, {"restored": restored, "broken": broken}, gauge)
 
     def _put_unpatched(self, rows: Rows, anatomy: Anatomy, runs: _Runs) -> None:
         mean, se, there = signal(runs.whole)
@@ -235,7 +252,7 @@ class ActivationPatching(ByContent):
         return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
     def _patch(
-        self, anatomy: Anatomy, kind: _Kind, runs: _Runs, chosen: list[tuple[int, ...]]
+        self, anatomy: Anatomy, kind: SiteKind, runs: _Runs, chosen: list[tuple[int, ...]]
     ) -> dict[str, np.ndarray]:
         """Shares of the signal times the signal, (prompt, *site), and the realism of what restores, (*site); NaN for
         the sites that are not chosen."""
@@ -258,7 +275,7 @@ class ActivationPatching(ByContent):
             effects["restored_resample"][every] = resampled - runs.corrupt_end
         return effects | realism
 
-    def _shape(self, anatomy: Anatomy, kind: _Kind) -> tuple[int, ...]:
+    def _shape(self, anatomy: Anatomy, kind: SiteKind) -> tuple[int, ...]:
         sizes = {"layer": anatomy.layers, "pos": self.pairs.clean.shape[1], "head": anatomy.heads}
         return tuple(sizes[dim] for dim in kind.dims)
 
@@ -309,26 +326,10 @@ class _Runs(NamedTuple):
         return self.clean_end - self.corrupt_end
 
 
-def _attributed(runs: _Runs, kind: _Kind, slope: dict[tuple[str, int], Tensor]) -> np.ndarray:
-    """Σ (clean - corrupt) · slope, (prompt, *site)."""
-    layers = []
-    for site in sorted(site for site in runs.clean if site[0] == kind.site):
-        product = ((runs.clean[site] - runs.corrupt[site]).double() * slope[site].double()).sum(-1)
-        layers.append(product if "pos" in kind.dims else product.sum(1))  # (batch, pos), (batch, head) or (batch,)
-    return torch.stack(layers, 1).cpu().numpy()
-
-
-def _largest(guesses: dict[str, np.ndarray], count: int) -> list[tuple[int, ...]]:
-    """The sites with the largest attribution, of either sort."""
-    size = np.maximum(*(np.abs(values.mean(0)) for values in guesses.values()))
-    order = np.argsort(-size.ravel(), kind="stable")[:count]
-    return [tuple(int(i) for i in np.unravel_index(at, size.shape)) for at in order]
-
-
 def _put_kind(
     rows: Rows,
     name: str,
-    kind: _Kind,
+    kind: SiteKind,
     whole: np.ndarray,
     guesses: dict[str, np.ndarray],
     patched: dict[str, np.ndarray],

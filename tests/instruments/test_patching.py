@@ -61,6 +61,10 @@ def test_the_circuit_restores_and_breaks_all_and_the_rest_nothing() -> None:
     np.testing.assert_allclose(found["z_restored_attribution"], [[0, 0], [1, 0]], atol=1e-6)
     np.testing.assert_allclose([found["z_norm_ratio"][1, 0], found["z_quantile"][1, 0]], [1.0, 0.5], atol=1e-9)
     assert "mlp_restored" not in found
+    # through the softmax: it is the keys of the last head that tell, and no slope of its scores would show it
+    for part, expected in (("q", 0), ("k", 1), ("v", 0)):
+        for name in ("restored", "broken"):
+            np.testing.assert_allclose(found[f"{part}_{name}_attribution"], [[0, 0], [expected, 0]], atol=1e-6)
 
 
 def test_what_looks_at_places_alone_leaves_no_signal() -> None:
@@ -141,6 +145,23 @@ def test_against_a_plain_implementation() -> None:
             mixed[:, pos] = middle[0].roll(1, 0)[:, pos]
             change = ld(mixed + after(mixed, model.blocks[1]).sum(0)) - ends[1]
             np.testing.assert_allclose(found["resid_restored_resample"][1, pos], change.mean() / signal, atol=1e-9)
+        # queries, keys and values of the last layer, one at a time: the readout is linear from there on
+        block, width = model.blocks[1], middle[0].shape[-1]
+        for name, into, source, sign in (("restored", 1, 0, 1), ("broken", 0, 1, -1)):
+            for h in range(3):
+                part = slice(h * width, (h + 1) * width)
+                own, other = middle[into], middle[source]
+                for which, (q, k, v) in {
+                    "q": (other, own, own),
+                    "k": (own, other, own),
+                    "v": (own, own, other),
+                }.items():
+                    scores = q @ block.query.weight.T[:, part] @ k.transpose(1, 2)
+                    scores = scores.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf)
+                    added = scores.softmax(-1) @ v @ block.out.weight.T[part]
+                    change = sign * (ld(middle[into] + heads[into].sum(0) - heads[into][h] + added) - ends[into])
+                    guess = found[f"{which}_{name}_attribution"][1, h]
+                    np.testing.assert_allclose(guess, change.mean() / signal, atol=1e-9)
     for name, into in (("restored", 1), ("broken", 0)):  # the slope where the patch goes in
         leaf = middle[into].clone().requires_grad_()
         (slope,) = torch.autograd.grad(ld(leaf + after(leaf, model.blocks[1]).sum(0)).sum(), [leaf])
@@ -161,7 +182,8 @@ def test_every_family(name: str) -> None:
         np.testing.assert_allclose(beside[np.isfinite(beside)], 0.0, atol=1e-4)
     assert int(np.isfinite(found["z_restored"]).sum()) == 4
     assert int(np.isfinite(found["mlp_restored"]).sum()) == 2
-    assert np.isfinite(found["z_restored_attribution"]).all()
+    for part in "zqkv":
+        assert np.isfinite(found[f"{part}_restored_attribution"]).all()
     assert np.isfinite(found["path_restored"]).all()
     patched = [found[n].values for n in found if str(n).endswith("_quantile")]
     assert all(((v >= 0) & (v <= 1) | np.isnan(v)).all() for v in patched)

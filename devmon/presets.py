@@ -117,11 +117,12 @@ def standard(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[S
     known = _known(shared)
     tokens = unpadded(tokens, known.pad)
     probe = _probe(tokens, known)
+    different = probe | {"length": min(probe["length"], known.count)}  # the probe of copying holds no token twice
     steps = log_spaced(shared["count"], shared["last"])
     watches += [
         Watch("composition", Composition(), steps),
         Watch("spectra", HeadSpectra(), steps),
-        Watch("copying", CopyingHeads(**probe), steps),
+        Watch("copying", CopyingHeads(**different), steps),
         Watch("attribution", ResidualAttribution.repeated(**probe, ablation_prompts=0), steps),
         Watch("lens", LogitLens(tokens), steps),
         Watch("sketch", Sketch(tokens, outputs=True), steps),

@@ -36,6 +36,11 @@ class Vocabulary:
     pad: int | None
     exclude: tuple[int, ...]
 
+    @property
+    def count(self) -> int:
+        """How many tokens random text may hold."""
+        return len(set(range(self.size)) - {*self.exclude, self.bos})
+
 
 def vocabulary(tokenizer: Any) -> Vocabulary:
     """The vocabulary of a tokenizer of transformers, which may be smaller than the model's logits are many.

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from devmon import presets
 from devmon.errors import DataError, InstrumentError
+from devmon.monitoring.observe import attempt
 from devmon.snapshot import Snapshot
 from devmon.testing.contract import headlines
 from tests.anatomy.families import CONFIGS, ENCODERS, MASKED, OTHERS, PYRAMIDS, TWO_STACKS, VISION
-from tests.instruments.test_instruments_families import INSTRUMENTS, instrument_of, model_of
+from tests.anatomy.test_anatomy_sites import VOCAB
+from tests.instruments.test_instruments_families import INSTRUMENTS, TEXT, instrument_of, model_of, of_images
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 RUNS, REFUSES, FLAT, RAW = "yes", "–", "NaN", "raw error"
@@ -47,8 +50,13 @@ def outcome(case_name: str, family: str) -> str:
     return RUNS if all(np.isfinite(found[key].values).any() for key in headlines(found)) else FLAT
 
 
-def page(outcomes: dict[str, dict[str, str]]) -> str:
-    """The page from outcomes by family and instrument."""
+def left_out(family: str) -> list[str]:
+    """Watches of `presets.standard` that do not fit a family: what a monitor refuses at once, before training."""
+    return list(attempt(0, model_of(family), presets.standard(TEXT, last=10, vocab_size=VOCAB), {}))
+
+
+def page(outcomes: dict[str, dict[str, str]], preset: dict[str, list[str]]) -> str:
+    """The page from outcomes by family and instrument, and what the standard preset has to leave out of each."""
     names = list(dict.fromkeys(case.name for case in INSTRUMENTS))
     lines = [HEAD]
     for title, families in GROUPS.items():
@@ -60,7 +68,11 @@ def page(outcomes: dict[str, dict[str, str]]) -> str:
             counted = "all" if not rest else "none" if not runs else ", ".join(runs)
             lines.append(f"| {family} | {counted} | {', '.join(rest) if runs else 'all'} |")
         lines.append("")
-    return "\n".join(lines)
+    lines += [PRESET, "| families | left out |", "|---|---|"]
+    for missing in dict.fromkeys(map(tuple, preset.values())):
+        alike = [family for family, names in preset.items() if tuple(names) == missing]
+        lines.append(f"| {'; '.join(alike)} | {', '.join(missing) if missing else 'nothing'} |")
+    return "\n".join(lines) + "\n"
 
 
 HEAD = """# Which instrument reads which family
@@ -80,6 +92,12 @@ residual from the norm), and stacks in which some layers do not attend (Qwen3-Ne
 Attention, losses and representations of these are read all the same, and `layer` is the index of the block.
 """
 
+PRESET = """## The standard preset
+
+`presets.standard` on each family of text: a monitor tries all of it on the first batch, and refuses once, before
+training, with the list of watches to leave out and the line that does so; the others run.
+"""
+
 
 def main() -> None:
     outcomes = {}
@@ -87,7 +105,8 @@ def main() -> None:
         for family in families:
             outcomes[family] = {case.name: outcome(case.name, family) for case in INSTRUMENTS}
             sys.stderr.write(f"{family}: {' '.join(f'{k}={v}' for k, v in outcomes[family].items())}\n")
-    PAGE.write_text(page(outcomes), encoding="utf-8")
+    preset = {family: left_out(family) for families in GROUPS.values() for family in families if not of_images(family)}
+    PAGE.write_text(page(outcomes, preset), encoding="utf-8")
 
 
 if __name__ == "__main__":

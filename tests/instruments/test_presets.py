@@ -93,6 +93,14 @@ def test_random_tokens_are_real_ones_and_padding_is_no_text(tier: str) -> None:
         presets.economy(text, last=100)
 
 
+def test_small_vocabularies_have_a_standard_preset() -> None:
+    """Letters, or the symbols of a task: sequences of copying, without a token twice, are as long as they can be."""
+    for size in (27, 50, 200):
+        tokens = torch.randint(0, size, (8, 64))
+        made = {w.name: w.instrument for w in presets.standard(tokens, vocab_size=size, bos=0, last=10)}
+        assert made["copying"].length == min(64, size - 1)
+
+
 def test_few_tokens_still_make_pairs() -> None:
     made = watches(1 + random_tokens(29, 12, 12), vocab_size=30, bos=0)
     assert made["patching"].pairs.clean.shape[1] <= 12

@@ -96,7 +96,7 @@ def test_random_tokens_are_real_ones_and_padding_is_no_text(tier: str) -> None:
 def test_small_vocabularies_have_a_standard_preset() -> None:
     """Letters, or the symbols of a task: sequences of copying, without a token twice, are as long as they can be."""
     for size in (27, 50, 200):
-        tokens = torch.randint(0, size, (8, 64))
+        tokens = torch.randint(0, size, (12, 64))
         made = {w.name: w.instrument for w in presets.standard(tokens, vocab_size=size, bos=0, last=10)}
         assert made["copying"].length == min(64, size - 1)
 

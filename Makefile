@@ -1,14 +1,18 @@
-# Two verbs do everything, each with its own set-up in .venv: `make demo` and `make test`.
+# Each verb does its own set-up in .venv: `make demo`, `make test`, `make docs`.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint types tests clean
+.PHONY: help demo docs test lint types tests clean
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 demo: .venv/installed  ## train a small language model and watch its phase transition (runs/demo/report.html)
 	$(BIN)/devmon demo $(ARGS)
+
+docs: .venv/installed  ## the site with its gallery, in site/ (about a minute, without network)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
 
 test: lint types tests  ## ruff, mypy, the tests
 
@@ -31,4 +35,4 @@ tests: .venv/installed  ## the tests alone
 	@touch $@
 
 clean:  ## remove the virtual environment and caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ def crosscode(
     *,
     batch: int = 4096,
     seed: int = 0,
-    file: Path | None = None,
+    file: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Crosscoded:
     """Train a crosscoder of the same places in every snapshot, and tell when each latent is there (Lindsey 2024).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def train(
     source: Source,
     *,
     start: Coder | None = None,
-    file: Path | None = None,
+    file: str | os.PathLike[str] | None = None,
     save_every: int = 500,
     progress: Progress | None = None,
 ) -> Trained:
@@ -93,15 +94,16 @@ def train(
     other widths.
     """
     state = State(training, source, start)
-    if file is not None and file.exists():
-        state.load(file)
+    kept = None if file is None else Path(file)
+    if kept is not None and kept.exists():
+        state.load(kept)
     for step in range(state.step, training.steps):
         x, y = source(step)
         record = state.advance(x, y)
         if progress is not None and record is not None:
             progress(step + 1, training.steps, record)
-        if file is not None and (step + 1) % save_every == 0 and step + 1 < training.steps:
-            state.save(file)
+        if kept is not None and (step + 1) % save_every == 0 and step + 1 < training.steps:
+            state.save(kept)
     return Trained(state.finished(), state.history)
 
 

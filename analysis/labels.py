@@ -117,6 +117,12 @@ KNOWN: dict[tuple[str, str], Label] = {
         "concentrates the task in a circuit"),
     ("Circuit", "signal"): _of(
         "signal of the task", "score on clean less corrupt prompts", "logits", "learns the task"),
+    ("Interchange", "iia"): _of(
+        "interchange accuracy", "outputs as the algorithm says with its variable exchanged", "",
+        "comes to hold the variable of the algorithm"),
+    ("Interchange", "difference"): _of(
+        "effect of an exchange", "changed label less its own when the variable is exchanged", "logits",
+        "comes to be moved by the variable of the algorithm"),
     ("ActivationPatching", "signal"): _of(
         "signal of the task", "score on clean less corrupt prompts", "logits", "learns the task"),
     ("ActivationPatching", "z_restored"): _of(

@@ -86,6 +86,12 @@ CITED = {
         "Hanna et al. (2024), Have faith in faithfulness: going beyond circuit overlap. arXiv:2403.17806",
         "Tigges et al. (2024), LLM circuit analyses are consistent across training and scale. arXiv:2407.10827",
     ),
+    "Interchange": (
+        "Geiger et al. (2023), Finding alignments between interpretable causal variables and distributed neural "
+        "representations. arXiv:2303.02536",
+        "Makelov et al. (2023), Is this the subspace you are looking for? An interpretability illusion for subspace "
+        "activation patching. arXiv:2311.17030",
+    ),
     "FunctionVectorHeads": ("Todd et al. (2023), Function vectors in large language models. arXiv:2310.15213",),
     "LogitLens": ("nostalgebraist (2020), Interpreting GPT: the logit lens. LessWrong",),
     "TunedLens": ("Belrose et al. (2023), Eliciting latent predictions with the tuned lens. arXiv:2303.08112",),

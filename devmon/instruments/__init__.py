@@ -21,6 +21,7 @@ from devmon.instruments.head_spectra import HeadSpectra
 from devmon.instruments.in_context import InContextLearning
 from devmon.instruments.induction import InductionHeads
 from devmon.instruments.influence import BayesianInfluence
+from devmon.instruments.interchange import Interchange
 from devmon.instruments.intermediate_steps import IntermediateSteps
 from devmon.instruments.intrinsic_dimension import IntrinsicDimension
 from devmon.instruments.layers import LayerRoles
@@ -82,6 +83,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "HeadAblation",
     "ActivationPatching",
     "Circuit",
+    "Interchange",
     "FunctionVectorHeads",
     # layers and representations
     "LogitLens",

@@ -82,8 +82,8 @@ Made by `python -m tests.anatomy.families_page` from tiny random models of each 
 lacks; there is no third way: layouts, known, guessed or declared, are tried on the model before they are believed
 (`devmon.anatomy.fit`), and weights are what the modules compute, whatever adapter or packing they have
 (`devmon.anatomy.linear`). Not in the table, as they need no parts of a model: `LLC`, `Curvature` and
-`GradientStatistics` (any differentiable loss), `ReferenceDrift` (two models of one form), `RestrictedLoss` and
-`FourierSpectrum` (addition modulo p).
+`GradientStatistics` (any differentiable loss), `NeuralCollapse` (any classifier), `ReferenceDrift` (two models of one
+form), `RestrictedLoss` and `FourierSpectrum` (addition modulo p).
 
 A model of your own is a row of its own: `anatomy = Layout(...)` (`devmon.anatomy.Layout`) says where its parts are, and
 `devmon anatomy script.py:model` writes that line ([your_model.md](your_model.md)).

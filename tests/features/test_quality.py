@@ -21,7 +21,8 @@ from devmon.snapshot import Snapshot
 from devmon.testing import InstrumentContract
 from tests.anatomy.families import VOCAB, D
 from tests.features.test_dictionary import normal
-from tests.instruments.test_instruments_families import TEXT, features, model_of
+from tests.instruments.made_up import features
+from tests.instruments.test_instruments_families import TEXT, model_of
 from tests.support.models import random_model
 
 SITE = ("mlp_out", 1)

@@ -44,13 +44,12 @@ from devmon.instruments import (
 )
 from devmon.snapshot import Snapshot
 from tests.anatomy.test_anatomy_sites import VOCAB
-from tests.instruments.made_up import negated
+from tests.instruments.made_up import features, negated
 from tests.instruments.test_instruments_families import (
     INSTRUMENTS,
     LENGTH,
     OUTSIDE,
     TEXT,
-    features,
     instrument_of,
     model_of,
 )

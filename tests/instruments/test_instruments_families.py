@@ -19,15 +19,15 @@ from torch import Tensor, nn
 import devmon.instruments
 from devmon.anatomy import Anatomy
 from devmon.cost import Cost
-from devmon.data import broken_repeats, random_tokens, symbol_tasks
+from devmon.data import random_tokens
 from devmon.errors import InstrumentError
-from devmon.features import BatchTopK, Dictionary, Largest, Training
+from devmon.features import BatchTopK, Training
 from devmon.instruments import Sketch
 from devmon.presets import vision
 from devmon.snapshot import Snapshot
 from devmon.testing.contract import headlines, state
 from tests.anatomy.families import CONFIGS, KINDS, MASKED, PYRAMIDS, VISION, VOCAB, D, T, family
-from tests.instruments.made_up import AnyToken
+from tests.instruments.made_up import AnyToken, coder, exchanges, features, negated, pairs, tasks
 
 CAUSAL = tuple(name for name in CONFIGS if name not in (*MASKED, *VISION))
 LENGTH = 24
@@ -51,26 +51,6 @@ class Case:
     told: str = ""  # why its cost is not what passes through the model here
 
 
-def pairs() -> Any:
-    return broken_repeats(VOCAB, 8, 4, exclude=(0, 1, 2))
-
-
-def coder(centred: bool) -> Dictionary:
-    """A random dictionary of 40 latents for states of D numbers."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(40, D, generator=generator)
-    return Dictionary(rows.T.contiguous(), torch.zeros(40), 0.02 * rows, torch.zeros(D), centred=centred)
-
-
-def tasks() -> Any:
-    return symbol_tasks(VOCAB, tasks=2, prompts=4, shots=3, symbols=5, exclude=(0, 1, 2))
-
-
-def features() -> Dictionary:
-    drawn = torch.randn(D, 2 * D, generator=torch.Generator().manual_seed(0))
-    return Dictionary(drawn, torch.zeros(2 * D), drawn.T / D, torch.zeros(D), Largest(4))
-
-
 ALL = tuple(CONFIGS)
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # whose neurons are those of no one map
 UNMIXED = tuple(name for name in CONFIGS if name != "bert")  # whose stream is a sum of what the layers add
@@ -92,9 +72,11 @@ INSTRUMENTS = [
         (("shots",), ("shots",)),
     ),
     Case("markov_references", "MarkovReferences", lambda make, x: make(x, VOCAB), (("solution",), ("solution",))),
+    Case("negation", "Negation", lambda make, x: make(negated(x)), ((), ()), nan=RARE),
     Case("grammar_excess", "GrammarExcess", lambda make, x: make(x, AnyToken()), ((), ())),
     # attention heads
     Case("induction", "InductionHeads", lambda make, x: make(VOCAB, 4, LENGTH, exclude=OUTSIDE), (HEAD,)),
+    Case("attention_sinks", "AttentionSinks", lambda make, x: make(x), (HEAD, DEPTH, DEPTH), ALL),
     Case("previous_token", "PreviousTokenHeads", lambda make, x: make(tokens=x), (HEAD,), ALL),
     Case(
         "fuzzy_induction",
@@ -138,6 +120,12 @@ INSTRUMENTS = [
         lambda make, x: make(pairs(), steps=1, shares=(0.1,), random=1),
         (),
         nan=RARE,
+    ),
+    Case(
+        "interchange",
+        "Interchange",
+        lambda make, x: make(exchanges(x), (("resid_post", 0),), (2,), steps=2, batch=4, random=2),
+        (("site", "size"), ("site", "size")),
     ),
     Case("function_vectors", "FunctionVectorHeads", lambda make, x: make(tasks(), exact=2), (), nan=RARE, told=AT_MOST),
     # representations
@@ -198,10 +186,8 @@ INSTRUMENTS = [
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]
 ELSEWHERE = {
-    "AttentionSinks": "of patterns and streams that others read; tests/instruments/test_attention_sinks.py",
     "Evaluation": "of prompts of a tokenizer; tests/instruments/test_evaluation.py",
     "IntermediateSteps": "of prompts in two steps; tests/instruments/test_intermediate_steps.py",
-    "Negation": "of pairs of prompts; tests/instruments/test_negation.py",
     "NeuralCollapse": "of classifiers; tests/instruments/test_neural_collapse.py",
     "RegressionReferences": "of numbers in a context; tests/instruments/test_references.py",
     "LLC": "samples for seconds; tests/analysis/test_llc_derive.py, tests/sampling",

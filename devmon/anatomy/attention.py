@@ -154,14 +154,18 @@ def _pattern(
         query, key = query.float(), key.float()
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    # In place, as nothing else holds the scores: a pattern is as large as a layer's states, and is made in every layer.
+    scores = (query @ key.transpose(-2, -1)).mul_(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~allowed, -math.inf)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
+        scores = scores.masked_fill_(later, -math.inf)
+    if attn_mask is None:
+        return scores.softmax(-1)
+    hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.isneginf()
+    scores = scores.masked_fill(hidden, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     # A row in which nothing may be attended to is NaN after softmax; kernels give zeros.
-    return scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
+    empty = hidden.all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(empty, 0.0) if bool(empty.any()) else scores.softmax(-1)
 
 
 @contextmanager

@@ -112,9 +112,10 @@ def compact(run: Run, out: Annotated[str | None, COPY] = None) -> None:
 def fix(run: Run, drop: Annotated[list[str], DROP]) -> None:
     """Take watches out of a run, so that others may be measured under their names. No row is lost.
 
-    Where a watch was measured with another instrument, other settings or a wrong layout, the run refuses what is
-    corrected: drop the watch and measure again. Its rows lie in the run as an earlier attempt
-    (`Trajectory.attempts()`), its steps are measured anew by `devmon measure` or from there on by training.
+    Where a watch was measured with another instrument or other settings, the run refuses what is corrected: drop the
+    watch and measure again (a corrected layout of the model needs no fix: it is accepted as it is measured). Its rows
+    lie in the run as an earlier attempt (`Trajectory.attempts()`), its steps are measured anew by `devmon measure` or
+    from there on by training.
     """
     from devmon.store.trajectory import Trajectory
 

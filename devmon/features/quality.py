@@ -50,7 +50,7 @@ def quality(
 
     Raises InstrumentError for a site that the model lacks, or of another width than the dictionary.
     """
-    anatomy = Anatomy(snapshot.model, layout, who)
+    anatomy = Anatomy.of(snapshot, layout, who)
     check_site(anatomy, site)
     if site[0] == MLP_IN:
         raise InstrumentError(f"{who}: {MLP_IN!r} is read, and cannot be replaced alone: take 'resid_mid' or 'mlp_out'")

@@ -115,7 +115,7 @@ class FeatureCircuit(ByContent):
         return Cost(forwards=4 * half + slopes + measured, backwards=slopes + edges, positions=length)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
+        anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)
         nodes = Nodes(anatomy, dict(self.dictionaries))
         anatomy.need_causal(self.pairs.clean)
         half = len(self.pairs.clean) // 2

@@ -58,7 +58,7 @@ class FeatureLens(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who = type(self).__name__
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy.of(snapshot, self.layout, who)
         anatomy.need_sum()
         anatomy.expand(self.site)
         unembed = anatomy.W_U.detach()

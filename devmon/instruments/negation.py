@@ -72,7 +72,7 @@ class Negation(ByContent):
     batch_size: int = 32
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        anatomy = Anatomy(snapshot.model, self.layout, "Negation")
+        anatomy = Anatomy.of(snapshot, self.layout, "Negation")
         anatomy.need_sum()
         anatomy.need_causal(self.prompts.negated)
         parts = [self._part(anatomy, part) for part in minibatches(len(self.prompts.negated), self.batch_size)]

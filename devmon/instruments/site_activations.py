@@ -55,7 +55,7 @@ class SiteActivations(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who = type(self).__name__
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy.of(snapshot, self.layout, who)
         check_site(anatomy, self.site)
         x, _ = site_activations(anatomy, self.tokens[:1], [self.site])
         if self.kept_bytes(x.shape[1]) > self.most_bytes:

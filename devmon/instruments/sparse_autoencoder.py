@@ -138,7 +138,7 @@ class SparseAutoencoder(ByContent):
             moved = torch.cosine_similarity(dictionary.W_dec, start.W_dec, dim=1).double().cpu().numpy()
         label = "cosine to the latent that it was trained from"
         rows.put("moved", "latent", moved, None, label, units="cosine", nan="there is no start")
-        anatomy = Anatomy(snapshot.model, self.layout, who)
+        anatomy = Anatomy.of(snapshot, self.layout, who)
         states, _ = site_activations(anatomy, self.held_out, [self.site], batch_size=self.batch_size)
         with torch.no_grad():
             put_geometry(rows, dictionary.W_dec, dictionary.encode(states) > 0)

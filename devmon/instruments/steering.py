@@ -111,7 +111,7 @@ class Steering(ByContent):
         return Cost(forwards=round(tokens / self.tokens.shape[1]), positions=self.tokens.shape[1])
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
+        anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)
         check_site(anatomy, self.site)
         anatomy.need_causal(self.tokens)
         if self.site[0] == MLP_IN:

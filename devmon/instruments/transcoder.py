@@ -110,7 +110,7 @@ class Transcoder(ByContent):
         return Cost(forwards=forwards + graphs, backwards=graphs * (self.most + 11) // 2, positions=length)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
-        anatomy = Anatomy(snapshot.model, self.layout, type(self).__name__)
+        anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)
         replaced = Replaced(anatomy, dict(self.transcoders))
         anatomy.need_causal(self.tokens)
         rows = Rows(headline=["replacement_loss", "replacement"], error="standard error over sequences")

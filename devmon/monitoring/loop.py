@@ -19,6 +19,7 @@ from devmon.monitoring.companion import Companion
 from devmon.monitoring.densify import Densify
 from devmon.monitoring.failures import Failures
 from devmon.monitoring.fingerprint import identity
+from devmon.monitoring.layouts import layout_of
 from devmon.monitoring.mirror import Mirror
 from devmon.monitoring.observe import attempt, observe, refusal
 from devmon.monitoring.page_updates import PageUpdates
@@ -159,7 +160,7 @@ class LoopMonitor:
                 self.updates.attach(self.optimizer, self.network(model))
         self._seen = step
         due = self._due(step)
-        trials = self._untried(due) if first else []
+        trials = self._untried(due, self.network(model)) if first else []
         if due or trials:
             self._measure(step, self.network(model), due, trials)
         self._begun = {watch.name for watch in self.watches}
@@ -230,9 +231,9 @@ class LoopMonitor:
             due = companion.due(step, due)
         return due
 
-    def _untried(self, due: list[Watch]) -> list[Watch]:
+    def _untried(self, due: list[Watch], network: torch.nn.Module) -> list[Watch]:
         """The watches that are not due, and of which the trajectory has no row either."""
-        held = self.ranks.first(self._with_rows)
+        held = self.ranks.first(self._with_rows, network)
         return [watch for watch in self.watches if watch.name not in held | {other.name for other in due}]
 
     def _measure(self, step: int, network: torch.nn.Module, due: list[Watch], trials: list[Watch]) -> None:
@@ -257,10 +258,15 @@ class LoopMonitor:
         for companion in reversed(self.companions) if due else ():
             companion.after(step)
 
-    def _with_rows(self) -> set[str]:
+    def _with_rows(self, network: torch.nn.Module) -> set[str]:
         assert self.trajectory is not None
-        known = set(self.trajectory.names())
-        return {watch.name for watch in self.watches if watch.name in known and self.trajectory.steps(watch.name)}
+        known, run = [watch for watch in self.watches if watch.name in self.trajectory], self.trajectory
+        return {
+            watch.name
+            for watch in known
+            if run.steps(watch.name)
+            and not run.corrects(watch.name, identity(watch.instrument), layout_of(watch.instrument, network))
+        }
 
     def _chosen(self, step: int, names: list[str]) -> list[str]:
         for companion in self.companions:

@@ -17,6 +17,7 @@ from devmon.errors import DevmonError, IdentityError, InstrumentError
 from devmon.monitoring.choices import chosen, confirm
 from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.isolation import ChangedModelError, guarded, isolated, marks, private_copy
+from devmon.monitoring.layouts import layout_of
 from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.monitoring.wrappers import refuse_absent
 from devmon.snapshot import Choosing, Divisible, Instrument, Snapshot, Update, derive_seed, weights_digest
@@ -91,7 +92,8 @@ def observe(
                     continue
                 instrument = instrument.settle(record)
             dataset = _measure(instrument, step, model, seeds[watch.name], ranks, memo, update)
-            ranks.first(book.append, watch.name, step, dataset, weights, time.perf_counter() - started, record)
+            seconds, layout = time.perf_counter() - started, layout_of(instrument, model, memo)
+            ranks.first(book.append, watch, step, dataset, weights, seconds, record, layout)
         except Exception as error:
             if strict or isinstance(error, ChangedModelError):
                 raise
@@ -215,8 +217,10 @@ class Book:
         seeds = {}
         for watch in due:
             try:
-                self.trajectory.redeclare(watch.name, identity(watch.instrument))
+                mine, layout = identity(watch.instrument), layout_of(watch.instrument, model)
+                self.trajectory.redeclare(watch.name, mine)
                 held = self.trajectory.holds(watch.name, step, weights=weights)
+                held = held and not self.trajectory.corrects(watch.name, mine, layout)
             except Exception as error:
                 if self.strict or not (by_system(error) or watch.name in self.begun):
                     raise
@@ -243,16 +247,24 @@ class Book:
 
     def append(
         self,
-        name: str,
+        watch: Watch,
         step: int,
         dataset: xr.Dataset | None,
         weights: str,
         seconds: float,
         record: dict[str, Any] | None,
+        layout: str | None,
     ) -> None:
-        """Write the row; `record` is what was chosen for it."""
+        """Write the row; `record` is what was chosen for it, `layout` what the model was read by."""
         assert self.trajectory is not None
         assert dataset is not None
+        name = watch.name
+        if layout is not None and (moved := self.trajectory.correct(name, identity(watch.instrument), layout)):
+            warnings.warn(
+                f"{name}: its layout was corrected, so it begins anew at step {step}; {moved} rows of the earlier one "
+                "are kept as an earlier attempt (Trajectory.attempts)",
+                stacklevel=6,
+            )
         self.trajectory.append(name, step, dataset, weights=weights, seconds=seconds)
         if record is not None:
             confirm(self.trajectory, name, step, record, dataset)

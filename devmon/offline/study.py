@@ -29,6 +29,7 @@ from devmon.instruments import LLC
 from devmon.monitoring.choices import keep
 from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.isolation import isolated, private_copy
+from devmon.monitoring.layouts import layout_of
 from devmon.monitoring.observe import observe
 from devmon.offline import kept
 from devmon.offline.in_parts import OUT_OF_MEMORY, in_parts
@@ -101,14 +102,26 @@ class Study:
 
     def missing(self) -> dict[int, list[Watch]]:
         """Of every step of this shard the watches that the trajectory lacks; of other steps nothing will be loaded."""
-        names = [watch.name for watch in self.watches]
-        held = {name: set(self.trajectory.steps(name)) if name in self.known else set() for name in names}
+        rows = {watch.name for watch in self._with_rows()}
+        held = {w.name: set(self.trajectory.steps(w.name)) if w.name in rows else set() for w in self.watches}
         work = {}
         for step in self._shard():
             due = [watch for watch in self.watches if step in watch.steps and step not in held[watch.name]]
             if due:
                 work[step] = due
         return work
+
+    def _with_rows(self) -> list[Watch]:
+        """The watches that were measured, of those whose layout was not corrected since."""
+        known = [watch for watch in self.watches if watch.name in self.known]
+        return [
+            watch
+            for watch in known
+            if self.trajectory.steps(watch.name)
+            and not self.trajectory.corrects(
+                watch.name, identity(watch.instrument), layout_of(watch.instrument, self.model)
+            )
+        ]
 
     def choose(self) -> None:
         """Choose what instruments leave open, at the last checkpoint and a middle one, and keep it in the run.
@@ -140,7 +153,7 @@ class Study:
         model: a watch of which the run has no row yet, at weights that are finite.
         """
         work = self.missing()
-        self._begun = {name for name in self.known if self.trajectory.steps(name)}
+        self._begun = {watch.name for watch in self._with_rows()}
         wanted = work if steps is None else (step for step in steps if step in work)
         for step, checkpoint in self.series.stream(wanted):
             try:

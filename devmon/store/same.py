@@ -32,6 +32,18 @@ def said_otherwise(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
     return differ or None  # other fingerprints of the same words are of something that no field tells
 
 
+def another_layout(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str | None] | None:
+    """The layouts (`devmon.anatomy.Layout`) of two identities that differ in nothing else, None for the model's own;
+    None where they differ in more, or not in that."""
+    if stored.get("instrument") != now["instrument"]:
+        return None
+    old, new = dict(stored.get("fields", {})), dict(now["fields"])
+    layouts = [fields.pop("layout", "None") for fields in (old, new)]
+    if old != new or layouts[0] == layouts[1]:
+        return None
+    return [None if layout == "None" else layout for layout in layouts]
+
+
 def _plain(text: str, code: Mapping[str, str]) -> str:
     """The text with functions by name and code, and whole numbers as integers.
 

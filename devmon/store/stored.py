@@ -12,12 +12,13 @@ import xarray as xr
 from devmon.errors import IdentityError, StoreError
 from devmon.store.place import Place
 from devmon.store.rows import encode
-from devmon.store.same import said_otherwise
+from devmon.store.same import another_layout, said_otherwise
 from devmon.store.units import Units
 from devmon.watch import NAME
 
 SPELLING = "use letters, digits, '_', '.' and '-', a letter or digit first"
 PRIVATE = ("folded", "fold", "fold_number")  # attributes of a group that say how its rows lie
+LAYOUT = "model_layout"  # the attribute that says by which layout the model was read (`devmon.anatomy.Layout`)
 CODE = "code"  # the attribute that tells functions that were moved, which is no part of the rows
 LABELS_IN_FORM = 64  # longer coordinates are compared by size and dtype alone; changing it refuses what is stored
 JOIN: dict[str, Any] = {  # of rows of one form: what has no `step` is the same in all, and sizes may not differ
@@ -118,7 +119,8 @@ class StoredWatch:
     def declare(self, identity: Mapping[str, Any]) -> None:
         """Say who measures; IdentityError, with what differs, where that is another instrument or configuration.
 
-        One that says the same in other words (`devmon.store.same`) is accepted, and recorded as `accepted`.
+        One that says the same in other words (`devmon.store.same`) is accepted, and recorded as `accepted`; one of
+        another layout alone is accepted too, and `corrects` what is stored.
         """
         if self.name not in self.place.names():
             with self.place.locked():
@@ -127,14 +129,12 @@ class StoredWatch:
         if stored.get("fingerprint") == identity["fingerprint"]:
             return
         if (same := said_otherwise(stored, identity)) is not None:
-            # The declaration stays that of the first row; what else was accepted for it is kept beside it.
             if stored.get("accepted", {}).get(identity["fingerprint"]) != same:
-                accepted = {identity["fingerprint"]: same}
                 with self.place.locked():
-                    self.place.update(
-                        lambda attrs: attrs | {"accepted": attrs.get("accepted", {}) | accepted}, self.name
-                    )
+                    self._accept(identity, same)
             return
+        if another_layout(stored, identity) is not None:
+            return  # rows of either layout stay apart: `corrects`
         differ = differences(stored.get("fields", {}), identity["fields"])
         if stored.get("instrument") != identity["instrument"]:
             differ.insert(0, f"instrument: stored {stored.get('instrument')}, now {identity['instrument']}")
@@ -150,6 +150,31 @@ class StoredWatch:
             with self.place.locked():
                 self.place.update(lambda attrs: dict(identity), self.name)
         self.declare(identity)
+
+    def corrects(self, identity: Mapping[str, Any], layout: str | None) -> list[str | None] | None:
+        """The layouts of the rows that there are and of those to come (None: the model's family), where they differ.
+
+        `layout` is the one that the model is read by; None where that is not known before it is measured.
+        """
+        if self.name not in self.place.names():
+            return None
+        stored = self._retry_until_stable(self.attributes)
+        fields = another_layout(stored, identity)
+        if fields is not None and identity["fingerprint"] in stored.get("accepted", {}):
+            fields = None
+        before = stored.get(LAYOUT) or (None if fields is None else fields[0])
+        if layout is None:
+            return fields
+        return [before, layout] if before != layout and (before is not None or fields is not None) else None
+
+    def read_by(self, identity: Mapping[str, Any], layout: str) -> None:
+        """Keep the layout of the first row, to be called within the lock; where the declaration of a later one says the
+        same layout in another place, that too."""
+        stored = self.attributes()
+        if stored.get(LAYOUT) is None:
+            self.place.update(lambda attrs: attrs | {LAYOUT: layout}, self.name)
+        if (fields := another_layout(stored, identity)) is not None:
+            self._accept(identity, {"layout": fields})
 
     def append(self, step: int, dataset: xr.Dataset, weights: str, seconds: float) -> None:
         """Commit one row, unless `step` has one of the same weights. IdentityError where its form or weights differ.
@@ -202,6 +227,11 @@ class StoredWatch:
         return moved
 
     # -- private -----------------------------------------------------------------------------------------------------
+
+    def _accept(self, identity: Mapping[str, Any], same: Mapping[str, Any]) -> None:
+        """The declaration stays that of the first row; what else was accepted for it is kept beside it."""
+        accepted = {identity["fingerprint"]: dict(same)}
+        self.place.update(lambda attrs: attrs | {"accepted": attrs.get("accepted", {}) | accepted}, self.name)
 
     @property
     def _path(self) -> str:

@@ -145,6 +145,23 @@ class Trajectory(Mapping[str, xr.Dataset]):
         """As `declare`, but a configuration under which nothing was measured, as one that was refused, gives way."""
         self._watch(name).redeclare(identity)
 
+    def corrects(self, name: str, identity: Mapping[str, Any], layout: str | None) -> bool:
+        """Whether rows of this declaration, of a model that is read by `layout` (text; None: not known yet), are of
+        another layout than those that the watch holds: the first of them sets those aside (`correct`)."""
+        return self._watch(name).corrects(identity, layout) is not None
+
+    def correct(self, name: str, identity: Mapping[str, Any], layout: str) -> int:
+        """Say by which layout the row to come is read. What the watch holds of another one is set aside as an earlier
+        attempt, which names both layouts, and the watch begins anew; returns how many rows that were."""
+        moved = 0
+        with self._place.locked():
+            # Looked at within the lock: of several processes that measure, the first sets aside, the others find it so.
+            if (layouts := self._watch(name).corrects(identity, layout)) is not None:
+                moved = self._set_aside(name, layouts=layouts)
+                self._place.update(lambda _: dict(identity), name)
+            self._watch(name).read_by(identity, layout)
+        return moved
+
     def append(self, name: str, step: int, dataset: xr.Dataset, *, weights: str, seconds: float = float("nan")) -> None:
         """Commit one row. A step that is held already with the same weights is left as it is.
 
@@ -199,21 +216,7 @@ class Trajectory(Mapping[str, xr.Dataset]):
         with self._place.locked():
             if name not in self.names():
                 raise KeyError(f"{self.path} holds no watch {name!r}; it holds {', '.join(self.names()) or 'none'}")
-            watch = self._watch(name)
-            watch.fold()
-            attempt = self._place.next_attempt()
-            moved = watch.supersede(-1, attempt)
-            entry = {"after": None, "dropped": name, "rows": {name: moved}, "at": now(), "attempt": attempt}
-
-            # Noted once the rows lie there, and before the empty watch goes: a kill between leaves no row unnamed.
-            def noted(attrs: dict[str, Any]) -> dict[str, Any]:
-                kept = {key: {k: v for k, v in attrs[key].items() if k != name} for key in OF_WATCHES if key in attrs}
-                return attrs | kept | ({"attempts": [*attrs.get("attempts", []), entry]} if moved else {})
-
-            self._place.update(noted)
-            self._place.remove(name)
-            self._watches.pop(name)
-        return len(moved)
+            return self._set_aside(name)
 
     # -- private -----------------------------------------------------------------------------------------------------
 
@@ -221,6 +224,24 @@ class Trajectory(Mapping[str, xr.Dataset]):
         self._place.create()
         with self._place.locked():
             self._place.update(lambda stored: stored or attrs)  # another process may have made it meanwhile
+
+    def _set_aside(self, name: str, **why: Any) -> int:
+        """The work of `drop`, within the lock; `why` is noted with the attempt."""
+        watch = self._watch(name)
+        watch.fold()
+        attempt = self._place.next_attempt()
+        moved = watch.supersede(-1, attempt)
+        entry = {"after": None, "dropped": name, "rows": {name: moved}, "at": now(), "attempt": attempt} | why
+
+        # Noted once the rows lie there, and before the empty watch goes: a kill between leaves no row unnamed.
+        def noted(attrs: dict[str, Any]) -> dict[str, Any]:
+            kept = {key: {k: v for k, v in attrs[key].items() if k != name} for key in OF_WATCHES if key in attrs}
+            return attrs | kept | ({"attempts": [*attrs.get("attempts", []), entry]} if moved else {})
+
+        self._place.update(noted)
+        self._place.remove(name)
+        self._watches.pop(name)
+        return len(moved)
 
     def _watch(self, name: str) -> StoredWatch:
         if name not in self._watches:

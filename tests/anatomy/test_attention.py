@@ -57,19 +57,22 @@ def test_transformer_encoder_of_torch() -> None:
     assert len(residual_stream(model, tokens(), blocks="1.layers")) == 3
 
 
-@pytest.mark.parametrize("case", ["plain", "causal", "bool", "float", "scale", "grouped", "empty row"])
+@pytest.mark.parametrize(
+    "case", ["plain", "causal", "bool", "float", "scale", "grouped", "empty row", "empty float row"]
+)
 def test_pattern_is_what_multiplies_the_values(case: str) -> None:
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(2, 4, 6, 5, generator=generator, dtype=torch.float64)
     key = torch.randn(2, 2 if case == "grouped" else 4, 6, 5, generator=generator, dtype=torch.float64)
     mask = torch.rand(2, 1, 6, 6, generator=generator) < 0.6
     mask[..., 0] = True
-    if case == "empty row":
+    if case.startswith("empty"):
         mask[:, :, 3] = False
     options: dict[str, dict[str, Any]] = {
         "causal": {"is_causal": True},
         "bool": {"attn_mask": mask},
         "empty row": {"attn_mask": mask},
+        "empty float row": {"attn_mask": torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)},
         "float": {"attn_mask": torch.randn(6, 6, generator=generator, dtype=torch.float64)},
         "scale": {"scale": 1.7},
         "grouped": {"is_causal": True, "enable_gqa": True},

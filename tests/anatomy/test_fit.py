@@ -107,8 +107,8 @@ def test_a_refused_layout_does_not_stand_in_the_way_of_its_correction(tmp_path: 
         with pytest.raises(InstrumentError, match="does not give what the model computes"):
             observe(0, model, [Watch("composition", Composition(layout=layout), range(9))], run)
     assert observe(0, model, [Watch("composition", Composition(layout=RIGHT), range(9))], run) == ["composition"]
-    with pytest.raises(IdentityError, match="layout"):  # rows stand for what they were measured with
-        observe(1, model, [Watch("composition", Composition(layout=replace(RIGHT, cap="")), range(9))], run)
+    with pytest.raises(IdentityError, match="draws"):  # a correction of the layout changes nothing else
+        observe(1, model, [Watch("composition", Composition(draws=8, layout=replace(RIGHT, cap="")), range(9))], run)
 
 
 def test_queries_and_keys_that_are_exchanged() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from devmon import InstrumentError, Snapshot, Trajectory, Watch, observe, presets
 from devmon.anatomy import Anatomy, vocabulary
-from devmon.anatomy.passes import Plan, Read, Seen, log_softmax, read
+from devmon.anatomy.passes import Plan, Read, Seen, log_softmax, need_causal, read
 from devmon.anatomy.vocabulary import log_softmax_
 from devmon.instruments import LogitLens, NgramStages, PreviousTokenHeads, ProbeLoss, Sketch
 from devmon.recipes.language_model import AttentionOnly
@@ -188,3 +188,27 @@ def test_no_more_memory_than_half_again_the_logits_of_a_minibatch(monkeypatch: p
         peak = peak_bytes(lambda i=instrument: i(Snapshot(0, model)))
         more = (peak - plain) / (7 * one)
         assert more < 0.5, f"{type(instrument).__name__}: {1 + more:.2f} times the logits"
+
+
+def test_causality_is_asked_once_a_length_and_not_of_one_token_alone() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 5)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            passes.append(len(tokens))
+            return self.table(tokens).flip(1)
+
+    passes: list[int] = []
+    seen, text = Snapshot(0, Backwards()), torch.arange(12).reshape(2, 6) % 5
+    need_causal(seen, torch.zeros(2, 6, dtype=torch.long), "one token")
+    assert not passes
+    for _ in range(2):
+        with pytest.raises(InstrumentError, match="depends on later tokens"):
+            need_causal(seen, text, "text")
+
+    causal = Snapshot(0, nn.Sequential(nn.Embedding(5, 5)))
+    need_causal(causal, text, "text")
+    need_causal(causal, text.flip(0), "other text")
+    assert list(causal.memo) == [("causal", 6)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from devmon.anatomy import vocabulary
 from devmon.anatomy.attention import hides_patterns
 from devmon.anatomy.forward import check_causal, forward, scores_in
-from devmon.anatomy.passes.reads import Read, digest
+from devmon.anatomy.passes.reads import Read
 from devmon.anatomy.passes.run import in_half_precision, run
 from devmon.snapshot import Snapshot
 
@@ -72,9 +72,10 @@ def read_one(snapshot: Snapshot, asked: Read) -> list[Any]:
 
 
 def need_causal(snapshot: Snapshot, tokens: Tensor, who: str) -> None:
-    """`check_causal`, once a step for the same tokens (batch, pos)."""
-    key = ("causal", digest(tokens[:1]), tokens.shape, digest(tokens.unique()))
-    if key not in snapshot.memo:
+    """`check_causal` of tokens (batch, pos), once a step and length: what a place sees is the model's, not the
+    tokens'."""
+    key = ("causal", tokens.shape[1])
+    if key not in snapshot.memo and len(tokens.unique()) > 1:  # of one token alone nothing is found out
         check_causal(snapshot.model, tokens, who)
         snapshot.memo[key] = True
 

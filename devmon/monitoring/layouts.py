@@ -1,0 +1,27 @@
+"""By which layout an instrument reads a model: part of what its numbers mean, and in no field of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from devmon.anatomy.layout import Layout
+from devmon.anatomy.variants.outputs import declared
+from devmon.monitoring.fingerprint import describe
+
+
+def layout_of(instrument: Any, model: nn.Module | None, memo: Mapping[Any, Any] | None = None) -> str | None:
+    """The layout as text, for an instrument that has a field `layout`: the one that was found to fit (`memo` of the
+    snapshot that it measured), else the one that it or the model declares; None where neither is known."""
+    if getattr(type(instrument), "stands_for_of", False):  # an `InParts`
+        instrument = instrument.of
+    if not hasattr(instrument, "layout"):
+        return None
+    found = (memo or {}).get(("anatomy", instrument.layout))
+    layout = found[0] if found is not None else instrument.layout
+    if layout is None and model is not None:
+        layout = declared(model)
+    says = isinstance(layout, Layout) and (layout.blocks or layout.out)  # not its adapter of logits alone
+    return describe(layout) if says else None

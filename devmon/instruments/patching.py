@@ -197,7 +197,7 @@ class ActivationPatching(ByContent):
                 mean, se = share(sign * values, runs.whole)
                 label = f"share of the signal {SHARE_LABELS[effect].format(READS[part])}, through the softmax"
                 name = f"{part}_{effect}_attribution"
-                rows.put(name, ("layer", "head"), mean, se, label, units="share", nan=NO_SIGNAL)
+                rows.put(name, ("layer", "head"), mean, se, label, units="share", nan=NO_SIGNAL, later=True)
 
         coords = {"layer": np.arange(anatomy.layers), "pos": np.arange(pairs.clean.shape[1])}
         coords["head"] = np.arange(anatomy.heads)

@@ -54,11 +54,12 @@ def series_of(
 def series_of_watch(
     name: str, dataset: xr.Dataset, *, costs: bool = False, each: bool = True, estimate: xr.Dataset | None = None
 ) -> list[Series]:
-    """The series of one watch, from its rows; `estimate` is `llc(dataset)`, where that is known already."""
+    """The series of one watch, from its rows; `estimate` is `llc(dataset)`, or `component_llc(dataset)`, where that
+    is known already."""
     if is_llc(dataset):
         series = _llc_series(name, llc(dataset) if estimate is None else estimate)
     elif is_component_llc(dataset):
-        series = _component_series(name, component_llc(dataset)) if each else []
+        series = _component_series(name, component_llc(dataset) if estimate is None else estimate) if each else []
     else:
         series = _plain_series(name, dataset, each)
     if costs and "seconds" in dataset.coords:

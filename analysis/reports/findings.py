@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import xarray as xr
 
+from devmon.analysis.derive.components import component_llc, is_component_llc
 from devmon.analysis.derive.llc import llc
 from devmon.analysis.derive.watch_series import is_llc, series_of_watch
 from devmon.analysis.detection.detector import Detector
@@ -32,6 +33,7 @@ class Findings:
     - `series`: every series of it; `detection`: the search of them, or of some of them
     - `events`: in the order of a report, those of the whole run first, then by step
     - `estimates`: of each LLC watch that has rows, λ̂ with its error and verdict (`devmon.analysis.llc`)
+    - `components`: of each watch of components, their λ̂ (`devmon.analysis.component_llc`)
     - `transitions`, `stages`: the run cut at its abrupt jumps, in the order of steps
     - `reference`, `lags`: the jump that other events are compared with, and how far behind it they came
     - `evidence`: what speaks for and against each transition, in their order
@@ -49,6 +51,7 @@ class Findings:
     lags: Sequence[Lag]
     evidence: Sequence[Evidence]
     labels: Labels = field(default_factory=dict)
+    components: Mapping[str, xr.Dataset] = field(default_factory=dict)
 
     @property
     def main(self) -> Transition | None:
@@ -91,11 +94,11 @@ def examine(run: RunData, detector: Detector | None = None, detection: Detection
     held = ReadOnce(run)
     watches = {name: held[name] for name in held.names() if has_rows(held[name])}
     estimates = {name: llc(data) for name, data in watches.items() if is_llc(data)}
-    series = [
-        each for name, data in watches.items() for each in series_of_watch(name, data, estimate=estimates.get(name))
-    ]
+    components = {name: component_llc(data) for name, data in watches.items() if is_component_llc(data)}
+    known = estimates | components
+    series = [each for name, data in watches.items() for each in series_of_watch(name, data, estimate=known.get(name))]
     detection = detect(series, detector) if detection is None else detection
-    return findings_of(held, series, detection, estimates)
+    return replace(findings_of(held, series, detection, estimates), components=components)
 
 
 def findings_of(

@@ -8,7 +8,6 @@ import numpy as np
 import xarray as xr
 
 from devmon.analysis.derive.circuit import circuit_overlap
-from devmon.analysis.derive.components import component_llc, is_component_llc
 from devmon.analysis.derive.directions import direction_cosine
 from devmon.analysis.derive.essential import essential_dynamics
 from devmon.analysis.derive.representation import similarity
@@ -84,7 +83,7 @@ def watch_blocks(page: Page, findings: Findings, name: str, most: int) -> list[B
     drawn: list[Block] = [
         *_arrays(page, findings, name),
         *_curves(page, findings, name, most),
-        *_derived(page, name, data),
+        *_derived(page, findings, name, data),
     ]
     return [*blocks, *(drawn or [Paragraph("It has no scalar or small array to follow; its rows are stored.", "note")])]
 
@@ -153,11 +152,11 @@ def _chosen(series: Sequence[Series], eventful: set[str], most: int) -> list[Ser
     return [series[i] for i in sorted(ranked)]
 
 
-def _derived(page: Page, name: str, data: xr.Dataset) -> list[Block]:
+def _derived(page: Page, findings: Findings, name: str, data: xr.Dataset) -> list[Block]:
     """What is made of stored sketches, outputs, edges and pairs of heads; a note where there is too little of them."""
     makers: list[Callable[[], Sequence[Block]]] = []
-    if is_component_llc(data):
-        makers.append(lambda: [components_figure(page, name, component_llc(data))])
+    if name in findings.components:
+        makers.append(lambda: [components_figure(page, name, findings.components[name])])
     if "sketch" in data and {"step", "item"} <= set(data["sketch"].dims) and data.sizes["step"] > 1:
         makers.append(lambda: _similarity(page, name, data))
     if "outputs" in data and "step" in data["outputs"].dims:

@@ -144,14 +144,9 @@ def sample(
     nbetas = lower_rungs(settings.nbeta, settings.sampler)
     settings, kernel = with_kernel(replace(settings, nbeta=settings.nbeta_for(examples.n)), examples.n)
     lr, gamma = settings.lr_and_gamma
-    schedule = Schedule(
-        draws=settings.burn_in + settings.draws,
-        batch_size=settings.batch_size,
-        steps_per_draw=settings.steps_per_draw,
-        seed=seed,
-        control_variate=settings.control_variate,
-        shared_batches=settings.shared_batches,
-        replacement=settings.replacement,
+    schedule = Schedule.of(
+        settings,
+        seed,
         mirrored=mirrored,
         proposal=Proposal(lr, settings.nbeta_for(examples.n), gamma, settings.prior) if settings.acceptance else None,
         stacked=stacked,

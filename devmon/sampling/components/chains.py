@@ -66,15 +66,7 @@ def sweep(
     """
     settings, kernel = with_kernel(settings, examples.n)
     numbers = list(range(settings.chains)) if chains is None else list(chains)
-    schedule = Schedule(
-        draws=settings.burn_in + settings.draws,
-        batch_size=settings.batch_size,
-        steps_per_draw=settings.steps_per_draw,
-        seed=seed,
-        control_variate=settings.control_variate,
-        shared_batches=settings.shared_batches,
-        replacement=settings.replacement,
-    )
+    schedule = Schedule.of(settings, seed)
     dtype = torch.float64 if settings.float64 else torch.float32
     plan = Plan.of(model, loss, examples, components, kernel, schedule, numbers, dtype)
     private = copy.deepcopy(model).to(dtype).eval()

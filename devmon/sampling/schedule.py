@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from devmon.sampling.acceptance import Proposal
 from devmon.sampling.constants import BLOCK, NOISE_BLOCK
 from devmon.sampling.data import draw_batches
 from devmon.sampling.kernels.sampler import Normals
-from devmon.sampling.traces import Settings
 from devmon.snapshot import derive_seed
 
 
@@ -37,20 +35,6 @@ class Schedule:
     stacked: bool | None = None
     group: int | None = None
     micro_batch: int | None = None
-
-    @classmethod
-    def of(cls, settings: Settings, seed: int, **how: Any) -> Schedule:
-        """What `settings` say of it; `how` are its other fields."""
-        return cls(
-            draws=settings.burn_in + settings.draws,
-            batch_size=settings.batch_size,
-            steps_per_draw=settings.steps_per_draw,
-            seed=seed,
-            control_variate=settings.control_variate,
-            shared_batches=settings.shared_batches,
-            replacement=settings.replacement,
-            **how,
-        )
 
     def streams(self, chains: Sequence[int]) -> Sequence[int | None]:
         """Whose minibatches are drawn: each chain its own, or None for those that all share."""

@@ -118,6 +118,19 @@ class Settings:
         held = together * getattr(kernel, "copies", 1) + 2 + self.control_variate + self.acceptance
         return 2.0 * held if self.float64 else held + 0.5 * (self.precision == "bfloat16")
 
+    def schedule(self, seed: int, **how: Any) -> Schedule:
+        """What these settings say of how chains are run; `how` are its other fields."""
+        return Schedule(
+            draws=self.burn_in + self.draws,
+            batch_size=self.batch_size,
+            steps_per_draw=self.steps_per_draw,
+            seed=seed,
+            control_variate=self.control_variate,
+            shared_batches=self.shared_batches,
+            replacement=self.replacement,
+            **how,
+        )
+
 
 def sample(
     model: nn.Module,
@@ -144,8 +157,7 @@ def sample(
     nbetas = lower_rungs(settings.nbeta, settings.sampler)
     settings, kernel = with_kernel(replace(settings, nbeta=settings.nbeta_for(examples.n)), examples.n)
     lr, gamma = settings.lr_and_gamma
-    schedule = Schedule.of(
-        settings,
+    schedule = settings.schedule(
         seed,
         mirrored=mirrored,
         proposal=Proposal(lr, settings.nbeta_for(examples.n), gamma, settings.prior) if settings.acceptance else None,

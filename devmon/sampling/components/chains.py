@@ -14,7 +14,6 @@ from devmon.sampling.components.passes import Passes, Plan
 from devmon.sampling.components.variants import Kept, Variants
 from devmon.sampling.data import Examples
 from devmon.sampling.losses import Loss
-from devmon.sampling.schedule import Schedule
 from devmon.sampling.traces import Settings, sample, with_kernel
 
 # Parameters of chains that are held at once, all components of a block together: 1 GiB in float32, three times that
@@ -66,7 +65,7 @@ def sweep(
     """
     settings, kernel = with_kernel(settings, examples.n)
     numbers = list(range(settings.chains)) if chains is None else list(chains)
-    schedule = Schedule.of(settings, seed)
+    schedule = settings.schedule(seed)
     dtype = torch.float64 if settings.float64 else torch.float32
     plan = Plan.of(model, loss, examples, components, kernel, schedule, numbers, dtype)
     private = copy.deepcopy(model).to(dtype).eval()

@@ -14,24 +14,49 @@ from devmon.anatomy.parts import Parts
 from devmon.errors import DevmonError, InstrumentError
 from devmon.watch import Watch, unique_names
 
-# Multiplications that a number of the vocabulary costs beside the product that makes it: exponential, logarithm, sums,
-# the largest. Measured on one core: .35 s for 2,048 places of 50,000 tokens, where a product with d = 256 takes .8 s.
+# What is no product counts as the multiplications that take as long, on a core whose products run at full speed (some
+# 3e10 a second): numbers move by a half from machine to machine, as memory is faster or slower beside arithmetic.
+
+# A number that is read and written once, as in a sum or a copy: 2 ns.
+SWEEP = 60
+# A number of the vocabulary beside the product that makes it: exponential, logarithm, sums, the largest. Two sweeps.
 SOFTMAX = 110
-
-# Multiplications, in units of n³, of all eigenvalues of a matrix of size n (some hundreds), as LAPACK takes them on one
-# core, where products run at full speed.
-EIGENVALUES = 10
-
-
-# Multiplications that a number of an attention pattern costs where it is read: its softmax again, copies, sums.
+# A number of an attention pattern where it is read: its softmax again, copies, sums. Five sweeps.
 PATTERN = 300
+# The tokens of a pass that cost as much as reading all weights once, which the shortest pass does.
+READING = 12
+# What an instrument does whatever it measures: it finds the parts, hooks them, labels its numbers. 20 ms.
+OVERHEAD = 600_000_000
+# A layout is tried (`devmon.anatomy.fit`) in three passes of 8 tokens, and all maps once more, watched and compared
+# layer by layer: as much as six passes.
+LAYOUT_PASSES, LAYOUT_TOKENS = 6, 8
+# A normal number that is drawn, in float64: 25 ns.
+DRAWN = 800
+
+
+def eigenvalues(n: int) -> int:
+    """Multiplications that all eigenvalues of a symmetric matrix of size n are worth: its reduction, which waits for
+    memory, and some hundred operations for each pair of rows. With the vectors 2.5 times, in float64."""
+    return 2 * n**3 + 600 * n**2
+
+
+def general_eigenvalues(n: int) -> int:
+    """The same of a matrix that is not symmetric."""
+    return 40 * n**3 + 1800 * n**2
+
+
+def trials(positions: int = 0, passes: int = 0, layout: bool = True) -> int:
+    """The tokens that the short passes are worth which come before what is measured: `passes` of one sequence (how
+    large the logits are, where the blocks are, and two for whether a place sees later ones), and those of the layout.
+    """
+    return passes * (positions + READING) + layout * LAYOUT_PASSES * (LAYOUT_TOKENS + READING)
 
 
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a language model by which instruments cost; those of GPT-2 small where nothing is known.
 
-    `weights` are those that a token meets in a pass, the unembedding apart.
+    `weights` are those that a token meets in a pass, the unembedding apart; `tied`: it is the table of embeddings.
     """
 
     layers: int = 12
@@ -39,6 +64,7 @@ class Shape:
     d_model: int = 768
     vocab: int = 50257
     weights: int = 85_000_000
+    tied: bool = True
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape | None:
@@ -54,7 +80,7 @@ class Shape:
             parts.optional(None, "embed"), "weight", ...
         )
         rest = sum(own.values()) - tables - (0 if tied else unembedding[0] * unembedding[1])
-        return cls(parts.layers, parts.heads, parts.d_model, unembedding[1], max(rest, 1))
+        return cls(parts.layers, parts.heads, parts.d_model, unembedding[1], max(rest, 1), tied)
 
     @property
     def readout(self) -> int:
@@ -90,6 +116,7 @@ class Cost:
     - `products`: places that are unembedded beside these passes, counted each time.
     - `softmaxes`: places whose log-probabilities are made, counted each time.
     - `operations`: multiplications with weights, or with what was read, beside all this.
+    - `trials`: tokens of the short passes before (`trials`), which all instruments of a step share.
     """
 
     forwards: int = 0
@@ -100,6 +127,7 @@ class Cost:
     products: int = 0
     softmaxes: int = 0
     operations: float = 0.0
+    trials: int = 0
 
     @property
     def work(self) -> int:
@@ -111,7 +139,8 @@ class Cost:
         shape = GPT2_SMALL if shape is None else shape
         here = self.work if self.unembedded is None else self.unembedded
         products = self.work * shape.weights + (here + self.products) * shape.readout
-        beside = self.softmaxes * shape.softmax + self.operations
+        products += self.trials * (shape.weights + shape.readout)
+        beside = self.softmaxes * shape.softmax + self.operations + (OVERHEAD if self.trials else 0)
         return round((products + beside) / (shape.weights + shape.readout))
 
     def bytes(self, parameters: int) -> int | None:
@@ -142,27 +171,32 @@ def estimates(watches: Iterable[Watch], last: int, model: nn.Module | None = Non
     below 0."""
     if last < 0:
         raise DevmonError(f"the last step must be at least 0, got {last}")
-    estimated, made = [], dict[object, int]()
+    estimated, made = [], dict[object, tuple[int, int]]()
     shape = None if model is None else Shape.of(model)
     for watch in unique_names(watches):
         observations = sum(1 for step in range(last + 1) if step in watch.steps)
         name = getattr(type(watch.instrument), "__name__", "")
         passes = _passes(watch.instrument, GPT2_SMALL if shape is None else shape)
-        saved = sum(tokens * observations for data, tokens in passes.items() if made.get(data, 0) >= observations)
-        made |= {data: max(observations, made.get(data, 0)) for data in passes}
+        saved = 0
+        for data, tokens in passes.items():
+            often, most = made.get(data, (0, 0))
+            saved += observations * (min(tokens, most) if often >= observations else 0)
+            made[data] = max(observations, often), max(tokens, most)
         estimated.append(Estimate(watch.name, name, observations, cost_of(watch.instrument, shape), shape, saved))
     return estimated
 
 
 def _passes(instrument: Any, shape: Shape) -> dict[object, int]:
-    """What an instrument reads (`devmon.anatomy.passes`): the data of each pass, and its work in tokens."""
+    """What an instrument shares with others: the data of each pass that it reads (`devmon.anatomy.passes`), and the
+    short passes before, each with its work in tokens."""
     found: dict[object, int] = {}
     with suppress(Exception):  # a probe that cannot be drawn is told when it is measured
         for read in instrument.reads():
             cost = Cost(len(read.inputs), positions=read.inputs[0].numel())
             cost = cost if read.predicts == "all" else replace(cost, unembedded=len(read.inputs))
             found[read.data] = max(found.get(read.data, 0), cost.tokens(shape))
-    return found
+    cost_told = cost_of(instrument, shape)
+    return found | ({"trials": cost_told.trials} if cost_told is not None and cost_told.trials else {})
 
 
 def cost_of(instrument: Any, shape: Shape | None = None) -> Cost | None:

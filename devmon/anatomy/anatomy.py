@@ -150,6 +150,27 @@ class Anatomy(Parts):
             return logits(self.model, inputs, self.who, output=output), reads
         return next(iter(output.values())) if isinstance(output, Mapping) else output, reads
 
+    def read_up_to(self, inputs: Any, sites: Iterable[Site]) -> Reads:
+        """What `run` reads at sites of layers, without what comes after the last of them: the pass ends at the next
+        layer's first module, or at the unembedding."""
+        wanted = [at for site in sites for at in self.expand(site)]
+        if not self.tried:
+            self.tried = try_layout(self, inputs)
+        # The first module that is entered when all was read: of this layer itself where only its input is read.
+        last = max(layer for _, layer in wanted)
+        later = last if {name for name, layer in wanted if layer == last} == {"resid_pre"} else last + 1
+        if any(name in ENDS for name, _ in wanted):
+            end = None
+        elif later < self.layers:
+            end = self.ends(later)[0]
+        else:
+            end = self.unembedding if self.has_logits else None
+        with self.tapped(wanted) as reads, suppress(_Enough), ExitStack() as stack:
+            if end is not None:
+                stack.callback(end.register_forward_pre_hook(_stop).remove)
+            forward(self.model, inputs, self.who, layout=self.layout)
+        return reads
+
     def rebuild(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """The logits, or the final stream of a model without direct ones, and the same put together from the parts:
         embedding, heads times `W_O`, neurons times `W_out`, norms, unembedding. If the layout is right the two are
@@ -190,6 +211,14 @@ class Anatomy(Parts):
                 "read 'resid_pre' and 'attn_out'"
             )
         return [(name, layer % self.layers) for layer in layers]
+
+
+class _Enough(Exception):
+    """All that is asked for was read."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Enough
 
 
 def _with_remedy(error: InstrumentError, model: nn.Module, layout: Layout | None, inputs: Any) -> InstrumentError:

@@ -31,8 +31,9 @@ def original(model: nn.Module) -> nn.Module:
 def refuse_two_stacks(model: nn.Module, who: str) -> None:
     """Raises InstrumentError for an encoder–decoder of transformers: what is its `layer`, or its next token?"""
     for path, module in model.named_modules():
-        both = {"encoder", "decoder"} <= dict(module.named_children()).keys()
-        if both and getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            continue
+        if {"encoder", "decoder"} <= dict(module.named_children()).keys():
             where = ".".join(part for part in (path, "encoder") if part)
             raise InstrumentError(
                 f"{who}: {type(model).__name__} is an encoder–decoder, whose layers are those of two stacks: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from devmon.anatomy.anatomy import Anatomy
-from devmon.anatomy.forward import forward
 from devmon.anatomy.layout import Layout
-from devmon.anatomy.sites import ENDS, Reads
 from devmon.data.probe import minibatches, probe_tokens
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import derive_seed
@@ -133,42 +130,14 @@ def site_activations(
     wanted = [*read, *(target or [])]
     needed = list(dict.fromkeys(_seen_at(anatomy, site) for site in wanted))
     parts: list[list[Tensor]] = []
-    if not anatomy.tried:
-        anatomy.run(tokens[:1])
     for rows in minibatches(len(tokens), batch_size):
-        reads = read_up_to(anatomy, tokens[rows], needed)
+        reads = anatomy.read_up_to(tokens[rows], needed)
         parts.append([flat(anatomy, site, reads[_seen_at(anatomy, site)])[:, 1:].flatten(0, 1) for site in wanted])
     by_site = [torch.cat(each) for each in zip(*parts, strict=True)]
     x = torch.cat(by_site[: len(read)], -1) if len(read) > 1 else by_site[0]
     if target is None:
         return x, x
     return x, torch.cat(by_site[len(read) :], -1) if len(target) > 1 else by_site[-1]
-
-
-class _Enough(Exception):
-    """All that is asked for was read."""
-
-
-def read_up_to(anatomy: Anatomy, tokens: Tensor, sites: list[tuple[str, int]]) -> Reads:
-    """What `Anatomy.run` reads at sites of layers, without what comes after the last of them: no later layer runs, and
-    no unembedding."""
-
-    def stop(*_: Any) -> None:
-        raise _Enough
-
-    last = max(layer for _, layer in sites)
-    whole = any(name in ENDS for name, _ in sites)
-    ends: list[nn.Module] = [] if whole else anatomy.blocks[last + 1 : last + 2]
-    if not ends and anatomy.has_logits and not whole:
-        ends = [anatomy.unembedding]
-    handles = [module.register_forward_pre_hook(stop) for module in ends]
-    try:
-        with anatomy.tapped(sites) as reads, suppress(_Enough):
-            forward(anatomy.model, tokens, anatomy.who)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return reads
 
 
 def flat(anatomy: Anatomy, site: tuple[str, int], value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.fit import exact_products
 from devmon.anatomy.passes import Read
-from devmon.cost import GPT2_SMALL, Cost, Shape
+from devmon.cost import GPT2_SMALL, SWEEP, Cost, Shape, trials
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot, derive_seed
@@ -76,9 +76,11 @@ class Composition:
         return []  # weights alone
 
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        """A triangle of each factor of each head, and of each pair of layers the product of all their heads."""
         pairs = shape.layers * (shape.layers - 1) // 2
-        d, d_head = shape.d_model, shape.d_head
-        return Cost(operations=pairs * 3 * (d**3 + 4 * d**2 * d_head))
+        d, wide = shape.d_model, shape.heads * shape.d_head
+        triangles = shape.layers * 4 * 3 * d * wide * shape.d_head
+        return Cost(operations=triangles + pairs * 3 * wide**2 * (d + SWEEP), trials=trials())
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)

@@ -15,7 +15,7 @@ from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.circuits import copying_eigenvalues
 from devmon.anatomy.passes import Read, Seen, read
 from devmon.anatomy.sites import Site
-from devmon.cost import EIGENVALUES, GPT2_SMALL, Cost, Shape
+from devmon.cost import GPT2_SMALL, Cost, Shape, general_eigenvalues, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
@@ -84,13 +84,14 @@ class CopyingHeads(ByContent):
 
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
         sequences, positions = self._probe.shape
-        eigenvalues = shape.layers * shape.heads * EIGENVALUES * shape.d_head**3
+        values = shape.layers * shape.heads * general_eigenvalues(shape.d_head)
         # by place: what a head's values say of every token of the sequence, in float64, and some ten sweeps over that
         heads = shape.layers * sequences * positions * (4 * shape.d_model**2 + 6 * positions * shape.d_model)
         patterns = 3 * shape.patterns(sequences, positions)
-        tables = 2 * shape.vocab * shape.d_model**2
-        work = eigenvalues + heads + patterns + tables
-        return Cost(sequences, positions=positions, unembedded=sequences, operations=work)
+        tables = round((1.25 if shape.tied else 2) * shape.vocab * shape.d_model**2)
+        through = 4 * shape.layers * shape.heads * shape.d_head * shape.d_model**2
+        work, before = values + heads + patterns + tables + through, trials(positions, 1)
+        return Cost(sequences, positions=positions, unembedded=sequences, operations=work, trials=before)
 
     def reads(self) -> list[Read]:
         sites: tuple[Site, ...] = ("v", "z", "pattern", ("resid_post", -1))

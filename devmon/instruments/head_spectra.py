@@ -14,7 +14,7 @@ from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.circuits import ROUNDING_SHARE, eigenvalue_sum, over, over_tokens, token_tables, trace
 from devmon.anatomy.fit import exact_products
 from devmon.anatomy.passes import Read
-from devmon.cost import EIGENVALUES, GPT2_SMALL, Cost, Shape
+from devmon.cost import DRAWN, GPT2_SMALL, SWEEP, Cost, Shape, eigenvalues, general_eigenvalues, trials
 from devmon.data import clustered_mean, minibatches
 from devmon.data.rows import Rows
 from devmon.errors import DataError
@@ -90,12 +90,20 @@ class HeadSpectra:
         return []  # weights alone
 
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
-        """The passes that find learned positions, products over the vocabulary, and eigenvalues by head."""
-        d, d_head = shape.d_model, shape.d_head
-        tables = 3 * shape.vocab * d**2 + shape.layers * self.sample * shape.vocab * d
-        count = shape.layers * shape.heads + 64  # with those of the null
-        heads = count * (6 * EIGENVALUES * d_head**3 + 8 * d**2 * d_head)
-        return Cost(forwards=self.sample + 5 * self.length, positions=1, operations=tables + heads)
+        """Products over the vocabulary, and by head, all in float64, which counts twice; and eigenvalues by head."""
+        d, d_head, heads = shape.d_model, shape.d_head, shape.layers * shape.heads
+        # a symmetric product over tied tables; two, and one that is not, over others; what is largest of each
+        tables = (1.25 if shape.tied else 4.5) * shape.vocab * d**2 + (1 if shape.tied else 2) * eigenvalues(d)
+        # each factor through the tables and with each other, also those of the null
+        each = 2 * d * d_head * (4 * d + 10 * d_head) + 18 * eigenvalues(d_head) + 2 * general_eigenvalues(d_head)
+        # the tokens drawn against some of the vocabulary: those that may be copied, few, meet all of it
+        rivals = min(RIVALS, shape.vocab)
+        drawn = min(self.sample, shape.vocab)
+        copies = rivals * d_head * (d + drawn) + drawn * (rivals * SWEEP + 4 * d * d_head)
+        null = 4 * 64 * d * d_head * DRAWN
+        return Cost(
+            operations=tables + null + (heads + 64) * each + heads * (copies + 2 * d**2 * d_head), trials=trials()
+        )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)
@@ -156,7 +164,8 @@ class _Grams:
     @cached_property
     def reach(self) -> tuple[float, float]:
         """‖W_E‖₂², ‖W_U‖₂²."""
-        return _top(self.embed).item(), _top(self.unembed).item()
+        embed = _top(self.embed).item()
+        return embed, embed if self.tied else _top(self.unembed).item()
 
     @classmethod
     def of(cls, snapshot: Snapshot, embed: Tensor, unembed: Tensor) -> _Grams:
@@ -211,7 +220,7 @@ def _through(matrix: Tensor, factor: Tensor) -> Tensor:
 
 def _embedded(anatomy: Anatomy, tokens: Tensor) -> Tensor:
     """What tokens (batch, pos) are before the first layer, (batch, pos, d) in float64."""
-    return anatomy.run(tokens, [("resid_pre", 0)])[1]["resid_pre", 0].double()
+    return anatomy.read_up_to(tokens, [("resid_pre", 0)])["resid_pre", 0].double()
 
 
 def _layer(

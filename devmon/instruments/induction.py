@@ -13,7 +13,7 @@ from torch import Tensor
 from devmon.anatomy import stack_heads
 from devmon.anatomy.passes import Read, Seen, read, read_one
 from devmon.anatomy.sight import sees_ahead, shortest_window, uniform_attention
-from devmon.cost import GPT2_SMALL, Cost, Shape
+from devmon.cost import GPT2_SMALL, Cost, Shape, trials
 from devmon.data import best_fixed_offset, clustered_groups, clustered_mean
 from devmon.data.repeats import OnRepeats, RepeatProbe, repeats
 from devmon.data.rows import Rows
@@ -105,7 +105,8 @@ class InductionHeads(OnRepeats):
 
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
         work = shape.patterns(self.sequences, self.length)
-        return Cost(self.sequences, positions=self.length, unembedded=self.sequences, operations=work)
+        before = trials(self.length, 1)
+        return Cost(self.sequences, positions=self.length, unembedded=self.sequences, operations=work, trials=before)
 
 
 class _Part(NamedTuple):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from devmon.anatomy.passes import TOGETHER, Read, Seen, read
-from devmon.cost import EIGENVALUES, GPT2_SMALL, Cost, Shape
+from devmon.cost import GPT2_SMALL, SWEEP, Cost, Shape, eigenvalues, trials
 from devmon.data import ByContent, clustered_groups, places_of, probe_inputs
 from devmon.data.probe import REPLICATES
 from devmon.data.rows import Rows
@@ -140,11 +140,14 @@ class IntrinsicDimension(ByContent):
 
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
         items, d = len(self._items()), shape.d_model
-        # distances of all pairs, twice, in float64; products and eigenvalues of size d, eleven times
-        each = 4 * items**2 * d + 500 * items**2 + 4 * items * d**2 + (GROUPS + 1) * EIGENVALUES * min(d, items) ** 3
-        sequences = len(self.tokens)
-        work = (shape.layers + 1) * each
-        return Cost(sequences, positions=places_of(self.tokens), unembedded=sequences, operations=work)
+        sequences, positions = len(self.tokens), places_of(self.tokens)
+        # distances of all pairs, twice, in float64, a dozen sweeps over them, and some over the states
+        pairs = 2 * items**2 * d + 12 * SWEEP * items**2 + 20 * SWEEP * items * d
+        # of all states and of those without each group: their products, once where they are more than d, eigenvalues
+        spectra = (GROUPS + 1) * eigenvalues(min(d, items))
+        spectra += 2 * items * d * (2 * d if items >= d else (GROUPS + 1) * items)
+        work, before = (shape.layers + 1) * (pairs + spectra), trials(positions, 2)
+        return Cost(sequences, positions=positions, unembedded=sequences, operations=work, trials=before)
 
     def _items(self) -> Tensor:
         """(item, 2): sequence and position, in order."""
@@ -176,7 +179,7 @@ def _layer(states: Array, eps: float, group: NDArray[np.int64], trim: float, noi
     states, group = states[keep], group[keep]
 
     # neighbours are those of the whole cloud, the jackknife leaves out items, not neighbours
-    ratio = _ratios(distances[np.ix_(keep, keep)])
+    ratio = _ratios(distances if keep.all() else distances[np.ix_(keep, keep)])
     eigenvalues = _eigenvalues(states)
     whole = np.array([_twonn(ratio, trim), *_linear(eigenvalues)])
     present = np.unique(group)
@@ -200,18 +203,23 @@ def _layer(states: Array, eps: float, group: NDArray[np.int64], trim: float, noi
 
 def _distances(states: Array) -> Array:
     """Distances of all pairs, (item, item), infinite on the diagonal."""
+    # every sweep over all pairs takes as long as their products: none makes another array
     square = (states**2).sum(1)
-    distances = np.sqrt(np.maximum(square[:, None] + square - 2 * states @ states.T, 0))
+    products = states @ states.T
+    products *= -2
+    products += square
+    products += square[:, None]
+    distances = np.sqrt(np.maximum(products, 0, out=products), out=products)
     np.fill_diagonal(distances, np.inf)
     return distances
 
 
 def _ratios(distances: Array) -> Array:
-    """Distance of the second neighbour over that of the first."""
+    """Distance of the second neighbour over that of the first; `distances` are those of no one else afterwards."""
     item, nearest = np.arange(len(distances)), distances.argmin(1)
-    first, others = distances[item, nearest], distances.copy()
-    others[item, nearest] = np.inf
-    return np.asarray(others.min(1) / first)
+    first = distances[item, nearest]
+    distances[item, nearest] = np.inf
+    return np.asarray(distances.min(1) / first)
 
 
 def _twonn(ratio: Array, trim: float) -> float:

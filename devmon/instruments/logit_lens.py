@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.passes import Read, Seen, chunks, log_softmax, read
 from devmon.anatomy.sites import Site
-from devmon.cost import GPT2_SMALL, Cost, Shape
+from devmon.cost import GPT2_SMALL, Cost, Shape, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
@@ -82,7 +82,8 @@ class LogitLens(ByContent):
         depths = sequences * positions * shape.layers
         direct = 2 * depths * shape.d_model**2
         softmaxes = depths + 2 * sequences * positions
-        return Cost(sequences, positions=positions, products=depths, softmaxes=softmaxes, operations=direct)
+        whole = Cost(sequences, positions=positions, products=depths, softmaxes=softmaxes, operations=direct)
+        return replace(whole, trials=trials(positions, 1))
 
     def reads(self) -> list[Read]:
         sites: tuple[Site, ...] = (("resid_pre", 0), "resid_post", "z")

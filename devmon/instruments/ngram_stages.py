@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy.passes import Read, Seen, need_causal, read
-from devmon.cost import Cost
+from devmon.cost import Cost, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.ngrams import Ngrams, codes, expected
 from devmon.data.probe import REPLICATES
@@ -160,7 +160,8 @@ class NgramStages(ByContent):
         unembedded = sequences * positions + count
         # the text's log-probabilities again, in float64, against the counts
         softmaxes = 2 * sequences * positions + count
-        return Cost(forwards, positions=positions, unembedded=unembedded, softmaxes=softmaxes)
+        before = trials(positions, 3)
+        return Cost(forwards, positions=positions, unembedded=unembedded, softmaxes=softmaxes, trials=before)
 
     @property
     def _start(self) -> int:

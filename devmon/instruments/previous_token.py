@@ -14,7 +14,7 @@ from torch import Tensor
 from devmon.anatomy import stack_heads
 from devmon.anatomy.passes import Read, Seen, read
 from devmon.anatomy.sight import sees_ahead, uniform_attention
-from devmon.cost import GPT2_SMALL, Cost, Shape
+from devmon.cost import GPT2_SMALL, Cost, Shape, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens, random_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
@@ -71,7 +71,7 @@ class PreviousTokenHeads(ByContent):
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
         sequences, positions = self._probe.shape
         work = shape.patterns(sequences, positions)
-        return Cost(sequences, positions=positions, unembedded=sequences, operations=work)
+        return Cost(sequences, positions=positions, unembedded=sequences, operations=work, trials=trials(positions, 1))
 
     @cached_property
     def _probe(self) -> Tensor:

@@ -9,7 +9,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy.passes import Read, Seen, need_causal, read
-from devmon.cost import Cost
+from devmon.cost import Cost, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
@@ -78,7 +78,8 @@ class ProbeLoss(ByContent):
 
     def cost(self) -> Cost:
         sequences, positions = self.tokens.shape
-        return Cost(sequences, positions=positions, softmaxes=sequences * positions)
+        before = trials(positions, 3, layout=False)
+        return Cost(sequences, positions=positions, softmaxes=sequences * positions, trials=before)
 
 
 def _nats(seen: Seen) -> np.ndarray:

@@ -9,7 +9,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy.passes import Read, Seen, need_causal, read
-from devmon.cost import Cost
+from devmon.cost import Cost, trials
 from devmon.data import best_fixed_offset, clustered_groups, clustered_mean
 from devmon.data.repeats import OnRepeats
 from devmon.data.rows import Rows
@@ -70,7 +70,8 @@ class RepeatGain(OnRepeats):
         return [Read(self, self._repeats.tokens, _predictions, self.batch_size, predicts="all")]
 
     def cost(self) -> Cost:
-        return Cost(self.sequences, positions=self.length, softmaxes=self.sequences * self.length)
+        places, before = self.sequences * self.length, trials(self.length, 3, layout=False)
+        return Cost(self.sequences, positions=self.length, softmaxes=places, trials=before)
 
 
 def _predictions(seen: Seen) -> tuple[Tensor, Tensor]:

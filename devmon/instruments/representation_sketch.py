@@ -13,7 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy.passes import TOGETHER, Read, Seen, read
-from devmon.cost import GPT2_SMALL, Cost, Shape
+from devmon.cost import DRAWN, GPT2_SMALL, Cost, Shape, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, places_of, probe_inputs
 from devmon.data.rows import Rows
 from devmon.errors import DataError
@@ -120,12 +120,14 @@ class Sketch(ByContent):
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
         sequences, positions = len(self.tokens), places_of(self.tokens)
         items, whole = sequences * len(self.positions or ()), sequences * positions
+        # orthonormal directions, in float64, and products with them
+        each = 2 * self.dims**2 + DRAWN * self.dims + 2 * items * self.dims
+        layers = (shape.layers + 1) * shape.d_model * self.layers
+        before = trials(positions, 1 + self.layers, layout=not self.outputs)
         if not self.outputs:
-            return Cost(sequences, positions=positions, unembedded=sequences)
-        drawn = 2 * self.dims**2 * shape.vocab + 200 * self.dims * shape.vocab  # orthonormal directions, in float64
-        return Cost(
-            sequences, positions=positions, softmaxes=whole, operations=drawn + 2 * items * self.dims * shape.vocab
-        )
+            return Cost(sequences, positions=positions, unembedded=sequences, operations=each * layers, trials=before)
+        work = each * (layers + shape.vocab)
+        return Cost(sequences, positions=positions, softmaxes=whole, operations=work, trials=before)
 
     def _states(self, seen: Seen) -> list[Tensor]:
         """The states of the items at each layer, (item, d)."""

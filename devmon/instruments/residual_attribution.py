@@ -17,7 +17,7 @@ from devmon.anatomy import Anatomy, Layout, Reads
 from devmon.anatomy.circuits import Contributions
 from devmon.anatomy.passes import Read, Seen, read
 from devmon.anatomy.sites import Site
-from devmon.cost import Cost
+from devmon.cost import Cost, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens, repeats
 from devmon.data.jackknife import bootstrap_of_sizes, jackknife_of_mean
 from devmon.data.rows import Rows
@@ -140,7 +140,8 @@ class ResidualAttribution(ByContent):
     def cost(self) -> Cost:
         """Without the ablations, whose number is that of the model's heads and MLPs, times `ablation_prompts`."""
         sequences, positions = self.tokens.shape
-        return Cost(sequences, positions=positions, softmaxes=sequences * positions)
+        before = trials(positions, 1)
+        return Cost(sequences, positions=positions, softmaxes=sequences * positions, trials=before)
 
     def reads(self) -> list[Read]:
         sites: list[Site] = [("resid_pre", 0), "z", ("resid_post", -1)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from devmon.anatomy.circuits import gram
 from devmon.anatomy.passes import Read
-from devmon.cost import EIGENVALUES, GPT2_SMALL, Cost, Shape
+from devmon.cost import GPT2_SMALL, OVERHEAD, SWEEP, Cost, Shape, eigenvalues
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
@@ -133,10 +133,12 @@ class WeightStatistics:
 
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
         """No passes: a Gram matrix of each matrix, and its eigenvalues."""
-        d = shape.d_model
-        # of each matrix a Gram matrix of its smaller side and its eigenvalues
-        matrices = shape.layers * (12 * d**3 + 4 * EIGENVALUES * d**3) + shape.vocab * d**2 + EIGENVALUES * d**3
-        return Cost(operations=matrices)
+        d, numbers = shape.d_model, shape.weights + shape.readout * (1 if shape.tied else 2)
+        # of each matrix a Gram matrix of its smaller side, five eighths of a product, and its eigenvalues
+        products = numbers * d * 5 // 8
+        # sums over all entries in float64: absolute values, squares, distances from the mean, the median
+        sweeps = 5 * SWEEP * numbers
+        return Cost(operations=OVERHEAD + products + sweeps + (4 * shape.layers + 2) * eigenvalues(d))
 
 
 def _weights(model: nn.Module) -> list[tuple[str, Tensor, bool]]:

@@ -15,7 +15,7 @@ from devmon import Snapshot, Watch, every, log_spaced
 from devmon.analysis.reports.references import CITED
 from devmon.cli.describe import Description, Variable, description, instrument, instruments, signature, summary
 from devmon.cli.root import app
-from devmon.cost import SOFTMAX, Cost, Shape, estimates
+from devmon.cost import LAYOUT_PASSES, LAYOUT_TOKENS, OVERHEAD, READING, SOFTMAX, Cost, Shape, estimates, trials
 from devmon.errors import DataError
 from devmon.instruments import LLC, InductionHeads, LinearProbe, PreviousTokenHeads, ProbeLoss, RepeatGain
 from devmon.sampling import sample
@@ -189,7 +189,7 @@ def test_the_shape_is_read_off_the_model_and_tied_tables_count_once() -> None:
         config = GPT2Config(n_layer=2, n_embd=12, n_head=3, vocab_size=50, tie_word_embeddings=tied, n_positions=7)
         model = GPT2LMHeadModel(config)
         weights = sum(p.numel() for p in model.transformer.parameters()) - 50 * 12
-        assert Shape.of(model) == Shape(2, 3, 12, 50, weights)
+        assert Shape.of(model) == Shape(2, 3, 12, 50, weights, tied)
     assert Shape.of(torch.nn.Linear(2, 2)) is None
 
 
@@ -201,4 +201,13 @@ def test_what_an_earlier_watch_reads_as_often_is_saved() -> None:
         Watch("other", ProbeLoss(other), range(8)),
         Watch("oftener", ProbeLoss(other.clone()), range(9)),
     ]
-    assert [e.saved for e in estimates(watches, 10)] == [0, 4 * TOKENS.numel(), 0, 0]
+    short = trials(TOKENS.shape[1], 3, layout=False)  # passes of one sequence, which are made once a step
+    assert short == 3 * (TOKENS.shape[1] + READING)
+    assert [e.saved for e in estimates(watches, 10)] == [0, 4 * (TOKENS.numel() + short), 8 * short, 0]
+
+
+def test_short_passes_count_their_weights_and_what_python_takes() -> None:
+    shape = Shape(layers=2, heads=2, d_model=10, vocab=40, weights=600)
+    assert Cost(trials=30).tokens(shape) == 30 + OVERHEAD // 1000
+    assert trials() == trials(16) == LAYOUT_PASSES * (LAYOUT_TOKENS + READING)
+    assert trials(16, 2) == trials() + 2 * (16 + READING)

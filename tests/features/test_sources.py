@@ -10,7 +10,7 @@ import torch
 from devmon.anatomy import Anatomy
 from devmon.errors import DataError, InstrumentError
 from devmon.features import BatchTopK, Held, Streamed, TopK, Training, train
-from devmon.features.sources import read_up_to, site_activations
+from devmon.features.sources import site_activations
 from tests.anatomy.families import CONFIGS, VOCAB, D
 from tests.instruments.test_instruments_families import CAUSAL, model_of
 
@@ -125,10 +125,11 @@ def test_no_later_layer_runs() -> None:
     handles.append(model.lm_head.register_forward_hook(lambda *_: ran.append("unembedding")))  # type: ignore[union-attr]
     anatomy = Anatomy(model)
     anatomy.run(TOKENS[:1])
-    _, reads = anatomy.run(TOKENS, [("mlp_out", 0), ("mlp_out", 1)])
-    for site, expected in ((("mlp_out", 0), [0]), (("mlp_out", 1), [0, 1])):
+    cases = {("mlp_out", 0): [0], ("mlp_out", 1): [0, 1], ("resid_pre", 0): [], ("resid_pre", 1): [0]}
+    _, reads = anatomy.run(TOKENS, list(cases))
+    for site, expected in cases.items():
         ran.clear()
-        early = read_up_to(anatomy, TOKENS, [site])
+        early = anatomy.read_up_to(TOKENS, [site])
         assert ran == expected
         assert torch.equal(early[site], reads[site])
     for handle in handles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -103,6 +105,80 @@ def trace(matrix: Tensor) -> Tensor:
 
 def over(value: np.ndarray, size: np.ndarray) -> np.ndarray:
     return np.divide(value, size, out=np.full(value.shape, np.nan), where=size > 0)
+
+
+@dataclass(frozen=True)
+class Grams:
+    """W_Eᵀ W_E, W_U W_Uᵀ and W_U W_E, each (d, d) in float64; one tensor where the embeddings are tied."""
+
+    embed: Tensor
+    unembed: Tensor
+    across: Tensor
+
+    @property
+    def tied(self) -> bool:
+        return self.across is self.embed
+
+    @cached_property
+    def reach(self) -> tuple[float, float]:
+        """‖W_E‖₂², ‖W_U‖₂²."""
+        embed = largest_eigenvalue(self.embed).item()
+        return embed, embed if self.tied else largest_eigenvalue(self.unembed).item()
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, embed: Tensor, unembed: Tensor) -> Grams:
+        pairs = ((embed, embed), (unembed, unembed), (unembed, embed))
+        return cls(*(over_tokens(snapshot, left, right) for left, right in pairs))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The heads of one layer in float64, q, k, v (head, d, d_head) and o (head, d_head, d), and how large the circuits
+    through them are (head, d_head, d_head): `reads` vᵀ W_Eᵀ W_E v, `writes` o W_U W_Uᵀ oᵀ, `copied` o W_U W_E v, `asks`
+    qᵀ W_Eᵀ W_E q, `shown` kᵀ W_Eᵀ W_E k, `matched` kᵀ W_Eᵀ W_E q; `tops` (q, k, v, o; head) are ‖ ‖₂² of each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    reads: Tensor
+    writes: Tensor
+    copied: Tensor
+    asks: Tensor
+    shown: Tensor
+    matched: Tensor
+    own: Tensor
+    tops: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: Grams) -> Factors:
+        q, k, v, o = (factor.detach().double() for factor in (q, k, v, o))
+        # each factor goes through a matrix of size d once, and all heads of a layer together
+        embedded_q, embedded_k, embedded_v = (through(grams.embed, factor) for factor in (q, k, v))
+        across = embedded_v if grams.tied else through(grams.across, v)
+        unembedded = through(grams.unembed, o.mT)
+        own = torch.stack([q.mT @ q, k.mT @ k, v.mT @ v, o @ o.mT])
+        return cls(
+            *(q, k, v, o),
+            reads=v.mT @ embedded_v,
+            writes=o @ unembedded,
+            copied=o @ across,
+            asks=q.mT @ embedded_q,
+            shown=k.mT @ embedded_k,
+            matched=k.mT @ embedded_q,
+            own=own,
+            tops=largest_eigenvalue(own),
+        )
+
+
+def through(matrix: Tensor, factor: Tensor) -> Tensor:
+    """matrix factor (head, d, d_head) for a factor of this shape, in one product."""
+    return (matrix @ factor.transpose(0, 1).flatten(1)).unflatten(1, (len(factor), -1)).transpose(0, 1)
+
+
+def largest_eigenvalue(gram: Tensor) -> Tensor:
+    """The largest eigenvalue of symmetric matrices."""
+    return torch.linalg.eigvalsh(gram)[..., -1]
 
 
 class Contributions:

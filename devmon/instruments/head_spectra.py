@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,7 +10,16 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout
-from devmon.anatomy.circuits import ROUNDING_SHARE, eigenvalue_sum, over, over_tokens, token_tables, trace
+from devmon.anatomy.circuits import (
+    ROUNDING_SHARE,
+    Factors,
+    Grams,
+    eigenvalue_sum,
+    over,
+    through,
+    token_tables,
+    trace,
+)
 from devmon.anatomy.fit import exact_products
 from devmon.anatomy.passes import Read
 from devmon.cost import DRAWN, GPT2_SMALL, SWEEP, Cost, Shape, eigenvalues, general_eigenvalues, trials
@@ -111,7 +119,7 @@ class HeadSpectra:
             embed, unembed = token_tables(anatomy)
             vocab = len(embed)
             drawn = torch.randperm(vocab, generator=self._generator("tokens", vocab))[: self.sample].sort().values
-            grams = _Grams.of(snapshot, embed, unembed)
+            grams = Grams.of(snapshot, embed, unembed)
             covariances, reason = self._covariances(anatomy, drawn)
             copies = _Copies.of(embed, unembed, drawn)
             rows = [_layer(anatomy, layer, grams, covariances, copies) for layer in range(anatomy.layers)]
@@ -121,12 +129,12 @@ class HeadSpectra:
     def _generator(self, *what: object) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, "HeadSpectra", *what))
 
-    def _null(self, anatomy: Anatomy, grams: _Grams) -> np.ndarray:
+    def _null(self, anatomy: Anatomy, grams: Grams) -> np.ndarray:
         """(score, 2): mean and standard deviation."""
         generator = self._generator("null", anatomy.d_model, anatomy.d_head)
         shape = (4, 64, anatomy.d_model, anatomy.d_head)
         q, k, v, o = torch.randn(shape, generator=generator, dtype=torch.float64).to(grams.embed)
-        scores = _scores(_Factors.of(q, k, v, o.mT, grams), grams)
+        scores = _scores(Factors.of(q, k, v, o.mT, grams), grams)
         return np.array([[scores[name].mean(), scores[name].std(ddof=1)] for name in SCORES])
 
     def _covariances(self, anatomy: Anatomy, drawn: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor] | None, str]:
@@ -149,75 +157,6 @@ class HeadSpectra:
         return (token + position + torch.outer(mean, mean), token, position), ""
 
 
-@dataclass(frozen=True)
-class _Grams:
-    """W_Eᵀ W_E, W_U W_Uᵀ and W_U W_E, each (d, d) in float64; one tensor where the embeddings are tied."""
-
-    embed: Tensor
-    unembed: Tensor
-    across: Tensor
-
-    @property
-    def tied(self) -> bool:
-        return self.across is self.embed
-
-    @cached_property
-    def reach(self) -> tuple[float, float]:
-        """‖W_E‖₂², ‖W_U‖₂²."""
-        embed = _top(self.embed).item()
-        return embed, embed if self.tied else _top(self.unembed).item()
-
-    @classmethod
-    def of(cls, snapshot: Snapshot, embed: Tensor, unembed: Tensor) -> _Grams:
-        pairs = ((embed, embed), (unembed, unembed), (unembed, embed))
-        return cls(*(over_tokens(snapshot, left, right) for left, right in pairs))
-
-
-@dataclass(frozen=True)
-class _Factors:
-    """The heads of one layer in float64, q, k, v (head, d, d_head) and o (head, d_head, d), and how large the circuits
-    through them are (head, d_head, d_head): `reads` vᵀ W_Eᵀ W_E v, `writes` o W_U W_Uᵀ oᵀ, `copied` o W_U W_E v, `asks`
-    qᵀ W_Eᵀ W_E q, `shown` kᵀ W_Eᵀ W_E k, `matched` kᵀ W_Eᵀ W_E q; `tops` (q, k, v, o; head) are ‖ ‖₂² of each."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    reads: Tensor
-    writes: Tensor
-    copied: Tensor
-    asks: Tensor
-    shown: Tensor
-    matched: Tensor
-    own: Tensor
-    tops: Tensor
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, o: Tensor, grams: _Grams) -> _Factors:
-        q, k, v, o = (factor.detach().double() for factor in (q, k, v, o))
-        # each factor goes through a matrix of size d once, and all heads of a layer together
-        embedded_q, embedded_k, embedded_v = (_through(grams.embed, factor) for factor in (q, k, v))
-        across = embedded_v if grams.tied else _through(grams.across, v)
-        unembedded = _through(grams.unembed, o.mT)
-        own = torch.stack([q.mT @ q, k.mT @ k, v.mT @ v, o @ o.mT])
-        return cls(
-            *(q, k, v, o),
-            reads=v.mT @ embedded_v,
-            writes=o @ unembedded,
-            copied=o @ across,
-            asks=q.mT @ embedded_q,
-            shown=k.mT @ embedded_k,
-            matched=k.mT @ embedded_q,
-            own=own,
-            tops=_top(own),
-        )
-
-
-def _through(matrix: Tensor, factor: Tensor) -> Tensor:
-    """matrix factor (head, d, d_head) for a factor of this shape, in one product."""
-    return (matrix @ factor.transpose(0, 1).flatten(1)).unflatten(1, (len(factor), -1)).transpose(0, 1)
-
-
 def _embedded(anatomy: Anatomy, tokens: Tensor) -> Tensor:
     """What tokens (batch, pos) are before the first layer, (batch, pos, d) in float64."""
     return anatomy.read_up_to(tokens, [("resid_pre", 0)])["resid_pre", 0].double()
@@ -226,13 +165,13 @@ def _embedded(anatomy: Anatomy, tokens: Tensor) -> Tensor:
 def _layer(
     anatomy: Anatomy,
     layer: int,
-    grams: _Grams,
+    grams: Grams,
     covariances: tuple[Tensor, Tensor, Tensor] | None,
     copies: _Copies,
 ) -> dict[str, np.ndarray]:
     """The numbers (head,) of one layer."""
     weights = (anatomy.W_Q(layer), anatomy.W_K(layer), anatomy.W_V(layer), anatomy.W_O(layer))
-    heads = _Factors.of(*weights, grams)
+    heads = Factors.of(*weights, grams)
     values = _scores(heads, grams)
     in_q, in_k, in_v, in_o = heads.own
     top_q, top_k, top_v, top_o = heads.tops
@@ -254,7 +193,7 @@ def _layer(
     return values
 
 
-def _scores(heads: _Factors, grams: _Grams) -> dict[str, np.ndarray]:
+def _scores(heads: Factors, grams: Grams) -> dict[str, np.ndarray]:
     """The four scores (head,)."""
     scores, (in_embed, in_unembed) = {}, grams.reach
     top_q, top_k, top_v, top_o = heads.tops
@@ -279,11 +218,6 @@ def _singular(left: Tensor, right: Tensor, most: Tensor) -> np.ndarray:
     return torch.where(square > ROUNDING_SHARE**2 * most.cpu()[:, None], square, 0.0).sqrt().numpy()
 
 
-def _top(gram: Tensor) -> Tensor:
-    """The largest eigenvalue of symmetric matrices."""
-    return torch.linalg.eigvalsh(gram)[..., -1]
-
-
 @dataclass(frozen=True)
 class _Copies:
     """What copy_rate and copy_z need of the vocabulary: the tokens `drawn`, their rows (token, d) of both tables, the
@@ -306,7 +240,7 @@ class _Copies:
         centre = torch.stack(totals).sum(0) / len(unembed)
         return cls(drawn, embed[drawn].to(dtype), unembed[drawn].to(dtype), unembed, rivals, centre, len(unembed))
 
-    def __call__(self, heads: _Factors, w_v: Tensor, w_o: Tensor) -> dict[str, np.ndarray]:
+    def __call__(self, heads: Factors, w_v: Tensor, w_o: Tensor) -> dict[str, np.ndarray]:
         """copy_rate and copy_z with their errors, (head,) each, of one layer.
 
         From the rows of the OV circuit of the tokens drawn. A row is compared with all of a large vocabulary only where
@@ -317,7 +251,7 @@ class _Copies:
         reads = torch.einsum("td,hde->hte", self.reads, v)
         own = torch.einsum("td,hed->hte", self.own, o)
         entry = (reads * own).sum(2)  # (head, token)
-        rival = (reads @ _through(self.rivals, o.mT).mT).amax(2)
+        rival = (reads @ through(self.rivals, o.mT).mT).amax(2)
         hit = self._first(reads, o, entry >= rival - 1e-3 * rival.abs())
 
         # mean and variance of a row from the moments of the unembedding: no row is ever built

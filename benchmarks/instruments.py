@@ -1,13 +1,13 @@
 """What an observation costs: each watch alone against what it says, all in one observation, and memory.
 
     python benchmarks/instruments.py [--model small|gpt2] [--vocab 5000] [--sequences 32] [--length 64]
-        [--preset standard] [--rounds 3] [--device cpu] [--memory] [--json PATH]
+        [--preset standard] [--rounds 3] [--device cpu] [--memory] [--together] [--json PATH]
 
 `small` has 6 layers of d = 256, `gpt2` is of the size of GPT-2 small; both are random. Every watch of the preset (the
 LLC apart) is measured alone, then all of them in one `observe`, with its copies of the model and its rows. In forward
 passes of the same `sequences` × `length` tokens, medians over rounds of the time of this process; `told` is what
-`cost` says, and `worst` the largest of measured over told, or told over measured. With `--memory` the most bytes that
-tensors take at once beside the model, counted.
+`cost` says, and `worst` the largest of measured over told, or told over measured. With `--together` only all in one
+observation. With `--memory` the most bytes that tensors take at once beside the model, counted.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,7 +102,8 @@ def times(net: torch.nn.Module, watches: list[Watch], tokens: torch.Tensor, args
         observe(0, net, watches, trajectory)  # what is drawn or fitted once a run is kept
         for step in range(1, 1 + args.rounds):
             passes = [seconds(one_pass, args.device) for _ in range(4)]
-            alone = {w.name: seconds(lambda w=w: w.instrument(Snapshot(0, net)), args.device) for w in watches}
+            each = [] if args.together else watches
+            alone = {w.name: seconds(lambda w=w: w.instrument(Snapshot(0, net)), args.device) for w in each}
             together = seconds(lambda step=step: observe(step, net, watches, trajectory), args.device)
             base = statistics.median([*passes, *(seconds(one_pass, args.device) for _ in range(4))])
             row = {name: took / base for name, took in alone.items()} | {"all together": together / base}
@@ -112,7 +114,7 @@ def times(net: torch.nn.Module, watches: list[Watch], tokens: torch.Tensor, args
     told = {name: cost.tokens(shape) / tokens.numel() for name, cost in costs.items() if cost is not None}
     saved = sum(e.saved / e.observations for e in estimates(watches, 0, net)) / tokens.numel()
     told["all together"] = sum(told.values()) - saved
-    ratio = {name: measured[name] / told[name] for name in told}
+    ratio = {name: measured[name] / told[name] for name in told if name in measured}
     return {"measured": measured, "told": told, "worst": max(max(r, 1 / r) for r in ratio.values()), "ratio": ratio}
 
 

@@ -171,6 +171,15 @@ KNOWN: dict[tuple[str, str], Label] = {
         "comes to represent the labels linearly"),
     ("LinearProbe", "accuracy"): _of(
         "probe accuracy", "accuracy of a linear probe", "", "makes the labels easier to read"),
+    ("FrozenProbe", "accuracy"): _of(
+        "accuracy of the reference's probe", "accuracy of a probe fitted on the reference", "",
+        "comes to the code of the reference", "leaves the code of the reference"),
+    ("FrozenProbe", "moved"): _of(
+        "labels in another code", "accuracy of an own probe less that of the reference's", "",
+        "changes its code", "keeps its code"),
+    ("ProbeErasure", "loss_change"): _of(
+        "use of the labels", "loss without what is linear of the labels, less the loss", "nats per token",
+        "comes to use the labels", "no longer uses the labels"),
     ("MDLProbe", "compression"): _of(
         "probe compression", "code length of uniform labels over that by the probe", "ratio",
         "makes the labels easier to learn from its states"),

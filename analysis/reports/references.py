@@ -98,6 +98,8 @@ CITED = {
     "LayerRoles": (_CKA,),
     "IntermediateSteps": ("nostalgebraist (2020), Interpreting GPT: the logit lens. LessWrong",),
     "LinearProbe": (_HEWITT,),
+    "FrozenProbe": (_HEWITT,),
+    "ProbeErasure": ("Belrose et al. (2023), LEACE: perfect linear concept erasure in closed form. arXiv:2306.03819",),
     "MDLProbe": (
         _HEWITT,
         "Voita & Titov (2020), Information-theoretic probing with minimum description length. arXiv:2003.12298",

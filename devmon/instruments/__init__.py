@@ -12,6 +12,7 @@ from devmon.instruments.feature_circuit import FeatureCircuit
 from devmon.instruments.feature_lens import FeatureLens
 from devmon.instruments.few_shot import FewShot
 from devmon.instruments.fourier_spectrum import FourierSpectrum
+from devmon.instruments.frozen_probe import FrozenProbe
 from devmon.instruments.function_vectors import FunctionVectorHeads
 from devmon.instruments.fuzzy_induction import AbstractInduction, FuzzyInduction, HierarchicalInduction
 from devmon.instruments.gradient_statistics import GradientStatistics
@@ -36,6 +37,7 @@ from devmon.instruments.ngram_stages import NgramStages
 from devmon.instruments.patching import ActivationPatching
 from devmon.instruments.polysemanticity import Polysemanticity
 from devmon.instruments.previous_token import PreviousTokenHeads
+from devmon.instruments.probe_erasure import ProbeErasure
 from devmon.instruments.probe_loss import ProbeLoss
 from devmon.instruments.reference_drift import ReferenceDrift
 from devmon.instruments.regression_references import RegressionReferences
@@ -91,6 +93,8 @@ __all__ = [  # noqa: RUF022 (in groups)
     "LayerRoles",
     "IntermediateSteps",
     "LinearProbe",
+    "FrozenProbe",
+    "ProbeErasure",
     "MDLProbe",
     "IntrinsicDimension",
     "Sketch",

@@ -13,9 +13,10 @@ from torch import Tensor
 from devmon.anatomy import stream
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, clustered_mean, places_of, probe_inputs, probe_tokens
+from devmon.data.ridge_probe import Labelled, labelled, probe_generator, ridge
 from devmon.data.rows import Rows
 from devmon.errors import DataError
-from devmon.snapshot import Snapshot, derive_seed
+from devmon.snapshot import Snapshot
 
 # Draws of control labels: with one, its chance was missing in the error of the selectivity, which was 1.2 to 1.4 times
 # too small; eight leave a third of it, and say how large it is.
@@ -83,7 +84,7 @@ class LinearProbe(ByContent):
         who = type(self).__name__
         task = self._task()
         layers = stream(snapshot, self.tokens, self.blocks, who, self.batch_size)
-        by_layer = [_probe(states[task.used].double().numpy(), task, self.penalty) for states in layers]
+        by_layer = [_probe(states[task.of.used].double().numpy(), task, self.penalty) for states in layers]
         rows = Rows(headline=["selectivity", "accuracy"], error="standard error over test sequences")
         labels = {
             "selectivity": "probe accuracy minus control accuracy",
@@ -96,78 +97,43 @@ class LinearProbe(ByContent):
             rows.put(name, "layer", mean, se, label, units="share", replicates=groups)
         r2 = np.array([scores["r2"][0] for scores in by_layer])
         rows.put("r2", "layer", r2, None, "held-out explained variance of one-hot labels", units="share")
-        rows.put("majority", (), task.majority, None, "accuracy of the most frequent label", units="share")
+        rows.put("majority", (), task.of.majority, None, "accuracy of the most frequent label", units="share")
         return rows.dataset(layer=np.arange(len(by_layer)))
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self.tokens), positions=places_of(self.tokens))
 
     def _task(self) -> _Task:
-        used = self.labels != -100
-        classes, label = np.unique(self.labels[used].numpy(), return_inverse=True)
-        sequence = used.nonzero()[:, 0].numpy()
-        order = torch.randperm(len(self.labels), generator=_generator(self.seed, "split")).numpy()
-        train = np.isin(sequence, order[: len(order) // 2])
-        held_out = len(np.unique(sequence[~train]))
-        if len(classes) < 2 or held_out < 2 or len(np.unique(label[train])) < 2:
-            raise DataError(
-                "LinearProbe needs two classes in the training half and two labelled sequences in the other; got "
-                f"{len(np.unique(label[train]))} of {len(classes)} classes in training and {held_out} sequences held "
-                "out: give more labelled sequences"
-            )
-        types = (self.tokens if self.types is None else self.types)[used].numpy()
+        of = labelled(self.labels, self.seed, "LinearProbe")
+        types = (self.tokens if self.types is None else self.types)[of.used].numpy()
         kinds, kind = np.unique(types, return_inverse=True)
-        drawn = torch.randint(len(label), (DRAWS, len(kinds)), generator=_generator(self.seed, "control")).numpy()
-        control = label[drawn][:, kind]  # one label per type, drawn as frequent as it is
-        most = np.bincount(label[train]).argmax()
-        return _Task(used, label, control, sequence, train, len(classes), float((label[~train] == most).mean()))
+        chosen = torch.randint(len(of.label), (DRAWS, len(kinds)), generator=probe_generator(self.seed, "control"))
+        return _Task(of, of.label[chosen.numpy()][:, kind])  # one label per type, drawn as frequent as it is
 
 
 @dataclass(frozen=True)
 class _Task:
-    """The labelled places (batch, pos); per labelled token its label, sequence and half, its control labels (draw,
-    token)."""
+    """The labels, and the control labels (draw, token)."""
 
-    used: Tensor
-    label: np.ndarray
+    of: Labelled
     control: np.ndarray
-    sequence: np.ndarray
-    train: np.ndarray
-    classes: int
-    majority: float
-
-
-def _generator(seed: int, what: str) -> torch.Generator:
-    return torch.Generator().manual_seed(derive_seed(seed, "LinearProbe", what))
 
 
 def _probe(features: np.ndarray, task: _Task, penalty: float) -> dict[str, tuple[Any, ...]]:
     """Scores of one layer from its features (token, d): (mean, standard error, by group) of the shares, and (r2,)."""
-    # standardised by the training part; what is the same everywhere says nothing
-    train = task.train
-    centred = features - features[train].mean(0)
-    scale = centred[train].std(0)
-    constant = scale <= 1e-9 * np.abs(features).max(initial=0.0)  # up to rounding
-    centred /= np.where(constant, np.inf, scale)
-
-    # ridge regression on both tasks at once: they share the matrix that is solved
-    target = np.concatenate([np.eye(task.classes)[label] for label in (task.label, *task.control)], axis=1)
-    base = target[train].mean(0)
-    gram = centred[train].T @ centred[train]
-    gram[np.diag_indices_from(gram)] += penalty * train.sum()
-    weights = np.linalg.solve(gram, centred[train].T @ (target[train] - base))
+    # both tasks at once: they share the matrix that is solved
+    of, train = task.of, task.of.train
+    target = np.concatenate([np.eye(of.classes)[label] for label in (of.label, *task.control)], axis=1)
+    fitted = ridge(features[train], target[train], penalty)
 
     # what the test part says
-    truth, guess = target[~train], centred[~train] @ weights + base
-    right = np.stack([task.label, *task.control])[:, ~train]
-    hits = right == guess.reshape(len(guess), -1, task.classes).argmax(2).T  # (1 + draw, test token)
+    truth, guess = target[~train], fitted(features[~train])
+    right = np.stack([of.label, *task.control])[:, ~train]
+    hits = right == guess.reshape(len(guess), -1, of.classes).argmax(2).T  # (1 + draw, test token)
     hit, control_hit = hits[0].astype(float), hits[1:].astype(float)
-    own = slice(None, task.classes)
-    r2 = 1 - ((truth - guess)[:, own] ** 2).sum() / ((truth - base)[:, own] ** 2).sum()
-
-    test = ~train
-    where = np.unique(task.sequence[test], return_inverse=True)[1]
-    count = np.bincount(where)
+    own = slice(None, of.classes)
+    r2 = 1 - ((truth - guess)[:, own] ** 2).sum() / ((truth - fitted.base)[:, own] ** 2).sum()
+    where, count = of.held_out
 
     def over_sequences(values: np.ndarray, of_draws: float = 0.0) -> tuple[Any, ...]:
         total = np.bincount(where, values)

@@ -29,6 +29,7 @@ from devmon.instruments import (
     DictionaryQuality,
     Evaluation,
     FourierSpectrum,
+    FrozenProbe,
     GradientStatistics,
     HeadAblation,
     IntermediateSteps,
@@ -141,6 +142,7 @@ MORE: dict[str, Any] = {
     "Susceptibilities": lambda x: [(Susceptibilities(x, {"a": x}, ["layer 0 mlp"], **FEW, nulls=2), gpt2)],
     "BayesianInfluence": lambda x: [(BayesianInfluence(x, {"a": x}, **FEW), gpt2)],
     "IntermediateSteps": lambda x: [(IntermediateSteps(x, x[:, 0], x[:, 1]), gpt2)],
+    "FrozenProbe": lambda x: [(FrozenProbe(model_of("gpt2"), TEXT, TEXT % 3), gpt2)],
     "AttentionSinks": lambda x: [(AttentionSinks(x), gpt2)],
     "Negation": lambda x: [(Negation(negated(TEXT)), gpt2)],
     "NeuralCollapse": lambda x: [

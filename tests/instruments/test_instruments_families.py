@@ -130,6 +130,7 @@ INSTRUMENTS = [
     Case("function_vectors", "FunctionVectorHeads", lambda make, x: make(tasks(), exact=2), (), nan=RARE, told=AT_MOST),
     # representations
     Case("linear_probe", "LinearProbe", lambda make, x: make(x, x % 3), (LAYER, LAYER), ALL),
+    Case("probe_erasure", "ProbeErasure", lambda make, x: make(x, x % 3), (LAYER,), refuses=True, told="for 12 layers"),
     Case("mdl_probe", "MDLProbe", lambda make, x: make(x, x % 3), (LAYER, LAYER), ALL),
     Case("intrinsic_dimension", "IntrinsicDimension", lambda make, x: make(x), (), ALL),
     Case("representation_sketch", "Sketch", lambda make, x: make(x, dims=8), (LAYER,), ALL),
@@ -187,6 +188,7 @@ INSTRUMENTS = [
 ]
 ELSEWHERE = {
     "Evaluation": "of prompts of a tokenizer; tests/instruments/test_evaluation.py",
+    "FrozenProbe": "of two models; tests/instruments/test_probe_twins.py",
     "IntermediateSteps": "of prompts in two steps; tests/instruments/test_intermediate_steps.py",
     "NeuralCollapse": "of classifiers; tests/instruments/test_neural_collapse.py",
     "RegressionReferences": "of numbers in a context; tests/instruments/test_references.py",

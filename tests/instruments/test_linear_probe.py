@@ -61,7 +61,7 @@ def test_probe_against_scikit_learn() -> None:
     instrument = LinearProbe(tokens, labels, penalty=0.01)
     found, task = instrument(snapshot(model)), instrument._task()
     train = np.zeros(20, bool)
-    train[np.unique(task.sequence[task.train])] = True
+    train[np.unique(task.of.sequence[task.of.train])] = True
     assert train.sum() == 10
     used = labels != -100
     controls = []

@@ -12,6 +12,7 @@ from lightning.fabric import is_wrapped
 
 from devmon.callbacks.network import refuse_sharded
 from devmon.monitoring.loop import LoopMonitor, MonitorOptions, Part
+from devmon.monitoring.mirror import Loggers
 from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch
@@ -45,7 +46,7 @@ class FabricMonitor(LoopMonitor):
         **options: Unpack[MonitorOptions],
     ) -> None:
         refuse_sharded(fabric.strategy)
-        log = fabric.log_dict if log is True else log
+        log = Loggers(lambda: fabric.loggers) if log is True else log
         ranks = Ranks.of_training() if fabric.world_size > 1 else SINGLE
         super().__init__(trajectory, watches, model=model, log=log, ranks=ranks, **options)
 

@@ -12,6 +12,7 @@ import lightning as L
 from devmon.callbacks.network import Model, network, refuse_sharded
 from devmon.monitoring.densify import Densify
 from devmon.monitoring.loop import LoopMonitor, MonitorOptions
+from devmon.monitoring.mirror import Loggers
 from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch
@@ -26,7 +27,9 @@ class Monitor(L.Callback):
       otherwise the name of an attribute (`"net"`), or a function of the LightningModule.
     - `log`: True sends the headline numbers of each observation to the trainer's loggers too, as
       `devmon/<watch>/<variable>` at the optimizer step; of an LLC its `llc`, `se` and `accepted` (1 or 0). Arrays are
-      in the trajectory only. Another logger, or a function of (values, step), may stand in their place.
+      in the trajectory only. With `densify` alarms are sent too: how many are up as `devmon/alarms`, and each in words
+      as an alert of Weights & Biases or a text of TensorBoard. Another logger, or a function of (values, step), may
+      stand in their place.
     - `densify`: measure every watch more often while an alarm is up; a `CheckpointSeries` of the same trainer saves at
       those steps too.
     - `strict`, `max_overhead`, `live`, `clock`, `companions`: as of `devmon.LoopMonitor`, which does the work.
@@ -60,7 +63,7 @@ class Monitor(L.Callback):
             trajectory,
             watches,
             model=partial(network, model=model),
-            log=self._to_loggers if log is True else log,
+            log=Loggers(self._loggers) if log is True else log,
             ranks=None,
             **options,
         )
@@ -125,7 +128,6 @@ class Monitor(L.Callback):
         self._ranks.close()
         self._trainer, self._ranks, self._takes_part = None, SINGLE, False
 
-    def _to_loggers(self, values: dict[str, float], step: int) -> None:
+    def _loggers(self) -> list[Any]:
         assert self._trainer is not None
-        for logger in self._trainer.loggers:
-            logger.log_metrics(values, step=step)
+        return self._trainer.loggers

@@ -25,6 +25,7 @@ from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event, meet
 from devmon.analysis.detection.search import detect
 from devmon.analysis.series import Series, run_level
+from devmon.analysis.wording import step
 from devmon.errors import DataError
 
 LATELY = 2.0  # an event is near the end while the last step is at most this many times the end of its extent
@@ -77,6 +78,16 @@ class Alarm:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def in_words(self) -> str:
+        """What is up, where, and since when; or how it ended.
+
+        >>> Alarm("loss/loss", "jump", 512.0, 480.0, 540.0, 1e-4, 640).in_words()
+        'loss/loss has a jump at step 512 [480, 540], raised at step 640 (provisional)'
+        """
+        place = f"{self.series} has a {self.kind} at step {step(self.step)} [{step(self.low)}, {step(self.high)}]"
+        ended = "provisional" if self.status == "up" else f"{self.status} at step {self.ended_at}"
+        return f"{place}, raised at step {self.raised_at} ({ended})"
 
 
 @dataclass(frozen=True)

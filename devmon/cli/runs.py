@@ -18,7 +18,8 @@ PORT = typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free
 NEWS = typer.Option("--every", min=0.5, metavar="SECONDS", help="How often to look for new steps.")
 COPY = typer.Option("-o", "--out", metavar="COPY", help="Write a small copy here instead: a folder, or a URL.")
 DROP = typer.Option("--drop", metavar="WATCH", help="The watch to take out (repeatable).")
-EXPORT_OPTION = typer.Option("-o", "--out", help="A name that ends in .nc, .parquet, .csv or .zarr.")
+EXPORT_OPTION = typer.Option("-o", "--out", help="A name that ends in .nc, .parquet, .csv, .zarr or .tex.")
+EVENTS = typer.Option("--events", help="Its events, as .csv or .tex, in place of its numbers.")
 WATCH = typer.Option(show_default="all", help="Take this watch alone.")
 
 
@@ -128,12 +129,27 @@ def fix(run: Run, drop: Annotated[list[str], DROP]) -> None:
         typer.echo(f"{name}: {count} row{'s' * (count != 1)} set aside, the watch is dropped")
 
 
-def export(run: Run, out: Annotated[Path, EXPORT_OPTION], watch: Annotated[str | None, WATCH] = None) -> None:
-    """Write a run as netCDF, Parquet, CSV or plain Zarr.
+def export(
+    run: Run,
+    out: Annotated[Path, EXPORT_OPTION],
+    watch: Annotated[str | None, WATCH] = None,
+    events: Annotated[bool, EVENTS] = False,
+) -> None:
+    """Write a run as netCDF, Parquet, CSV or plain Zarr, or its events as a table for a paper.
 
     CSV and Parquet hold the numbers without a dimension but step, one a line: watch, variable, step, value, se, units,
-    verdict; LLC traces give the derived llc. netCDF and Zarr hold everything, one group a watch.
+    verdict; LLC traces give the derived llc. netCDF and Zarr hold everything, one group a watch. With --events the
+    run is searched, and CSV holds every event with its interval, p and q; -o NAME.tex is a LaTeX table (booktabs) of
+    those that stand.
     """
+    if events or out.suffix == ".tex":
+        from devmon.analysis.reports.events_file import write_events
+        from devmon.analysis.reports.findings import examine
+
+        if watch is not None:
+            raise DevmonError("--watch does not go with events: they are of the whole run")
+        typer.echo(write_events(examine(open_run(run)), out))
+        return
     from devmon.store.export import export as write
 
     typer.echo(write(open_run(run), out, watch=watch))

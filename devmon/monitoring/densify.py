@@ -14,7 +14,7 @@ from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch
 
 if TYPE_CHECKING:
-    from devmon.analysis.transitions.alarms import Provisional
+    from devmon.analysis.transitions.alarms import Alarm, Provisional
 
 # Ratio of steps. While an alarm is up, a watch is due once the step is this many times the one it was last measured at:
 # ln(10) / ln(1.05) = 47 points a decade. Nearer to 1, the added points cost more and place an event more finely.
@@ -79,6 +79,11 @@ class Densify(Companion):
 
     def after(self, step: int) -> None:
         self.up = self.monitor.ranks.first(lambda: self._look() if self._due_to_look(step) else self.up)
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """What the last look says of every alarm of the run; on rank 0, the others have none."""
+        return () if self._provisional is None else tuple(self._provisional.alarms)
 
     def wants(self, step: int) -> bool:
         """Whether `step` is one that an alarm adds, asked before or after the monitor measured there."""

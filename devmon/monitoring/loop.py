@@ -117,15 +117,15 @@ class LoopMonitor:
         self._seen: int | None = None
         self._begun: set[str] = set()
 
-        # The page is the outermost: it is made after each step when the alarms of that step are in the trajectory. The
-        # budget stands before all that takes time, so as to count it.
+        # The page is the outermost: it is made after each step when the alarms of that step are in the trajectory, of
+        # which the logger hears too. The budget stands before all that takes time, so as to count it.
         options = [
             None if live is None else PageUpdates(live),
             self._failures,
             Passed(),
             None if max_overhead is None else Budget(max_overhead, [watch.name for watch in self.watches], clock),
-            self.densify,
             None if log is None or log is False else Mirror(log),
+            self.densify,
             Updates() if any(getattr(watch.instrument, "needs_update", False) for watch in self.watches) else None,
         ]
         self.optimizer = optimizer

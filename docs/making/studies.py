@@ -66,6 +66,7 @@ def language() -> Study:
     tokens = text(24)
     rows = torch.randn(64, 32, generator=draw)
     dictionary = Dictionary(rows.T.contiguous(), torch.zeros(64), rows / 32, torch.zeros(32), Largest(4))
+    size = {"batch_size": 8}
     names: dict[str, Any] = {
         "tokens": tokens,  # (24 texts, 24 places)
         "corpus": text(32),
@@ -77,7 +78,7 @@ def language() -> Study:
         "dictionary": dictionary,
         "uncentred": Dictionary(rows.T.contiguous(), torch.zeros(64), rows / 32, torch.zeros(32), centred=False),
         "directions": rows[:1],
-        "settings": {"nbeta": 30.0, "gamma": 100.0, "lr": 2e-3, "chains": 2, "draws": 20, "batch_size": 8},
+        "settings": {"nbeta": 30.0, "gamma": 100.0, "lr": 2e-3, "chains": 2, "draws": 20, "burn_in": 10, **size},
         "parts": ("l0 attn", "l1 mlp"),
         "training": Training(BatchTopK(4), width=2, steps=40),
         "trained": models[400],

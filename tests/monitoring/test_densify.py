@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -21,7 +22,7 @@ from devmon.callbacks import CheckpointSeries, Monitor, checkpoints
 from devmon.cli.root import app
 from tests.support.full_disk import Disk
 from tests.support.lightning_toys import Norm, train
-from tests.support.loops import fit, same, seeded
+from tests.support.loops import Recorder, fit, same, seeded
 from tests.support.loops import train as train_plain
 from tests.support.two_ranks import after, spawn_two
 
@@ -195,3 +196,42 @@ def test_two_ranks_add_the_points_that_one_adds(run: Path, tmp_path: Path) -> No
     assert two.attrs["densified"]["rises"] == [s for s in one.attrs["densified"]["rises"] if s <= ENOUGH] != []
     assert two.steps("rises") == [step for step in one.steps("rises") if step <= ENOUGH]
     assert list(checkpoints(tmp_path / "saved")) == [0, *sorted(set().union(*two.attrs["densified"].values()))]
+
+
+class Board(Recorder):
+    """A logger whose `experiment` takes words, as those of Weights & Biases (`alert`) and TensorBoard (`add_text`)."""
+
+    def __init__(self, taker: str) -> None:
+        super().__init__()
+        self.told: list[str] = []
+        takers: dict[str, Any] = {
+            "alert": lambda title, text: self.told.append(f"{title} | {text}"),
+            "add_text": lambda name, text, step: self.told.append(f"{name} {step} | {text}"),
+        }
+        self.experiment = SimpleNamespace(**{taker: takers[taker]})
+
+
+@pytest.mark.parametrize("taker", ["alert", "add_text"])
+def test_an_alarm_reaches_the_logger_once_in_words_and_as_a_number(tmp_path: Path, taker: str) -> None:
+    path, board = tmp_path / "run.zarr", Board(taker)
+    fit("lightning", path, watches(), steps=LAST, logger=board, densify=True)
+    (alarm,) = Trajectory(path, "r").attrs["alarms"]
+    raised = [text for text in board.told if "(provisional)" in text]
+    assert len(raised) == 1
+    assert f"rises/score has a jump at step {alarm['step']:.0f}" in raised[0]
+    assert f"step {alarm['raised_at']}" in raised[0]
+    ended = [text for text in board.told if text not in raised]
+    assert len(ended) == (alarm["status"] != "up")
+    numbers = [(step, row["devmon/alarms"]) for step, row in board.rows if "devmon/alarms" in row]
+    assert numbers[0] == (alarm["raised_at"], 1.0)
+    assert len(numbers) == len(board.told)
+
+
+def test_a_run_that_goes_on_does_not_tell_its_alarms_again(tmp_path: Path) -> None:
+    path, sent = tmp_path / "run.zarr", Board("alert")
+    model = torch.nn.Linear(2, 1)
+    for first, last in ((0, ENOUGH), (ENOUGH, ENOUGH + 10)):
+        with LoopMonitor(path, watches(), densify=True, log=sent) as monitor:
+            for step in range(first, last + 1):
+                monitor.step(step, model)
+    assert sum("(provisional)" in text for text in sent.told) == 1

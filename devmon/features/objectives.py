@@ -136,7 +136,8 @@ class JumpReLU:
     """‖e‖² and thresholds θ_j that are learnt (2407.14435), with rectangular kernels for their gradients.
 
     With `target`, the penalty is `strength` · (L0 / target − 1)². Without, it is that of Anthropic (January 2025),
-    strength · Σ tanh(4 s_j) over the firing, warmed up over all steps, and 3e-6 Σ relu(θ − s) over dead latents.
+    strength · Σ tanh(4 s_j) over the firing, warmed up over all steps, and 3e-6 Σ relu(θ − s) over dead latents. Both
+    have `revival` besides, which neither source has: without it half of the latents of the planted dictionary are dead.
     """
 
     target: float | None = None
@@ -151,14 +152,15 @@ class JumpReLU:
         theta, width = extra["threshold"].clamp(min=0), JUMP_WIDTH[self.target is not None]
         passed = _Jump.apply(scores, theta, width)
         f = passed / norms.clamp(min=torch.finfo(x.dtype).tiny)
-        error = (y - coder.decode(f, x)).square().sum(-1).mean()
+        e = y - coder.decode(f, x)
+        error = e.square().sum(-1).mean()
         if self.target is not None:
             count = _Step.apply(scores, theta, width).sum(-1).mean()
             penalty = now.warm * self.strength * (count / self.target - 1).square()
         else:
             penalty = now.share * self.strength * torch.tanh(TANH_SLOPE * passed).sum(-1).mean()
             penalty = penalty + REVIVAL * ((theta - scores).relu() * now.dead).sum(-1).mean()
-        return Outcome(error + penalty, (f > 0).sum(0), error)
+        return Outcome(error + penalty + revival(coder, x, e, now, theta), (f > 0).sum(0), error)
 
     def activation(self, extra: dict[str, Tensor], least: Tensor) -> Activation:
         return Jump(extra["threshold"].clamp(min=0))
@@ -196,7 +198,8 @@ def strength(l1: float | None, coder: Coder) -> float:
 
 
 def revival(coder: Coder, x: Tensor, e: Tensor, now: Now, least: Tensor) -> Tensor:
-    """What gives dead latents a gradient, for inputs x (n, d), the error e (n, d_out) and the least score that fires.
+    """What gives dead latents a gradient, for inputs x (n, d), the error e (n, d_out) and the least score that fires,
+    () of all, (n, 1) of each place or (m,) of each latent.
 
     First they learn what is left: ‖ê − e‖² · min(dead / (d/2), 1), ê decoded without bias from the d/2 dead latents of
     largest h, e held (2406.04093 App. A.2, SAELens). While the learning rate falls, a pull to the least score,
@@ -207,6 +210,7 @@ def revival(coder: Coder, x: Tensor, e: Tensor, now: Now, least: Tensor) -> Tens
         return e.new_zeros(())
     h = coder.pre_of(x, at)  # (n, dead)
     if now.share > 1 - DECAY:
+        least = least[at] if least.ndim == 1 else least
         return PULL * (least - h * coder.norms().detach()[at]).relu().sum(-1).mean()
     most = max(1, coder.outputs // coder.parts // 2)
     values, chosen = h.topk(min(most, len(at)), dim=-1, sorted=False)

@@ -94,7 +94,17 @@ def test_tanh_counts_latents_and_pulls_at_dead_ones() -> None:
     dead = torch.arange(M) < 2
     pull = 3e-6 * (0.5 - scores[:, :2]).relu().sum(1).mean()
     outcome = objective.loss(CODER, {"threshold": theta}, X, X, Now(0.25, 1.0, dead))
-    torch.testing.assert_close(outcome.loss, error + 0.25 * 2 * torch.tanh(4 * passed).sum(1).mean() + pull)
+    e = X - passed / CODER.norms() @ CODER.W_dec - CODER.b_dec
+    learns = revival(CODER, X, e, Now(0.25, 1.0, dead), theta)
+    torch.testing.assert_close(outcome.loss, error + 0.25 * 2 * torch.tanh(4 * passed).sum(1).mean() + pull + learns)
+
+
+def test_dead_latents_are_pulled_to_their_own_threshold_at_the_end() -> None:
+    dead, theta = torch.arange(M) < 2, torch.linspace(0.2, 2.0, M, dtype=torch.float64)
+    scores = (CODER.pre(X) * CODER.norms())[:, :2]
+    pull = revival(CODER, X, torch.zeros_like(X), Now(0.9, 1.0, dead), theta)
+    torch.testing.assert_close(pull, 0.1 * (theta[:2] - scores).relu().sum(1).mean())
+    assert float(pull) > 0
 
 
 def test_a_gate_chooses_and_another_map_tells_how_much() -> None:

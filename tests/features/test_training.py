@@ -59,6 +59,7 @@ def test_planted_features_are_found(objective: Objective, cosine: float, most: f
     alive = (coder.encode(FRESH) > 0).any(0)
     found = float(best_cosines(coder.W_dec[alive], TRUE).mean())
     assert found > cosine, (found, fvu(coder, FRESH))
+    assert float((~alive).double().mean()) < (0.2 if isinstance(objective, Gated) else 0.12), "dead"
     assert fvu(coder, FRESH) < most
     torch.testing.assert_close(coder.norms(), torch.ones(coder.latents))
     # what training saw at the end is what the dictionary in use does, in units of the data

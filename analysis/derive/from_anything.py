@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from devmon.analysis.derive.from_tables import series_of_table
-from devmon.analysis.derive.table_rows import read_table
+from devmon.analysis.derive.log_files import read_table
 from devmon.analysis.series import Series, checked
 from devmon.errors import DataError
 

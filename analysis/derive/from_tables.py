@@ -1,4 +1,4 @@
-"""Tables from elsewhere as series: `series_of_table(frame)`; `table_rows.read_table(path)` reads them from files."""
+"""Tables from elsewhere as series: `series_of_table(frame)`; `log_files.read_table(path)` reads them from files."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 import pandas as pd
 
+from devmon.analysis.derive.log_files import step_column, tells_time
 from devmon.analysis.derive.table_rows import is_numeric, series_of_rows
 from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.series import Series
 from devmon.errors import DataError
 
 ERROR_SUFFIX = "_se"  # column `loss_se` holds the standard errors of column `loss`
-STEP_COLUMN = "step"
 
 
-def series_of_table(table: pd.DataFrame, *, step: str = STEP_COLUMN) -> list[Series]:
-    """Every series of a table with a column of steps, in one of two forms.
+def series_of_table(table: pd.DataFrame, *, step: str | None = None) -> list[Series]:
+    """Every series of a table with a column of steps (None: the first of `log_files.STEP_NAMES`), in one of two forms.
 
     Wide: each other numeric column is a series, and `x_se` the standard errors of `x`. Long: a column `value`, with the
     names in `series`, or in `watch` and `variable` as `devmon export` writes them; optional are `se`, `units` and
@@ -31,18 +31,25 @@ def series_of_table(table: pd.DataFrame, *, step: str = STEP_COLUMN) -> list[Ser
     if twice:
         raise DataError(f"columns need names of their own, {', '.join(twice)} is there more than once: rename one")
     table = table.set_axis(columns, axis=1)
+    step = step_column(columns) or "step" if step is None else step
     if step not in columns:
         raise DataError(
-            f"a table needs a column of steps named {step!r}, got {', '.join(columns) or 'none'}: rename it"
+            f"a table needs a column of steps named {step!r}, got {_few(columns)}: rename it, or "
+            "`devmon replay FILE --step COLUMN --value COLUMN`"
         )
     series = _long(table, step) if "value" in columns else _wide(table, step)
     if not series:
-        raise DataError(f"the table holds no numbers beside {step!r}; its columns are {', '.join(columns)}")
+        raise DataError(f"the table holds no numbers beside {step!r}; its columns are {_few(columns)}")
     return series
 
 
+def _few(columns: list[str]) -> str:
+    shown = [column if len(column) < 40 else f"{column[:40]}…" for column in columns[:8]]
+    return ", ".join([*shown, *(["…"] if len(columns) > 8 else [])]) or "none"
+
+
 def _wide(table: pd.DataFrame, step: str) -> list[Series]:
-    names = [column for column in table.columns if column != step and is_numeric(table, column)]
+    names = [c for c in table.columns if c != step and not tells_time(c) and is_numeric(table, c)]
     errors = {c for c in names if c.endswith(ERROR_SUFFIX) and c.removesuffix(ERROR_SUFFIX) in names}
     return [
         series_of_rows(table, step, c, c + ERROR_SUFFIX if c + ERROR_SUFFIX in errors else None, name=c)

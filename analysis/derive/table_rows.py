@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,37 +11,9 @@ from numpy.typing import NDArray
 from devmon.analysis.series import Array, Series
 from devmon.errors import DataError
 
-SEPARATORS = (",", ";", "\t")
-DECIMAL_COMMA = r"^\s*([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)\s*$"
 # Rows that an attempt of a run has on average, where a log goes back in step because the run was resumed: with fewer
 # the rows are in no order at all. Rows in random order have two.
 ROWS_OF_ATTEMPT = 3
-
-
-def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A file of rows with a header, separated by commas, semicolons (with decimal commas too) or tabs.
-
-    Raises DataError, which names it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no file {path}: give the path of a CSV file with a header")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            header = file.readline()
-        separator = max(SEPARATORS, key=header.count)
-        table = pd.read_csv(path, sep=separator, skipinitialspace=True, encoding="utf-8-sig", index_col=False)
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' ParserError and EmptyDataError are ValueErrors
-        raise DataError(
-            f"{path} does not read as CSV ({str(error).strip()}): expected a header and rows separated by commas, "
-            "semicolons or tabs"
-        ) from None
-    table.columns = [str(column).strip() for column in table.columns]
-    if separator == ";":
-        for column in table.columns:
-            if table[column].dtype.kind not in "iufb":
-                table[column] = table[column].str.replace(DECIMAL_COMMA, r"\1.\2", regex=True)
-    return table
 
 
 def numbers(table: pd.DataFrame, column: str, what: str = "", notes: list[str] | None = None) -> Array:
@@ -102,8 +72,8 @@ def series_of_rows(
     twice = there[values[there] != values[chosen[group[there]]]]
     if len(twice):
         raise DataError(
-            f"{name or 'the table'} has more than one row for step {steps[twice[0]]:g}: name the column that tells "
-            "them apart as seed, or choose rows with where"
+            f"{name or 'the table'} has more than one row for step {steps[twice[0]]:g}: `devmon replay FILE "
+            "--seed COLUMN` searches runs apart, `--where COLUMN=VALUE` chooses rows"
         )
     at = order[chosen]
     return Series(

@@ -15,7 +15,9 @@ from devmon.errors import DevmonError
 NULLS = typer.Option(min=19, help="Simulated nulls for each test.")
 # of detect
 RUN_OR_TABLE = typer.Argument(
-    metavar="RUN", help="A run's store, the folder it is in, or its URL; or a CSV file with a column step."
+    metavar="RUN",
+    help="A run's store, the folder it is in, or its URL; or a log with a "
+    "column of steps: CSV, JSON lines, trainer_state.json.",
 )
 SERIES = typer.Option("--series", help="Only series whose name contains this (repeatable).")
 EACH = typer.Option("--each/--summary", help="Each head and layer, or only the summaries.")
@@ -82,6 +84,9 @@ def detect(
     else:
         if words := headline(changes):
             typer.echo(f"{words[0].upper()}{words[1:]}.")
+        for note in dict.fromkeys(note for each in searched for note in each.notes):
+            named = ", ".join(each.name for each in searched if note in each.notes)
+            typer.echo(safe(f"{named}: {note}."))
         if shared:
             typer.echo(f"{shared[0].upper()}{shared[1:]}: what changes at them may be of the files alone.")
         Console().print(events_table(detection))

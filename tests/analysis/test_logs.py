@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from devmon.analysis.derive.from_tables import series_of_table
-from devmon.analysis.derive.table_rows import read_table
+from devmon.analysis.derive.log_files import read_table
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.search import detect
 from devmon.analysis.runs.replay import replay
@@ -78,7 +79,7 @@ def test_rows_for_training_and_validation_at_the_same_steps(tmp_path: Path) -> N
     path = write(tmp_path, pd.concat([train, val]).sort_values("step", kind="stable"))
     check(path)
     found = read(write(tmp_path, read_table(path).rename(columns={"value": "loss"})))
-    assert list(found) == ["epoch", "loss", "val"]
+    assert list(found) == ["loss", "val"]
     np.testing.assert_array_equal(found["loss"].values, rise())
     at = ~np.isnan(found["val"].values)
     np.testing.assert_array_equal(found["val"].steps[at], STEPS[::4])
@@ -113,7 +114,7 @@ def test_rows_in_any_order(tmp_path: Path, order: str) -> None:
 def test_several_seeds_are_not_taken_for_a_resumed_run(tmp_path: Path) -> None:
     path = write(tmp_path, pd.concat([CLEAN, CLEAN.assign(value=rise(1))]))
     for read_it in (lambda: detect(path, QUICK), lambda: replay(path, step="step", value="value", detector=QUICK)):
-        with pytest.raises(DataError, match="more than one row for step 0: name the column"):
+        with pytest.raises(DataError, match="more than one row for step 0: .*--seed COLUMN"):
             read_it()
 
 
@@ -160,3 +161,49 @@ def test_both_commands_read_the_same_file(tmp_path: Path) -> None:
     replayed = CliRunner().invoke(app, ["replay", str(path)])
     assert "the log goes back to step 200" in replayed.output
     assert "EVENTS" in replayed.output
+
+
+@pytest.mark.parametrize("form", ["lines", "unfinished", "rows", "history"])
+def test_json_lines_and_the_history_of_a_trainer(tmp_path: Path, form: str) -> None:
+    rows = [{"step": int(step), "value": float(value), "epoch": step / 100, "settings": {"a": 1}}
+            for step, value in zip(STEPS, rise(), strict=True)]  # fmt: skip
+    lines = "\n".join(map(json.dumps, rows))
+    text = {
+        "lines": lines,
+        "unfinished": lines + '\n{"step": 400, "val',
+        "rows": json.dumps(rows),
+        "history": json.dumps({"best_metric": None, "log_history": [*rows, {"train_runtime": 3.0, "step": 390}]}),
+    }[form]
+    check(write(tmp_path, text))
+    assert set(read(tmp_path / "log.csv")) <= {"value", "train_runtime"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[1, 2]", "3\n4", '{"step": 0}\nno json\n{"step": 2}'])
+def test_json_that_holds_no_rows_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match=r"log\.csv|column of steps"):
+        series_of_table(read_table(write(tmp_path, text)))
+
+
+@pytest.mark.parametrize("name", ["Step", "global_step", "trainer/global_step", "Iteration", "_step"])
+def test_the_column_of_steps_has_one_of_its_usual_names(tmp_path: Path, name: str) -> None:
+    table = CLEAN.rename(columns={"step": name}).assign(**{"Wall time": 1e9 + STEPS, "epoch": STEPS / 100})
+    series = read(write(tmp_path, table))
+    assert list(series) == ["value"]
+    np.testing.assert_array_equal(series["value"].steps, STEPS)
+    # the optimizer's count is taken where a logger's own stands beside it
+    if name == "global_step":
+        both = read(write(tmp_path, table.assign(_step=2 * STEPS)))
+        np.testing.assert_array_equal(both["value"].steps, STEPS)
+
+
+def test_a_table_of_the_web_and_lines_of_remarks(tmp_path: Path) -> None:
+    """Weights & Biases exports the least and the largest value of each step too; some loops write settings first."""
+    table = pd.DataFrame({"Step": STEPS, "run-1 - loss": rise(), "run-1 - loss__MIN": -9.0, "run-1 - loss__MAX": 9.0})
+    assert list(read(write(tmp_path, table))) == ["run-1 - loss"]
+    check(write(tmp_path, "# lr 0.001, seed 3\n#\n" + CLEAN.to_csv(index=False)))
+
+
+def test_the_terminal_says_what_was_done_to_the_rows(tmp_path: Path) -> None:
+    resumed = pd.concat([CLEAN[:30], CLEAN[20:]])
+    said = CliRunner().invoke(app, ["detect", str(write(tmp_path, resumed)), "--nulls", "19"]).output
+    assert "value: the log goes back to step 200: the last attempt counts, 10 earlier rows do not." in said

@@ -24,11 +24,11 @@ NUMERIC = ("sampling", "analysis/detection", "anatomy")  # rooms whose long func
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its name; a package has the name of its folder."""
+    """Every module by its name, `__main__` left out, which runs the command; a package has the name of its folder."""
     named = {}
     for package, folder in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if not any(parent.is_symlink() for parent in path.parents):
+            if path.name != "__main__.py" and not any(parent.is_symlink() for parent in path.parents):
                 parts = path.relative_to(ROOT / folder).with_suffix("").parts
                 named[".".join([package, *(part for part in parts if part != "__init__")])] = path
     return named
@@ -167,7 +167,7 @@ def python_files() -> Iterator[Path]:
     """Every Python file of the project, tests and benchmarks too."""
     for folder in (*FOLDERS.values(), "tests", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if not any(parent.is_symlink() for parent in path.parents):
+            if path.name != "__main__.py" and not any(parent.is_symlink() for parent in path.parents):
                 yield path
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from devmon.analysis.derive.from_tables import series_of_table
-from devmon.analysis.derive.log_files import read_table
+from devmon.analysis.derive.tables.from_tables import series_of_table
+from devmon.analysis.derive.tables.log_files import read_table
 from devmon.analysis.series import Series, checked
 from devmon.errors import DataError
 

@@ -21,8 +21,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from devmon.analysis.derive.log_files import read_table
-from devmon.analysis.derive.table_rows import series_of_rows
+from devmon.analysis.derive.tables.log_files import read_table
+from devmon.analysis.derive.tables.table_rows import series_of_rows
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.events import Event, Fit
 from devmon.analysis.series import Array

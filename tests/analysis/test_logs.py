@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from devmon.analysis.derive.from_tables import series_of_table
-from devmon.analysis.derive.log_files import read_table
+from devmon.analysis.derive.tables.from_tables import series_of_table
+from devmon.analysis.derive.tables.log_files import read_table
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.search import detect
 from devmon.analysis.runs.replay import replay

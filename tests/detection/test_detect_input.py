@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from devmon.analysis.derive.from_tables import series_of_table
+from devmon.analysis.derive.tables.from_tables import series_of_table
 from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.detection.search import detect

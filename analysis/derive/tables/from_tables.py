@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from devmon.analysis.derive.log_files import step_column, tells_time
-from devmon.analysis.derive.table_rows import is_numeric, series_of_rows
+from devmon.analysis.derive.tables.log_files import step_column, tells_time
+from devmon.analysis.derive.tables.table_rows import is_numeric, series_of_rows
 from devmon.analysis.derive.verdicts import accepted
 from devmon.analysis.series import Series
 from devmon.errors import DataError

@@ -1,0 +1,1 @@
+"""Tables and logs from elsewhere as series."""

@@ -211,6 +211,18 @@ KNOWN: dict[tuple[str, str], Label] = {
     ("Sketch", "output_spread"): _of("spread of outputs", "mean distance of the outputs from their mean", ""),
     ("LayerRoles", "drop_layer"): _of("layer that can be left out", "rise of the loss without it", "nats"),
     ("LayerRoles", "centre_layer"): _of("centre of gravity", "layer at which the work is centred", "layers"),
+    ("SoftEntropy", "past"): _of(
+        "information on the past", "what directions of states hold of the token, above shuffled labels", "",
+        "holds more of its tokens", "forgets its tokens"),
+    ("SoftEntropy", "future"): _of(
+        "information on the future", "what directions of states hold of the next token, above shuffled labels", "",
+        "comes to hold what follows"),
+    ("SoftEntropy", "entropy"): _of(
+        "entropy of directions", "how evenly the directions of states are spread", "", "spreads its states",
+        "compresses its states"),
+    ("ModelCode", "bits"): _of(
+        "model code", "fewest bits that say the weights within the loss", "bits", "grows more complex",
+        "grows simpler"),
     ("WeightStatistics", "model_l2"): _of("norm of the weights", "Euclidean norm of all weights", ""),
     ("WeightStatistics", "mean_spectral"): _of("spectral norm", "mean largest singular value", ""),
     ("WeightStatistics", "density"): _of("density of the weights", "‖w‖₁² over n ‖w‖₂²", ""),

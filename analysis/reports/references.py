@@ -97,6 +97,10 @@ CITED = {
     "TunedLens": ("Belrose et al. (2023), Eliciting latent predictions with the tuned lens. arXiv:2303.08112",),
     "LayerRoles": (_CKA,),
     "IntermediateSteps": ("nostalgebraist (2020), Interpreting GPT: the logit lens. LessWrong",),
+    "SoftEntropy": (
+        "Conklin et al. (2026), Learning is forgetting: LLM training as lossy compression. arXiv:2604.07569",
+    ),
+    "ModelCode": ("DeMoss et al. (2024), The complexity dynamics of grokking. arXiv:2412.09810",),
     "LinearProbe": (_HEWITT,),
     "FrozenProbe": (_HEWITT,),
     "ProbeErasure": ("Belrose et al. (2023), LEACE: perfect linear concept erasure in closed form. arXiv:2306.03819",),

@@ -31,6 +31,7 @@ from devmon.instruments.llc import LLC
 from devmon.instruments.logit_lens import LogitLens
 from devmon.instruments.markov_references import MarkovReferences
 from devmon.instruments.mdl_probe import MDLProbe
+from devmon.instruments.model_code import ModelCode
 from devmon.instruments.negation import Negation
 from devmon.instruments.neural_collapse import NeuralCollapse
 from devmon.instruments.ngram_stages import NgramStages
@@ -47,6 +48,7 @@ from devmon.instruments.residual_attribution import ResidualAttribution
 from devmon.instruments.restricted_llc import RestrictedLLC
 from devmon.instruments.restricted_loss import RestrictedLoss
 from devmon.instruments.site_activations import SiteActivations
+from devmon.instruments.soft_entropy import SoftEntropy
 from devmon.instruments.sparse_autoencoder import SparseAutoencoder
 from devmon.instruments.steering import Steering
 from devmon.instruments.superposition import Superposition
@@ -98,6 +100,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "MDLProbe",
     "IntrinsicDimension",
     "Sketch",
+    "SoftEntropy",
     "ReferenceDrift",
     "Superposition",
     "NeuralCollapse",
@@ -119,6 +122,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "Curvature",
     "GradientStatistics",
     "WeightStatistics",
+    "ModelCode",
     # addition modulo p
     "RestrictedLoss",
     "FourierSpectrum",

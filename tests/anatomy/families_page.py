@@ -81,8 +81,8 @@ Made by `python -m tests.anatomy.families_page` from tiny random models of each 
 `tests/instruments/test_families_page.py`. An instrument runs on a family, or refuses it in one line that says what it
 lacks; there is no third way: layouts, known, guessed or declared, are tried on the model before they are believed
 (`devmon.anatomy.fit`), and weights are what the modules compute, whatever adapter or packing they have
-(`devmon.anatomy.linear`). Not in the table, as they need no parts of a model: `LLC`, `Curvature` and
-`GradientStatistics` (any differentiable loss), `NeuralCollapse` (any classifier), `ReferenceDrift` (two models of one
+(`devmon.anatomy.linear`). Not in the table, as they need no parts of a model: `LLC`, `Curvature`,
+`GradientStatistics` and `ModelCode` (any loss), `NeuralCollapse` (any classifier), `ReferenceDrift` (two models of one
 form), `RestrictedLoss` and `FourierSpectrum` (addition modulo p).
 
 A model of your own is a row of its own: `anatomy = Layout(...)` (`devmon.anatomy.Layout`) says where its parts are, and

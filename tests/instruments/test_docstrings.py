@@ -33,6 +33,7 @@ from devmon.instruments import (
     GradientStatistics,
     HeadAblation,
     IntermediateSteps,
+    ModelCode,
     Negation,
     NeuralCollapse,
     ReferenceDrift,
@@ -166,6 +167,7 @@ MORE: dict[str, Any] = {
             gpt2,
         )
     ],
+    "ModelCode": lambda x: [(ModelCode(x, tolerance=(0.1, 0.2)), gpt2)],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "ReferenceDrift": lambda x: [(ReferenceDrift(model_of("gpt2"), x), gpt2)],
     "GradientStatistics": lambda x: [(GradientStatistics(x[:4], batch_size=1), gpt2)],

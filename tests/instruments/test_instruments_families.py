@@ -52,6 +52,7 @@ class Case:
 
 
 ALL = tuple(CONFIGS)
+TOKENS = tuple(name for name in CONFIGS if name not in VISION)
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # whose neurons are those of no one map
 UNMIXED = tuple(name for name in CONFIGS if name != "bert")  # whose stream is a sum of what the layers add
 OUTSIDE = (0, 1, 2)
@@ -134,6 +135,7 @@ INSTRUMENTS = [
     Case("mdl_probe", "MDLProbe", lambda make, x: make(x, x % 3), (LAYER, LAYER), ALL),
     Case("intrinsic_dimension", "IntrinsicDimension", lambda make, x: make(x), (), ALL),
     Case("representation_sketch", "Sketch", lambda make, x: make(x, dims=8), (LAYER,), ALL),
+    Case("soft_entropy", "SoftEntropy", lambda make, x: make(x, per_label=2, vectors=9), (LAYER,) * 3, TOKENS),
     Case("superposition", "Superposition", lambda make, x: make(), (), (*CAUSAL, *MASKED), refuses=True),
     Case(
         "polysemanticity",
@@ -196,6 +198,7 @@ ELSEWHERE = {
     "RestrictedLLC": "samples for seconds; tests/sampling/test_components.py, tests/instruments/test_restricted_llc.py",
     "Susceptibilities": "samples for seconds; tests/instruments/test_susceptibilities.py",
     "BayesianInfluence": "samples for seconds; tests/instruments/test_influence.py",
+    "ModelCode": "of any loss; tests/instruments/test_model_code.py",
     "Curvature": "of any loss; tests/instruments/test_curvature.py",
     "ReferenceDrift": "of two models; tests/instruments/test_reference_drift.py",
     "GradientStatistics": "of any loss and update; tests/instruments/test_gradient_statistics.py",

@@ -5,7 +5,7 @@ The steps, each a file: axis, noise, windows, chain, spline and measure, abrupt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from devmon.analysis.derive.from_anything import accepted
 from devmon.analysis.detection.axis import averaged, bins, counts, log_axis
 from devmon.analysis.detection.chain import Chain
 from devmon.analysis.detection.constants import EXACT, FEWEST, PHIS, RATIO, SMALLEST, SPAN, TAIL
-from devmon.analysis.detection.events import Event, Fit, Noise, Trend
+from devmon.analysis.detection.events import Event, Fit, Noise, Trend, TrendLater
 from devmon.analysis.detection.measure import Ruler
 from devmon.analysis.detection.noise import correlation, covariance, of_replicates, spikes, without_rises
 from devmon.analysis.detection.spline import Spline, trend
@@ -169,21 +169,7 @@ class Search:
         # what surely alternates, and the curve between any two places
         threshold = float(np.quantile(self.null, 1 - detector.alpha))
         extrema = {order: self.windows.extrema(self.statistics, order, threshold) for order in Order}
-        splines: dict[tuple[int, int], Spline] = {}
-        correlations = covariance(self.points, self.phi)
-
-        def spline(start: int, end: int) -> Spline:
-            """The curve from one place to another, on at least five and at most 120 places."""
-            last = len(self.x) - 1
-            short = max(0, 4 - (end - start))
-            start, end = max(0, start - (short + 1) // 2), min(last, end + (short + 1) // 2)
-            if (start, end) not in splines:
-                j: Any = slice(start, end + 1)
-                if end - start + 1 > 120:
-                    j = np.unique(np.round(np.linspace(start, end, 120)).astype(int))
-                noise = correlations[j][:, j] * np.outer(self.sd[j], self.sd[j])
-                splines[start, end] = Spline(self.x[j], self.values[j], noise, detector.seed)
-            return splines[start, end]
+        spline = self._curves()
 
         # what of it is large enough to name, and what is said of that
         chain = Chain(self.x, self.values, spline, [*extrema[Order.SLOPE], *extrema[Order.CHANGE]], self.smallest)
@@ -195,15 +181,38 @@ class Search:
         events: tuple[Event, ...] = tuple(event for event, _ in found)
         # what else a fit says: the p-values of all tests, the noise, the smoothed curve
         noise = Noise(self.scale * float(np.median(self.sd)), self.phi, self.source)
-        back = trend(self.x, self.values, self.sd, spline, detector.level)
-        low, mean, high = (self.offset + self.scale * part for part in back)
-        steps = np.clip(10.0**self.x - self.first, self.steps[0], self.steps[-1])
         tests = {"turn": Order.SLOPE, "slope": Order.CHANGE}
         p_values = {name: self._p_values(order, extrema[order]) for name, order in tests.items()}
         return Fit(
-            "EVENTS" if events else "NO EVENT", events, Trend(steps, mean, low, high), noise, p_values,
+            "EVENTS" if events else "NO EVENT", events, TrendLater(self._trend), noise, p_values,
             tuple(self.notes), asdict(detector), self.series.name, found, self.smallest * self.scale,
         )  # fmt: skip
+
+    def _curves(self) -> Callable[[int, int], Spline]:
+        """The curve from one place to another, on at least five and at most 120 places, each made once."""
+        splines: dict[tuple[int, int], Spline] = {}
+        correlations = covariance(self.points, self.phi)
+
+        def spline(start: int, end: int) -> Spline:
+            last = len(self.x) - 1
+            short = max(0, 4 - (end - start))
+            start, end = max(0, start - (short + 1) // 2), min(last, end + (short + 1) // 2)
+            if (start, end) not in splines:
+                j: Any = slice(start, end + 1)
+                if end - start + 1 > 120:
+                    j = np.unique(np.round(np.linspace(start, end, 120)).astype(int))
+                noise = correlations[j][:, j] * np.outer(self.sd[j], self.sd[j])
+                splines[start, end] = Spline(self.x[j], self.values[j], noise, self.detector.seed)
+            return splines[start, end]
+
+        return spline
+
+    def _trend(self) -> Trend:
+        """The smoothed curve, in steps and units of the series."""
+        back = trend(self.x, self.values, self.sd, self._curves(), self.detector.level)
+        low, mean, high = (self.offset + self.scale * part for part in back)
+        steps = np.clip(10.0**self.x - self.first, self.steps[0], self.steps[-1])
+        return Trend(steps, mean, low, high)
 
     def _p_values(self, order: int, found: list[Extremum]) -> tuple[float, ...]:
         """The p-value of each extremum; where there is none, that of the level at which the first appears."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -101,6 +101,19 @@ class Trend:
     mean: Array
     low: Array
     high: Array
+
+
+class TrendLater(Trend):
+    """A trend that is worked out when it is first looked at: reports look at none, and it is most of a search."""
+
+    def __init__(self, make: Callable[[], Trend]) -> None:
+        object.__setattr__(self, "_make", make)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("steps", "mean", "low", "high"):
+            raise AttributeError(name)
+        self.__dict__.update(vars(self._make()))
+        return self.__dict__[name]
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,23 @@ def lead_lag(a: Event | tuple[Array, Array], b: Event | tuple[Array, Array], lev
     Two events within one checkpoint gap come out near P = ½, as they should. Ties count half for each.
     """
     (s, u), (t, v) = _location(a), _location(b)
-    lags = np.subtract.outer(t, s).ravel()
+    lags, tail = np.subtract.outer(t, s).ravel(), (1 - level) / 2
+    levels = [tail, 0.5, 1 - tail]
+    if (u == u[0]).all() and (v == v[0]).all():
+        # pairs of equal weight need not be sorted: three places of the order, and how many are on either side of 0
+        each = np.full(len(lags), v[0] * u[0])
+        places = np.minimum(np.searchsorted(np.cumsum(each), levels), len(lags) - 1)
+        low, middle, high = (float(lag) for lag in np.partition(lags, places)[places])
+        counts = [np.count_nonzero(lags < 0), np.count_nonzero(lags == 0), np.count_nonzero(lags > 0)]
+        first = float(np.clip(np.sum(each * np.repeat([0.0, 0.5, 1.0], counts)), 0, 1))
+        return LeadLag(middle, (low, high), first)
+
     weights = np.multiply.outer(v, u).ravel()
     order = np.argsort(lags)
     if (lags[order][1:] == lags[order][:-1]).any():  # equal lags in the order of the pairs, on any machine
         order = np.argsort(lags, kind="stable")
     lags, cumulative = lags[order], np.cumsum(weights[order])
-    tail = (1 - level) / 2
-    places = np.minimum(np.searchsorted(cumulative, [tail, 0.5, 1 - tail]), len(lags) - 1)
+    places = np.minimum(np.searchsorted(cumulative, levels), len(lags) - 1)
     low, middle, high = (float(lag) for lag in lags[places])
     first = float(np.clip(np.sum(weights[order] * ((lags > 0) + 0.5 * (lags == 0))), 0, 1))
     return LeadLag(middle, (low, high), first)

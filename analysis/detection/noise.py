@@ -122,7 +122,7 @@ class NoiseModel:
 def _product(matrices: Array, vectors: Array, alone: bool) -> Array:
     """Matrices (..., n, m) times vectors (series, ..., m), either one by one or in products of all series."""
     if alone:
-        return np.stack([np.matmul(matrices, np.ascontiguousarray(one)[..., None])[..., 0] for one in vectors])
+        return np.matmul(matrices, np.ascontiguousarray(vectors)[..., None])[..., 0]
     return np.moveaxis(np.matmul(matrices, np.moveaxis(vectors, 0, -1)), -1, 0)
 
 

@@ -73,7 +73,7 @@ class Spline:
     def draws(self) -> Array:
         """The curve as it would come out with new noise upon it."""
         noise = np.linalg.cholesky(self.noise)
-        again = self.gain @ (noise @ np.random.default_rng(self.seed).standard_normal((len(noise), DRAWS)))
+        again = self.gain @ (noise @ _normal(self.seed, len(noise)))
         return self.mean[:, None] + self.scale * again
 
     @cached_property
@@ -107,6 +107,11 @@ def trend(
     middle /= weight
     half = norm.ppf((1 + level) / 2) * np.hypot(sd, RESOLVED)
     return middle - half, middle, middle + half
+
+
+@lru_cache(maxsize=128)  # one for each number of places in a window
+def _normal(seed: int, places: int) -> Array:
+    return np.random.default_rng(seed).standard_normal((places, DRAWS))
 
 
 def _kernel(a: Array, b: Array) -> Array:

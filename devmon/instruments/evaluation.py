@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import predictions
+from devmon.anatomy.passes import Read, Seen, need_causal, read
 from devmon.cost import Cost
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
@@ -139,13 +140,13 @@ class Evaluation(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         # by row: the answer's log-likelihood, its tokens, whether all have the highest logit
-        total, hits = self._scores(snapshot, self.tokens, self.start, self.stop)
+        need_causal(snapshot, self.tokens, type(self).__name__)
+        (total, hits), *elsewhere = (_joined(parts) for parts in read(snapshot, self))
         right = self.right.numpy()
         result = Rows(headline=self._headline, error="standard error over items")
         if self._cloze:
             # the same answers after the contexts of the next items
-            tokens, start, stop = self._elsewhere()
-            other, other_hits = self._scores(snapshot, tokens, start, stop)
+            [(other, other_hits)] = elsewhere
             self._put(result, "exact", hits, "items whose answer has the highest logits", "share")
             self._put(result, "exact_reference", other_hits, "the same after another item's context", "share")
             unit = "nats per answer"
@@ -166,6 +167,13 @@ class Evaluation(ByContent):
             result.put("choice_chance", (), blind, None, "mean of log(choices)", units="nats per answer")
         self._put(result, "nats", -total[right], "-log-likelihood of the right answer", "nats per answer")
         return result.dataset()
+
+    def reads(self) -> list[Read]:
+        rows = [(self.tokens, self.start, self.stop), *([self._elsewhere()] if self._cloze else [])]
+        return [
+            Read(self, tokens, partial(_scores, start, stop), self.batch_size, predicts="all")
+            for tokens, start, stop in rows
+        ]
 
     def cost(self) -> Cost:
         return Cost(forwards=len(self.tokens) * (2 if self._cloze else 1), positions=self.tokens.shape[1])
@@ -190,15 +198,6 @@ class Evaluation(ByContent):
         groups = clustered_groups(values, each)
         result.put(name, (), float(mean), float(se), label, units=units, smallest_change=change, replicates=groups)
 
-    def _scores(self, snapshot: Snapshot, tokens: Tensor, start: Tensor, stop: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row the log-likelihood of its answer and whether each of its tokens has the highest logit."""
-        both = predictions(snapshot, tokens, type(self).__name__, self.batch_size)
-        place = torch.arange(1, tokens.shape[1])  # column i predicts position i + 1
-        within = (place >= start[:, None]) & (place < stop[:, None])
-        nats, hits = (part.double() for part in both)
-        total = torch.where(within, nats, 0.0).sum(1)
-        return -total.numpy(), torch.where(within, hits, 1.0).amin(1).numpy()
-
     def _best(self, score: np.ndarray) -> np.ndarray:
         """Of each item 1 where its right answer has the highest score, shared where several have."""
         right, hits = self.right.numpy(), []
@@ -218,6 +217,20 @@ class Evaluation(ByContent):
         longest = max(map(len, rows))
         padded = torch.stack([torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows])
         return padded, start, start + self.stop - self.start
+
+
+def _scores(start: Tensor, stop: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Of each row (row,) the log-likelihood of its answer and whether each of its tokens has the highest logit."""
+    nats, tokens = seen.nats, seen.inputs.cpu()
+    place = torch.arange(1, tokens.shape[1])  # column i predicts position i + 1
+    within = (place >= start[seen.rows, None]) & (place < stop[seen.rows, None])
+    hits = seen.best[:, :-1].cpu() == tokens[:, 1:]
+    return -torch.where(within, nats.double().cpu(), 0.0).sum(1), (hits | ~within).all(1).double()
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> list[np.ndarray]:
+    """What `_scores` makes of minibatches, of all rows."""
+    return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
 
 
 def _log_share(scores: np.ndarray, right: np.ndarray) -> float:

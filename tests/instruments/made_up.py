@@ -44,6 +44,13 @@ def coder(centred: bool) -> Dictionary:
     return Dictionary(rows.T.contiguous(), torch.zeros(40), 0.02 * rows, torch.zeros(D), centred=centred)
 
 
+def choices(x: Tensor) -> tuple[Tensor, ...]:
+    """A task of two choices an item, the last two tokens of each sequence, the first of them right."""
+    row = torch.arange(len(x))
+    end = torch.full((len(x),), x.shape[1])
+    return x, row // 2, end - 2, end, row % 2 == 0
+
+
 def tasks() -> Any:
     return symbol_tasks(VOCAB, tasks=2, prompts=4, shots=3, symbols=5, exclude=(0, 1, 2))
 

@@ -27,7 +27,7 @@ from devmon.presets import vision
 from devmon.snapshot import Snapshot
 from devmon.testing.contract import headlines, state
 from tests.anatomy.families import CONFIGS, KINDS, MASKED, PYRAMIDS, VISION, VOCAB, D, T, family
-from tests.instruments.made_up import AnyToken, coder, exchanges, features, negated, pairs, tasks
+from tests.instruments.made_up import AnyToken, choices, coder, exchanges, features, negated, pairs, tasks
 
 CAUSAL = tuple(name for name in CONFIGS if name not in (*MASKED, *VISION))
 LENGTH = 24
@@ -73,6 +73,7 @@ INSTRUMENTS = [
         (("shots",), ("shots",)),
     ),
     Case("markov_references", "MarkovReferences", lambda make, x: make(x, VOCAB), (("solution",), ("solution",))),
+    Case("evaluation", "Evaluation", lambda make, x: make(*choices(x)), ((), (), ()), refuses=True),
     Case("negation", "Negation", lambda make, x: make(negated(x)), ((), ()), nan=RARE),
     Case("grammar_excess", "GrammarExcess", lambda make, x: make(x, AnyToken()), ((), ())),
     # attention heads
@@ -189,7 +190,6 @@ INSTRUMENTS = [
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]
 ELSEWHERE = {
-    "Evaluation": "of prompts of a tokenizer; tests/instruments/test_evaluation.py",
     "FrozenProbe": "of two models; tests/instruments/test_probe_twins.py",
     "IntermediateSteps": "of prompts in two steps; tests/instruments/test_intermediate_steps.py",
     "NeuralCollapse": "of classifiers; tests/instruments/test_neural_collapse.py",
@@ -282,6 +282,7 @@ def test_images_go_in_as_they_are(name: str) -> None:
 PREDICTS = (
     *(
         "ProbeLoss",
+        "Evaluation",
         "TokenLoss",
         "RepeatGain",
         "InContextLearning",

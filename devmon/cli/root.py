@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from devmon.cli import anatomy, calibrate, checkpoints, events, instruments, measure, runs
+from devmon.cli import anatomy, calibrate, checkpoints, events, hub, instruments, measure, runs
 from devmon.errors import DevmonError
 
 HELP = """Watch how a neural network develops while it trains.
@@ -47,6 +47,8 @@ app.command(hidden=True)(runs.watch)
 app.command()(runs.compact)
 app.command()(runs.fix)
 app.command()(runs.export)
+app.command(no_args_is_help=True)(hub.push)
+app.command(no_args_is_help=True)(hub.pull)
 # its events
 app.command()(events.detect)
 app.command()(events.compare)

@@ -76,6 +76,10 @@ class Hub:
         missing = "RepoNotFound" if parts[-3:-2] != ["resolve"] else "EntryNotFound"
         return 404, {"X-Error-Code": missing}, b"{}"
 
+    def posted(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """This one takes nothing."""
+        return 403, b"{}"
+
     @contextmanager
     def serving(self) -> Iterator[str]:
         """The address at which it answers."""
@@ -92,6 +96,13 @@ class Hub:
                     self.wfile.write(content)
 
             do_HEAD = do_GET
+
+            def do_POST(self) -> None:
+                status, content = hub.posted(self.path, self.rfile.read(int(self.headers.get("Content-Length", 0))))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None: ...
 

@@ -16,6 +16,7 @@ from devmon.checkpoints.weights import load
 from devmon.errors import DataError, StoreError
 from devmon.monitoring.densify import Densify
 from devmon.monitoring.passed import last_due
+from devmon.watch import written
 
 
 class CheckpointSeries(L.Callback):
@@ -27,12 +28,14 @@ class CheckpointSeries(L.Callback):
     than 1 (two optimizers) is saved at the next one reached. Beside a `Monitor(densify=True)` it saves too at the steps
     that an alarm adds. With `Trainer(fast_dev_run=True)` nothing is saved or moved.
 
+    In a file of settings `steps` may be text, such as `"log_spaced(20, 2000)"`.
+
     Raises `StoreError` before training where the folder cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], steps: Container[int]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], steps: Container[int] | str) -> None:
         self.folder = Path(folder)
-        self.steps = steps
+        self.steps = written(steps)
         self._seen = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -10,7 +10,7 @@ from devmon.callbacks.monitor import Monitor
 from devmon.instruments import LLC, InductionHeads, LinearProbe
 from devmon.monitoring.loop import MonitorOptions
 from devmon.store.trajectory import Trajectory
-from devmon.watch import Watch, every
+from devmon.watch import Watch, written
 
 OPTIONS = {"model", "log", *MonitorOptions.__annotations__}  # of `Monitor`; what else is given is the instrument's
 
@@ -26,11 +26,11 @@ class LLCMonitor(Monitor):
         self,
         trajectory: str | os.PathLike[str] | Trajectory,
         *args: Any,
-        steps: Container[int] = every(500),
+        steps: Container[int] | str = "every(500)",
         **settings: Any,
     ) -> None:
         options = _options(settings)
-        super().__init__(trajectory, [Watch("llc", LLC(*args, **settings), steps)], **options)
+        super().__init__(trajectory, [Watch("llc", LLC(*args, **settings), written(steps))], **options)
 
 
 class InductionMonitor(Monitor):
@@ -43,11 +43,11 @@ class InductionMonitor(Monitor):
         self,
         trajectory: str | os.PathLike[str] | Trajectory,
         *args: Any,
-        steps: Container[int] = every(100),
+        steps: Container[int] | str = "every(100)",
         **settings: Any,
     ) -> None:
         options = _options(settings)
-        super().__init__(trajectory, [Watch("induction", InductionHeads(*args, **settings), steps)], **options)
+        super().__init__(trajectory, [Watch("induction", InductionHeads(*args, **settings), written(steps))], **options)
 
 
 class RepresentationMonitor(Monitor):
@@ -60,11 +60,11 @@ class RepresentationMonitor(Monitor):
         self,
         trajectory: str | os.PathLike[str] | Trajectory,
         *args: Any,
-        steps: Container[int] = every(500),
+        steps: Container[int] | str = "every(500)",
         **settings: Any,
     ) -> None:
         options = _options(settings)
-        super().__init__(trajectory, [Watch("probe", LinearProbe(*args, **settings), steps)], **options)
+        super().__init__(trajectory, [Watch("probe", LinearProbe(*args, **settings), written(steps))], **options)
 
 
 def _options(settings: dict[str, Any]) -> dict[str, Any]:

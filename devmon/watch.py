@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Callable, Container, Iterable
@@ -10,6 +11,14 @@ from functools import partial
 from typing import Any
 
 from devmon.errors import DevmonError
+
+# What answers `step in steps`. Who fills a watch from a file of settings finds here that it may be text too, which
+# `Watch` turns into steps; mypy, which takes MYPY for true, sees what a watch has then.
+MYPY = False
+if MYPY:
+    Schedule = Container[int]
+else:
+    Schedule = Container[int] | str
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -64,6 +73,34 @@ def log_spaced(count: int, last: int, *, first: int = 1) -> Steps:
     return Steps(chosen.__contains__, text)
 
 
+RULES: dict[str, Callable[..., Steps]] = {"every": every, "log_spaced": log_spaced}
+
+
+def written(steps: Container[int] | str) -> Container[int]:
+    """Steps, also as files of settings write them: `every(...)` and `log_spaced(...)` with numbers, joined by `|`.
+
+    >>> written("log_spaced(60, 2000) | every(100)")
+    log_spaced(60, 2000) | every(100)
+    """
+    if not isinstance(steps, str):
+        return steps
+    found: Steps | None = None
+    for part in steps.split("|"):
+        try:
+            call = ast.parse(part.strip(), mode="eval").body
+            assert isinstance(call, ast.Call)
+            assert isinstance(call.func, ast.Name)
+            given = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+            one = RULES[call.func.id](*map(ast.literal_eval, call.args), **given)
+        except (SyntaxError, AssertionError, KeyError, ValueError, TypeError) as error:
+            raise DevmonError(
+                f"steps are written as every(100), log_spaced(60, 2000) or both joined by |, got {steps!r}"
+            ) from error
+        found = one if found is None else found | one
+    assert found is not None
+    return found
+
+
 def _periodic(n: int, start: int, stop: int | None, step: int) -> bool:
     return step >= start and (step - start) % n == 0 and (stop is None or step <= stop)
 
@@ -74,13 +111,17 @@ def _in_either(one: Container[int], other: Container[int], step: int) -> bool:
 
 @dataclass(frozen=True)
 class Watch:
-    """One instrument, followed under one name at the steps that answer `step in steps`."""
+    """One instrument, followed under one name at the steps that answer `step in steps`.
+
+    In a file of settings steps may be text, such as `"log_spaced(60, 2000)"` (`written`).
+    """
 
     name: str
     instrument: Callable[..., Any]
-    steps: Container[int]
+    steps: Schedule
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", written(self.steps))
         if not NAME.fullmatch(self.name):
             raise DevmonError(
                 f"a watch's name is made of letters, digits, '_', '.' and '-' (it names a folder), got {self.name!r}"

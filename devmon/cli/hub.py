@@ -22,9 +22,9 @@ def push(run: Run, repository: Annotated[str, REPOSITORY], private: Annotated[bo
     """
     from rich.console import Console
 
-    from devmon.analysis.reports.card import card
     from devmon.analysis.reports.events_file import frame
     from devmon.analysis.reports.findings import examine
+    from devmon.analysis.reports.prose.card import card
     from devmon.analysis.reports.report import content_of
     from devmon.analysis.reports.writers import WRITERS
     from devmon.store import hub

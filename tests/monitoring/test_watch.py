@@ -30,3 +30,17 @@ def test_unions_with_any_container() -> None:
 def test_bad_arguments_say_what_was_expected(wrong: object) -> None:
     with pytest.raises(DevmonError, match="need|made of letters"):
         wrong()  # type: ignore[operator]
+
+
+def test_steps_of_a_file_of_settings_are_those_of_the_call() -> None:
+    assert held(Watch("a", print, "every(5, start=2, stop=12)").steps, 20) == [2, 7, 12]  # type: ignore[arg-type]
+    both = Watch("a", print, "log_spaced(3, 100) | every(40)").steps  # type: ignore[arg-type]
+    assert held(both, 100) == held(log_spaced(3, 100) | every(40), 100)
+    assert repr(both) == repr(log_spaced(3, 100) | every(40))  # what a run keeps of it
+
+
+@pytest.mark.parametrize("text", ["", "100", "every", "every(x)", "often(3)", "every(3) |", "__import__('os').getcwd()",
+                                  "every(1, 2, 3)", "[0, 2]"])  # fmt: skip
+def test_other_text_is_refused_and_nothing_of_it_is_run(text: str) -> None:
+    with pytest.raises(DevmonError, match=r"steps are written as every\(100\)"):
+        Watch("a", print, text)  # type: ignore[arg-type]

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from devmon import StoreError, Trajectory
 from devmon.cli.root import app
 from devmon.store.hub import pull, push
-from tests.support.dataset_hub import DatasetHub
-from tests.support.hub import Hub, serve
+from tests.support.hub import DatasetHub, Hub, serve
 from tests.support.stored_run import STORED
 
 __all__ = ["serve"]
@@ -33,7 +32,8 @@ def hub(serve: Callable[[Hub], Hub], monkeypatch: pytest.MonkeyPatch) -> Dataset
 def small(tmp_path: Path) -> Path:
     """Three watches of the stored run."""
     for name in ("loss", "induction", "patching"):
-        shutil.copytree(STORED / name, tmp_path / "run.zarr" / name)
+        for part in (name, f"_units/{name}"):
+            shutil.copytree(STORED / part, tmp_path / "run.zarr" / part)
     shutil.copy(STORED / "zarr.json", tmp_path / "run.zarr" / "zarr.json")
     return tmp_path / "run.zarr"
 

@@ -85,6 +85,15 @@ KNOWN: dict[tuple[str, str], Label] = {
         "learns the grammar"),
     ("GrammarExcess", "impossible"): _of(
         "impossible mass", "probability of tokens that cannot come", "", "", "learns what cannot come"),
+    ("BracketClosing", "closing"): _of(
+        "right bracket closed", "probability of the right closer among all closers", "",
+        "comes to remember which bracket is open", "forgets which bracket is open"),
+    ("BoundaryAttention", "boundary"): _of(
+        "attention between span ends", "attention from span ends to span ends, above that over the distance",
+        "of its attention", "comes to look from one end of a span to another"),
+    ("AttachmentHeads", "attachment"): _of(
+        "attachment by attention", "tokens whose head of attention finds what they depend on", "",
+        "comes to link tokens by what depends on what"),
     ("AttentionSinks", "first"): _of(
         "attention sink", "attention to the first token", "of its attention", "rests on the first token"),
     ("AttentionSinks", "high_norm"): _of(

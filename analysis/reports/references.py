@@ -65,6 +65,17 @@ CITED = {
         "Allen-Zhu & Li (2023), Physics of language models: part 1, learning hierarchical language structures. "
         "arXiv:2305.13673",
     ),
+    "BracketClosing": (
+        "Hewitt et al. (2020), RNNs can generate bounded hierarchical languages with optimal memory. arXiv:2010.07515",
+    ),
+    "BoundaryAttention": (
+        "Allen-Zhu & Li (2023), Physics of language models: part 1, learning hierarchical language structures. "
+        "arXiv:2305.13673",
+    ),
+    "AttachmentHeads": (
+        "Chen et al. (2023), Sudden drops in the loss: syntax acquisition, phase transitions, and simplicity bias in "
+        "MLMs. arXiv:2309.07311",
+    ),
     "RegressionReferences": (
         "Raventós et al. (2023), Pretraining task diversity and the emergence of non-Bayesian in-context learning for "
         "regression. arXiv:2306.15063",

@@ -196,6 +196,59 @@ CFG3B = LevelGrammar((
 SMALL = LevelGrammar(("102|120", "201|021 10|21 102|210", "01|21 012|20 10|02"))
 
 
+class Trees(NamedTuple):
+    """What is known of each token of packed rows, all (batch, pos).
+
+    - `head`: the place of the token that it depends on, in its row; -1 for the root of a sentence, start tokens and
+      tokens of a sentence that the row cuts.
+    - `relation`: the level below the root of the symbol that both are of, 0 for the sentence; -1 where there is no
+      head.
+    - `sentence`: the number of its sentence in the row; -1 for start tokens and sentences that are cut.
+    """
+
+    head: Tensor
+    relation: Tensor
+    sentence: Tensor
+
+    def distances(self, row: int, sentence: int) -> Tensor:
+        """(token, token): how many edges lie between two tokens of a sentence."""
+        places = (self.sentence[row] == sentence).nonzero()[:, 0].tolist()
+        above = {place: int(self.head[row, place]) for place in places}
+
+        def way(place: int) -> list[int]:
+            found = [place]
+            while above[found[-1]] >= 0:
+                found.append(above[found[-1]])
+            return found
+
+        ways = [way(place) for place in places]
+        return torch.tensor([[len(set(one) ^ set(other)) for other in ways] for one in ways])
+
+
+def trees(sentences: Sentences) -> Trees:
+    """The dependencies of whole sentences as `LevelGrammar.draw` packs them: the first token of a symbol is its head.
+
+    A token that begins no symbol depends on the first token of the lowest symbol that it is in; one that begins some
+    depends on that of the lowest which it does not begin.
+    """
+    levels, rows, length = sentences.ends.shape
+    head, relation, number = (torch.full((rows, length), -1) for _ in range(3))
+    for row in range(rows):
+        starts = (sentences.ends[0, row] < 0).nonzero()[:, 0].tolist()
+        for index, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+            first = [start + 1] * levels  # of the symbol of each level that the token is in
+            for place in range(start + 1, end):
+                number[row, place] = index
+                of = [start + 1, *first]  # the sentence, then the levels
+                lowest = next((at for at in range(levels, -1, -1) if of[at] != place), None)
+                if lowest is not None:
+                    head[row, place], relation[row, place] = of[lowest], lowest
+                for level in range(levels):
+                    if sentences.ends[level, row, place] == 1:
+                        first[level] = place + 1
+    return Trees(head, relation, number)
+
+
 @dataclass(frozen=True)
 class Brackets:
     """Dyck-(kinds, deepest): brackets of `kinds` that close in order, at most `deepest` open at once.

@@ -1,6 +1,9 @@
 """Instruments: each a frozen dataclass that reads one thing off a snapshot of the weights."""
 
+from devmon.instruments.attachment import AttachmentHeads
 from devmon.instruments.attention_sinks import AttentionSinks
+from devmon.instruments.boundary_attention import BoundaryAttention
+from devmon.instruments.bracket_closing import BracketClosing
 from devmon.instruments.circuit import Circuit
 from devmon.instruments.composition import Composition
 from devmon.instruments.concept_direction import ConceptDirection
@@ -72,9 +75,12 @@ __all__ = [  # noqa: RUF022 (in groups)
     "MarkovReferences",
     "RegressionReferences",
     "GrammarExcess",
+    "BracketClosing",
     # attention heads
     "PreviousTokenHeads",
     "AttentionSinks",
+    "BoundaryAttention",
+    "AttachmentHeads",
     "InductionHeads",
     "FuzzyInduction",
     "AbstractInduction",

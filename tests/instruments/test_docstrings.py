@@ -18,12 +18,16 @@ import xarray as xr
 
 import devmon.instruments
 from devmon.data import broken_repeats, random_tokens
+from devmon.data.grammars import Brackets
 from devmon.features import Dictionary
 from devmon.instruments import (
     LLC,
     ActivationPatching,
+    AttachmentHeads,
     AttentionSinks,
     BayesianInfluence,
+    BoundaryAttention,
+    BracketClosing,
     Composition,
     Curvature,
     DictionaryQuality,
@@ -168,6 +172,13 @@ MORE: dict[str, Any] = {
         )
     ],
     "ModelCode": lambda x: [(ModelCode(x, tolerance=(0.1, 0.2)), gpt2)],
+    "AttachmentHeads": lambda x: [
+        (AttachmentHeads(x, (torch.arange(8) - 1).expand(4, 8), torch.zeros_like(x), torch.zeros_like(x), 5), gpt2)
+    ],
+    "BoundaryAttention": lambda x: [(BoundaryAttention(x, (torch.arange(8) % 2).expand(1, 4, 8)), gpt2)],
+    "BracketClosing": lambda x: [
+        (BracketClosing(Brackets(3, 2).draw(4, 8, torch.Generator().manual_seed(0)), Brackets(3, 2)), gpt2)
+    ],
     "Curvature": lambda x: [(Curvature(x, top=2, probes=2), gpt2)],
     "ReferenceDrift": lambda x: [(ReferenceDrift(model_of("gpt2"), x), gpt2)],
     "GradientStatistics": lambda x: [(GradientStatistics(x[:4], batch_size=1), gpt2)],

@@ -190,6 +190,9 @@ INSTRUMENTS = [
     Case("weight_statistics", "WeightStatistics", lambda make, x: make(), (), ALL),
 ]
 ELSEWHERE = {
+    "AttachmentHeads": "of trees; tests/instruments/test_grammar_heads.py",
+    "BoundaryAttention": "of spans; tests/instruments/test_grammar_heads.py",
+    "BracketClosing": "of brackets; tests/instruments/test_bracket_closing.py",
     "FrozenProbe": "of two models; tests/instruments/test_probe_twins.py",
     "IntermediateSteps": "of prompts in two steps; tests/instruments/test_intermediate_steps.py",
     "NeuralCollapse": "of classifiers; tests/instruments/test_neural_collapse.py",

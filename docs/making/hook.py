@@ -19,6 +19,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]  # the files beside this one, and devmon a
 
 import gallery
 import instruments
+import notebooks
 import reference
 import results
 from mkdocs.config.defaults import MkDocsConfig
@@ -77,6 +78,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {page: within((ROOT / path).read_text(encoding="utf-8")) for page, path in OUTSIDE.items()}
     made |= dict(instruments.files(gallery.gallery()))
     made |= dict(reference.files())
+    made |= dict(notebooks.files())
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from examples import EXAMPLES
 
 import devmon.instruments
 
@@ -32,9 +33,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_instrument_has_a_page_with_the_figures_it_makes(site: Path) -> None:
-    sys.path.insert(0, str(ROOT / "docs" / "making"))
-    from examples import EXAMPLES
-
     assert {path.stem for path in (site / "instruments").glob("*.html")} == {*devmon.instruments.__all__, "index"}
     for name in (name for lines in EXAMPLES.values() for name in lines):
         page = (site / "instruments" / f"{name}.html").read_text()
@@ -63,6 +61,9 @@ def test_marks_of_pages_are_filled_and_docstrings_are_text(site: Path) -> None:
     assert "A[q, q - p + 1]" in (site / "instruments" / "InductionHeads.html").read_text()
     for name in ("LoopMonitor", "Trajectory", "log_spaced"):
         assert f'id="{name.lower()}"' in (site / "reference" / "devmon.html").read_text()
+    assert "learns induction" in (site / "demo_report.html").read_text()
+    assert "<svg" in (site / "notebooks" / "demo.html").read_text()
+    assert (site / "notebooks" / "demo.ipynb").is_file()
     commands = (site / "reference" / "commands.html").read_text()
     assert "devmon measure" in commands
     assert "--dry-run" in commands

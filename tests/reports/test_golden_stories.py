@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from devmon import Trajectory
 from devmon.analysis.reports.comparison import summary
 from devmon.analysis.reports.findings import examine
 from devmon.analysis.reports.prose.story import tell
+from devmon.analysis.run import RunData
 from devmon.analysis.runs.compare import compare_runs
 from tests.support.reports import small_run
 from tests.support.synthetic import STEPS, Run, induction_run, rise, traces, watch
 
 STORIES = Path(__file__).with_name("stories.txt")
+DEMO = Path(__file__).parents[1] / "stored" / "demo.zarr"  # `devmon demo --seed 1`, five of its watches
 
 
 def scheduled() -> Run:
@@ -72,8 +75,9 @@ def failed() -> Run:
     return Run({"llc": traces(STEPS[:20], np.full(20, -300.0), np.random.default_rng(0))})
 
 
-CASES: dict[str, Callable[[], Run]] = {
+CASES: dict[str, Callable[[], RunData]] = {
     "demo": scheduled,
+    "the demo itself": lambda: Trajectory(DEMO, "r"),
     "control": lambda: small_run(flat=True),
     "no transition": drift,
     "sampler failed": failed,
@@ -83,7 +87,7 @@ CASES: dict[str, Callable[[], Run]] = {
 }
 
 
-def story(run: Run) -> str:
+def story(run: RunData) -> str:
     told = tell(examine(run))
     answers = [f"{answer.question}: {answer.text}" for answer in told.answers]
     parts = [told.lead, *answers, *(f"- {words}" for words in told.minor), *(f"! {words}" for words in told.against)]
@@ -118,9 +122,21 @@ QUESTIONS = {
 }
 
 
+ITSELF = QUESTIONS | {  # of the demo's run, as it was trained
+    "which step": r"At step 769 \[",
+    "how sure": r"How sure: Very: 4 of 5 watches change together",
+    "which head": r"head 1\.1 \(\+0\.66",
+    "is it in the loss": r"In the loss: No: loss rises smoothly",
+    "Type A or B": r"Type A \(probability > 0\.99\)",
+    "what came first": r"What came first: Not settled",
+    "what to measure next": r"Next: Measure λ̂ at steps",
+}
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_the_first_section_answers(question: str) -> None:
     assert re.search(QUESTIONS[question], golden()["demo"])
+    assert re.search(ITSELF[question], golden()["the demo itself"])
 
 
 def test_the_stories_speak_in_no_keys_and_hold_few_numbers_in_brackets() -> None:

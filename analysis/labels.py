@@ -100,6 +100,18 @@ KNOWN: dict[tuple[str, str], Label] = {
         "states of a huge norm", "places of a norm above five medians", "", "forms massive activations"),
     ("AttentionSinks", "largest"): _of(
         "largest norm of a state", "largest norm of a sequence over the median", "", "forms massive activations"),
+    ("AttentionContacts", "precision"): _of(
+        "contacts in attention", "contacts among the pairs of highest attention", "", "learns which places touch"),
+    ("AttentionDistance", "distance"): _of(
+        "attention distance", "distance that a head looks over", "places", "looks farther", "looks nearer"),
+    ("PairedEmbeddings", "gap"): _of(
+        "modality gap", "distance between the means of two modalities", "", "parts its modalities",
+        "brings its modalities together"),
+    ("PairedEmbeddings", "alignment"): _of(
+        "alignment of pairs", "squared distance of embeddings of pairs", "", "", "aligns what belongs together"),
+    ("PairedEmbeddings", "uniformity_first"): _of(
+        "uniformity", "log potential of embeddings", "nats", "crowds its embeddings", "spreads its embeddings evenly"),
+    ("PairedEmbeddings", "recall"): _of("recall of pairs", "pairs nearest of all", "", "learns to match pairs"),
     ("Negation", "sensitivity"): _of(
         "sensitivity to negation", "logit difference that the negation makes", "logits", "learns to read negation"),
     ("Negation", "accuracy_negated"): _of(

@@ -56,6 +56,20 @@ CITED = {
         "Xiao et al. (2023), Efficient streaming language models with attention sinks. arXiv:2309.17453",
         "Sun et al. (2024), Massive activations in large language models. arXiv:2402.17762",
     ),
+    "AttentionContacts": (
+        "Rao et al. (2020), Transformer protein language models are unsupervised structure learners. bioRxiv "
+        "2020.12.15.422761",
+    ),
+    "AttentionDistance": (
+        "Dosovitskiy et al. (2020), An image is worth 16x16 words: transformers for image recognition at scale. "
+        "arXiv:2010.11929",
+    ),
+    "PairedEmbeddings": (
+        "Liang et al. (2022), Mind the gap: understanding the modality gap in multi-modal contrastive representation "
+        "learning. arXiv:2203.02053",
+        "Wang & Isola (2020), Understanding contrastive representation learning through alignment and uniformity on "
+        "the hypersphere. arXiv:2005.10242",
+    ),
     "Negation": ("Zhou, Zhou, Jia & May (2026), How language models process negation. arXiv:2605.03052",),
     "NeuralCollapse": (
         "Papyan, Han & Donoho (2020), Prevalence of neural collapse during the terminal phase of deep learning "

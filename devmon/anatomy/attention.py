@@ -46,17 +46,21 @@ def shown_patterns(
     model: nn.Module, tokens: Tensor, also: Callable[[Tensor], Tensor | None] | None = None
 ) -> Iterator[Callable[[str], dict[int, Tensor]]]:
     """Sees the patterns of a forward pass of `tokens` (batch, pos) inside; what it yields gives them after the pass, as
-    `layer_patterns` does. `also` is shown each pattern (batch, head, q, k) too, and may put another in its place."""
+    `layer_patterns` does. Of images (batch, …) it is those over as many places as the first has. `also` is shown each
+    pattern (batch, head, q, k) too, and may put another in its place."""
     model = original(model)
-    batch, length = tokens.shape[:2]
+    batch, length = tokens.shape[0], None if tokens.is_floating_point() else tokens.shape[1]
     patterns: list[Tensor] = []
     during: list[list[Call]] = []
     running = Running(model)
 
     def keep(pattern: Tensor) -> Tensor | None:
+        nonlocal length
+        if length is None and pattern.ndim == 4 and len(pattern) == batch and pattern.shape[2] == pattern.shape[3]:
+            length = pattern.shape[2]  # of images the places are known here; windows are of another batch
         # Some modules attend with (batch · head) in one dimension.
         if pattern.shape[-2:] == (length, length) and pattern.shape[:-2].numel() % batch == 0:
-            square = pattern.detach().reshape(batch, -1, length, length)
+            square = pattern.detach().reshape(batch, -1, *pattern.shape[-2:])
             half = square.dtype in (torch.float16, torch.bfloat16)
             patterns.append(square.float() if half else square.clone())
             during.append(list(running.now))
@@ -65,8 +69,8 @@ def shown_patterns(
     def by_layer(who: str) -> dict[int, Tensor]:
         if not patterns:
             raise InstrumentError(
-                f"{who} needs attention patterns; {type(model).__name__} shows none for {length} positions: use "
-                "F.scaled_dot_product_attention, a softmax over (batch, head, pos, pos) or nn.MultiheadAttention "
+                f"{who} needs attention patterns; {type(model).__name__} shows none for {length or 'its'} positions: "
+                "use F.scaled_dot_product_attention, a softmax over (batch, head, pos, pos) or nn.MultiheadAttention "
                 "(flash and flex kernels hide theirs), or leave this instrument out"
             )
         return by_block(patterns, during, who, type(model).__name__)

@@ -1,6 +1,8 @@
 """Instruments: each a frozen dataclass that reads one thing off a snapshot of the weights."""
 
 from devmon.instruments.attachment import AttachmentHeads
+from devmon.instruments.attention_contacts import AttentionContacts
+from devmon.instruments.attention_distance import AttentionDistance
 from devmon.instruments.attention_sinks import AttentionSinks
 from devmon.instruments.boundary_attention import BoundaryAttention
 from devmon.instruments.bracket_closing import BracketClosing
@@ -38,6 +40,7 @@ from devmon.instruments.model_code import ModelCode
 from devmon.instruments.negation import Negation
 from devmon.instruments.neural_collapse import NeuralCollapse
 from devmon.instruments.ngram_stages import NgramStages
+from devmon.instruments.paired_embeddings import PairedEmbeddings
 from devmon.instruments.patching import ActivationPatching
 from devmon.instruments.polysemanticity import Polysemanticity
 from devmon.instruments.previous_token import PreviousTokenHeads
@@ -81,6 +84,8 @@ __all__ = [  # noqa: RUF022 (in groups)
     "AttentionSinks",
     "BoundaryAttention",
     "AttachmentHeads",
+    "AttentionContacts",
+    "AttentionDistance",
     "InductionHeads",
     "FuzzyInduction",
     "AbstractInduction",
@@ -110,6 +115,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "ReferenceDrift",
     "Superposition",
     "NeuralCollapse",
+    "PairedEmbeddings",
     "Polysemanticity",
     # features and directions
     "Steering",

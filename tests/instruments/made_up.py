@@ -60,6 +60,13 @@ def exchanges(x: Tensor) -> Interchanges:
     return Interchanges(x, x.roll(1, 0), x[:, 0], x[:, 1])
 
 
+def touching(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences in which the second and the fourth place touch, and which of them are fitted."""
+    contacts = torch.zeros(len(x), x.shape[1], x.shape[1], dtype=torch.bool)
+    contacts[:, 1, 3] = contacts[:, 3, 1] = True
+    return x, contacts, torch.arange(len(x)) % 2 == 0
+
+
 def features() -> Dictionary:
     drawn = torch.randn(D, 2 * D, generator=torch.Generator().manual_seed(0))
     return Dictionary(drawn, torch.zeros(2 * D), drawn.T / D, torch.zeros(D), Largest(4))

@@ -40,6 +40,7 @@ from devmon.instruments import (
     ModelCode,
     Negation,
     NeuralCollapse,
+    PairedEmbeddings,
     ReferenceDrift,
     RegressionReferences,
     RestrictedLLC,
@@ -59,6 +60,7 @@ from tests.instruments.test_instruments_families import (
     instrument_of,
     model_of,
 )
+from tests.instruments.test_modalities import Towers
 
 BULLET = re.compile(r"- `(?P<name>\w+)`(?: \((?P<dims>\w+(?:, \w+)*)\))?, (?P<units>[^:]+): (?P<meaning>\S.*)")
 P = 5
@@ -170,6 +172,9 @@ MORE: dict[str, Any] = {
             ),
             gpt2,
         )
+    ],
+    "PairedEmbeddings": lambda x: [
+        (PairedEmbeddings(torch.eye(16), torch.ones(16, 3)), lambda: Snapshot(0, Towers())),
     ],
     "ModelCode": lambda x: [(ModelCode(x, tolerance=(0.1, 0.2)), gpt2)],
     "AttachmentHeads": lambda x: [

@@ -27,7 +27,7 @@ from devmon.presets import vision
 from devmon.snapshot import Snapshot
 from devmon.testing.contract import headlines, state
 from tests.anatomy.families import CONFIGS, KINDS, MASKED, PYRAMIDS, VISION, VOCAB, D, T, family
-from tests.instruments.made_up import AnyToken, choices, coder, exchanges, features, negated, pairs, tasks
+from tests.instruments.made_up import AnyToken, choices, coder, exchanges, features, negated, pairs, tasks, touching
 
 CAUSAL = tuple(name for name in CONFIGS if name not in (*MASKED, *VISION))
 LENGTH = 24
@@ -79,6 +79,8 @@ INSTRUMENTS = [
     # attention heads
     Case("induction", "InductionHeads", lambda make, x: make(VOCAB, 4, LENGTH, exclude=OUTSIDE), (HEAD,)),
     Case("attention_sinks", "AttentionSinks", lambda make, x: make(x), (HEAD, DEPTH, DEPTH), ALL),
+    Case("attention_distance", "AttentionDistance", lambda make, x: make(x), (HEAD,), ALL),
+    Case("attention_contacts", "AttentionContacts", lambda make, x: make(*touching(x), separation=1), ((),), ALL),
     Case("previous_token", "PreviousTokenHeads", lambda make, x: make(tokens=x), (HEAD,), ALL),
     Case(
         "fuzzy_induction",
@@ -195,6 +197,7 @@ ELSEWHERE = {
     "BracketClosing": "of brackets; tests/instruments/test_bracket_closing.py",
     "FrozenProbe": "of two models; tests/instruments/test_probe_twins.py",
     "IntermediateSteps": "of prompts in two steps; tests/instruments/test_intermediate_steps.py",
+    "PairedEmbeddings": "of two towers; tests/instruments/test_modalities.py",
     "NeuralCollapse": "of classifiers; tests/instruments/test_neural_collapse.py",
     "RegressionReferences": "of numbers in a context; tests/instruments/test_references.py",
     "LLC": "samples for seconds; tests/analysis/test_llc_derive.py, tests/sampling",

@@ -13,6 +13,8 @@ from devmon.analysis.derive.watch_series import series_of
 from devmon.analysis.reports.content import Block, Content, Figure, Paragraph, Prose, Section, curve_numbers
 from devmon.analysis.reports.drawing import Page, curves
 from devmon.analysis.reports.figures import PANELS, key_series
+from devmon.analysis.reports.prose.seeds import labels_together, together
+from devmon.analysis.reports.prose.words import Labels
 from devmon.analysis.reports.tables import numbers_table, text_of
 from devmon.analysis.run import RunData
 from devmon.analysis.runs.compare import NOT_ENOUGH, Matched, RunsComparison
@@ -28,7 +30,10 @@ MAX_SHOWN = 40  # matched events in the figure
 def runs_content(runs: Mapping[str, RunData], comparison: RunsComparison) -> Content:
     """The report of `compare_runs(runs)`: one page, in the form that a run's own report has."""
     page = Page(None)
-    story: list[Block] = [Paragraph(comparison.outcome.upper(), "outcome"), Prose([summary(comparison)])]
+    story: list[Block] = [
+        Paragraph(comparison.outcome.upper(), "outcome"),
+        Prose([summary(comparison, labels_together(runs))]),
+    ]
     sections = [Section("story", "What happened", story)]
     blocks: list[Block] = []
     if comparison.matched:
@@ -48,8 +53,8 @@ def runs_content(runs: Mapping[str, RunData], comparison: RunsComparison) -> Con
     return Content(f"{len(runs)} runs compared", ", ".join(runs), comparison.outcome, sections, named, events)
 
 
-def summary(comparison: RunsComparison) -> str:
-    """One sentence: how many events were found in how many runs."""
+def summary(comparison: RunsComparison, labels: Labels | None = None) -> str:
+    """What happens in the runs, in sentences with the names of `labels`, and how many events in how many runs."""
     n = len(comparison.detections)
     if comparison.outcome == NOT_ENOUGH:
         return f"{n} run: events are matched across two or more."
@@ -57,10 +62,11 @@ def summary(comparison: RunsComparison) -> str:
         return f"NO EVENT in any of {n} runs. This is a result: what changed, changed smoothly."
     shared = [match for match in comparison.matched if len(match.events) > 1]
     everywhere = sum(len(match.events) == n for match in shared)
-    return (
+    counts = (
         f"{len(comparison.matched)} different events in {n} runs; {len(shared)} of them in two or more, {everywhere} "
         "in all. Each run was searched alone and no curves were averaged."
     )
+    return " ".join([*together(comparison, labels or {}), counts])
 
 
 def matched_table(comparison: RunsComparison) -> Table:

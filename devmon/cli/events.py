@@ -103,6 +103,7 @@ def compare(
 
     from devmon.analysis import Detector, compare_runs, series_of
     from devmon.analysis.reports.comparison import differences, matched_table, order_table, runs_content, summary
+    from devmon.analysis.reports.prose.seeds import labels_together
     from devmon.analysis.reports.writers import WRITERS
     from devmon.files import write_whole
 
@@ -120,7 +121,7 @@ def compare(
     with Console(stderr=True).status(f"searching {len(opened)} runs"):
         comparison = compare_runs(series, Detector(**settings), within=within)
     console = Console()
-    console.print(safe(summary(comparison)))
+    console.print(safe(summary(comparison, labels_together(opened))))
     for table in (matched_table(comparison), order_table(comparison), differences(opened)):
         if table.rows:
             console.print(plain_table(table))

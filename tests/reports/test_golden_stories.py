@@ -15,6 +15,7 @@ import pytest
 from devmon import Trajectory
 from devmon.analysis.reports.comparison import summary
 from devmon.analysis.reports.findings import examine
+from devmon.analysis.reports.prose.seeds import labels_together
 from devmon.analysis.reports.prose.story import tell
 from devmon.analysis.run import RunData
 from devmon.analysis.runs.compare import compare_runs
@@ -96,7 +97,7 @@ def story(run: RunData) -> str:
 
 def three_seeds() -> str:
     runs = {f"seed {seed}": small_run(seed=seed) for seed in range(3)}
-    return summary(compare_runs(runs))
+    return summary(compare_runs(runs), labels_together(runs))
 
 
 def golden() -> dict[str, str]:

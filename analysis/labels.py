@@ -85,6 +85,12 @@ KNOWN: dict[tuple[str, str], Label] = {
         "learns the grammar"),
     ("GrammarExcess", "impossible"): _of(
         "impossible mass", "probability of tokens that cannot come", "", "", "learns what cannot come"),
+    ("TreeStructure", "structure"): _of(
+        "tree-structuredness", "independence of spans at the best split above the mean split", "",
+        "comes to compose spans as a tree"),
+    ("TreeStructure", "f1"): _of(
+        "brackets found", "brackets of the model's own tree against the true ones", "",
+        "comes to compose as the grammar does"),
     ("BracketClosing", "closing"): _of(
         "right bracket closed", "probability of the right closer among all closers", "",
         "comes to remember which bracket is open", "forgets which bracket is open"),

@@ -10,7 +10,7 @@ to tell which chain it sees (retrieval) where it could go on counting (inference
 it gets worse again while the training loss falls: a mild transience.
 
 Cost: default 1900 steps, a minute and a half on one core; `--mixture` 3000 steps, 5 minutes; `--fast`, attention alone
-with relative positions, 250 steps, 15 s. Not worth a GPU.
+with relative positions, 200 steps, 17 s. Not worth a GPU.
 
 Expect: distance to the unigram .012 at step 100 and .12 at the end; to the bigram .10, .05 at 400 and .005 at the end.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,11 +99,11 @@ def of_fixed(count: int, generator: torch.Generator) -> Tensor:
     return chains(fixed()[torch.randint(FIXED, (count,), generator=generator)], LENGTH, generator)
 
 
-def chain_watches(steps: int) -> list[Watch]:
+def chain_watches(steps: int, estimates: int = 10, draws: int = 40) -> list[Watch]:
     tokens = new_chains(PROBE, numbered(0, "probe"))
     often = every(10, stop=min(steps, 300)) | every(max(10, steps // 40), stop=steps)
-    examples, seldom = new_chains(2048, numbered(0, "llc")), log_spaced(10, steps, first=steps // 10)
-    chain: dict[str, Any] = {"chains": 2, "draws": 40, "burn_in": 30, "batch_size": 32}
+    examples, seldom = new_chains(2048, numbered(0, "llc")), log_spaced(estimates, steps, first=steps // 10)
+    chain: dict[str, Any] = {"chains": 2, "draws": draws, "burn_in": 30 * draws // 40, "batch_size": 32}
     return [
         Watch("references", MarkovReferences(tokens, STATES), often),
         Watch("previous_token", PreviousTokenHeads(tokens=tokens[:128]), often),
@@ -126,9 +127,9 @@ FORMS = {
     "fast": Form(
         "fast",
         Shape(STATES, LENGTH, width=32, heads=1, mlp=False),
-        Schedule(250, batch=64, rate=3e-3),
+        Schedule(200, batch=64, rate=3e-3),
         new_chains,
-        chain_watches,
+        partial(chain_watches, estimates=2, draws=8),
     ),
     "default": Form(
         "default",
@@ -247,7 +248,7 @@ def run(
     ),
     seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the measurements.")] = 0,
     mixture: Annotated[bool, typer.Option("--mixture", help="Sequences of 16 fixed chains.")] = False,
-    fast: Annotated[bool, typer.Option("--fast", help="250 steps of a model of attention alone.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="200 steps of a model of attention alone.")] = False,
 ) -> None:
     console, form = Console(stderr=True), FORMS["fast" if fast else "mixture" if mixture else "default"]
     with one_line_errors(console):

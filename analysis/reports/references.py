@@ -79,6 +79,10 @@ CITED = {
         "Allen-Zhu & Li (2023), Physics of language models: part 1, learning hierarchical language structures. "
         "arXiv:2305.13673",
     ),
+    "TreeStructure": (
+        "Murty et al. (2023), Characterizing intrinsic compositionality in transformers with tree projections. "
+        "arXiv:2211.01288",
+    ),
     "BracketClosing": (
         "Hewitt et al. (2020), RNNs can generate bounded hierarchical languages with optimal memory. arXiv:2010.07515",
     ),

@@ -61,6 +61,7 @@ from devmon.instruments.superposition import Superposition
 from devmon.instruments.susceptibilities import Susceptibilities
 from devmon.instruments.token_loss import TokenLoss
 from devmon.instruments.transcoder import Transcoder
+from devmon.instruments.tree_structure import TreeStructure
 from devmon.instruments.tuned_lens import TunedLens
 from devmon.instruments.weight_statistics import WeightStatistics
 
@@ -78,6 +79,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "MarkovReferences",
     "RegressionReferences",
     "GrammarExcess",
+    "TreeStructure",
     "BracketClosing",
     # attention heads
     "PreviousTokenHeads",

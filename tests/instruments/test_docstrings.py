@@ -48,6 +48,7 @@ from devmon.instruments import (
     Sketch,
     Steering,
     Susceptibilities,
+    TreeStructure,
 )
 from devmon.snapshot import Snapshot
 from tests.anatomy.test_anatomy_sites import VOCAB
@@ -181,6 +182,7 @@ MORE: dict[str, Any] = {
         (AttachmentHeads(x, (torch.arange(8) - 1).expand(4, 8), torch.zeros_like(x), torch.zeros_like(x), 5), gpt2)
     ],
     "BoundaryAttention": lambda x: [(BoundaryAttention(x, (torch.arange(8) % 2).expand(1, 4, 8)), gpt2)],
+    "TreeStructure": lambda x: [(TreeStructure(x, torch.full((4,), 6)), gpt2)],
     "BracketClosing": lambda x: [
         (BracketClosing(Brackets(3, 2).draw(4, 8, torch.Generator().manual_seed(0)), Brackets(3, 2)), gpt2)
     ],

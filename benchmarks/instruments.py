@@ -7,7 +7,7 @@
 LLC apart) is measured alone, then all of them in one `observe`, with its copies of the model and its rows. In forward
 passes of the same `sequences` × `length` tokens, medians over rounds of the time of this process; `told` is what
 `cost` says, and `worst` the largest of measured over told, or told over measured. With `--together` only all in one
-observation. With `--memory` the most bytes that tensors take at once beside the model, counted.
+observation. With `--memory` the most bytes that tensors take at once beside the model, counted, and told likewise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from devmon import Snapshot, Trajectory, Watch, observe, presets
+from devmon import Snapshot, Trajectory, Watch, cost, observe, presets
 from devmon.cost import Shape, cost_of, estimates
 from devmon.testing.memory import peak_bytes
 
@@ -80,13 +80,17 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 
 
-def memory(net: torch.nn.Module, watches: list[Watch]) -> dict[str, int]:
+def memory(net: torch.nn.Module, watches: list[Watch]) -> dict[str, Any]:
     """Of each watch alone, and of all in one observation less the copy of the model that it makes."""
-    held = {watch.name: peak_bytes(lambda w=watch: w.instrument(Snapshot(0, net))) for watch in watches}
+    held: dict[str, int] = {watch.name: peak_bytes(lambda w=watch: w.instrument(Snapshot(0, net))) for watch in watches}
     with tempfile.TemporaryDirectory() as folder:
         trajectory = Trajectory(Path(folder) / "run.zarr", seed=0)
         together = peak_bytes(lambda: observe(0, net, watches, trajectory))
-    return held | {"all together": together - sum(p.nbytes for p in net.parameters())}
+    held |= {"all together": together - sum(p.nbytes for p in net.parameters())}
+    told = {e.name: e.memory for e in estimates(watches, 0, net)} | {"all together": cost.together(watches, net)}
+    ratio = {name: held[name] / count for name, count in told.items() if count}
+    worst = max(max(r, 1 / r) for r in ratio.values())
+    return {"measured": held, "told": told, "worst": worst, "ratio": ratio}
 
 
 def times(net: torch.nn.Module, watches: list[Watch], tokens: torch.Tensor, args: argparse.Namespace) -> Any:
@@ -111,7 +115,7 @@ def times(net: torch.nn.Module, watches: list[Watch], tokens: torch.Tensor, args
             print(json.dumps(rounds[-1]), flush=True)
     measured = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
     costs = {watch.name: cost_of(watch.instrument, shape) for watch in watches}
-    told = {name: cost.tokens(shape) / tokens.numel() for name, cost in costs.items() if cost is not None}
+    told = {name: each.tokens(shape) / tokens.numel() for name, each in costs.items() if each is not None}
     saved = sum(e.saved / e.observations for e in estimates(watches, 0, net)) / tokens.numel()
     told["all together"] = sum(told.values()) - saved
     ratio = {name: measured[name] / told[name] for name in told if name in measured}

@@ -179,9 +179,11 @@ class _Events:
         yield Text(self.caption, style="italic dim")
 
 
-def cost_table(estimates: Sequence[Any], training: int | None, parameters: int | None = None) -> Any:
-    """A rich table of `devmon.cost.Estimate`s; `training` is the work of the training itself, in tokens, and
-    `parameters` how many the model has, where that is known."""
+def cost_table(
+    estimates: Sequence[Any], training: int | None, parameters: int | None = None, together: int | None = None
+) -> Any:
+    """A rich table of `devmon.cost.Estimate`s; `training` is the work of the training itself, in tokens, `parameters`
+    how many the model has, where that is known, and `together` the memory of an observation with all watches."""
     from rich.table import Table
 
     caption = (
@@ -190,9 +192,10 @@ def cost_table(estimates: Sequence[Any], training: int | None, parameters: int |
     )
     if training is not None:
         caption += "; share: of a training step's forward and backward passes"
-    memory = any(e.cost is not None and e.cost.copies is not None for e in estimates)
+    copies = any(e.cost is not None and e.cost.copies is not None for e in estimates)
+    memory = copies or any(e.memory is not None for e in estimates)
     if memory:
-        caption += "; memory: at most, beside the model and the activations of the examples that pass at once"
+        caption += "; memory: at most, beside the model" + (" and, of copies of it, the activations" if copies else "")
     table = Table(box=None, header_style="bold", caption_justify="left", caption=caption)
     columns = ("watch", "instrument", "forwards", "backwards", "positions", "observations", "work")
     for column in (*columns, "memory") if memory else columns:
@@ -213,15 +216,22 @@ def cost_table(estimates: Sequence[Any], training: int | None, parameters: int |
     for e in estimates:
         passes, held = [""] * 3, ""
         if e.cost is not None and e.cost.copies is not None:
-            held = f"{e.cost.copies:g} copies" if parameters is None else f"{e.cost.bytes(parameters) / 1e9:.3g} GB"
+            held = f"{e.cost.copies:g} copies" if parameters is None else _gigabytes(e.cost.bytes(parameters))
+        elif e.memory is not None:
+            held = _gigabytes(e.memory)
         if e.cost is not None:
             passes = [f"{number:,}" for number in (e.cost.forwards, e.cost.backwards, e.cost.positions)]
         add(e.name, e.instrument, passes, f"{e.observations:,}", e.work, "", held)
     saved = sum(e.saved for e in estimates)
     if saved:
         add("shared", "", [""] * 3, "", -saved, "", "")
-    add("all", "", [""] * 3, "", sum(e.work for e in estimates if e.work is not None) - saved, "bold", "")
+    work = sum(e.work for e in estimates if e.work is not None) - saved
+    add("all", "", [""] * 3, "", work, "bold", "" if together is None else _gigabytes(together))
     return table
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
 
 
 def trials_table(trials: Any, steps: Mapping[str, int]) -> Any:

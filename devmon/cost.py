@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from devmon.anatomy.parts import Parts
+from devmon.anatomy.passes.reads import Read
+from devmon.anatomy.vocabulary import CHUNK, LOGITS
 from devmon.errors import DevmonError, InstrumentError
 from devmon.watch import Watch, unique_names
 
@@ -117,6 +120,7 @@ class Cost:
     - `softmaxes`: places whose log-probabilities are made, counted each time.
     - `operations`: multiplications with weights, or with what was read, beside all this.
     - `trials`: tokens of the short passes before (`trials`), which all instruments of a step share.
+    - `held`: bytes of what it makes of its passes, or of weights: the passes themselves come on top (`memory`).
     """
 
     forwards: int = 0
@@ -128,6 +132,7 @@ class Cost:
     softmaxes: int = 0
     operations: float = 0.0
     trials: int = 0
+    held: int = 0
 
     @property
     def work(self) -> int:
@@ -151,7 +156,8 @@ class Cost:
 @dataclass(frozen=True)
 class Estimate:
     """What a watch will cost up to the last step: `observations` times `cost` (None: the instrument gives none), on a
-    model of this `shape`. `saved` of it, in tokens passed forward, are passes that an earlier watch makes as often."""
+    model of this `shape`. `saved` of it, in tokens passed forward, are passes that an earlier watch makes as often.
+    `memory` are the bytes beside the model at most, None where that is not known."""
 
     name: str
     instrument: str
@@ -159,6 +165,7 @@ class Estimate:
     cost: Cost | None
     shape: Shape | None = None
     saved: int = 0
+    memory: int | None = None
 
     @property
     def work(self) -> int | None:
@@ -182,8 +189,70 @@ def estimates(watches: Iterable[Watch], last: int, model: nn.Module | None = Non
             often, most = made.get(data, (0, 0))
             saved += observations * (min(tokens, most) if often >= observations else 0)
             made[data] = max(observations, often), max(tokens, most)
-        estimated.append(Estimate(watch.name, name, observations, cost_of(watch.instrument, shape), shape, saved))
+        cost, held = cost_of(watch.instrument, shape), memory([watch.instrument], shape or GPT2_SMALL, model)
+        estimated.append(Estimate(watch.name, name, observations, cost, shape, saved, held))
     return estimated
+
+
+def together(watches: Iterable[Watch], model: nn.Module | None = None) -> int | None:
+    """`memory` of an observation with all of these watches."""
+    shape = None if model is None else Shape.of(model)
+    return memory([watch.instrument for watch in watches], shape or GPT2_SMALL, model)
+
+
+def memory(instruments: Iterable[Any], shape: Shape, model: nn.Module | None = None) -> int | None:
+    """Bytes that one observation takes at most beside the model, of these instruments together; those that say nothing
+    of theirs are left out, None where all are.
+
+    Of a pass: the keys and values that the model returns, what is read of it, and the widest activations or, later, the
+    logits. Of `copies` of the parameters, where the `model` is given, without the activations of the examples.
+    """
+    groups: dict[object, list[Read]] = {}
+    beside: dict[object, int] = {}  # of the instruments that read a group, what they make of it
+    peaks = []
+    for instrument in instruments:
+        cost, reads = cost_of(instrument, shape), []
+        if hasattr(instrument, "reads"):
+            with suppress(Exception):  # a probe that cannot be drawn is told when it is measured
+                reads = list(instrument.reads())
+        for read in reads:
+            groups.setdefault(read.data, []).append(read)
+        held = 0 if cost is None else cost.held
+        for data in {read.data for read in reads}:
+            beside[data] = beside.get(data, 0) + held
+        if cost is not None and cost.copies is not None and model is not None:
+            peaks.append(4 * cost.copies * sum(p.numel() for p in model.parameters()))
+        elif held and not reads:
+            peaks.append(held)
+    peaks += [_of_a_pass(reads, shape, beside[data]) for data, reads in groups.items()]
+    return int(max(peaks)) if peaks else None
+
+
+def at_once(sequences: int, positions: int, batch_size: int, shape: Shape) -> int:
+    """How many sequences pass together: equal parts, with no more than LOGITS bytes of logits each."""
+    most = max(1, LOGITS // max(4 * shape.vocab * positions, 1))
+    return math.ceil(sequences / math.ceil(sequences / min(batch_size, most)))
+
+
+def _of_a_pass(reads: list[Read], shape: Shape, beside: int) -> int:
+    """Bytes of one minibatch that is shown to all of these reads, which have the same inputs, and make `beside` of it
+    in the end."""
+    inputs = reads[0].inputs
+    positions = inputs.shape[1] if inputs.ndim > 1 else 1
+    size = at_once(len(inputs), positions, max(read.batch_size for read in reads), shape)
+    state = 4 * size * positions * shape.d_model
+    pattern = 4 * size * shape.heads * positions**2
+    # what is read of all layers, each site once; patterns are as large as sequences are long
+    sites = {site for read in reads for site in (*read.sites, *read.optional)}
+    names = [(site, shape.layers) if isinstance(site, str) else (site[0], 1) for site in sites]
+    shown = sum(count * state for name, count in names if name != "pattern")
+    shown += (shape.layers + 1) * state * any(read.stream for read in reads)
+    patterns = any(read.meets_patterns for read in reads)
+    shown += shape.layers * pattern * patterns
+    # keys and values stay; an MLP holds some four times its width, a pattern is four of its size while it is made
+    logits = 4 * size * shape.vocab * (positions if any(read.predicts == "all" for read in reads) else 1)
+    widest = max(16 * state + 4 * pattern * patterns, logits + min(CHUNK, logits) + beside)
+    return 2 * shape.layers * state + shown + widest
 
 
 def _passes(instrument: Any, shape: Shape) -> dict[object, int]:

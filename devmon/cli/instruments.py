@@ -47,7 +47,7 @@ def cost(
     """Say what watches will cost before a run: passes of an observation, how many observations, share of training."""
     from rich.console import Console
 
-    from devmon.cost import estimates
+    from devmon.cost import estimates, together
     from devmon.offline.source import load_study
 
     model, watches = load_study(source)
@@ -55,7 +55,8 @@ def cost(
         raise DevmonError(f"{source} has no watches: name a list of Watch, a Monitor, or what returns one")
     training = None if tokens_per_step is None else 3 * tokens_per_step * last  # a backward pass costs two forward
     parameters = None if model is None else sum(p.numel() for p in model.parameters())
-    Console().print(cost_table(estimates(watches, last, model), training, parameters))
+    told = estimates(watches, last, model)
+    Console().print(cost_table(told, training, parameters, together(watches, model)))
 
 
 def demo(context: typer.Context) -> None:

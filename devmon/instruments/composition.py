@@ -80,7 +80,9 @@ class Composition:
         pairs = shape.layers * (shape.layers - 1) // 2
         d, wide = shape.d_model, shape.heads * shape.d_head
         triangles = shape.layers * 4 * 3 * d * wide * shape.d_head
-        return Cost(operations=triangles + pairs * 3 * wide**2 * (d + SWEEP), trials=trials())
+        # most is held when the null is drawn: some 27 factors of its heads in float64
+        held = 27 * 8 * math.ceil(math.sqrt(self.draws)) * d * shape.d_head
+        return Cost(operations=triangles + pairs * 3 * wide**2 * (d + SWEEP), trials=trials(), held=held)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         anatomy = Anatomy.of(snapshot, self.layout, type(self).__name__)

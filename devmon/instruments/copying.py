@@ -15,7 +15,7 @@ from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.circuits import copying_eigenvalues
 from devmon.anatomy.passes import Read, Seen, read
 from devmon.anatomy.sites import Site
-from devmon.cost import GPT2_SMALL, Cost, Shape, general_eigenvalues, trials
+from devmon.cost import GPT2_SMALL, Cost, Shape, at_once, general_eigenvalues, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError, InstrumentError
@@ -91,7 +91,10 @@ class CopyingHeads(ByContent):
         tables = round((1.25 if shape.tied else 2) * shape.vocab * shape.d_model**2)
         through = 4 * shape.layers * shape.heads * shape.d_head * shape.d_model**2
         work, before = values + heads + patterns + tables + through, trials(positions, 1)
-        return Cost(sequences, positions=positions, unembedded=sequences, operations=work, trials=before)
+        # of one minibatch in float64: directions of its tokens, and what each place lifts, four of each at a time
+        size = at_once(sequences, positions, self.batch_size, shape)
+        held = 32 * size * positions * (shape.d_model + shape.heads * positions)
+        return Cost(sequences, positions=positions, unembedded=sequences, operations=work, trials=before, held=held)
 
     def reads(self) -> list[Read]:
         sites: tuple[Site, ...] = ("v", "z", "pattern", ("resid_post", -1))

@@ -109,8 +109,11 @@ class HeadSpectra:
         drawn = min(self.sample, shape.vocab)
         copies = rivals * d_head * (d + drawn) + drawn * (rivals * SWEEP + 4 * d * d_head)
         null = 4 * 64 * d * d_head * DRAWN
+        # 2.5 times the heads of the null, in float64
         return Cost(
-            operations=tables + null + (heads + 64) * each + heads * (copies + 2 * d**2 * d_head), trials=trials()
+            operations=tables + null + (heads + 64) * each + heads * (copies + 2 * d**2 * d_head),
+            trials=trials(),
+            held=20 * 4 * 64 * d * d_head,
         )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:

@@ -147,7 +147,8 @@ class IntrinsicDimension(ByContent):
         spectra = (GROUPS + 1) * eigenvalues(min(d, items))
         spectra += 2 * items * d * (2 * d if items >= d else (GROUPS + 1) * items)
         work, before = (shape.layers + 1) * (pairs + spectra), trials(positions, 2)
-        return Cost(sequences, positions=positions, unembedded=sequences, operations=work, trials=before)
+        states = 4 * items * d * (shape.layers + 1)
+        return Cost(sequences, positions=positions, unembedded=sequences, operations=work, trials=before, held=states)
 
     def _items(self) -> Tensor:
         """(item, 2): sequence and position, in order."""

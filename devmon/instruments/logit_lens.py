@@ -14,6 +14,7 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.passes import Read, Seen, chunks, log_softmax, read
 from devmon.anatomy.sites import Site
+from devmon.anatomy.vocabulary import LOGITS, PRODUCT
 from devmon.cost import GPT2_SMALL, Cost, Shape, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
@@ -83,7 +84,9 @@ class LogitLens(ByContent):
         direct = 2 * depths * shape.d_model**2
         softmaxes = depths + 2 * sequences * positions
         whole = Cost(sequences, positions=positions, products=depths, softmaxes=softmaxes, operations=direct)
-        return replace(whole, trials=trials(positions, 1))
+        # the logits of one block of places at one depth, and of a chunk of it
+        block = min(4 * PRODUCT * shape.vocab, LOGITS // 5)
+        return replace(whole, trials=trials(positions, 1), held=min(block, 4 * sequences * positions * shape.vocab))
 
     def reads(self) -> list[Read]:
         sites: tuple[Site, ...] = (("resid_pre", 0), "resid_post", "z")

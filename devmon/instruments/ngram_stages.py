@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy.passes import Read, Seen, need_causal, read
+from devmon.anatomy.vocabulary import CHUNK
 from devmon.cost import Cost, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.ngrams import Ngrams, codes, expected
@@ -161,7 +162,9 @@ class NgramStages(ByContent):
         # the text's log-probabilities again, in float64, against the counts
         softmaxes = 2 * sequences * positions + count
         before = trials(positions, 3)
-        return Cost(forwards, positions=positions, unembedded=unembedded, softmaxes=softmaxes, trials=before)
+        return Cost(
+            forwards, positions=positions, unembedded=unembedded, softmaxes=softmaxes, trials=before, held=2 * CHUNK
+        )
 
     @property
     def _start(self) -> int:

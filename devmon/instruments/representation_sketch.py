@@ -127,7 +127,14 @@ class Sketch(ByContent):
         if not self.outputs:
             return Cost(sequences, positions=positions, unembedded=sequences, operations=each * layers, trials=before)
         work = each * (layers + shape.vocab)
-        return Cost(sequences, positions=positions, softmaxes=whole, operations=work, trials=before)
+        return Cost(
+            sequences,
+            positions=positions,
+            softmaxes=whole,
+            operations=work,
+            trials=before,
+            held=4 * items * shape.vocab,
+        )
 
     def _states(self, seen: Seen) -> list[Tensor]:
         """The states of the items at each layer, (item, d)."""

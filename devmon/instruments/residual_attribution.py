@@ -17,7 +17,7 @@ from devmon.anatomy import Anatomy, Layout, Reads
 from devmon.anatomy.circuits import Contributions
 from devmon.anatomy.passes import Read, Seen, read
 from devmon.anatomy.sites import Site
-from devmon.cost import Cost, trials
+from devmon.cost import GPT2_SMALL, Cost, Shape, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens, repeats
 from devmon.data.jackknife import bootstrap_of_sizes, jackknife_of_mean
 from devmon.data.rows import Rows
@@ -137,11 +137,13 @@ class ResidualAttribution(ByContent):
         foils = allowed[(rank + step) % len(allowed)]
         return cls(tokens, answers, foils, places, min(ablation_prompts, len(tokens)), batch_size, layout)
 
-    def cost(self) -> Cost:
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
         """Without the ablations, whose number is that of the model's heads and MLPs, times `ablation_prompts`."""
         sequences, positions = self.tokens.shape
         before = trials(positions, 1)
-        return Cost(sequences, positions=positions, softmaxes=sequences * positions, trials=before)
+        # what every part adds at the measured place, in float64, three times while norms are taken out
+        parts = 24 * sequences * (shape.layers * (shape.heads + 2) + 2) * shape.d_model
+        return Cost(sequences, positions=positions, softmaxes=sequences * positions, trials=before, held=parts)
 
     def reads(self) -> list[Read]:
         sites: list[Site] = [("resid_pre", 0), "z", ("resid_post", -1)]

@@ -138,7 +138,10 @@ class WeightStatistics:
         products = numbers * d * 5 // 8
         # sums over all entries in float64: absolute values, squares, distances from the mean, the median
         sweeps = 5 * SWEEP * numbers
-        return Cost(operations=OVERHEAD + products + sweeps + (4 * shape.layers + 2) * eigenvalues(d))
+        work = OVERHEAD + products + sweeps + (4 * shape.layers + 2) * eigenvalues(d)
+        # marks of the entries of the largest matrix, for its median; two Gram matrices; a part in float64
+        held = 3 * max(shape.readout, 4 * d**2) + 16 * d**2 + 8 * PART
+        return Cost(operations=work, held=held)
 
 
 def _weights(model: nn.Module) -> list[tuple[str, Tensor, bool]]:

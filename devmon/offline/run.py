@@ -14,7 +14,7 @@ from devmon.analysis.reports.prose.run_words import one_set_of_weights
 from devmon.analysis.run import same_weights
 from devmon.checkpoints.audit import Audit, audit
 from devmon.console import cost_table
-from devmon.cost import estimates
+from devmon.cost import estimates, together
 from devmon.offline import forecast, kept
 from devmon.offline.plan import Plan
 from devmon.offline.study import Progress, Study
@@ -94,7 +94,7 @@ def _print_plan(study: Study, work: Mapping[int, Sequence[Watch]], out: Console)
         replace(estimate, observations=due[estimate.name]) for estimate in estimates(study.watches, 0, study.model)
     ]
     parameters = None if study.model is None else sum(p.numel() for p in study.model.parameters())
-    out.print(cost_table(costs, None, parameters))
+    out.print(cost_table(costs, None, parameters, together(study.watches, study.model)))
     out.print(forecast.memory(study))
     out.print(forecast.seconds(study, work, costs))
 

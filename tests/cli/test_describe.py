@@ -13,13 +13,35 @@ from typer.testing import CliRunner
 
 from devmon import Snapshot, Watch, every, log_spaced
 from devmon.analysis.reports.references import CITED
+from devmon.anatomy.passes.plan import Plan
 from devmon.cli.describe import Description, Variable, description, instrument, instruments, signature, summary
 from devmon.cli.root import app
-from devmon.cost import LAYOUT_PASSES, LAYOUT_TOKENS, OVERHEAD, READING, SOFTMAX, Cost, Shape, estimates, trials
+from devmon.cost import (
+    LAYOUT_PASSES,
+    LAYOUT_TOKENS,
+    OVERHEAD,
+    READING,
+    SOFTMAX,
+    Cost,
+    Shape,
+    estimates,
+    together,
+    trials,
+)
 from devmon.errors import DataError
-from devmon.instruments import LLC, InductionHeads, LinearProbe, PreviousTokenHeads, ProbeLoss, RepeatGain
+from devmon.instruments import (
+    LLC,
+    CopyingHeads,
+    InductionHeads,
+    LinearProbe,
+    LogitLens,
+    PreviousTokenHeads,
+    ProbeLoss,
+    RepeatGain,
+)
 from devmon.sampling import sample
 from devmon.testing import even
+from devmon.testing.memory import peak_bytes
 
 TOKENS = torch.randint(20, (6, 16), generator=torch.Generator().manual_seed(0))
 SOURCE = """
@@ -120,13 +142,14 @@ def test_the_commands(tmp_path: Path) -> None:
     script.write_text(SOURCE)
     shown = run(app, ["cost", f"{script}:watches", "--last", "100", "--tokens-per-step", "1000"], terminal_width=120)
     words = {line.split()[0]: line.split() for line in shown.output.splitlines() if line.strip()}
-    *passes, work, share = words["induction"][2:]
+    *passes, work, _, unit, share = words["induction"][2:]
+    assert unit == "GB"
     assert passes == ["10", "0", "32", "11"]
     told = 11 * InductionHeads(50, 10, 32).cost().tokens()
     assert work == f"{told:.3g}"
     assert share == f"{told / (3 * 1000 * 100):.1%}"
     assert words["own"][-2:] == ["21", "unknown"]
-    assert "memory" not in shown.output
+    assert words["all"][-2] == "GB"
     script.write_text(f"{SOURCE}\nfrom devmon.instruments import LLC\nfrom torch import nn\n" + LLCS)
     for name, held in (("llcs", "3 copies"), ("with_model", "0.000144 GB")):
         shown = run(app, ["cost", f"{script}:{name}", "--last", "100"], terminal_width=160)
@@ -211,3 +234,32 @@ def test_short_passes_count_their_weights_and_what_python_takes() -> None:
     assert Cost(trials=30).tokens(shape) == 30 + OVERHEAD // 1000
     assert trials() == trials(16) == LAYOUT_PASSES * (LAYOUT_TOKENS + READING)
     assert trials(16, 2) == trials() + 2 * (16 + READING)
+
+
+def test_the_memory_of_passes_is_what_tensors_take() -> None:
+    # Wide enough that states, patterns and logits are of one size: a part that is left out shows.
+    config = GPT2Config(n_layer=3, n_embd=64, n_head=4, vocab_size=1500, n_positions=48)
+    model = GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(1500, (24, 48), generator=torch.Generator().manual_seed(0))
+    watches = [
+        Watch("loss", ProbeLoss(tokens), range(2)),
+        Watch("heads", PreviousTokenHeads(tokens=tokens), range(2)),
+        Watch("lens", LogitLens(tokens), range(2)),
+        Watch("copying", CopyingHeads(1500, 24, 48), range(2)),
+    ]
+    for told in estimates(watches, 1, model):
+        [instrument] = [watch.instrument for watch in watches if watch.name == told.name]
+        taken = peak_bytes(lambda instrument=instrument: instrument(Snapshot(0, model)))
+        assert told.memory is not None
+        assert 1 / 1.3 < taken / told.memory < 1.3, (told.name, taken, told.memory)
+
+    def all_of_them() -> None:
+        memo = {"plan": Plan([watch.instrument for watch in watches])}
+        for watch in watches:
+            watch.instrument(Snapshot(0, model, memo=memo))
+
+    most = together(watches, model)
+    assert most is not None
+    assert most > max(e.memory or 0 for e in estimates(watches, 1, model))
+    assert 1 / 1.3 < peak_bytes(all_of_them) / most < 1.3
+    assert together([Watch("own", print, range(2))], model) is None

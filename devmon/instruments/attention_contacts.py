@@ -33,8 +33,9 @@ class AttentionContacts(ByContent):
     on one side. The first `before` and last `after` places (special tokens) are left out. Of each pair at least
     `separation` apart the features are A + Aᵀ of every head, with average product correction unless `apc` is False
     (A - row sums · column sums / sum), standardised; the regression minimises C Σ log loss + ‖w‖₁. Precision is
-    the share of contacts among the `top` best pairs of a sequence, by default as many as it has places. `_se` are over
-    groups, or over sequences where one group is judged.
+    the share of contacts among the `top` best pairs of a sequence, by default as many as it has places. With `pool`
+    attention is averaged over the sequences of a group first, whose contacts are the same: one map a family. `_se` are
+    over groups, or over sequences where one group is judged.
 
     - `precision`, share: by the regression. Null: `chance`, and the untrained model, whose random attention already
       sees which letters go together (.22 in the made-up families).
@@ -60,6 +61,7 @@ class AttentionContacts(ByContent):
     after: int = 0
     C: float = 0.15
     apc: bool = True
+    pool: bool = False
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -78,33 +80,39 @@ class AttentionContacts(ByContent):
             raise DataError("AttentionContacts needs each group on one side: fitted and judged share some")
         for name, value in (("contacts", contacts), ("fitted", fitted), ("group", group)):
             object.__setattr__(self, name, value)
-        at = self._pairs
         touching = self._touching
-        if not len(at[0]) or len(np.unique(touching[self.fitted.numpy()])) < 2 or not touching.any(1).all():
+        if self.pool and any(bool((touching[group == g] != touching[group == g][:1]).any()) for g in group.unique()):
+            raise DataError("AttentionContacts pools groups whose contacts are the same: give others, or pool=False")
+        if not touching.shape[1] or len(np.unique(touching[self.fitted.numpy()])) < 2 or not touching.any(1).all():
             raise DataError(
                 f"AttentionContacts needs a contact in every sequence among pairs {self.separation} places apart, and "
                 "pairs that are none: lower separation"
             )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
+        assert self.group is not None
         [parts] = read(snapshot, self)
         layers = list(parts[0])
         by_layer = [torch.cat([part[n] for part in parts]).numpy() for n in layers]  # (sequence, head, pair)
         heads = [len(values[0]) for values in by_layer]
         features = np.concatenate(by_layer, 1).transpose(0, 2, 1)  # (sequence, pair, head)
-        touching, fitted = self._touching, self.fitted.numpy()
+        touching, fitted, group = self._touching, self.fitted.numpy(), self.group.numpy()
+        if self.pool:  # one map of each group
+            number, first, of = np.unique(group, return_index=True, return_inverse=True)
+            features = np.stack([features[of == g].mean(0) for g in range(len(number))])
+            touching, fitted, group = touching[first], fitted[first], number
 
         # the regression on all heads, and the same on contacts dealt to other pairs
         deal = np.random.default_rng(snapshot.generator("dealt").initial_seed() % 2**63)
         dealt = np.stack([deal.permutation(row) for row in touching])
-        scores, used = self._scores(features, touching)
-        shuffled, _ = self._scores(features, dealt)
+        scores, used = self._scores(features, touching, fitted)
+        shuffled, _ = self._scores(features, dealt, fitted)
         far = (self._pairs[1] - self._pairs[0]) >= LONG
         judged = touching[~fitted]
 
         rows = Rows(headline=["precision"], error="standard error over groups of sequences")
         hits = self._precision(scores, judged)
-        mean, se, groups = self._over_groups(hits)
+        mean, se, groups = _over_groups(hits, group[~fitted])
         label = "contacts among the pairs of the highest scores"
         rows.put("precision", (), mean, se, label, units="share", smallest_change=0.05, replicates=groups)
         some = far.any() and judged[:, far].any()
@@ -117,7 +125,7 @@ class AttentionContacts(ByContent):
 
         # each head by itself
         alone = self._precision(features[~fitted].transpose(2, 0, 1), judged).T  # (sequence, head)
-        mean, se, _ = self._over_groups(alone)
+        mean, se, _ = _over_groups(alone, group[~fitted])
         dims, most, at = ("layer", "head"), max(heads), np.cumsum([0, *heads])
         tables = []
         for values in (mean, se):
@@ -163,9 +171,8 @@ class AttentionContacts(ByContent):
         i, j = self._pairs
         return self.contacts.numpy()[:, i + self.before, j + self.before]
 
-    def _scores(self, features: np.ndarray, touching: np.ndarray) -> tuple[np.ndarray, int]:
+    def _scores(self, features: np.ndarray, touching: np.ndarray, fitted: np.ndarray) -> tuple[np.ndarray, int]:
         """Of the judged sequences (sequence, pair), by a regression on the fitted ones; and how many heads it uses."""
-        fitted = self.fitted.numpy()
         x = features[fitted].reshape(-1, features.shape[2])
         if not np.isfinite(x).all():
             raise InstrumentError("AttentionContacts: attention that is not finite")
@@ -181,16 +188,16 @@ class AttentionContacts(ByContent):
         best = np.argsort(-scores, axis=-1, kind="stable")[..., :top]
         return np.take_along_axis(np.broadcast_to(touching, scores.shape), best, -1).mean(-1)
 
-    def _over_groups(self, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean, standard error and replicates of values (sequence, …) of the judged sequences."""
-        assert self.group is not None
-        _, of = np.unique(self.group[~self.fitted].numpy(), return_inverse=True)
-        of = np.arange(len(of)) if of.max() == 0 else of
-        count = np.bincount(of).astype(float)
-        total = np.zeros((len(count), *hits.shape[1:]))
-        np.add.at(total, of, hits)
-        mean, se = clustered_mean(total, count)
-        return mean, se, clustered_groups(total, count)
+
+def _over_groups(hits: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, standard error and replicates of values (sequence, …), whose groups are independent."""
+    _, of = np.unique(group, return_inverse=True)
+    of = np.arange(len(of)) if of.max() == 0 else of
+    count = np.bincount(of).astype(float)
+    total = np.zeros((len(count), *hits.shape[1:]))
+    np.add.at(total, of, hits)
+    mean, se = clustered_mean(total, count)
+    return mean, se, clustered_groups(total, count)
 
 
 def sparse_logistic(x: Array, label: NDArray[np.bool_], C: float) -> Array:

@@ -61,6 +61,7 @@ def test_a_head_that_looks_at_its_partner_gives_every_contact(apc: bool) -> None
     assert chance == pytest.approx(6 / (20 * 21 / 2))
     assert abs(found["precision_head"].values[0, 1] - chance) < 0.03
     assert np.isnan(found["precision_long"])  # 24 letters have no pair 24 apart
+    np.testing.assert_array_equal(contacts(apc=apc, pool=True)(Snapshot(0, Partner()))["precision"], 1)
 
 
 def test_untrained_attention_is_little_above_chance() -> None:
@@ -117,6 +118,8 @@ def test_contacts_that_do_not_fit_are_refused() -> None:
             AttentionContacts(TOKENS, maps, fitted, group)
     with pytest.raises(DataError, match="symmetric"):
         AttentionContacts(TOKENS, maps.triu(), FAMILY < 3, FAMILY)
+    with pytest.raises(DataError, match="contacts are the same"):
+        AttentionContacts(TOKENS, maps, FAMILY < 3, (FAMILY >= 3).long(), separation=4, pool=True)
     with pytest.raises(DataError, match="lower separation"):
         AttentionContacts(TOKENS, maps, FAMILY < 3, FAMILY, separation=23)
 

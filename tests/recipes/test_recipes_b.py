@@ -22,7 +22,7 @@ from devmon.recipes.common import Check, conclude, crossing
 from devmon.testing import InstrumentContract
 
 FAST = ["grokking", "induction", "digits", "own_instrument", "induction_loops", "markov_chains", "grammar"]
-FAST += ["hierarchical_equality"]
+FAST += ["hierarchical_equality", "protein_contacts"]
 
 
 @pytest.mark.parametrize("name", FAST)

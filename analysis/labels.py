@@ -85,6 +85,11 @@ KNOWN: dict[tuple[str, str], Label] = {
         "learns the grammar"),
     ("GrammarExcess", "impossible"): _of(
         "impossible mass", "probability of tokens that cannot come", "", "", "learns what cannot come"),
+    ("StructuralProbe", "uuas"): _of(
+        "tree in the states", "edges of the tree that distances of states give", "",
+        "comes to hold the tree in its distances"),
+    ("StructuralProbe", "spearman"): _of(
+        "distances as in the tree", "rank correlation of distances of states with those in the tree", ""),
     ("TreeStructure", "structure"): _of(
         "tree-structuredness", "independence of spans at the best split above the mean split", "",
         "comes to compose spans as a tree"),

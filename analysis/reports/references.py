@@ -79,6 +79,9 @@ CITED = {
         "Allen-Zhu & Li (2023), Physics of language models: part 1, learning hierarchical language structures. "
         "arXiv:2305.13673",
     ),
+    "StructuralProbe": (
+        "Hewitt & Manning (2019), A structural probe for finding syntax in word representations. NAACL",
+    ),
     "TreeStructure": (
         "Murty et al. (2023), Characterizing intrinsic compositionality in transformers with tree projections. "
         "arXiv:2211.01288",

@@ -9,6 +9,7 @@ import xarray as xr
 
 from devmon.analysis import plots
 from devmon.analysis.derive.components import groups_of
+from devmon.analysis.derive.learning.layers import layer_centre
 from devmon.analysis.derive.watch_series import elements
 from devmon.analysis.plots.heatmaps import short
 from devmon.analysis.plots.style import MAX_COLUMNS, thin
@@ -18,7 +19,7 @@ from devmon.analysis.reports.figures import bands
 from devmon.analysis.reports.tables import numbers_table
 from devmon.analysis.series import Series
 from devmon.analysis.table import Row, Table, thinned
-from devmon.analysis.wording import number
+from devmon.analysis.wording import number, step
 
 TOP_SHOWN = 4  # tokens of each component of the model in a table
 
@@ -31,9 +32,21 @@ def layers_figure(page: Page, name: str, data: xr.Dataset, variable: str, own: S
         (f"layer {layer}", [f"layer-{i}", f"layer-{i}-band", f"layer-{i}-control"])
         for i, layer in enumerate(data["layer"].values if "layer" in data.coords else range(data.sizes["layer"]))
     ]
+    centre = layer_centre(data, variable)
+    known = np.flatnonzero(np.isfinite(centre["centre"].values))
     caption = f"{name}: {variable} of each layer.{bands(own)}"
+    if len(known):
+        ends = dict.fromkeys((int(known[0]), int(known[-1])))
+        told = (f"{_plus(centre, i)} at step {step(float(centre['step'][i]))}" for i in ends)
+        caption += f" Centre of gravity: layer {', '.join(told)}; {number(float(centre['even']))} if even."
     where = [curves(ax, each)] if each else []
     return page.add(f"{name}-{variable}", drawing, caption, numbers_table(own), where, parts if len(parts) > 1 else [])
+
+
+def _plus(centre: xr.Dataset, i: int) -> str:
+    """A centre with its standard error, where that is known."""
+    value, se = (float(centre[name][i]) for name in ("centre", "centre_se"))
+    return f"{number(value, 2)} ± {number(se, 2)}" if np.isfinite(se) else number(value, 2)
 
 
 def heads_figure(page: Page, name: str, data: xr.Dataset, variable: str, own: Sequence[Series]) -> Figure:

@@ -57,6 +57,7 @@ from devmon.instruments.site_activations import SiteActivations
 from devmon.instruments.soft_entropy import SoftEntropy
 from devmon.instruments.sparse_autoencoder import SparseAutoencoder
 from devmon.instruments.steering import Steering
+from devmon.instruments.structural_probe import StructuralProbe
 from devmon.instruments.superposition import Superposition
 from devmon.instruments.susceptibilities import Susceptibilities
 from devmon.instruments.token_loss import TokenLoss
@@ -111,6 +112,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "FrozenProbe",
     "ProbeErasure",
     "MDLProbe",
+    "StructuralProbe",
     "IntrinsicDimension",
     "Sketch",
     "SoftEntropy",

@@ -47,6 +47,7 @@ from devmon.instruments import (
     RestrictedLoss,
     Sketch,
     Steering,
+    StructuralProbe,
     Susceptibilities,
     TreeStructure,
 )
@@ -182,6 +183,9 @@ MORE: dict[str, Any] = {
         (AttachmentHeads(x, (torch.arange(8) - 1).expand(4, 8), torch.zeros_like(x), torch.zeros_like(x), 5), gpt2)
     ],
     "BoundaryAttention": lambda x: [(BoundaryAttention(x, (torch.arange(8) % 2).expand(1, 4, 8)), gpt2)],
+    "StructuralProbe": lambda x: [
+        (StructuralProbe(x, (torch.arange(8) - 1).expand(4, 8), torch.zeros_like(x), steps=2), gpt2)
+    ],
     "TreeStructure": lambda x: [(TreeStructure(x, torch.full((4,), 6)), gpt2)],
     "BracketClosing": lambda x: [
         (BracketClosing(Brackets(3, 2).draw(4, 8, torch.Generator().manual_seed(0)), Brackets(3, 2)), gpt2)

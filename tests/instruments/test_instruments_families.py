@@ -194,6 +194,7 @@ INSTRUMENTS = [
 ELSEWHERE = {
     "AttachmentHeads": "of trees; tests/instruments/test_grammar_heads.py",
     "BoundaryAttention": "of spans; tests/instruments/test_grammar_heads.py",
+    "StructuralProbe": "of trees; tests/instruments/test_structural_probe.py",
     "TreeStructure": "of sentences; tests/instruments/test_tree_structure.py",
     "BracketClosing": "of brackets; tests/instruments/test_bracket_closing.py",
     "FrozenProbe": "of two models; tests/instruments/test_probe_twins.py",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 
 from devmon.analysis import circuit_overlap, essential_dynamics, plots, susceptibility_components
 from devmon.analysis import report as write_report
 from devmon.analysis.derive.representation import similarity
 from devmon.analysis.reports.drawing import Page
+from devmon.analysis.reports.watch_figures import layers_figure
 from devmon.analysis.reports.watches import _susceptibilities
 from tests.support.reports import LONG, circuits, sketches
 from tests.support.synthetic import induction_run, susceptibilities, watch
@@ -27,6 +29,13 @@ def test_similarity_has_blocks_and_its_last_row_on_top() -> None:
     assert np.asarray(plots.plot_similarity(found.isel(layer=1))[1].images[0].get_array()).min() > 0.9
     _, ax = plots.plot_similarity(circuit_overlap(circuits()), "jaccard")
     assert ax.get_title(loc="right").startswith("by chance: 0.023")
+
+
+def test_layers_say_where_their_score_lies() -> None:
+    score = np.array([[0.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 3]])
+    data = xr.Dataset({"score": (("step", "layer"), score, {"units": "share"})}, attrs={"headline": ["score"]})
+    figure = layers_figure(Page(None), "probe", data.assign_coords(step=[0, 10, 200], layer=range(4)), "score", [])
+    assert "Centre of gravity: layer 1.5 at step 10, 2.8 at step 200; 1.5 if even." in figure.caption
 
 
 def test_path_goes_from_ring_to_square_and_marks_cusps() -> None:

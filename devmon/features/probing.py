@@ -177,6 +177,7 @@ def absorption(
       has a cosine of .025 or more to it and makes .4 or more of ⟨x, w⟩
     - `silent`, share: of places with the feature, those where no main latent fires
     - `main`, latents: how many main latents there are
+    - `absorbed` (place,), share: 1 in the places that `full` counts, of all with the feature in their order
     """
     w = direction / np.linalg.norm(direction)
     train = np.random.default_rng(seed).permutation(len(f))[: len(f) // 2]
@@ -197,7 +198,12 @@ def absorption(
     share = parts[np.arange(len(at)), largest] / np.abs(x[at] @ w).clip(min=1e-12)
     absorbed = silent & ((unit @ w)[largest] >= 0.025) & (share >= 0.4)
     return xr.Dataset(
-        {"full": ((), absorbed.mean()), "silent": ((), silent.mean()), "main": ((), len(main))},
+        {
+            "full": ((), absorbed.mean()),
+            "silent": ((), silent.mean()),
+            "main": ((), len(main)),
+            "absorbed": ("place", absorbed.astype(np.float64)),
+        },
     )
 
 

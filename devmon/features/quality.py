@@ -35,6 +35,8 @@ class Quality(NamedTuple):
     gaussian: dict[str, float]
     mean_state: np.ndarray  # (sequence, d) and (sequence, latent): means over places
     mean_f: np.ndarray
+    x: Tensor  # (sequence, place, d) and (sequence, place, latent): the states and the latents, without first places
+    f: Tensor
 
 
 def quality(
@@ -95,6 +97,8 @@ def quality(
             _gaussian(coder, x.flatten(0, 1)),
             x.mean(1).double().cpu().numpy(),
             f.mean(1).double().cpu().numpy(),
+            x,
+            f,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from devmon.anatomy import Layout
 from devmon.cost import Cost
-from devmon.data import ByContent, probe_tokens
+from devmon.data import ByContent, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
 from devmon.features.dictionary import Dictionary
-from devmon.features.probing import FEW, sparse_probing, spurious_removal, targeted_perturbation
+from devmon.features.probing import FEW, Probe, absorption, sparse_probing, spurious_removal, targeted_perturbation
 from devmon.features.quality import Quality, put_quality, quality
 from devmon.snapshot import Snapshot
+
+LEAST_PLACES = 8  # with a feature, and without: of fewer a probe of it says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,16 @@ class DictionaryQuality(ByContent):
       that are erased (SCR). Null: `removal_random`.
     - `removal_random` (erased), share: where random living latents are.
 
+    With `features` (feature, batch, pos), where each of some features is that others imply, such as "begins with s"
+    beside the words that do, the parents of a planted hierarchy (2409.14507):
+
+    - `absorption` (feature), share: of the places with the feature, those where none of its own latents fires and
+      another latent writes it. Its own are those of the best probe of few latents, its direction that of a probe of
+      the states. Null: `absorption_shuffled`.
+    - `absorption_se` (feature), share: its standard error over sequences.
+    - `absorption_shuffled` (feature), share: that of as many places drawn anew.
+    - `absorption_silent` (feature), share: of the places with the feature, those where none of its own latents fires.
+
     Pitfalls: compare FVU at equal L0 alone. A dictionary of a later step is worse before, for features that are not
     there yet and for directions that moved: SparseAutoencoder with `start` tells the two apart. Cost: four passes of
     the model. Raises InstrumentError for a site that the model lacks, or of another width than the dictionary.
@@ -91,6 +103,7 @@ class DictionaryQuality(ByContent):
     spurious: Tensor | None = None
     layout: Layout | None = None
     batch_size: int = 32
+    features: Tensor | None = field(default=None, metadata={"identity": "if changed"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", probe_tokens(self.tokens, "DictionaryQuality", shortest=3))
@@ -107,6 +120,18 @@ class DictionaryQuality(ByContent):
         if self.spurious is not None and (self.labels is None or len(self.labels.unique()) != 2):
             raise DataError("DictionaryQuality: spurious goes with labels of two classes: give those too")
 
+        if self.features is not None:
+            there = torch.as_tensor(self.features).detach().cpu().bool()
+            shape = tuple(there.shape)
+            counts = there[..., 1:].flatten(1).sum(1) if there.ndim == 3 else torch.zeros(1)
+            most = self.tokens[:, 1:].numel() - LEAST_PLACES
+            if shape[1:] != tuple(self.tokens.shape) or not ((counts >= LEAST_PLACES) & (counts <= most)).all():
+                raise DataError(
+                    f"DictionaryQuality: features are (feature, *{tuple(self.tokens.shape)}) of places, each there, "
+                    f"and not, in {LEAST_PLACES} or more past the first; got {shape}, there in {counts.tolist()[:8]}"
+                )
+            object.__setattr__(self, "features", there)
+
     def cost(self) -> Cost:
         """A pass as it is, one spliced and two ablated."""
         return Cost(forwards=4 * len(self.tokens), positions=self.tokens.shape[1])
@@ -117,8 +142,35 @@ class DictionaryQuality(ByContent):
         rows = Rows(headline=["fvu", "l0", "loss_recovered_zero"])
         put_quality(rows, found)
         coords = {} if self.labels is None else self._probed(rows, found)
+        if self.features is not None:
+            coords["feature"] = self._absorbed(rows, found, self.features[..., 1:].numpy())
         latents, ranks = found.top.shape
         return rows.dataset(**coords, latent=np.arange(latents), rank=np.arange(ranks))
+
+    def _absorbed(self, rows: Rows, found: Quality, there: np.ndarray) -> np.ndarray:
+        """What becomes of each feature, from where it is (feature, sequence, place): their numbers."""
+        f, x = (each.flatten(0, 1).double().cpu().numpy() for each in (found.f, found.x))
+        W_dec, rng = self.dictionary.W_dec.double().cpu().numpy(), np.random.default_rng(0)
+        columns: dict[str, list[float]] = {name: [] for name in ("own", "se", "shuffled", "silent")}
+        for own in there:
+            flat = own.ravel()
+            told = absorption(f, x, W_dec, Probe(x, flat).direction, flat)
+            # whole sequences go into the error
+            absorbed = np.zeros(len(flat))
+            absorbed[flat] = told["absorbed"].values
+            mean, se = clustered_mean(absorbed.reshape(own.shape).sum(1), own.sum(1))
+            drawn = rng.permutation(flat)
+            null = absorption(f, x, W_dec, Probe(x, drawn).direction, drawn)
+            for name, value in zip(columns, (mean, se, null["full"], told["silent"]), strict=True):
+                columns[name].append(float(value))
+        error, label = "standard error over sequences", "places of a feature that another latent writes"
+        rows.put("absorption", "feature", columns["own"], columns["se"], label, error=error, units="share")
+        rows.put(
+            "absorption_shuffled", "feature", columns["shuffled"], None, f"{label}, places drawn anew", units="share"
+        )
+        label = "places of a feature where none of its own latents fires"
+        rows.put("absorption_silent", "feature", columns["silent"], None, label, units="share")
+        return np.arange(len(there))
 
     def _probed(self, rows: Rows, found: Quality) -> dict[str, np.ndarray]:
         """What labels say of the latents, from means over the places of a sequence."""

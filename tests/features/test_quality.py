@@ -15,6 +15,7 @@ from devmon.anatomy import Anatomy
 from devmon.errors import DataError, InstrumentError
 from devmon.features import BatchTopK, Dictionary, Largest, Relu, Training
 from devmon.features.geometry import coactive_interference, dimensionality
+from devmon.features.probing import Probe, absorption
 from devmon.features.quality import description_length
 from devmon.instruments import DictionaryQuality, FeatureLens, SparseAutoencoder
 from devmon.snapshot import Snapshot
@@ -241,3 +242,26 @@ def test_labels_that_do_not_fit_are_refused(labels: Any, spurious: Any, words: s
     with pytest.raises(DataError) as error:
         DictionaryQuality(TEXT, perfect(D), SITE, labels=labels, spurious=spurious)
     assert words in str(error.value)
+
+
+def test_absorption_is_of_the_places_that_are_given() -> None:
+    """Against the same by hand, from states that are read apart."""
+    snapshot, there = Snapshot(0, model_of("gpt2")), torch.stack([TEXT % 3 == 0, TEXT % 5 == 0])
+    coder = features()
+    found = DictionaryQuality(TEXT, coder, SITE, features=there)(snapshot)
+    _, reads = Anatomy(snapshot.model).run(TEXT, [SITE])
+    x = reads[SITE][:, 1:].flatten(0, 1)
+    f = coder.encode(x).double().numpy()
+    for feature, own in enumerate(there[..., 1:].flatten(1).numpy()):
+        w = Probe(x.double().numpy(), own).direction
+        expected = absorption(f, x.double().numpy(), coder.W_dec.double().numpy(), w, own)
+        np.testing.assert_allclose(found["absorption"][feature], expected["full"])
+        np.testing.assert_allclose(found["absorption_silent"][feature], expected["silent"])
+    assert (found["absorption_se"] >= 0).all()
+    assert (found["absorption"] <= found["absorption_silent"]).all()
+
+
+@pytest.mark.parametrize("there", [torch.ones(12, 24, dtype=torch.bool), torch.zeros(2, 12, 24, dtype=torch.bool)])
+def test_features_that_do_not_fit_are_refused(there: torch.Tensor) -> None:
+    with pytest.raises(DataError, match=r"features are \(feature, \*\(12, 24\)\) of places"):
+        DictionaryQuality(TEXT, perfect(D), SITE, features=there)

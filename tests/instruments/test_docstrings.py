@@ -171,6 +171,7 @@ MORE: dict[str, Any] = {
                 ("resid_post", 0),
                 labels=torch.arange(40) % 2,
                 spurious=torch.arange(40) // 2 % 2,
+                features=(x.repeat(10, 1).roll(1, 0) % 3 == 0)[None],
             ),
             gpt2,
         )

@@ -162,7 +162,7 @@ class DictionaryQuality(ByContent):
             drawn = rng.permutation(flat)
             null = absorption(f, x, W_dec, Probe(x, drawn).direction, drawn)
             for name, value in zip(columns, (mean, se, null["full"], told["silent"]), strict=True):
-                columns[name].append(float(value))
+                columns[name].append(np.asarray(value).item())
         error, label = "standard error over sequences", "places of a feature that another latent writes"
         rows.put("absorption", "feature", columns["own"], columns["se"], label, error=error, units="share")
         rows.put(

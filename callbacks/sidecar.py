@@ -26,8 +26,19 @@ LINES = 5  # of its output that a warning repeats
 
 
 def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole weights in main memory on rank 0, {} on the others, of FSDP, tensor parallel and DDP modules: all ranks
-    call it."""
+    """The whole weights in main memory on rank 0, {} on the others, of FSDP, tensor parallel and DDP modules and of
+    engines of DeepSpeed: all ranks call it. Of ZeRO 3 they are those that its forward passes use, in their precision.
+
+    Raises DevmonError for a module whose weights ZeRO 3 holds in parts, in the place of its engine.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        gather = getattr(model, "_zero3_consolidated_16bit_state_dict", None)
+        if gather is None:
+            raise DevmonError(
+                f"Sidecar: DeepSpeed holds {type(model).__name__} in parts, which its engine alone can gather: give "
+                "what deepspeed.initialize returned (a Trainer's is found)"
+            )
+        return gather() or {}  # None on the other ranks
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -44,8 +55,8 @@ class Sidecar(L.Callback):
                 sidecar.step(step, model)
 
     or among the callbacks of a Lightning `Trainer`. Every rank makes one and gives it every step. At a due step the
-    ranks gather the weights (`full_state`; `gather(model)` is another way, such as DeepSpeed's
-    `lambda engine: engine._zero3_consolidated_16bit_state_dict()`), and rank 0 writes `folder/checkpoints/step-….pt`.
+    ranks gather the weights (`full_state`, of ZeRO 3 too; `gather(model)` is another way), and rank 0 writes
+    `folder/checkpoints/step-….pt`.
     One process at a time then runs `devmon measure folder/checkpoints --into folder/trajectory.zarr --source source`,
     with further `options` (("--device", "cuda:7")); its output is in `folder/sidecar.log`. It measures all checkpoints
     that the run lacks, so a training that is faster is caught up with; closing waits for it.

@@ -136,6 +136,8 @@ def refuse_absent(model: torch.nn.Module) -> None:
             )
         if mesh is not None and mesh.size() > 1:
             raise InstrumentError(_sharded(f"{name} is sharded over {mesh.size()} processes"))
+        if getattr(tensor, "ds_numel", tensor.numel()) != tensor.numel():
+            raise InstrumentError(_sharded(f"DeepSpeed's ZeRO 3 holds {name} in parts"))
     for module in model.modules():
         if _is_fsdp(module) and module.process_group.size() > 1:  # type: ignore[operator]
             raise InstrumentError(_sharded("FullyShardedDataParallel shards it over the processes"))

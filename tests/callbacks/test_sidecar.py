@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from devmon import DevmonError, Trajectory, every
+from devmon import DevmonError, InstrumentError, LoopMonitor, Trajectory, Watch, every
 from devmon.analysis.run import same_weights
 from devmon.callbacks import Sidecar
+from devmon.callbacks.sidecar import full_state
 from devmon.cli.root import app
+from devmon.instruments import WeightStatistics
 from tests.support.two_ranks import spawn_two
 
 SCRIPT = """
@@ -68,8 +70,6 @@ def net() -> nn.Module:
 def train(rank: int, sidecar: Sidecar | None) -> dict[str, torch.Tensor]:
     """A few steps of `fully_shard`, each rank on its own data; the whole weights at the end, on rank 0."""
     from torch.distributed.fsdp import fully_shard
-
-    from devmon.callbacks.sidecar import full_state
 
     model = net()
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
@@ -157,3 +157,45 @@ def test_it_is_a_callback_of_lightning(tmp_path: Path, quick: None) -> None:
     assert Trajectory(tmp_path / "run" / "trajectory.zarr", "r").steps("weights") == [0, 3]
     with pytest.raises(DevmonError, match="fast_dev_run"), warnings.catch_warnings():
         L.Trainer(fast_dev_run=True, callbacks=[sidecar], **options).fit(Module(), data)
+
+
+class Engine(nn.Module):
+    """What `deepspeed.initialize` returns with ZeRO 3, as far as it is asked: parameters are empty, with `ds_id` and
+    `ds_numel`; all ranks have to call what gathers them, and rank 0 alone gets them, in half precision (0.17.5,
+    runtime/engine.py, runtime/zero/partition_parameters.py)."""
+
+    def __init__(self, module: nn.Module, rank: int = 0) -> None:
+        super().__init__()
+        self.module, self.rank, self.gathered = module, rank, 0
+        self.whole = {name: each.detach().clone() for name, each in module.state_dict().items()}
+        for number, parameter in enumerate(module.parameters()):
+            vars(parameter).update(ds_id=number, ds_numel=parameter.numel())
+            parameter.data = parameter.data.new_empty(0)
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, torch.Tensor] | None:
+        self.gathered += 1
+        return {name: each.bfloat16() for name, each in self.whole.items()} if self.rank == 0 else None
+
+
+def test_parts_of_zero_3_are_gathered_by_its_engine(tmp_path: Path, quick: None) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    engine = Engine(net())
+    with Sidecar(tmp_path / "run", f"{tmp_path / 'script.py'}:study", every(1)) as sidecar:
+        sidecar.step(0, engine)
+    run = Trajectory(tmp_path / "run" / "trajectory.zarr", "r")
+    norm = sum(float(p.bfloat16().double().square().sum()) for p in net().parameters()) ** 0.5
+    assert run["weights"]["model_l2"].values == pytest.approx([norm], rel=1e-6)
+    other = Engine(net(), rank=1)
+    assert (full_state(other), other.gathered) == ({}, 1)
+
+
+def test_parts_of_zero_3_without_their_engine_are_refused(tmp_path: Path) -> None:
+    engine = Engine(net())
+    with pytest.raises(DevmonError, match=r"holds Sequential in parts.*what deepspeed.initialize returned"):
+        full_state(engine.module)
+    with pytest.raises(
+        InstrumentError, match=r"ZeRO 3 holds (module.)?0.weight in parts\): use devmon.callbacks.Sidecar"
+    ):
+        LoopMonitor(tmp_path / "run.zarr", [Watch("weights", WeightStatistics(), every(1))]).step(0, engine)

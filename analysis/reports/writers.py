@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files
@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from devmon.analysis.plots.style import EVENT_COLOURS
+from devmon.analysis.plots.style import EVENT_COLOURS, thin
 from devmon.analysis.reports.content import (
     Block,
     Code,
@@ -29,6 +29,10 @@ from devmon.analysis.reports.content import (
 )
 from devmon.analysis.reports.svg import share_styles
 from devmon.analysis.table import Row, Table
+
+# Values and errors of all series that a page carries: 4 to 8 bytes each, so that with its drawings a page is below
+# 5 MB. Of what is more, each series keeps as many steps, evenly spaced; report.json has all of them.
+PAGE_NUMBERS = 400_000
 
 OWN = ("page.css",), ("page_steps.js", "page_any.js", "page_arrange.js", "page.js")  # style and script of the page
 
@@ -99,7 +103,11 @@ def _numbers(content: Content) -> dict[str, Any]:
         if figure.panels
     }
     grids: dict[tuple[int, ...], int] = {}
-    series = [each | {"steps": grids.setdefault(tuple(each["steps"]), len(grids))} for each in content.series]
+    most = steps_each(content.series)
+    kept = [_thinned(each, most) for each in content.series]
+    series = [each | {"steps": grids.setdefault(tuple(each["steps"]), len(grids))} for each in kept]
+    longest = max((len(each["steps"]) for each in content.series), default=0)
+    note = f"Of series of more than {most} steps this page holds {most}, evenly spaced; report.json has all of them."
     events = [
         {
             "series": f"{event['run']}: {event['series']}" if "run" in event else event["series"],
@@ -110,7 +118,32 @@ def _numbers(content: Content) -> dict[str, Any]:
         | dict(zip(("low", "high"), event["interval"], strict=True))
         for event in content.events
     ]
-    return {"grids": list(map(list, grids)), "series": series, "events": events, "figures": drawn}
+    numbers = {"grids": list(map(list, grids)), "series": series, "events": events, "figures": drawn}
+    return numbers | ({"note": note} if longest > most else {})
+
+
+def steps_each(series: Sequence[Mapping[str, Any]]) -> int:
+    """The most steps of a series that a page holds, so that all together are PAGE_NUMBERS at most.
+
+    >>> steps_each([{"steps": range(2000), "se": None}] * 500)
+    800
+    """
+    wanted = [(len(each["steps"]), 1 if each["se"] is None else 2) for each in series]
+    low, high = 2, max((steps for steps, _ in wanted), default=2)
+    while low < high:  # the largest number that fits
+        middle = (low + high + 1) // 2
+        fits = sum(min(steps, middle) * each for steps, each in wanted) <= PAGE_NUMBERS
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def _thinned(each: dict[str, Any], most: int) -> dict[str, Any]:
+    if len(each["steps"]) <= most:
+        return each
+    at = thin(len(each["steps"]), most).tolist()
+    rejected = set(each["rejected"])
+    columns = {key: [each[key][i] for i in at] for key in ("steps", "values", "se") if each[key] is not None}
+    return each | columns | {"rejected": [place for place, i in enumerate(at) if i in rejected]}
 
 
 def _figures(blocks: list[Any]) -> list[Figure]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ import xarray as xr
 
 from devmon.analysis import report as write_report
 from devmon.analysis.derive.watch_series import series_of
-from devmon.analysis.reports.content import Paragraph
+from devmon.analysis.reports import writers
+from devmon.analysis.reports.content import Paragraph, curve_numbers
 from devmon.analysis.reports.figures import key_series
 from devmon.analysis.reports.tables import run_table
+from devmon.analysis.reports.writers import as_html
 from devmon.analysis.series import Series
 from devmon.errors import StoreError
 from devmon.store.trajectory import Trajectory
@@ -214,3 +218,40 @@ def test_too_short_a_path_is_told_and_not_drawn() -> None:
     notes = [block.text for block in section.blocks if isinstance(block, Paragraph) and block.look == "note"]
     assert any("needs 8 values" in note for note in notes), notes
     assert any(name.startswith("sketch-similarity") for name in figures(made))
+
+
+def test_144_heads_at_150_checkpoints_are_a_page_of_at_most_one_and_a_half_megabytes() -> None:
+    steps = np.unique(np.geomspace(1, 1e5, 190).astype(int))[-150:]
+    rng = np.random.default_rng(0)
+    scores = 0.5 + 0.1 * rng.standard_normal((150, 12, 12)).cumsum(0)
+    errors = 0.01 + 0.001 * rng.random((150, 12, 12))
+    dims = ("step", "layer", "head")
+    data = watch(steps, {"score": (dims, scores), "score_se": (dims, errors)}, ["score"], "InductionHeads")
+    said = content(Run({"heads": data}))
+    (rows,) = {len(panel.rows) for figure in figures(said).values() for panel in figure.panels if panel.values}
+    assert rows == 144
+    page = as_html(said)
+    assert len(page.encode()) <= 1_500_000
+    held = json.loads(re.findall(r'id="numbers">(.*?)</script>', page, re.DOTALL)[0])
+    assert "note" not in held
+    assert all(len(one["values"]) == 150 for one in held["series"])
+
+
+def test_a_page_of_too_many_numbers_keeps_steps_of_each_series_evenly_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writers, "PAGE_NUMBERS", 300)
+    steps = np.arange(100)
+    rejected = np.isin(steps, [0, 50, 99])
+    long = Series("a/long", steps, steps**2.0, 1.0 + steps, rejected=rejected)
+    short = Series("b/short", steps[:20], steps[:20] * 1.0)
+    said = replace(content(small_run()), series=[curve_numbers(long), curve_numbers(short), curve_numbers(long)])
+    held = writers._numbers(said)
+    assert held["note"].startswith("Of series of more than 70 steps this page holds 70, evenly spaced")
+    first, other, _ = held["series"]
+    grid = held["grids"][first["steps"]]
+    assert (len(grid), grid[0], grid[-1]) == (70, 0, 99)
+    assert first["values"] == [float(step**2) for step in grid]
+    assert first["se"] == [1.0 + step for step in grid]
+    assert [grid[i] for i in first["rejected"]] == [step for step in grid if step in (0, 50, 99)]
+    assert held["grids"][other["steps"]] == list(range(20))

@@ -12,6 +12,7 @@ function anySeries(charts, listen) {
   const svg = make(figure, "svg", { viewBox: "0 0 619 190", role: "img" });
   figure.append(told);
   section.append(label, figure);
+  if (data.note) section.append(Object.assign(document.createElement("p"), { className: "note", textContent: data.note }));
   const before = document.getElementById("provenance"); // a comparison of runs has none
   if (before) before.before(section);
   else document.querySelector("main").append(section);

@@ -17,6 +17,8 @@ EXAMPLES = {
         # attention heads
         "PreviousTokenHeads": "PreviousTokenHeads(tokens=tokens)",
         "AttentionSinks": "AttentionSinks(tokens)",
+        "AttentionDistance": "AttentionDistance(tokens)",
+        "AttentionContacts": "AttentionContacts(tokens[::2], repeats, fitted)",
         "InductionHeads": "InductionHeads(vocab, 16, 24)",
         "FuzzyInduction": "FuzzyInduction(matching ^ 1, 16, 18)",
         "AbstractInduction": "AbstractInduction(matching, 16, 18)",
@@ -37,6 +39,9 @@ EXAMPLES = {
         # representations
         "LinearProbe": "LinearProbe(tokens, previous)",
         "MDLProbe": "MDLProbe(tokens, previous)",
+        "FrozenProbe": "FrozenProbe(trained, tokens, previous)",
+        "ProbeErasure": "ProbeErasure(tokens, previous)",
+        "SoftEntropy": "SoftEntropy(tokens, per_label=8, vectors=32)",
         "IntrinsicDimension": "IntrinsicDimension(tokens)",
         "Sketch": "Sketch(tokens, dims=16, outputs=True)",
         "ReferenceDrift": "ReferenceDrift(trained, tokens)",
@@ -50,17 +55,27 @@ EXAMPLES = {
         "SparseAutoencoder": 'SparseAutoencoder(corpus, tokens, ("resid_post", 1), training, batch=256)',
         "DictionaryQuality": 'DictionaryQuality(tokens, dictionary, ("attn_out", 0))',
         "FeatureLens": 'FeatureLens(dictionary, ("resid_post", 1))',
+        "Interchange": 'Interchange(exchanged, (("resid_post", 0),), (2, 8), steps=30, batch=16, random=2)',
         "SiteActivations": 'SiteActivations(tokens, ("resid_post", 1))',
         # sampling and curvature
         "LLC": "LLC(corpus, **settings)",
         "RestrictedLLC": 'RestrictedLLC(corpus, components={"first block": "transformer.h.0.*"}, **settings)',
         "Susceptibilities": 'Susceptibilities(corpus, {"texts": tokens[:4]}, parts, scored=8, nulls=4, **settings)',
         "BayesianInfluence": 'BayesianInfluence(corpus, {"a repeat": tokens[:1]}, examples=16, **settings)',
-        "Curvature": "Curvature(corpus[:16], top=3, probes=8)",
+        "Curvature": "Curvature(corpus[:8], top=2, probes=4)",
         "GradientStatistics": "GradientStatistics(corpus)",
         # weights
+        "ModelCode": "ModelCode(corpus, tolerance=(0.05, 0.2))",
         "WeightStatistics": "WeightStatistics()",
     },
+    "grammar": {
+        "BracketClosing": "BracketClosing(closing, brackets)",
+        "BoundaryAttention": "BoundaryAttention(tokens, ends)",
+        "AttachmentHeads": "AttachmentHeads(tokens, head, relation, sentence, fewest=20)",
+        "StructuralProbe": "StructuralProbe(tokens, head, sentence, rank=8, steps=60)",
+        "TreeStructure": "TreeStructure(tokens[:16], lengths[:16], ends[:, :16])",
+    },
+    "pairs": {"PairedEmbeddings": "PairedEmbeddings(first, second, encode)"},
     "negation": {"Negation": "Negation(prompts)"},
     "markov": {"MarkovReferences": "MarkovReferences(tokens, 3)"},
     "regression": {"RegressionReferences": "RegressionReferences(inputs, x, y, noise)"},
@@ -71,8 +86,9 @@ EXAMPLES = {
     },
 }
 
-# Measured at every third checkpoint, for what they cost.
+# Measured at every second checkpoint, for what they cost.
 SELDOM = {
     *("ActivationPatching", "Circuit", "LayerRoles", "MDLProbe", "Steering", "SparseAutoencoder", "LLC"),
-    *("RestrictedLLC", "Susceptibilities", "BayesianInfluence", "Curvature"),
+    *("Interchange", "ProbeErasure", "StructuralProbe", "TreeStructure", "RestrictedLLC", "Susceptibilities"),
+    *("BayesianInfluence", "Curvature"),
 }

@@ -43,7 +43,7 @@ def measured(study: str, folder: Path) -> Trajectory:
     lines = EXAMPLES[study]
     watches = [Watch(name, eval(line, vars(devmon.instruments) | names), range(10_000)) for name, line in lines.items()]
     for index, (step, model) in enumerate(models.items()):
-        due = [watch for watch in watches if index % 3 == 0 or watch.name not in SELDOM]
+        due = [watch for watch in watches if index % 2 == 0 or watch.name not in SELDOM]
         observe(step, model, due, run)
     if failed := {name: run.failures(name) for name in run if run.failures(name)}:
         raise RuntimeError(f"examples of the pages of instruments failed: {failed}")
@@ -65,7 +65,7 @@ def gallery() -> dict[str, Shown]:
         warnings.simplefilter("ignore")
         for study, lines in EXAMPLES.items():
             run = measured(study, Path(folder))
-            # Runs of seven checkpoints are drawn as they are: there is too little of them to search for events.
+            # Runs of five checkpoints are drawn as they are: there is too little of them to search for events.
             findings = examine(run, detection=Detection({}, (), 0, {}))
             code = textwrap.dedent(inspect.getsource(getattr(studies, study)))
             for name, line in lines.items():

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from devmon.data import broken_repeats, symbol_tasks
+from devmon.data.grammars import SMALL, Brackets, trees
+from devmon.data.interchange import Interchanges
 from devmon.data.markov import chains, transition_matrices
 from devmon.data.negation import NegationLanguage
 from devmon.data.regression import regression_examples
@@ -61,12 +63,13 @@ def language() -> Study:
         return tokens
 
     model = gpt2(vocab, length)
-    steps = (0, 20, 60, 100, 150, 250, 400)
+    steps = (0, 40, 120, 200, 300)
     models = trained(model, lambda _: next_token_loss(model, text(32)).mean(), steps, 3e-3)
     tokens = text(24)
     rows = torch.randn(64, 32, generator=draw)
     dictionary = Dictionary(rows.T.contiguous(), torch.zeros(64), rows / 32, torch.zeros(32), Largest(4))
     size = {"batch_size": 8}
+    asked = text(32)
     names: dict[str, Any] = {
         "tokens": tokens,  # (24 texts, 24 places)
         "corpus": text(32),
@@ -78,13 +81,16 @@ def language() -> Study:
         "dictionary": dictionary,
         "uncentred": Dictionary(rows.T.contiguous(), torch.zeros(64), rows / 32, torch.zeros(32), centred=False),
         "directions": rows[:1],
-        "settings": {"nbeta": 30.0, "gamma": 100.0, "lr": 2e-3, "chains": 2, "draws": 20, "burn_in": 10, **size},
+        "settings": {"nbeta": 30.0, "gamma": 100.0, "lr": 2e-3, "chains": 2, "draws": 12, "burn_in": 6, **size},
         "parts": ("l0 attn", "l1 mlp"),
+        "repeats": (torch.arange(length)[:, None] - torch.arange(length)).abs().eq(length // 2).expand(12, -1, -1),
+        "fitted": torch.arange(12) < 6,
+        "exchanged": Interchanges(asked, asked.roll(1, 0), asked[:, 0], asked.roll(1, 0)[:, 0]),
         "training": Training(BatchTopK(4), width=2, steps=40),
-        "trained": models[400],
+        "trained": models[300],
         "law": Chain(law[0]),
         "chained": chains(law.expand(24, -1, -1), length, draw),
-        **questions(asked := text(32), asked.roll(1, 0)),
+        **questions(asked, asked.roll(1, 0)),
     }
     return names, models
 
@@ -112,6 +118,50 @@ def questions(right: Tensor, wrong: Tensor) -> dict[str, Tensor]:
             "right": torch.tensor([True, False]).repeat(count)}  # fmt: skip
 
 
+def grammar() -> Study:
+    """The same model on sentences of a grammar and on nested brackets, in turns."""
+    brackets, draw = Brackets(2, 3), torch.Generator().manual_seed(0)
+    model = gpt2(max(SMALL.vocab_size, brackets.vocab_size), 32)
+
+    def loss(step: int) -> Tensor:
+        tokens = SMALL.draw(16, 32, draw).tokens if step % 2 else brackets.draw(16, 32, draw)
+        return next_token_loss(model, tokens).mean()
+
+    models = trained(model, loss, (0, 30, 60, 100, 150), 5e-3)
+    held = SMALL.draw(32, 32, draw)
+    tree = trees(held)
+    starts = [(row < 0).nonzero()[:2, 0].tolist() for row in held.ends[0]]
+    names = {
+        "brackets": brackets,
+        "closing": brackets.draw(24, 32, draw),
+        "tokens": held.tokens,
+        "ends": held.ends,
+        "lengths": torch.tensor([(after[0] if after else 32) - 1 for _, *after in starts]),  # of the first sentences
+        "head": tree.head,
+        "relation": tree.relation,
+        "sentence": tree.sentence,
+    }
+    return names, models
+
+
+def pairs() -> Study:
+    """Two linear towers on noisy views of the same things, trained to tell which belong together."""
+    draw = torch.Generator().manual_seed(0)
+    things = torch.randn(64, 4, generator=draw)
+    first, second = (things @ torch.randn(4, 8, generator=draw) for _ in range(2))
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(8, 16), nn.Linear(8, 16)])
+
+    def encode(model: Any, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return model[0](first), model[1](second)
+
+    def loss(step: int) -> Tensor:
+        x, y = (F.normalize(part, dim=-1) for part in encode(model, first, second))
+        return F.cross_entropy(10 * x @ y.T, torch.arange(64))
+
+    return {"first": first, "second": second, "encode": encode}, trained(model, loss, (0, 10, 30, 60, 120), 1e-2)
+
+
 def negation() -> Study:
     """The same model on a made-up language of classes, members and "not"."""
     language, draw = NegationLanguage(), torch.Generator().manual_seed(0)
@@ -120,7 +170,7 @@ def negation() -> Study:
     def loss(step: int) -> Tensor:
         return next_token_loss(model, language.draw(64, draw)).mean()
 
-    models = trained(model, loss, (0, 30, 60, 100, 150, 200, 250), 5e-3)
+    models = trained(model, loss, (0, 50, 100, 150, 200), 5e-3)
     return {"prompts": language.prompts(48, draw)}, models
 
 
@@ -146,7 +196,7 @@ def sums() -> Study:
         decay = sum(parameter.square().sum() for parameter in model.parameters())
         return F.cross_entropy(model(seen), seen.sum(1) % p) + 1e-4 * decay
 
-    return {"p": p, "train": train}, trained(model, loss, (0, 20, 50, 100, 200, 400, 700, 1000, 1500), 5e-3)
+    return {"p": p, "train": train}, trained(model, loss, (0, 50, 150, 400, 800), 5e-3)
 
 
 def classes() -> Study:
@@ -156,7 +206,7 @@ def classes() -> Study:
     inputs = 2 * torch.randn(5, 8, generator=draw)[labels] + torch.randn(200, 8, generator=draw)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5))
-    models = trained(model, lambda _: F.cross_entropy(model(inputs), labels), (0, 10, 30, 60, 100, 200, 400), 3e-3)
+    models = trained(model, lambda _: F.cross_entropy(model(inputs), labels), (0, 20, 60, 120, 300), 3e-3)
     return {"inputs": inputs, "labels": labels}, models
 
 
@@ -167,7 +217,7 @@ def markov() -> Study:
     def loss(step: int) -> Tensor:
         return next_token_loss(model, chains(transition_matrices(16, 3, draw), 32, draw)).mean()
 
-    models = trained(model, loss, (0, 10, 20, 40, 70, 120, 200), 5e-3)
+    models = trained(model, loss, (0, 20, 40, 80, 150), 5e-3)
     return {"tokens": chains(transition_matrices(64, 3, draw), 32, draw)}, models
 
 
@@ -198,5 +248,5 @@ def regression() -> Study:
         rows, _, y = examples(32)
         return (model(rows) - y).square().mean()
 
-    models = trained(model, loss, (0, 10, 30, 60, 100, 200, 300), 5e-3)
+    models = trained(model, loss, (0, 20, 60, 120, 240), 5e-3)
     return dict(zip(("inputs", "x", "y"), examples(128), strict=True)) | {"noise": noise}, models

@@ -16,6 +16,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ import torch
 import torch.nn.functional as F
 
 from devmon.data import broken_repeats
+from devmon.data.prompt_pairs import PromptPairs
 from devmon.data.text import Text, read_text
+from devmon.features import BatchTopK, Dictionary, Streamed, Training, train
 from devmon.instruments import (
     ActivationPatching,
     Circuit,
+    ConceptDirection,
     CopyingHeads,
+    DictionaryQuality,
+    FeatureCircuit,
     FewShot,
     HeadAblation,
     InContextLearning,
@@ -44,12 +50,18 @@ from devmon.instruments import (
     RepeatGain,
     ResidualAttribution,
     Sketch,
+    SparseAutoencoder,
+    Steering,
 )
 from devmon.recipes.language_model import AttentionOnly, mixture, previous_kinds
 from devmon.snapshot import Snapshot
 
 LENGTH, SEQUENCES = 64, 64
-SETS = {"MDLProbe": 40, "ActivationPatching": 60, "Circuit": 60}  # at most, of what takes seconds a probe set
+SETS = {  # at most, of what takes seconds a probe set
+    "MDLProbe": 40, "ActivationPatching": 60, "Circuit": 60, "FeatureCircuit": 40, "SparseAutoencoder": 40,
+}  # fmt: skip
+SITES = ("attn_out", 0), ("attn_out", 1)  # of dictionaries
+DICTIONARY = Training(BatchTopK(6), width=3, steps=150)
 
 
 def trained(text: Text, steps: int) -> torch.nn.Module:
@@ -66,7 +78,18 @@ def trained(text: Text, steps: int) -> torch.nn.Module:
     return model.eval()
 
 
-def instruments(text: Text) -> dict[str, Callable[[int], Any]]:
+def dictionaries(text: Text, model: torch.nn.Module) -> dict[tuple[str, int], Dictionary]:
+    """One of each of `SITES`, trained once."""
+    tokens = mixture(text, 1000, torch.Generator().manual_seed(3), repeats=True)
+    made = {}
+    for site in SITES:
+        coder = train(DICTIONARY, Streamed(model, tokens, [site], batch=512)).dictionary
+        assert isinstance(coder, Dictionary)
+        made[site] = coder
+    return made
+
+
+def instruments(text: Text, coders: dict[tuple[str, int], Dictionary]) -> dict[str, Callable[[int], Any]]:
     """What is measured, from the number of the probe set."""
     vocab = len(text.alphabet)
     corpus = text.windows(512, LENGTH, generator=torch.Generator().manual_seed(10**6))
@@ -79,6 +102,10 @@ def instruments(text: Text) -> dict[str, Callable[[int], Any]]:
         tokens = windows(seed)
         return tokens, *previous_kinds(tokens, text.alphabet)
 
+    def pairs(seed: int, count: int = 24) -> PromptPairs:
+        return broken_repeats(vocab, count, 8, seed=seed)
+
+    shorter = replace(DICTIONARY, steps=30)
     size: dict[str, Any] = {"vocab_size": vocab, "sequences": SEQUENCES, "length": LENGTH}
     return {
         "ProbeLoss": lambda seed: ProbeLoss(windows(seed)),
@@ -99,6 +126,15 @@ def instruments(text: Text) -> dict[str, Callable[[int], Any]]:
         "ResidualAttribution": lambda seed: ResidualAttribution.repeated(vocab, length=LENGTH, seed=seed),
         "ActivationPatching": lambda seed: ActivationPatching(broken_repeats(vocab, 64, 20, seed=seed)),
         "Circuit": lambda seed: Circuit(broken_repeats(vocab, 64, 20, seed=seed), seed=seed),
+        "DictionaryQuality": lambda seed: DictionaryQuality(windows(seed), coders[SITES[1]], SITES[1]),
+        "SparseAutoencoder": lambda seed: SparseAutoencoder(corpus, windows(seed), SITES[1], shorter, batch=512),
+        "Steering": lambda seed: Steering(
+            pairs(seed), windows(seed)[:32], SITES[1], dictionary=coders[SITES[1]], latents=(0, 1, 2), strengths=(1.0,)
+        ),
+        "FeatureCircuit": lambda seed: FeatureCircuit(
+            pairs(seed, 48), coders, steps=4, counts=(10, 100, 300), random=1, top=1, seed=seed
+        ),
+        "ConceptDirection": lambda seed: ConceptDirection(pairs(seed, 64).clean, pairs(seed, 64).corrupt, "attn_out"),
     }
 
 
@@ -134,7 +170,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine, "probes": {}, "headlines": {}}
     if args.names and args.json and Path(args.json).exists():
         results |= {key: value for key, value in json.loads(Path(args.json).read_text()).items() if key != "machine"}
-    for name, make in instruments(text).items():
+    for name, make in instruments(text, dictionaries(text, model)).items():
         if args.names and name not in args.names:
             continue
         probes = min(args.probes, SETS.get(name, args.probes))

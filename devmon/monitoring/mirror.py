@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import xarray as xr
@@ -113,14 +114,28 @@ def sender(log: Any) -> Send:
     Raises `DevmonError` for anything else.
     """
     if callable(getattr(log, "log_metrics", None)):
-        return lambda values, step: log.log_metrics(values, step=step)
+        return partial(_by_metrics, log)
     if callable(getattr(log, "add_scalar", None)):
-        return lambda values, step: [log.add_scalar(name, value, step) for name, value in values.items()]
+        return partial(_by_scalar, log)
     if callable(getattr(log, "log", None)):
-        return lambda values, step: log.log(values, step=step)
+        return partial(_by_log, log)
     if callable(log):
         return log
     raise DevmonError(
         f"log is a logger (with log_metrics, add_scalar or log) or a function of (values, step), got {log!r}; True "
         "sends to the loggers of a Lightning trainer or of Fabric, and a plain loop has none"
     )
+
+
+# Functions of a module, not of a call: a monitor goes to other processes with them.
+def _by_metrics(log: Any, values: dict[str, float], step: int) -> None:
+    log.log_metrics(values, step=step)
+
+
+def _by_scalar(log: Any, values: dict[str, float], step: int) -> None:
+    for name, value in values.items():
+        log.add_scalar(name, value, step)
+
+
+def _by_log(log: Any, values: dict[str, float], step: int) -> None:
+    log.log(values, step=step)

@@ -136,6 +136,17 @@ def test_an_untrained_model_says_one_class_and_is_moved_no_more_than_by_random_s
     assert abs(float((found["difference"] - found["difference_random"]).squeeze())) < 0.1
 
 
+def test_pairs_whose_label_changes_stand_apart_from_the_others() -> None:
+    """A model that says class 0 whatever is exchanged is right where the algorithm says so."""
+    model = mlp(0)
+    model[2].bias.data = torch.tensor([9.0, 0.0])  # type: ignore[index,union-attr]
+    pairs, found = hierarchical_equality(2000, seed=3), measure(model)
+    judged = torch.randperm(2000, generator=Snapshot(0, model).generator("split"))[1000:]
+    label, goal = pairs.label[judged], pairs.counterfactual[judged]
+    for name, kept in {"iia": goal >= 0, "iia_changes": goal != label, "iia_same": goal == label}.items():
+        np.testing.assert_allclose(found[name].item(), float((goal[kept] == 0).double().mean()), err_msg=name)
+
+
 def test_sites_by_path_and_by_name_are_the_same_and_the_last_state_whole_is_the_source() -> None:
     tokens = torch.randint(VOCAB, (12, LENGTH), generator=torch.Generator().manual_seed(0))
     model, last = random_model(0), len(random_model(0).blocks) - 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import brentq
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
@@ -74,18 +75,15 @@ def test_untrained_attention_is_little_above_chance() -> None:
 def test_the_sparse_regression_is_the_minimum() -> None:
     generator = np.random.default_rng(0)
     x = generator.standard_normal((400, 6))
-    label = generator.random(400) < 1 / (1 + np.exp(1 - 2 * x[:, 0] + x[:, 1]))
-    weights = sparse_logistic(x, label, 0.05)
-    assert (weights != 0).tolist() == [True, True, False, False, False, False]
+    label = generator.random(400) < 1 / (1 + np.exp(4 - 2 * x[:, 0] + x[:, 1]))
+    weights = sparse_logistic(x, label, 0.2)
+    assert (weights != 0).tolist() == [True, True, False, False, False, True]
 
-    def objective(w: np.ndarray) -> float:  # the best intercept for these weights
-        intercepts = np.linspace(-3, 1, 2001)
-        scores = (x @ w)[:, None] + intercepts
-        return float(0.05 * np.logaddexp(0, np.where(label[:, None], -scores, scores)).sum(0).min() + np.abs(w).sum())
-
-    least = objective(weights)
-    for _ in range(50):
-        assert objective(weights + 0.02 * generator.standard_normal(6)) > least
+    # at the minimum the slope is balanced by the penalty, and that of the intercept, which has none, is 0
+    intercept = brentq(lambda b: float((1 / (1 + np.exp(-x @ weights - b)) - label).sum()), -20, 20)
+    slope = 0.2 * x.T @ (1 / (1 + np.exp(-x @ weights - intercept)) - label)
+    np.testing.assert_allclose(slope[weights != 0], -np.sign(weights[weights != 0]), atol=1e-3)
+    assert (np.abs(slope[weights == 0]) < 1).all()
     plain = LogisticRegression(C=1e4).fit(x, label)  # where the penalty is nothing
     np.testing.assert_allclose(sparse_logistic(x, label, 1e4), plain.coef_[0], atol=1e-3)
 
@@ -211,6 +209,23 @@ def test_pairs_that_are_equal_and_pairs_that_are_opposite() -> None:
     other = embedded(x, -x)
     np.testing.assert_allclose(other["alignment"], 4)
     assert float(other["recall"]) == 0
+
+
+def test_each_number_by_its_definition() -> None:
+    x, y = (F.normalize(torch.randn(17, 4, generator=rng(i), dtype=torch.float64), dim=-1) for i in (7, 8))
+    found, n = embedded(x, y), range(17)
+    apart = [(i, j) for i in n for j in n if i != j]
+    expected = {
+        "gap": (x.mean(0) - y.mean(0)).norm(),
+        "alignment": np.mean([float((x[i] - y[i]).square().sum()) for i in n]),
+        "alignment_unpaired": np.mean([float((x[i] - y[j]).square().sum()) for i, j in apart]),
+        "uniformity_second": np.log(np.mean([np.exp(-2 * float((y[i] - y[j]).square().sum())) for i, j in apart])),
+        "cosine_unpaired": np.mean([float(x[i] @ y[j]) for i, j in apart]),
+        "cosine_within": np.mean([float(z[i] @ z[j]) for z in (x, y) for i, j in apart]),
+        "recall": np.mean([int(torch.cdist(x[i : i + 1], y).argmin()) == i for i in n]),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-9, err_msg=name)
 
 
 def test_two_orthogonal_cones() -> None:

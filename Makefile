@@ -12,7 +12,7 @@ demo: .venv/installed  ## train a small language model and watch its phase trans
 
 docs: .venv/installed  ## the site with its gallery, in site/ (about a minute, without network)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo site/index.html
+	@echo 'site/index.html (its search needs a server: python3 -m http.server --directory site)'
 
 test: lint types tests  ## ruff, mypy, the tests
 

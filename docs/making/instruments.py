@@ -38,7 +38,7 @@ def listing() -> str:
     ]
     for title, names in groups().items():
         rows = [[f"[{name}]({name}.md)", cell(describe.summary(describe.instrument(name)))] for name in names]
-        lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(["", ""], rows)]
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(["instrument", "measures"], rows)]
     return "\n".join(lines) + "\n"
 
 

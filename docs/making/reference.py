@@ -98,7 +98,7 @@ def commands() -> str:
             if given.name != "help"
         ]
         if rows:
-            lines += ["", table(["", ""], rows)]
+            lines += ["", table(["option", "meaning"], rows)]
     return "\n".join(lines) + "\n"
 
 

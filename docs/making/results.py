@@ -65,7 +65,7 @@ def results() -> str:
             escaped(" ".join(about.split())),
             f"`python {script.relative_to(ROOT)}`; results in `{path.relative_to(ROOT)}`, last changed {changed(path)}."
             + (f" Machine: {escaped(str(machine))}." if machine else ""),
-            table(["", ""], rows[:MOST]),
+            table(["what", "measured"], rows[:MOST]),
         ]
         if more := len(rows) - MOST:
             parts += [f"{more} more numbers are in the file."] if more > 0 else []

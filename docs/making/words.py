@@ -50,6 +50,8 @@ def cell(text: str) -> str:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A table of cells that are Markdown already."""
+    """A table of cells that are Markdown already; none where there are no rows."""
+    if not rows:
+        return ""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

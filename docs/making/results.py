@@ -12,8 +12,11 @@ from typing import Any
 from words import cell, escaped, table
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"machine", "options", "settings", "note", "torch", "numpy", "python", "platform", "load", "cpus", "which"}
-MOST = 40  # numbers of a file that are shown; what is left out is named
+SETTINGS = {
+    *("machine", "options", "settings", "note", "torch", "numpy", "python", "platform", "load", "cpus", "which"),
+    "probes",
+}
+MOST = 160  # numbers of a file that are shown; what is left out is named
 
 
 def flat(held: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
@@ -27,6 +30,27 @@ def flat(held: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
             yield " / ".join(path), ", ".join(map(shown, held))
     elif held is not None:
         yield " / ".join(path), shown(held)
+
+
+def tables(numbers: list[tuple[str, str]]) -> str:
+    """Numbers that are the same of several things side by side, a row a thing; the others one below the other."""
+    things: dict[str, dict[str, str]] = {}
+    for path, value in numbers:
+        thing, _, what = path.rpartition(" / ")
+        things.setdefault(thing, {})[what] = value
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for thing, held in things.items():
+        alike.setdefault(tuple(held), []).append(thing)
+    parts = []
+    for columns, names in alike.items():
+        if len(names) > 1:
+            rows = [[cell(name), *(cell(things[name][column]) for column in columns)] for name in names]
+            parts.append(table(["", *map(cell, columns)], rows))
+        else:
+            (name,) = names
+            rows = [[cell(f"{name} / {what}" if name else what), cell(things[name][what])] for what in columns]
+            parts.append(table(["what", "measured"], rows))
+    return "\n\n".join(parts)
 
 
 def shown(value: Any) -> str:
@@ -56,7 +80,7 @@ def results() -> str:
             continue  # the labels
         held, script = json.loads(path.read_text(encoding="utf-8")), script_of(path)
         about = (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
-        rows = [[cell(key), cell(value)] for key, value in flat(held)]
+        numbers = list(flat(held))
         machine = held.get("machine", "") if isinstance(held, dict) else ""
         if isinstance(machine, dict):
             machine = ", ".join(f"{key} {value}" for key, value in machine.items())
@@ -65,8 +89,8 @@ def results() -> str:
             escaped(" ".join(about.split())),
             f"`python {script.relative_to(ROOT)}`; results in `{path.relative_to(ROOT)}`, last changed {changed(path)}."
             + (f" Machine: {escaped(str(machine))}." if machine else ""),
-            table(["what", "measured"], rows[:MOST]),
+            tables(numbers[:MOST]),
         ]
-        if more := len(rows) - MOST:
+        if more := len(numbers) - MOST:
             parts += [f"{more} more numbers are in the file."] if more > 0 else []
     return "\n\n".join(parts)

@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
+from devmon.anatomy import Anatomy
 from devmon.data import random_tokens
 from devmon.errors import DataError, InstrumentError
 from devmon.instruments import FrozenProbe, LinearProbe, ProbeErasure
@@ -117,6 +119,32 @@ def test_only_labelled_places_are_changed_and_scored() -> None:
     np.testing.assert_allclose(found["loss_change"], blind - knows, rtol=0.03)
     with pytest.raises(DataError, match="next token"):
         ProbeErasure(tokens, (torch.arange(40)[:, None] % 2).expand(40, 33).masked_fill(torch.arange(33) < 32, -100))
+
+
+def test_erasure_by_the_published_formula_at_the_labelled_places_of_the_other_half() -> None:
+    """Where heads read other places, those must be what they were, and the loss of the others must not enter."""
+    model, tokens = random_model(2), random_tokens(VOCAB, 30, 12, 3)
+    labels = (tokens % 3).masked_fill(torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.5, -100)
+    instrument = ProbeErasure(tokens, labels)
+    found, anatomy = instrument(Snapshot(0, model)), Anatomy(model)
+    task, rest = instrument._task, instrument._rest
+    used = labels >= 0
+    for depth, site in enumerate((("resid_pre", 0), ("resid_post", 0), ("resid_post", 1))):
+        states = anatomy.run(tokens, [site])[1][site]
+        x = states[used].numpy()[task.train]
+        z = np.eye(3)[labels[used].numpy()[task.train]]
+        mean, covariance = x.mean(0), np.cov(x.T, bias=True)
+        whiten = np.linalg.inv(sqrtm(covariance).real)
+        cross = whiten @ (x - mean).T @ (z - z.mean(0)) / len(x)
+        project = np.linalg.inv(whiten) @ cross @ np.linalg.pinv(cross, rcond=1e-8) @ whiten
+        erased = states - (states - torch.from_numpy(mean)) @ torch.from_numpy(project.T)
+        changed = torch.where(used[..., None], erased, states)
+        losses = []
+        for write in ({}, {site: changed[rest]}):
+            log_p = anatomy.run(tokens[rest], write=write)[0].log_softmax(-1)
+            nats = -log_p[:, :-1].gather(-1, tokens[rest, 1:, None])[..., 0]
+            losses.append(nats[used[rest, :-1]].mean())
+        np.testing.assert_allclose(found["loss_change"][depth], (losses[1] - losses[0]).detach(), rtol=1e-6)
 
 
 PROBE, REFERENCE = random_tokens(VOCAB, 24, LENGTH, 1), random_model(5)

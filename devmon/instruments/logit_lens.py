@@ -82,11 +82,11 @@ class LogitLens(ByContent):
         sequences, positions = self.tokens.shape
         depths = sequences * positions * shape.layers
         direct = 2 * depths * shape.d_model**2
-        softmaxes = depths + 2 * sequences * positions
+        softmaxes = depths * 2 // 3 + 2 * sequences * positions  # the exponentials are those of the model
         whole = Cost(sequences, positions=positions, products=depths, softmaxes=softmaxes, operations=direct)
-        # the logits of one block of places at one depth, and of a chunk of it
-        block = min(4 * PRODUCT * shape.vocab, LOGITS // 5)
-        return replace(whole, trials=trials(positions, 1), held=min(block, 4 * sequences * positions * shape.vocab))
+        # of one block of places the model's probabilities, and the logits at one depth
+        block = min(4 * PRODUCT * shape.vocab, LOGITS // 5, 4 * sequences * positions * shape.vocab)
+        return replace(whole, trials=trials(positions, 1), held=2 * block)
 
     def reads(self) -> list[Read]:
         sites: tuple[Site, ...] = (("resid_pre", 0), "resid_post", "z")
@@ -120,12 +120,13 @@ def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
 
     # some places at a time, at every depth: no more than their logits are held
     for block in seen.products():
+        model = log_ps[block].exp()
         for depth in range(last, -1, -1):  # at the last the lens is the model
             scores = log_ps[block] if depth == last else _unembedded(seen.anatomy, stream[depth].flatten(0, 1)[block])
             for at in chunks(len(scores), scores.shape[1], scores.element_size()):
                 here = slice(block.start + at.start, block.start + at.stop)
                 log_q = scores[at] if depth == last else log_softmax(scores[at])
-                p = log_ps[here].exp()  # again at each depth: to hold it would be memory
+                p = model[at]
                 along = torch.linalg.vecdot(p, log_q).double()
                 if depth == last:
                     negentropy[here] = along

@@ -108,7 +108,10 @@ class WeightStatistics:
                 "none: leave it out for this model"
             )
         rows = Rows(headline=["density", "model_l2", "mean_spectral"])
-        of_matrix = [_matrix(p.reshape(len(p), -1)) for p in matrices.values()]
+        # sums over a parameter serve the matrix that it is, and all of them together
+        moments = [_moments(p) for _, p, _ in named]
+        known = {_place(p): sums for (_, p, _), sums in zip(named, moments, strict=True)}
+        of_matrix = [_matrix(p.reshape(len(p), -1), known.get(_place(p))) for p in matrices.values()]
         values = {name: np.array([row[name] for row in of_matrix]) for name in MATRIX}
         for name, (label, units) in MATRIX.items():
             nothing = "defined for square matrices only" if name in SQUARE else None
@@ -124,7 +127,7 @@ class WeightStatistics:
 
         for name, (source, label, units) in MEANS.items():
             rows.put(name, (), float(np.mean(values[source])), None, f"{label}, mean over matrices", units=units)
-        _put_whole(rows, [p for _, p, _ in named])
+        _put_whole(rows, [p for _, p, _ in named], moments)
         kinds = np.array(["weight", "vector"], dtype=object)
         return rows.dataset(parameter=np.array(list(matrices), dtype=object), kind=kinds)
 
@@ -188,11 +191,15 @@ def _matrices(name: str, weight: Tensor, kernel: bool) -> list[tuple[str, Tensor
     return [(name, stack[0])] if len(stack) == 1 else [(f"{name}[{i}]", each) for i, each in enumerate(stack)]
 
 
-def _matrix(weight: Tensor) -> dict[str, float]:
-    """The statistics of a matrix (rows, columns)."""
+def _place(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight.numel(), weight.is_contiguous()
+
+
+def _matrix(weight: Tensor, moments: np.ndarray | None = None) -> dict[str, float]:
+    """The statistics of a matrix (rows, columns), from its `_moments` where they are known."""
     if not math.isfinite(peak := _peak(weight)):
         return dict.fromkeys(MATRIX, math.nan)
-    *_, l1, squares = map(float, _moments(weight))
+    *_, l1, squares = map(float, _moments(weight) if moments is None else moments)
     l2, singular = math.sqrt(squares), _singular_values(weight, peak)
     spectral, square = float(singular[-1]), weight.shape[0] == weight.shape[1]
     trace = float(weight.diagonal().double().sum()) if square else math.nan
@@ -249,9 +256,8 @@ def _joined(parts: np.ndarray) -> np.ndarray:
         return np.array([size.sum(), whole, spread.sum() + away, l1.sum(), squares.sum()])
 
 
-def _put_whole(rows: Rows, parameters: list[Tensor]) -> None:
+def _put_whole(rows: Rows, parameters: list[Tensor], moments: list[np.ndarray]) -> None:
     """The statistics of all parameters as one vector, and of the entries of matrices and of vectors."""
-    moments = [_moments(p) for p in parameters]
     size, _, _, l1, squares = map(float, _joined(np.array(moments)))
     l2, finite = math.sqrt(squares), math.isfinite(l1) and math.isfinite(squares)
     whole = {

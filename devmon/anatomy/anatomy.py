@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from devmon.anatomy.attention import Patterns
 from devmon.anatomy.find import candidates
 from devmon.anatomy.fit import mlp_site, rebuilt_logits, rebuilt_stream, try_layout
-from devmon.anatomy.forward import check_causal, forward, logits, original
+from devmon.anatomy.forward import check_causal, forward, last_place, logits, original, scores_in
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.parts import Parts
 from devmon.anatomy.proposing.propose import corrected
@@ -139,15 +139,27 @@ class Anatomy(Parts):
         write: Mapping[Any, Write] | None = None,
         *,
         grad: bool = False,
+        last: bool = False,
     ) -> tuple[Tensor, Reads]:
         """One forward pass: the logits (batch, pos, vocab), or the last hidden state of a model without them, and
-        what was read."""
+        what was read. With `last` the logits may be those of the last place alone, (batch, 1, vocab)."""
         if not self.tried:
             self.tried = try_layout(self, inputs)
+        if last and self.has_logits and isinstance(inputs, Tensor) and inputs.ndim == 2:
+            # What comes after the unembedding may want all places: then it has them.
+            with suppress(Exception), last_place(self.unembedding, tuple(inputs.shape)):
+                return self._run(inputs, read, write, grad, narrow=True)
+        return self._run(inputs, read, write, grad)
+
+    def _run(
+        self, inputs: Any, read: Iterable[Site], write: Mapping[Any, Write] | None, grad: bool, narrow: bool = False
+    ) -> tuple[Tensor, Reads]:
         with self.tapped(read, write, grad=grad) as reads:
             output = forward(self.model, inputs, self.who, grad=grad, layout=self.layout)
         if self.has_logits:
-            return logits(self.model, inputs, self.who, output=output), reads
+            scores = scores_in(output)
+            narrow = narrow and isinstance(scores, Tensor) and scores.ndim == 3 and scores.shape[1] == 1
+            return logits(self.model, inputs[:, -1:] if narrow else inputs, self.who, output=output), reads
         return next(iter(output.values())) if isinstance(output, Mapping) else output, reads
 
     def read_up_to(self, inputs: Any, sites: Iterable[Site]) -> Reads:

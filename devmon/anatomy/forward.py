@@ -194,3 +194,19 @@ def _moved(model: nn.Module, one: Tensor, other: Tensor, half: int, who: str, wa
     ran = (logits(model, x, who, output=None if watched else unwatched(model, x)).double() for x in (other, one))
     change = (next(ran) - next(ran)).abs().nan_to_num(0, 0, 0)
     return float(change[:, :half].max()), float(change[:, half:].max())
+
+
+@contextmanager
+def last_place(unembedding: nn.Module | None, shape: tuple[int, ...]) -> Iterator[None]:
+    """The unembedding is given the states of the last place alone inside, where it is given those of all places."""
+
+    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        state = args[0]
+        return (state[:, -1:], *args[1:]) if state.ndim == 3 and state.shape[:2] == shape[:2] else None
+
+    handle = None if unembedding is None else unembedding.register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

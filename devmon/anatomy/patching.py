@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.sites import LayerSite, Reads, Site, Write
@@ -57,13 +58,69 @@ def patched(value: Tensor, source: Tensor, index: Index) -> Tensor:
 
 
 def run_patched(
-    anatomy: Anatomy, tokens: Tensor, patches: Sequence[tuple[Site, Index, Tensor]], read: Iterable[Site] = ()
+    anatomy: Anatomy,
+    tokens: Tensor,
+    patches: Sequence[tuple[Site, Index, Tensor]],
+    read: Iterable[Site] = (),
+    last: bool = False,
 ) -> tuple[Tensor, Reads]:
-    """One forward pass in which each site of `patches` holds its tensor at its index; the logits and what was read."""
+    """One forward pass in which each site of `patches` holds its tensor at its index; the logits, with `last` perhaps
+    those of the last place alone, and what was read."""
     write: dict[Site, Write] = {}
     for site, index, source in patches:
         write[site] = _writes(source, index)
-    return anatomy.run(tokens, read, write)
+    return anatomy.run(tokens, read, write, last=last)
+
+
+class Starts:
+    """Passes that start at a layer, with the stream that enters it: no layer below is run.
+
+    `works` says whether they give what whole passes give, as tried on the first two of `tokens` (batch, pos) after a
+    pass of others: they do not where a layer hands on more than its stream, or keeps what later layers read.
+    """
+
+    def __init__(self, anatomy: Anatomy, tokens: Tensor) -> None:
+        self.anatomy, self.works = anatomy, False
+        self.tupled: dict[nn.Module, bool] = {}
+        if anatomy.layout.batch_first and anatomy.layers > 1:
+            with suppress(Exception), torch.no_grad():
+                self.works = self._try(tokens)
+
+    @contextmanager
+    def at(self, layer: int, state: Tensor) -> Iterator[None]:
+        """Passes inside start at `layer` with `state` (batch, pos, d)."""
+        below = [block for block in self.anatomy.blocks[:layer] if block in self.tupled]
+        before = [vars(block).get("forward") for block in below]
+        try:
+            for block in below:
+                given = (state,) if self.tupled[block] else state
+                vars(block)["forward"] = lambda *args, given=given, **kwargs: given
+            yield
+        finally:
+            for block, forward in zip(below, before, strict=True):
+                vars(block).pop("forward") if forward is None else vars(block).update(forward=forward)
+
+    def _try(self, tokens: Tensor) -> bool:
+        # What each block returns: its stream, or a tuple that begins with it and holds no other tensor.
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            rest = output[1:] if isinstance(output, tuple) else ()
+            if not any(isinstance(each, Tensor) for each in rest):
+                self.tupled[module] = isinstance(output, tuple)
+
+        handles = [block.register_forward_hook(look) for block in self.anatomy.blocks]
+        try:
+            whole, reads = self.anatomy.run(tokens[:2], ["resid_pre"], last=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(self.tupled) < self.anatomy.layers:
+            return False
+        same = []
+        for layer in (1, self.anatomy.layers - 1):
+            self.anatomy.run(tokens[2:4], last=True)  # what a layer keeps is now that of others
+            with self.at(layer, reads["resid_pre", layer]):
+                same.append(torch.equal(self.anatomy.run(tokens[:2], last=True)[0], whole))
+        return all(same)
 
 
 def slopes(

@@ -183,7 +183,7 @@ class FunctionVectorHeads(ByContent):
             here = measured[rows]
             tokens = self.tasks.shuffled[here]
             source = mean[rows][:, None].expand(-1, tokens.shape[1], -1, -1)
-            output, _ = run_patched(anatomy, tokens, [(("z", layer), (slice(None), -1, head), source)])
+            output, _ = run_patched(anatomy, tokens, [(("z", layer), (slice(None), -1, head), source)], last=True)
             parts.append(_scores(output, self.tasks.answer[here]))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

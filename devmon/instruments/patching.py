@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from devmon.anatomy.patching import (
     SITE_KINDS,
     Index,
     SiteKind,
+    Starts,
     attributed,
     attributed_reads,
     check_heads,
@@ -144,9 +146,9 @@ class ActivationPatching(ByContent):
       prompt. Null: 0.
     - `path_restored_se` (path), share: its standard error.
 
-    Cost: at most 3 passes of all prompts for each of `exact` sites of a kind and of `heads`, 1 for each path, 9 more, 2
-    of them back. Raises InstrumentError for models whose parts or `heads` are not known or whose vocabulary is too
-    small, DataError for settings.
+    Cost: at most 3 passes of all prompts, from the layer on where that gives the same, for each of `exact` sites of a
+    kind and of `heads`, 1 for each path, 9 more, 2 of them back. Raises InstrumentError for models whose parts or
+    `heads` are not known or whose vocabulary is too small, DataError for settings.
     """
 
     pairs: PromptPairs
@@ -166,7 +168,7 @@ class ActivationPatching(ByContent):
     def cost(self) -> Cost:
         count, length = self.pairs.clean.shape
         passes = 8 + 9 * self.exact + 3 * len(self.heads) + (1 + len(self.paths) if self.paths else 0)
-        return Cost(forwards=passes * count, backwards=2 * count, positions=length)
+        return Cost(passes * count, 2 * count, positions=length, unembedded=(passes + 8 * length) * count)
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         pairs = self.pairs
@@ -174,7 +176,7 @@ class ActivationPatching(ByContent):
         anatomy.need_causal(pairs.clean)
         kinds = {name: kind for name, kind in SITE_KINDS.items() if name != "mlp" or anatomy.has_mlp}
         check_heads(anatomy, self.heads)
-        runs = self._unpatched(snapshot, anatomy, kinds.values())
+        runs, starts = self._unpatched(snapshot, anatomy, kinds.values()), Starts(anatomy, pairs.clean)
         rows = Rows(headline=["signal", "z_restored"], error="standard error over prompts")
         self._put_unpatched(rows, anatomy, runs)
 
@@ -185,7 +187,7 @@ class ActivationPatching(ByContent):
             }
             chosen = largest(guesses, self.exact)
             chosen = list(dict.fromkeys([*(self.heads if name == "z" else ()), *chosen]))
-            patched = self._patch(anatomy, kind, runs, chosen)
+            patched = self._patch(anatomy, kind, runs, chosen, starts)
             _put_kind(rows, name, kind, runs.whole, guesses, patched)
         for effect, slope in runs.slopes.items():
             # denoising puts clean queries, keys and values into the corrupt prompt, noising the other way round
@@ -252,26 +254,26 @@ class ActivationPatching(ByContent):
         return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
     def _patch(
-        self, anatomy: Anatomy, kind: SiteKind, runs: _Runs, chosen: list[tuple[int, ...]]
+        self, anatomy: Anatomy, kind: SiteKind, runs: _Runs, chosen: list[tuple[int, ...]], starts: Starts
     ) -> dict[str, np.ndarray]:
         """Shares of the signal times the signal, (prompt, *site), and the realism of what restores, (*site); NaN for
         the sites that are not chosen."""
-        pairs, shape = self.pairs, self._shape(anatomy, kind)
+        shape = self._shape(anatomy, kind)
         effects = {name: np.full((len(runs.whole), *shape), np.nan) for name in SHARE_LABELS}
         realism = {name: np.full(shape, np.nan) for name in REALISM}
         for at in chosen:
-            site, index, after = (kind.site, at[0]), kind.entries(at), ("resid_post", at[0])
+            site, index = (kind.site, at[0]), kind.entries(at)
             every: Index = (slice(None), *at)
             own, other = runs.clean[site], runs.clean[site].roll(1, 0)  # of this prompt, and of the one before
 
-            restored, state = self._run(anatomy, pairs.corrupt, site, index, own, after)
+            restored, state = self._run(starts, runs, "corrupt", site, index, own)
             effects["restored"][every] = restored - runs.corrupt_end
             realism["norm_ratio"][at], realism["quantile"][at] = runs.gauge(at[0], state)
 
-            broken, _ = self._run(anatomy, pairs.clean, site, index, runs.corrupt[site], after)
+            broken, _ = self._run(starts, runs, "clean", site, index, runs.corrupt[site])
             effects["broken"][every] = runs.clean_end - broken
 
-            resampled, _ = self._run(anatomy, pairs.corrupt, site, index, other, after)
+            resampled, _ = self._run(starts, runs, "corrupt", site, index, other)
             effects["restored_resample"][every] = resampled - runs.corrupt_end
         return effects | realism
 
@@ -280,18 +282,16 @@ class ActivationPatching(ByContent):
         return tuple(sizes[dim] for dim in kind.dims)
 
     def _run(
-        self,
-        anatomy: Anatomy,
-        tokens: Tensor,
-        site: tuple[str, int],
-        index: Index,
-        source: Tensor,
-        after: tuple[str, int],
+        self, starts: Starts, runs: _Runs, base: str, site: tuple[str, int], index: Index, source: Tensor
     ) -> tuple[np.ndarray, Tensor]:
-        """LD (batch,), and the stream (batch, d) at the last position after a layer, with the site patched."""
-        differences, states = [], []
+        """LD (batch,), and the stream (batch, d) at the last position after a layer, with a site of it patched."""
+        tokens, differences, states, layer = getattr(self.pairs, base), [], [], site[1]
+        # the layers below give what they give without the patch
+        before = getattr(runs, base)["resid_post", layer - 1] if starts.works and layer else None
         for rows in self._batches():
-            output, reads = run_patched(anatomy, tokens[rows], [(site, index, source[rows])], [after])
+            with nullcontext() if before is None else starts.at(layer, before[rows]):
+                patch, after = (site, index, source[rows]), ("resid_post", layer)
+                output, reads = run_patched(starts.anatomy, tokens[rows], [patch], [after], last=True)
             differences.append(self._difference(output, rows))
             states.append(reads[after][:, -1])
         return np.concatenate(differences), torch.cat(states)

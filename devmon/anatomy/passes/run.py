@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.attention import Patterns, no_fast_path, shown_patterns
-from devmon.anatomy.forward import forward
+from devmon.anatomy.forward import forward, last_place
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.passes.reads import Pass, Read, Seen
 from devmon.anatomy.residual import find_blocks, shown_stream
@@ -121,7 +121,7 @@ class _Group:
                 key: stack.enter_context(shown_stream(self.model, inputs, path, who))
                 for key, path in self.paths.items()
             }
-            stack.enter_context(_last_place(self.unembedding, tuple(inputs.shape)))
+            stack.enter_context(last_place(self.unembedding, tuple(inputs.shape)))
             output = forward(self.model, inputs, who)
         # What it gave is worked out when a read asks for it, and goes with the last of them.
         whole = Pass(self.model, rows, inputs, output, patterns, streams)
@@ -145,19 +145,3 @@ def _sites(anatomy: Anatomy, reads: Sequence[Read]) -> Iterator[Site]:
         for site in read.optional:
             with suppress(InstrumentError):
                 yield from anatomy.expand(site)
-
-
-@contextmanager
-def _last_place(unembedding: nn.Module | None, shape: tuple[int, ...]) -> Iterator[None]:
-    """The unembedding is given the states of the last place alone inside, where it is given those of all places."""
-
-    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        state = args[0]
-        return (state[:, -1:], *args[1:]) if state.ndim == 3 and state.shape[:2] == shape[:2] else None
-
-    handle = None if unembedding is None else unembedding.register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()

@@ -21,6 +21,7 @@ from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
 
+HELD = LOGITS // 16  # bytes of the model's probabilities of some places that are held for all depths: time alone
 CHECKED = 8  # places at which the lens of the last layer is compared with the model
 
 
@@ -82,11 +83,11 @@ class LogitLens(ByContent):
         sequences, positions = self.tokens.shape
         depths = sequences * positions * shape.layers
         direct = 2 * depths * shape.d_model**2
-        softmaxes = depths * 2 // 3 + 2 * sequences * positions  # the exponentials are those of the model
-        whole = Cost(sequences, positions=positions, products=depths, softmaxes=softmaxes, operations=direct)
-        # of one block of places the model's probabilities, and the logits at one depth
+        # of one block of places the logits at one depth, and the model's probabilities where they are few
         block = min(4 * PRODUCT * shape.vocab, LOGITS // 5, 4 * sequences * positions * shape.vocab)
-        return replace(whole, trials=trials(positions, 1), held=2 * block)
+        softmaxes = depths * (2 if block <= HELD else 3) // 3 + 2 * sequences * positions
+        whole = Cost(sequences, positions=positions, products=depths, softmaxes=softmaxes, operations=direct)
+        return replace(whole, trials=trials(positions, 1), held=block * (2 if block <= HELD else 1))
 
     def reads(self) -> list[Read]:
         sites: tuple[Site, ...] = (("resid_pre", 0), "resid_post", "z")
@@ -120,13 +121,13 @@ def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
 
     # some places at a time, at every depth: no more than their logits are held
     for block in seen.products():
-        model = log_ps[block].exp()
+        model = log_ps[block].exp() if log_ps[block].nbytes <= HELD else None  # else again at each depth
         for depth in range(last, -1, -1):  # at the last the lens is the model
             scores = log_ps[block] if depth == last else _unembedded(seen.anatomy, stream[depth].flatten(0, 1)[block])
             for at in chunks(len(scores), scores.shape[1], scores.element_size()):
                 here = slice(block.start + at.start, block.start + at.stop)
                 log_q = scores[at] if depth == last else log_softmax(scores[at])
-                p = model[at]
+                p = log_ps[here].exp() if model is None else model[at]
                 along = torch.linalg.vecdot(p, log_q).double()
                 if depth == last:
                     negentropy[here] = along

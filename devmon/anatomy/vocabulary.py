@@ -26,6 +26,11 @@ def products(places: int, vocab: int, element: int = 4) -> Iterator[slice]:
     return _slices(places, min(PRODUCT, LOGITS // 5 // max(vocab * element, 1)))
 
 
+def few_enough(size: int) -> bool:
+    """Whether so many bytes of probabilities may be held beside the logits of a minibatch: a sixteenth of them."""
+    return size <= LOGITS // 16
+
+
 def chunks(places: int, vocab: int, element: int = 4) -> Iterator[slice]:
     """Slices that cover `places`, each with about `CHUNK` bytes of logits over `vocab` tokens."""
     return _slices(places, CHUNK // max(vocab * element, 1))

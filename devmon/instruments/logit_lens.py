@@ -14,14 +14,13 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.passes import Read, Seen, chunks, log_softmax, read
 from devmon.anatomy.sites import Site
-from devmon.anatomy.vocabulary import LOGITS, PRODUCT
+from devmon.anatomy.vocabulary import LOGITS, PRODUCT, few_enough
 from devmon.cost import GPT2_SMALL, Cost, Shape, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.snapshot import Snapshot
 
-HELD = LOGITS // 16  # bytes of the model's probabilities of some places that are held for all depths: time alone
 CHECKED = 8  # places at which the lens of the last layer is compared with the model
 
 
@@ -85,9 +84,9 @@ class LogitLens(ByContent):
         direct = 2 * depths * shape.d_model**2
         # of one block of places the logits at one depth, and the model's probabilities where they are few
         block = min(4 * PRODUCT * shape.vocab, LOGITS // 5, 4 * sequences * positions * shape.vocab)
-        softmaxes = depths * (2 if block <= HELD else 3) // 3 + 2 * sequences * positions
+        softmaxes = depths * (2 if few_enough(block) else 3) // 3 + 2 * sequences * positions
         whole = Cost(sequences, positions=positions, products=depths, softmaxes=softmaxes, operations=direct)
-        return replace(whole, trials=trials(positions, 1), held=block * (2 if block <= HELD else 1))
+        return replace(whole, trials=trials(positions, 1), held=block * (2 if few_enough(block) else 1))
 
     def reads(self) -> list[Read]:
         sites: tuple[Site, ...] = (("resid_pre", 0), "resid_post", "z")
@@ -121,7 +120,7 @@ def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
 
     # some places at a time, at every depth: no more than their logits are held
     for block in seen.products():
-        model = log_ps[block].exp() if log_ps[block].nbytes <= HELD else None  # else again at each depth
+        model = log_ps[block].exp() if few_enough(log_ps[block].nbytes) else None  # else again at each depth
         for depth in range(last, -1, -1):  # at the last the lens is the model
             scores = log_ps[block] if depth == last else _unembedded(seen.anatomy, stream[depth].flatten(0, 1)[block])
             for at in chunks(len(scores), scores.shape[1], scores.element_size()):

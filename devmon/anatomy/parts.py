@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -207,6 +208,12 @@ class Parts:
             # Parallel parts may share one norm (Phi, GPT-J), which their layouts name for attention alone.
             module = self.optional(layer, "attention_norm")
         return (lambda x: x) if module is None else module
+
+    @property
+    def resolved(self) -> Layout:
+        """The layout with the numbers and flags that its attributes hold in this model in their place."""
+        cap = self._setting(self.layout.cap, None) or ""
+        return replace(self.layout, heads=self.heads, parallel=self.parallel, cap=cap)
 
     def capped(self, unembedded: Tensor) -> Tensor:
         """Logits from what the unembedding writes: c tanh(x / c) where the model caps them at ±c."""

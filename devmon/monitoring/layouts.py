@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from devmon.anatomy.layout import Layout
+from devmon.anatomy.parts import Parts
 from devmon.anatomy.variants.outputs import declared
 from devmon.monitoring.fingerprint import describe
 
 
 def layout_of(instrument: Any, model: nn.Module | None, memo: Mapping[Any, Any] | None = None) -> str | None:
     """The layout as text, for an instrument that has a field `layout`: the one that was found to fit (`memo` of the
-    snapshot that it measured), else the one that it or the model declares; None where neither is known."""
+    snapshot that it measured), else the one that it or the model declares; None where neither is known. Numbers stand
+    in it for the attributes of the model that hold them."""
     if getattr(type(instrument), "stands_for_of", False):  # an `InParts`
         instrument = instrument.of
-    if not hasattr(instrument, "layout"):
+    if model is None or not hasattr(instrument, "layout"):
         return None
     found = (memo or {}).get(("anatomy", instrument.layout))
-    layout = found[0] if found is not None else instrument.layout
-    if layout is None and model is not None:
-        layout = declared(model)
-    says = isinstance(layout, Layout) and (layout.blocks or layout.out)  # not its adapter of logits alone
-    return describe(layout) if says else None
+    layout = found[0] if found is not None else instrument.layout or declared(model)
+    if not isinstance(layout, Layout) or not (layout.blocks or layout.out):  # not its adapter of logits alone
+        return None
+    with suppress(Exception):  # one that does not fit is refused where it is used
+        layout = Parts(model, layout, "layout_of").resolved
+    return describe(layout)

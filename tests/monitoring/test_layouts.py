@@ -38,6 +38,8 @@ def study():
 class OneLength(Nano):
     """A model that runs on sequences of one length alone: nothing that is made up shows its heads."""
 
+    count = 4
+
     def forward(self, tokens: Tensor) -> Tensor:
         assert tokens.shape[1] == 12
         return super().forward(tokens)
@@ -98,7 +100,7 @@ def test_the_same_layout_in_another_place_is_no_correction(tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(run, None, range(1, 3), RIGHT)  # declared by the instrument, not by the class
-        train(run, RIGHT, range(2, 4))
+        train(run, replace(RIGHT, heads="count", cap="none"), range(2, 4))  # by the attribute that holds the number
     assert heads(run) == {0: 4, 1: 4, 2: 4, 3: 4}
     accepted = Trajectory(run)["composition"].attrs["accepted"]
     assert list(accepted) == [identity(Composition(draws=DRAWS, layout=RIGHT))["fingerprint"]]

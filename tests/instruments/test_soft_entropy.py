@@ -160,7 +160,7 @@ def test_an_offset_hides_what_the_centred_twin_shows() -> None:
     found = SoftEntropy(TOKENS)(Snapshot(0, model))
     assert float(found["mean_norm"][2]) > 0.9 > 0.5 > float(found["mean_norm"][1])
     assert float(found["past"][2]) < 0.5 * float(found["past"][1])
-    np.testing.assert_allclose(found["past_centred"][2], found["past_centred"][1], rtol=1e-6)
+    np.testing.assert_allclose(found["past_centred"][2], found["past_centred"][1], atol=0.02)
 
 
 def test_longer_n_grams_and_refusals() -> None:

@@ -43,7 +43,7 @@ CITED = {
     "PreviousTokenHeads": (_OLSSON,),
     "RepeatGain": (_OLSSON,),
     "ProbeLoss": (_OLSSON,),
-    "TokenLoss": ("Chang & Bergen (2022), Word acquisition in neural language models. TACL 10. arXiv:2110.02406",),
+    "TokenLoss": ("Chang & Bergen (2022), Word acquisition in neural language models. arXiv:2110.02406",),
     "InContextLearning": (_OLSSON,),
     "FewShot": ("Brown et al. (2020), Language models are few-shot learners. arXiv:2005.14165",),
     "NgramStages": (_HOOGLAND,),

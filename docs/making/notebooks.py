@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from devmon import Trajectory
 from devmon.analysis import report
+from tests.support.hub import Hub
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
@@ -99,8 +100,6 @@ def stand_in(folder: Path) -> Iterator[None]:
     import huggingface_hub
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    from tests.support.hub import Hub
 
     config = GPTNeoXConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
                            intermediate_size=32, max_position_embeddings=64)  # fmt: skip

@@ -75,8 +75,8 @@ def run_patched(
 class Starts:
     """Passes that start at a layer, with the stream that enters it: no layer below is run.
 
-    `works` says whether they give what whole passes give, as tried on the first two of `tokens` (batch, pos) after a
-    pass of others: they do not where a layer hands on more than its stream, or keeps what later layers read.
+    `works` says whether they give what whole passes give, as tried on the first of `tokens` (batch, pos) after a
+    pass of another: they do not where a layer hands on more than its stream, or keeps what later layers read.
     """
 
     def __init__(self, anatomy: Anatomy, tokens: Tensor) -> None:
@@ -109,17 +109,18 @@ class Starts:
 
         handles = [block.register_forward_hook(look) for block in self.anatomy.blocks]
         try:
-            whole, reads = self.anatomy.run(tokens[:2], ["resid_pre"], last=True)
+            whole, reads = self.anatomy.run(tokens[:1], ["resid_pre"], last=True)
         finally:
             for handle in handles:
                 handle.remove()
         if len(self.tupled) < self.anatomy.layers:
             return False
+        # What layers keep is now that of others: of all below the last, and then still of the first.
+        self.anatomy.run(tokens[1:2], last=True)
         same = []
-        for layer in (1, self.anatomy.layers - 1):
-            self.anatomy.run(tokens[2:4], last=True)  # what a layer keeps is now that of others
+        for layer in (self.anatomy.layers - 1, 1):
             with self.at(layer, reads["resid_pre", layer]):
-                same.append(torch.equal(self.anatomy.run(tokens[:2], last=True)[0], whole))
+                same.append(torch.equal(self.anatomy.run(tokens[:1], last=True)[0], whole))
         return all(same)
 
 

@@ -1,0 +1,22 @@
+"""The fast form of a recipe, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def check_fast_form(name: str, folder: Path) -> None:
+    """It ends well, and its numbers lie within their intervals."""
+    command = [sys.executable, "-m", f"devmon.recipes.{name}", "--fast", "--out", str(folder / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / "run" / "results.json").read_text())
+    for one in found["checks"]:
+        low, high = (-math.inf if one["low"] is None else one["low"], math.inf if one["high"] is None else one["high"])
+        assert low <= one["value"] <= high, one
+    assert len(found["checks"]) >= 5

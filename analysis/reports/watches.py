@@ -83,7 +83,7 @@ def watch_blocks(page: Page, findings: Findings, name: str, most: int) -> list[B
     drawn: list[Block] = [
         *_arrays(page, findings, name),
         *_curves(page, findings, name, most),
-        *_derived(page, findings, name, data),
+        *_derived(page, name, data, findings.components.get(name)),
     ]
     return [*blocks, *(drawn or [Paragraph("It has no scalar or small array to follow; its rows are stored.", "note")])]
 
@@ -152,11 +152,11 @@ def _chosen(series: Sequence[Series], eventful: set[str], most: int) -> list[Ser
     return [series[i] for i in sorted(ranked)]
 
 
-def _derived(page: Page, findings: Findings, name: str, data: xr.Dataset) -> list[Block]:
+def _derived(page: Page, name: str, data: xr.Dataset, components: xr.Dataset | None = None) -> list[Block]:
     """What is made of stored sketches, outputs, edges and pairs of heads; a note where there is too little of them."""
     makers: list[Callable[[], Sequence[Block]]] = []
-    if name in findings.components:
-        makers.append(lambda: [components_figure(page, name, findings.components[name])])
+    if components is not None:
+        makers.append(lambda: [components_figure(page, name, components)])
     if "sketch" in data and {"step", "item"} <= set(data["sketch"].dims) and data.sizes["step"] > 1:
         makers.append(lambda: _similarity(page, name, data))
     if "outputs" in data and "step" in data["outputs"].dims:

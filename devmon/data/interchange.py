@@ -69,8 +69,9 @@ def hierarchical_equality(pairs: int, seed: int = 0, width: int = WIDTH) -> Inte
     The rival exchanges the vector a itself: its a is another than the base's b, so that it says [c = d] = false.
 
     >>> made = hierarchical_equality(10_000)
-    >>> float((made.counterfactual != made.label).double().mean())
-    0.5036
+    >>> share = float((made.counterfactual != made.label).double().mean())
+    >>> abs(share - 0.5) < 0.02  # by four standard errors
+    True
     """
     generator = torch.Generator().manual_seed(seed)
     (base, own), (source, other) = (equality_items(pairs, generator, width) for _ in range(2))

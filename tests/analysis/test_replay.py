@@ -129,7 +129,7 @@ def test_a_pickle_only_where_it_is_allowed(tmp_path: Path, file: Path) -> None:
         ({"value": "model"}, "column 'model' must hold numbers"),
         ({"error": "se"}, "no column 'se' for the standard errors"),
         ({"seed": "run"}, "no column 'run' for the seed"),
-        ({"seed": None}, "the table has more than one row for step 1: name the column"),
+        ({"seed": None}, "the table has more than one row for step 1: .*--seed COLUMN"),
         ({"where": {}}, "seed 0 has more than one row for step 1"),
         ({"where": {"model": "XL"}}, "no row has model = XL; it holds L"),
         ({"where": {"kind": "LR"}}, "no column 'kind' to choose rows by"),

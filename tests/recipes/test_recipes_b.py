@@ -17,7 +17,7 @@ from devmon.recipes import grokking, induction, own_instrument
 from devmon.recipes import language_model as lm
 from devmon.recipes.common import Check, conclude, crossing
 from devmon.testing import InstrumentContract
-from tests.support.recipes import check_fast_form
+from tests.recipes.fast_form import check_fast_form
 
 FAST = ["grokking", "induction", "digits", "own_instrument", "induction_loops"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.recipes import check_fast_form
+from tests.recipes.fast_form import check_fast_form
 
 
 @pytest.mark.parametrize("name", ["markov_chains", "grammar", "hierarchical_equality", "protein_contacts"])

@@ -108,7 +108,7 @@ def economy(
 def standard(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Shared]) -> list[Watch]:
     """`economy`, and what the heads and layers are: composition, spectra, copying, attribution, lens, sketches.
 
-    About 13 to 16 forward passes of the probe batch an observation, the LLC apart. `corpus` (batch, pos)
+    About 11 to 16 forward passes of the probe batch an observation, the LLC apart. `corpus` (batch, pos)
     int64 is text, not of the probe batch, whose n-gram statistics the model is compared with (left out without it).
     More watches: composition, spectra, copying, attribution, lens, sketch, dimension, ngrams.
     """

@@ -85,8 +85,9 @@ def detect(
         if words := headline(changes):
             typer.echo(f"{words[0].upper()}{words[1:]}.")
         for note in dict.fromkeys(note for each in searched for note in each.notes):
-            named = ", ".join(each.name for each in searched if note in each.notes)
-            typer.echo(safe(f"{named}: {note}."))
+            named = [each.name for each in searched if note in each.notes]
+            more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+            typer.echo(safe(f"{', '.join(named[:4])}{more}: {note}."))
         if shared:
             typer.echo(f"{shared[0].upper()}{shared[1:]}: what changes at them may be of the files alone.")
         Console().print(events_table(detection))

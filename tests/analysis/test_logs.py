@@ -167,15 +167,16 @@ def test_both_commands_read_the_same_file(tmp_path: Path) -> None:
 def test_json_lines_and_the_history_of_a_trainer(tmp_path: Path, form: str) -> None:
     rows = [{"step": int(step), "value": float(value), "epoch": step / 100, "settings": {"a": 1}}
             for step, value in zip(STEPS, rise(), strict=True)]  # fmt: skip
+    machine = [{"eval_runtime": 1.0, "eval_samples_per_second": 9.0, "step": 90}, {"train_runtime": 3.0, "step": 390}]
     lines = "\n".join(map(json.dumps, rows))
     text = {
         "lines": lines,
         "unfinished": lines + '\n{"step": 400, "val',
         "rows": json.dumps(rows),
-        "history": json.dumps({"best_metric": None, "log_history": [*rows, {"train_runtime": 3.0, "step": 390}]}),
+        "history": json.dumps({"best_metric": None, "log_history": [*rows[:10], machine[0], *rows[10:], machine[1]]}),
     }[form]
     check(write(tmp_path, text))
-    assert set(read(tmp_path / "log.csv")) <= {"value", "train_runtime"}
+    assert list(read(tmp_path / "log.csv")) == ["value"]  # what is said of the machine is no series
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[1, 2]", "3\n4", '{"step": 0}\nno json\n{"step": 2}'])
@@ -207,3 +208,6 @@ def test_the_terminal_says_what_was_done_to_the_rows(tmp_path: Path) -> None:
     resumed = pd.concat([CLEAN[:30], CLEAN[20:]])
     said = CliRunner().invoke(app, ["detect", str(write(tmp_path, resumed)), "--nulls", "19"]).output
     assert "value: the log goes back to step 200: the last attempt counts, 10 earlier rows do not." in said
+    many = resumed[["step"]].assign(**dict.fromkeys("abcdefg", resumed["value"]))
+    said = CliRunner().invoke(app, ["detect", str(write(tmp_path, many)), "--nulls", "19"]).output
+    assert "a, b, c, d and 3 more: the log goes back" in said

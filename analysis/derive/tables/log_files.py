@@ -20,7 +20,8 @@ DECIMAL_COMMA = r"^\s*([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)\s*$"
 # Lightning through Weights & Biases, older loops; `_step` of Weights & Biases counts calls of its own.
 STEP_NAMES = ("step", "global_step", "trainer/global_step", "iteration", "iter", "_step")
 # Columns that tell the time, and measure nothing of the model.
-CLOCKS = ("epoch", "wall time", "_timestamp", "_runtime")
+CLOCKS = ("epoch", "wall time", "_timestamp")
+PACES = ("_runtime", "_per_second")  # ends of what a Trainer says of the machine
 
 
 def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -53,7 +54,7 @@ def step_column(columns: Iterable[str]) -> str | None:
 
 def tells_time(column: str) -> bool:
     """Whether a column counts or times the rows, and is no series of its own."""
-    return column.lower() in (*STEP_NAMES, *CLOCKS)
+    return column.lower() in (*STEP_NAMES, *CLOCKS) or column.lower().endswith(PACES)
 
 
 def _of_csv(text: str, path: Path) -> pd.DataFrame:

@@ -103,7 +103,7 @@ class Chain:
         reaches = link.window[0] <= 0 if k < 0 else link.window[1] >= len(self.x) - 1
         if not reaches:
             return float(self.values[0 if k < 0 else -1])
-        return float(link.curve.mean[ending(k < 0)].mean())
+        return float(link.curve.mean[slice(*ending(k < 0))].mean())
 
     def around(self, k: int, *roles: Role) -> tuple[int, int]:
         """The nearest links of these roles before and after link k: -1 and their number are the ends of the data."""
@@ -214,6 +214,6 @@ class Chain:
         return width <= WIDEST and not flank
 
 
-def ending(first: bool) -> slice:
-    """Of a curve, the tenth of its length that is its level at an end."""
-    return slice(0, GRID // 10) if first else slice(-(GRID // 10), None)
+def ending(first: bool) -> tuple[int, int]:
+    """Of a curve, the tenth of its length that is its level at an end: its first place, and that after its last."""
+    return (0, GRID // 10) if first else (GRID - GRID // 10, GRID)

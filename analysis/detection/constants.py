@@ -23,6 +23,8 @@ TAIL = 1e-2
 EXACT = 1e-7
 # series whose numbers of one window are in memory at once, 150 kB each: moves time alone
 AT_ONCE = 64
+# columns of a product that gives each series its own bits: as many as a processor's registers hold; moves time alone
+WIDTH = 8
 # noise sd by which one checkpoint must leave all four neighbours; the noise is the median of 24 changes
 SPIKE = 7.0
 

@@ -19,7 +19,7 @@ from devmon.analysis.detection.chain import Chain
 from devmon.analysis.detection.constants import EXACT, FEWEST, PHIS, RATIO, SMALLEST, SPAN, TAIL
 from devmon.analysis.detection.events import Event, Fit, Noise, Trend, TrendLater
 from devmon.analysis.detection.measure import Ruler
-from devmon.analysis.detection.noise import correlation, covariance, of_replicates, spikes, without_rises
+from devmon.analysis.detection.noise import correlation, of_replicates, spikes, without_rises
 from devmon.analysis.detection.spline import Spline, trend
 from devmon.analysis.detection.windows import Extremum, Order, Windows, p_value, windows_of
 from devmon.analysis.series import Array, Series, checked, checked_replicates, floored
@@ -191,7 +191,7 @@ class Search:
     def _curves(self) -> Callable[[int, int], Spline]:
         """The curve from one place to another, on at least five and at most 120 places, each made once."""
         splines: dict[tuple[int, int], Spline] = {}
-        correlations = covariance(self.points, self.phi)
+        correlations = self.windows.correlations(self.phi)
 
         def spline(start: int, end: int) -> Spline:
             last = len(self.x) - 1

@@ -65,8 +65,11 @@ class Ruler:
         x, uniform = self.chain.x, self.rng.uniform(-0.5, 0.5, DRAWS)
         if (gap := self._within(link)) is not None:
             return x[gap : gap + 2].mean() + (x[gap + 1] - x[gap]) * uniform
-        source = link.curve.draws if link.role == "turn" else link.curve.slopes
-        places = summit(link.curve.x, source, link.inside[np.argmax(link.sign * source[link.inside], axis=0)])
+        # drawn where it may lie, and one place of the grid on both sides
+        low, high = max(int(link.inside[0]) - 1, 0), min(int(link.inside[-1]) + 2, len(link.curve.x))
+        source = (link.curve.draws if link.role == "turn" else link.curve.slopes)(low, high)
+        inside = link.inside - low
+        places = summit(link.curve.x[low:high], source, inside[np.argmax(link.sign * source[inside], axis=0)])
         if link.role != "turn":
             return places
         near = int(np.clip(round(link.index), 1, len(x) - 2))
@@ -78,12 +81,12 @@ class Ruler:
         """Draws of the curve at link k, or at an end of the data."""
         links = self.chain.links
         if 0 <= k < len(links):
-            return links[k].curve.draws[links[k].at]
+            return links[k].curve.draws(links[k].at, links[k].at + 1)[0]
         end = 0 if k < 0 else -1
         link = links[end]
         whole = link.window[0] <= 0 if k < 0 else link.window[1] >= len(self.chain.x) - 1
         if whole:
-            return link.curve.draws[ending(k < 0)].mean(0)
+            return link.curve.draws(*ending(k < 0)).mean(0)
         return self.chain.values[end] + self.sd[end] * self.rng.standard_normal(DRAWS)
 
     def _sizes(self, k: int, link: Link) -> Array:
@@ -92,7 +95,8 @@ class Ruler:
             return self.scale * (self._levels(k + 1) - self._levels(k - 1))
         if link.role == "plateau":
             low, high = (int(np.abs(link.curve.x - end).argmin()) for end in link.span)
-            gone = link.curve.draws[high] - link.curve.draws[low]
+            drawn = link.curve.draws(low, high + 1)
+            gone = drawn[-1] - drawn[0]
             return self.scale * (link.size + (link.curve.mean[high] - link.curve.mean[low]) - gone)
         here = self._levels(k)
         drops = [link.sign * (here - self._levels(j)) for j in self.chain.around(k, "turn")]

@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from devmon.analysis.detection.constants import AT_ONCE, CAUTION, EXACT, PHIS, SHARES, SPAN, SPIKE, TAIL
+from devmon.analysis.detection.constants import AT_ONCE, CAUTION, EXACT, PHIS, SHARES, SPAN, SPIKE, TAIL, WIDTH
 from devmon.analysis.series import Array
 
 
@@ -93,37 +93,46 @@ class NoiseModel:
         """Log likelihood (phi, series) and noise sd (phi, places, series) of `values` (places, series); of one `phi`
         alone if it is given. With `alone` each series has the numbers, to the last bit, that it has without others."""
         which = slice(None) if phi is None else slice(PHIS.index(phi), PHIS.index(phi) + 1)
-        d, number, series = self.length - 2, len(np.array(PHIS)[which]), values.shape[1]
-        loglik, sd = np.zeros((number, series)), np.empty((number, len(self.starts), series))
-        rows = np.ascontiguousarray(values.T) if alone else values.T
-        tiny = d * (1e-300 + (EXACT * np.ptp(rows, axis=1)) ** 2)[:, None, None]
+        d, m, series = self.length - 2, self.length, values.shape[1]
+        # the bits of a product depend on how many columns it has: all have the same, the last filled up
+        width = WIDTH if alone else series
+        values = values[:, np.minimum(np.arange(-(-series // width) * width), series - 1)]
+        whiten, odd = self.whiten[:, which], np.swapaxes(self.odd[:, which], -1, -2)
+        number, shares, columns = *whiten.shape[1:3], values.shape[1]
+        loglik, sd = np.zeros((number, columns)), np.empty((number, len(self.starts), columns))
+        tiny = d * (1e-300 + (EXACT * np.ptp(values, axis=0)) ** 2)
         # window by window, whose matrices then stay in the cache while all series meet them
         for i, a in enumerate(self.starts):
-            z = rows[:, a : a + self.length] - rows[:, a : a + self.length].mean(1, keepdims=True)
-            whiten, odd = self.whiten[i, which], np.swapaxes(self.odd[i, which], -1, -2)
-            for first in range(0, series, step := AT_ONCE if alone else series):
+            z = values[a : a + m] - values[a : a + m].mean(0)
+            for first in range(0, columns, step := width * max(1, AT_ONCE // width)):
                 at = slice(first, first + step)
-                left = _product(whiten, z[at, None, None], alone)  # (series, phi, share, d)
-                rss = np.sum(left**2, axis=3) + tiny[at]
+                count = min(series - first, step)
+                left = _product(whiten[i].reshape(-1, m), z[:, at], width).reshape(number, shares, d, -1)
+                rss = np.square(left).sum(2) + tiny[at]  # (phi, share, series)
                 # the rise or point that takes most off the sum of squares, where it is worth its cost
-                gain = np.square(_product(odd, left, alone)).max(3)
+                apart = _product(odd[i], left, width)[..., :count]
+                gain = np.zeros_like(rss)
+                gain[..., :count] = np.square(apart, out=apart).max(2)
                 less = np.maximum(rss - gain, 1e-12 * rss) + tiny[at]
-                freed = 0.5 * d * np.log(rss / d) - 0.5 * (d - 1) * np.log(less / (d - 1)) - self.cost
-                logs = np.maximum(freed, 0) - 0.5 * self.logdet[i, which] - 0.5 * d * np.log(rss / d)
-                size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, which]
-                best = logs.max(2)
-                weights = np.exp(logs - best[..., None])
-                loglik[:, at] += best.T
-                sd[:, i, at] = (np.sum(weights * size, axis=2) / weights.sum(2)).T
-        mixed = _product(self.mix, np.moveaxis(np.sqrt(sd), 2, 0), alone)
-        return loglik / self.overlap, np.moveaxis(mixed, 0, 2) ** 2
+                usual = 0.5 * d * np.log(rss / d)
+                freed = usual - 0.5 * (d - 1) * np.log(less / (d - 1)) - self.cost
+                logs = np.maximum(freed, 0) - 0.5 * self.logdet[i, which, :, None] - usual
+                size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, which, :, None]
+                best = logs.max(1)
+                weights = np.exp(logs - best[:, None])
+                loglik[:, at] += best
+                sd[:, i, at] = (weights * size).sum(1) / weights.sum(1)
+        mixed = _product(self.mix, np.sqrt(sd), width)
+        return loglik[:, :series] / self.overlap, mixed[..., :series] ** 2
 
 
-def _product(matrices: Array, vectors: Array, alone: bool) -> Array:
-    """Matrices (..., n, m) times vectors (series, ..., m), either one by one or in products of all series."""
-    if alone:
-        return np.matmul(matrices, np.ascontiguousarray(vectors)[..., None])[..., 0]
-    return np.moveaxis(np.matmul(matrices, np.moveaxis(vectors, 0, -1)), -1, 0)
+def _product(matrices: Array, columns: Array, width: int) -> Array:
+    """Matrices (..., n, m) times columns (..., m, series), `width` of them to a product."""
+    found = np.empty((*columns.shape[:-2], matrices.shape[-2], columns.shape[-1]))
+    for k in range(0, columns.shape[-1], width):
+        at = slice(k, k + width)
+        np.matmul(matrices, columns[..., at], out=found[..., at])
+    return found
 
 
 def correlation(loglik: Array) -> int:

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.lapack import dgetrf, dgetrs, dpotrf, dpttrf, dsygst, dsytrd, dtrtrs
 from scipy.stats import norm
 
 from devmon.analysis.detection.constants import DRAWS, FREE, GRID, POWERS, RESOLVED, SPAN
@@ -19,16 +20,17 @@ from devmon.analysis.series import Array
 
 class Places:
     """What splines on the same places of a window have in common: GRID places `x` and `at` these, on a window of length
-    1 parabolas and kernels, and the directions `rest` that no parabola has."""
+    1 parabolas and kernels, and the kernel without what a parabola has of it."""
 
     def __init__(self, x: Array) -> None:
         u, at = (x - x[0]) / np.ptp(x), np.linspace(0, 1, GRID)
         self.x = x[0] + np.ptp(x) * at
         free = min(3, len(x) - 1)
         parabola, parabola_at = (np.vander(2 * t - 1, free, increasing=True) for t in (u, at))
-        self.rest = np.linalg.qr(parabola, mode="complete")[0][:, free:]
         self.kernel, self.kernel_at = _kernel(u, u), _kernel(at, u)
         self.free, self.free_at = FREE * parabola @ parabola.T, FREE * parabola_at @ parabola.T
+        self.parabola = np.linalg.qr(parabola)[0]
+        self.bent = _without(self.parabola, self.kernel)
 
 
 @lru_cache(maxsize=512)  # windows: those of the curves of a run, which most series share; 30 kB each, at most 350
@@ -38,47 +40,60 @@ def places_of(x: bytes) -> Places:
 
 
 class Spline:
-    """f and its slope on GRID places `x` of the window: posterior mean, and (GRID, DRAWS) as new noise moves it."""
+    """f and its slope on GRID places `x` of the window: posterior mean, and DRAWS of it as new noise moves it."""
 
     def __init__(self, x: Array, values: Array, noise: Array, seed: int = 0) -> None:
         self.middle, self.scale, self.seed = float(values.mean()), float(np.ptp(values)) or 1.0, seed
         self.places = places = places_of(x.tobytes())
         self.x = places.x
         self.values = (values - self.middle) / self.scale
-        self.noise = noise / self.scale**2 + 1e-8 * np.eye(len(x))  # 1e-4 of the window's range: keeps it well posed
-        # gain: from the values to the curve on the grid, given the likeliest prior variance
-        power = POWERS[self._likeliest()]
-        cov = power * places.kernel + places.free + self.noise
-        across = power * places.kernel_at + places.free_at
-        self.gain = np.linalg.solve(cov, across.T).T
-        self.mean = self.middle + self.scale * (self.gain @ self.values)
+        self.noise = noise / self.scale**2
+        self.noise.flat[:: len(x) + 1] += 1e-8  # 1e-4 of the window's range: keeps it well posed
+        # root of the noise, lower triangle; then the curve on the grid, given the likeliest prior variance
+        self.root = dpotrf(self.noise, lower=1)[0]
+        self.power = POWERS[self._likeliest()]
+        self.factor = dgetrf(self.power * places.kernel + places.free + self.noise)[:2]
+        across = self.power * places.kernel_at + places.free_at
+        self.mean = self.middle + self.scale * (across @ dgetrs(*self.factor, self.values)[0])
 
     def _likeliest(self) -> int:
         """Index of the prior variance of the largest restricted likelihood."""
-        rest = self.places.rest
-        if rest.shape[1] == 0:
-            return 0
-        # one eigendecomposition beside the noise serves all powers
-        root = np.linalg.inv(np.linalg.cholesky(rest.T @ self.noise @ rest)) @ rest.T
-        size, vectors = np.linalg.eigh(root @ self.places.kernel @ root.T)
-        square = (vectors.T @ (root @ self.values)) ** 2
-        variance = 1 + np.array(POWERS)[:, None] * np.maximum(size, 0)
-        return int(np.argmax(-0.5 * np.sum(np.log(variance) + square / variance, axis=1)))
+        places, n = self.places, len(self.values)
+        # beside white noise, and without what a parabola has: the values z and the kernel A
+        flat = np.linalg.qr(dtrtrs(self.root, places.parabola, lower=1)[0])[0]
+        z = dtrtrs(self.root, self.values, lower=1)[0]
+        z = z - flat @ (flat.T @ z)
+        kernel = dsygst(places.bent, self.root, lower=1)[0]
+        kernel = _without(flat, np.tril(kernel) + np.tril(kernel, -1).T)
+        # in a basis that begins with z, A is tridiagonal; so one pass gives log |1 + power A| and z'(1 + power A)^-1 z
+        # of all powers: the last pivot is that of z
+        bordered = np.zeros((n + 1, n + 1))
+        bordered[1:, 0], bordered[1:, 1:] = z, kernel
+        _, diagonal, beside, _, _ = dsytrd(bordered, lower=1)
+        powers = np.array(POWERS)[:, None]
+        diagonal = 1 + powers * diagonal[:0:-1]
+        beside = np.append(powers * beside[:0:-1], 0 * powers, axis=1)
+        pivots, _, failed = dpttrf(diagonal.ravel(), beside.ravel()[:-1])
+        # a power at which rounding has made A negative outweighs the noise too far, and so do those after it
+        pivots = pivots.reshape(diagonal.shape)[: (failed - 1) // n if failed else None]
+        return int(np.argmax(-0.5 * (np.log(pivots).sum(1) + z @ z / pivots[:, -1])))
 
     @cached_property
     def slope(self) -> Array:
         return np.gradient(self.mean, self.x)
 
-    @cached_property
-    def draws(self) -> Array:
-        """The curve as it would come out with new noise upon it."""
-        noise = np.linalg.cholesky(self.noise)
-        again = self.gain @ (noise @ _normal(self.seed, len(noise)))
-        return self.mean[:, None] + self.scale * again
+    def draws(self, start: int = 0, stop: int = GRID) -> Array:
+        """(stop - start, DRAWS) the curve at these places as it would come out with new noise upon it."""
+        places, part = self.places, slice(start, stop)
+        across = self.power * places.kernel_at[part] + places.free_at[part]
+        gain = dgetrs(*self.factor, across.T, trans=1)[0].T
+        again = gain @ np.tril(self.root) @ _normal(self.seed, len(self.values))
+        return self.mean[part, None] + self.scale * again
 
-    @cached_property
-    def slopes(self) -> Array:
-        return np.gradient(self.draws, self.x, axis=0)
+    def slopes(self, start: int = 0, stop: int = GRID) -> Array:
+        """(stop - start, DRAWS) the slopes of these curves."""
+        low, high = max(start - 1, 0), min(stop + 1, GRID)
+        return np.gradient(self.draws(low, high), self.x[low:high], axis=0)[start - low : stop - low]
 
 
 def summit(x: Array, curves: Array, at: NDArray[np.int64]) -> Array:
@@ -114,7 +129,14 @@ def _normal(seed: int, places: int) -> Array:
     return np.random.default_rng(seed).standard_normal((places, DRAWS))
 
 
+def _without(basis: Array, kernel: Array) -> Array:
+    """A symmetric kernel without the directions of an orthonormal basis."""
+    rest = kernel - basis @ (basis.T @ kernel)
+    return rest - (rest @ basis) @ basis.T
+
+
 def _kernel(a: Array, b: Array) -> Array:
     """Covariance of twice integrated Brownian motion: the integral of (a-t)²(b-t)²/4 up to the smaller of a and b."""
     low, off = np.minimum(a[:, None], b), np.abs(a[:, None] - b)
-    return (low**5 / 5 + off * low**4 / 2 + off**2 * low**3 / 3) / 4
+    square = low * low
+    return low * square * (square / 5 + off * low / 2 + off * off / 3) / 4

@@ -78,6 +78,7 @@ class Windows:
         squares = self.rows.multiply(self.rows).tocsr()
         self.squares = sparse.diags(1 / np.asarray(squares.sum(1)).ravel()) @ squares
         self.penalty = np.sqrt(2 * np.log(np.e * n / self.lengths))
+        self._correlations: dict[float, Array] = {}
         self._roots: dict[float, tuple[Array, Array]] = {}
         self._nulls: dict[tuple[float, str, int, int], Array] = {}
 
@@ -87,10 +88,16 @@ class Windows:
         off = w * (x - (np.sum(w * x, axis=1) / np.sum(w, axis=1))[:, None])
         return off / np.sum(off * x, axis=1)[:, None]
 
+    def correlations(self, phi: float) -> Array:
+        """(places, places) correlation of the noise at this phi."""
+        if phi not in self._correlations:
+            self._correlations[phi] = covariance(self.counts, phi)
+        return self._correlations[phi]
+
     def root(self, phi: float) -> tuple[Array, Array]:
         """Root of the correlation over places, and the standard error of every contrast of unit noise."""
         if phi not in self._roots:
-            root = np.linalg.cholesky(covariance(self.counts, phi) + 1e-12 * np.eye(len(self.x)))
+            root = np.linalg.cholesky(self.correlations(phi) + 1e-12 * np.eye(len(self.x)))
             self._roots[phi] = np.asarray(root), np.sqrt(np.sum(np.asarray(self.rows @ root) ** 2, axis=1))
         return self._roots[phi]
 

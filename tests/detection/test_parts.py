@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from devmon.analysis.detection.abrupt import abruptness, surprise
 from devmon.analysis.detection.axis import averaged, bins, counts
-from devmon.analysis.detection.constants import PHIS
+from devmon.analysis.detection.constants import GRID, PHIS, POWERS
+from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.noise import NoiseModel, correlation, covariance, of_replicates, spikes, without_rises
 from devmon.analysis.detection.spline import Spline, _kernel, summit
 from devmon.analysis.detection.windows import Order, Windows, p_value
@@ -185,8 +188,48 @@ def test_draws_spread_as_the_curve_does_over_new_noise() -> None:
     curves = [Spline(x, truth + 0.1 * rng.standard_normal(40), 0.01 * np.eye(40)) for _ in range(60)]
     middle = slice(20, 76)
     between = np.std([curve.mean for curve in curves], axis=0)[middle].mean()
-    within = np.mean([curve.draws.std(1) for curve in curves], axis=0)[middle].mean()
+    within = np.mean([curve.draws().std(1) for curve in curves], axis=0)[middle].mean()
     assert within == pytest.approx(between, rel=0.2)
+
+
+@pytest.mark.parametrize(("n", "sd", "phi"), [(24, 0.1, 0.0), (40, 0.01, 0.8), (110, 0.3, 0.95), (110, 1e-7, 0.0)])
+def test_a_spline_is_that_of_the_likeliest_of_dense_restricted_likelihoods(n: int, sd: float, phi: float) -> None:
+    """Every power by itself, of contrasts that no parabola has, and the curve by its covariances."""
+    rng, x = np.random.default_rng(n), np.sort(np.random.default_rng(7).uniform(0, 3, n))
+    noise = sd**2 * phi ** np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
+    values = np.sin(4 * x) + sd * ar1(rng, (n,), phi)
+    curve = Spline(x, values, noise)
+    places, z = curve.places, (values - curve.middle) / curve.scale
+    noise = noise / curve.scale**2 + 1e-8 * np.eye(n)
+    u = (x - x[0]) / np.ptp(x)
+    rest = np.linalg.qr(np.vander(u, 3), mode="complete")[0][:, 3:]
+    loglik = []
+    for power in POWERS:
+        cov = rest.T @ (power * _kernel(u, u) + noise) @ rest
+        loglik.append(-0.5 * (np.linalg.slogdet(cov)[1] + (rest.T @ z) @ np.linalg.solve(cov, rest.T @ z)))
+    assert curve.power == POWERS[int(np.argmax(loglik))], loglik
+    if sd < 1e-6:
+        return  # nearly singular: both are the data, to a thousandth
+    whole = np.linalg.solve(curve.power * places.kernel + places.free + noise, np.eye(n))
+    mean = (curve.power * places.kernel_at + places.free_at) @ whole @ z
+    np.testing.assert_allclose(curve.mean, curve.middle + curve.scale * mean, atol=1e-6)
+
+
+def test_draws_at_some_places_are_those_of_the_whole_curve() -> None:
+    x = np.linspace(0, 1, 30)
+    curve = Spline(x, np.sin(4 * x), 0.01 * np.eye(30))
+    for part in (slice(0, 4), slice(20, 21), slice(90, GRID)):
+        np.testing.assert_allclose(curve.draws(part.start, part.stop), curve.draws()[part], rtol=1e-8)
+        slopes = np.gradient(curve.draws(), curve.x, axis=0)
+        np.testing.assert_allclose(curve.slopes(part.start, part.stop), slopes[part], rtol=1e-6, atol=1e-6)
+
+
+def test_powers_beyond_what_floats_hold_are_left_out() -> None:
+    """A loss that falls by itself to nothing: at the largest power rounding leaves the kernel indefinite."""
+    path = Path(__file__).parents[2] / "benchmarks" / "curves" / "grokking-train-loss.csv"
+    steps, loss = np.loadtxt(path, delimiter=",", skiprows=1, unpack=True)
+    (event, *_) = Detector().fit(steps, loss).events()
+    assert event.step == pytest.approx(143.975, rel=1e-4)
 
 
 def test_a_summit_lies_between_the_places_at_which_a_curve_is_drawn() -> None:

@@ -256,14 +256,18 @@ def _of_a_pass(reads: list[Read], shape: Shape, beside: int) -> int:
 
 
 def _passes(instrument: Any, shape: Shape) -> dict[object, int]:
-    """What an instrument shares with others: the data of each pass that it reads (`devmon.anatomy.passes`), and the
-    short passes before, each with its work in tokens."""
+    """What an instrument shares with others: the data of each pass that it reads (`devmon.anatomy.passes`), what chains
+    need of the loss at the weights (`devmon.sampling.center`), and the short passes before, each with its work in
+    tokens."""
     found: dict[object, int] = {}
     with suppress(Exception):  # a probe that cannot be drawn is told when it is measured
         for read in instrument.reads():
             cost = Cost(len(read.inputs), positions=read.inputs[0].numel())
             cost = cost if read.predicts == "all" else replace(cost, unembedded=len(read.inputs))
             found[read.data] = max(found.get(read.data, 0), cost.tokens(shape))
+    with suppress(Exception):  # data that cannot be read are told when they are measured
+        data, count, positions = instrument.at_center()
+        found[data] = Cost(count, count, positions).tokens(shape)
     cost_told = cost_of(instrument, shape)
     return found | ({"trials": cost_told.trials} if cost_told is not None and cost_told.trials else {})
 

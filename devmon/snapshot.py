@@ -33,8 +33,9 @@ class Snapshot:
     `model` is a private copy in evaluation mode: an instrument may hook or perturb it, training never sees that.
     `seed` belongs to the run and the watch and not to the step, so the same random numbers serve every checkpoint.
     `memo` is common to the instruments of one observation: the passes that one of them reads (`devmon.anatomy.passes`)
-    serve the others. It holds values of the untouched model only, to be read and not written. `update` is the update
-    that led to these weights, where a loop hands it over to instruments with `needs_update`; else None.
+    serve the others, as does what chains need of the loss at these weights (`devmon.sampling.center`). It holds values
+    of the untouched model only, to be read and not written. `update` is the update that led to these weights, where a
+    loop hands it over to instruments with `needs_update`; else None.
     """
 
     step: int

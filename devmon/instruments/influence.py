@@ -15,6 +15,7 @@ from devmon.analysis.derive.verdicts import accepted
 from devmon.cost import Cost
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
+from devmon.sampling.center import Sampled
 from devmon.sampling.data import as_examples
 from devmon.sampling.losses import Loss, next_token_loss
 from devmon.sampling.responses.covariances import Response, influences, responses, unpaired
@@ -39,7 +40,7 @@ class _Of:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class BayesianInfluence(Settings, _Of):
+class BayesianInfluence(Sampled, Settings, _Of):
     """Influence of training examples on queries: −nβ² Cov[ℓ_example(w), ℓ_query(w)] in the law around the weights.
 
     The local Bayesian influence function (Kreer et al. 2025, 2509.26544, times nβ²): with a weight of 1 + h of the
@@ -96,10 +97,11 @@ class BayesianInfluence(Settings, _Of):
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         # The chains; what is scored on the way are the followed examples and the queries.
         sets = self._sets()
-        excess = Excess(sets, range(self.chains), self.draws, self.burn_in)
+        excess = Excess(sets, range(self.chains), self.draws, self.burn_in, memo=snapshot.memo)
         settings = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
         settings = replace(settings, examples=0)
-        traces = sample(snapshot.model, self.loss, self.data, settings, seed=snapshot.seed, probe=excess)
+        how: dict[str, Any] = {"probe": excess, "memo": snapshot.memo}
+        traces = sample(snapshot.model, self.loss, self.data, settings, seed=snapshot.seed, **how)
         health, nbeta = llc(traces), float(traces.attrs["nbeta"])
 
         # The pairs that are kept: a function of the sizes alone.
@@ -150,14 +152,16 @@ class BayesianInfluence(Settings, _Of):
         )
 
     def cost(self) -> Cost:
-        """The steps of the chains, and a forward pass of examples and queries at each draw."""
+        """The steps of the chains, and a forward pass of examples and queries at each draw; what is known at w* is
+        shared with other watches (`at_center`)."""
         data = as_examples(self.data)
         steps = (self.draws + self.burn_in) * self.steps_per_draw * self.chains * self.batch_size
         scored = sum(each.examples.n for each in self._sets().values())
         twice = 2 if self.control_variate else 1
-        whole = data.n if self.control_variate else min(data.n, steps)
-        forwards = twice * steps + whole + (self.draws * self.chains + 1) * scored
-        backwards = twice * steps + (data.n if self.control_variate else 0)
+        whole = self.of_gradient(data.n)
+        seen = max(whole, min(data.n, steps))
+        forwards = twice * steps + seen + (self.draws * self.chains + 1) * scored
+        backwards = twice * steps + whole
         return Cost(forwards=forwards, backwards=backwards, positions=data.positions())
 
     def _sets(self) -> dict[str, Scored]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from devmon.cost import Cost
 from devmon.sampling.by_chain import ByChain
+from devmon.sampling.center import Memo, Sampled
 from devmon.sampling.choice import choose
 from devmon.sampling.constants import PRECISION_STEPS
 from devmon.sampling.data import as_examples
@@ -28,7 +29,7 @@ class _SampledOn:
 
 
 @dataclass(frozen=True)
-class LLC(ByChain, Settings, _SampledOn):
+class LLC(ByChain, Sampled, Settings, _SampledOn):
     """Loss traces from which λ̂ = nbeta · (E[L(w)] − L(w*)) is derived, w ~ exp(−nbeta L(w) − (gamma/2)‖w − w*‖²).
 
     L is the mean of `loss(model, batch) -> (batch,)` over the examples of `data`, w* the snapshot's weights. A step of
@@ -84,12 +85,14 @@ class LLC(ByChain, Settings, _SampledOn):
         """Whether there is nothing left to choose."""
         return self.lr is not None
 
-    def choose(self, models: Sequence[nn.Module], seed: int, later: bool = True) -> dict[str, Any]:
+    def choose(
+        self, models: Sequence[nn.Module], seed: int, later: bool = True, memo: Memo | None = None
+    ) -> dict[str, Any]:
         """What a run keeps of a choice made at these weights, in values that JSON can hold: settings and reasons.
 
-        Raises InstrumentError where it cannot be made there.
+        `memo` is that of `sample`, for a single model. Raises InstrumentError where it cannot be made there.
         """
-        settings, reasons = choose(models, self.loss, self.data, self, seed=seed, later=later)
+        settings, reasons = choose(models, self.loss, self.data, self, seed=seed, later=later, memo=memo)
         names = ("nbeta", "lr", "gamma", "sampler", "control_variate")
         return {"settings": {name: getattr(settings, name) for name in names}, "reasons": reasons}
 
@@ -99,14 +102,15 @@ class LLC(ByChain, Settings, _SampledOn):
 
     def cost(self) -> Cost:
         """The passes of all chains, those at w* of control variates, of the baseline and of the trial of the precision
-        included, and the memory of one chain."""
+        included, and the memory of one chain. The gradient at w* and its losses are shared with other watches that
+        sample around the same weights (`at_center`)."""
         examples = as_examples(self.data)
         steps = (self.draws + self.burn_in) * self.steps_per_draw
         met = steps * self.chains * self.batch_size
         at_center = met if not self.shared_batches else steps * self.batch_size
-        # The gradient at w*, and the baselines of what else the chains meet.
-        whole = examples.n if self.control_variate else min(examples.n, steps * self.batch_size)
-        seen = min(examples.n, max(met, whole))
+        # The gradient at w*, which all rungs share, and the baselines of what else the chains meet.
+        whole = self.of_gradient(examples.n)
+        seen = min(examples.n, max(met, whole)) - whole
         twice = at_center if self.control_variate else 0
         judged = (self.draws + self.burn_in) * self.chains * self.batch_size if self.acceptance else 0
         if self.precision != "float32":  # two short trials, and the gradients at w* of both
@@ -115,8 +119,8 @@ class LLC(ByChain, Settings, _SampledOn):
         followed = (self.draws + self.burn_in) * self.chains * self.examples
         rungs = len(self.nbeta) if isinstance(self.nbeta, Sequence) else 1
         return Cost(
-            forwards=rungs * (met + twice + seen) + judged + followed,
-            backwards=rungs * (met + twice + whole) + judged,
+            forwards=rungs * (met + twice + seen) + whole + judged + followed,
+            backwards=rungs * (met + twice) + whole + judged,
             positions=examples.positions(),
             copies=self.copies(),
         )
@@ -124,5 +128,6 @@ class LLC(ByChain, Settings, _SampledOn):
     def _traces(self, snapshot: Snapshot, chains: Sequence[int]) -> xr.Dataset:
         whole = self
         if not self.settled:  # called by itself: for these weights alone
-            whole = self.settle(self.choose([snapshot.model], snapshot.seed, later=False))
-        return sample(snapshot.model, self.loss, self.data, whole, seed=snapshot.seed, chains=chains)
+            whole = self.settle(self.choose([snapshot.model], snapshot.seed, later=False, memo=snapshot.memo))
+        how: dict[str, Any] = {"seed": snapshot.seed, "chains": chains, "memo": snapshot.memo}
+        return sample(snapshot.model, self.loss, self.data, whole, **how)

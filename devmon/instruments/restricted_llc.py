@@ -13,6 +13,7 @@ from devmon.anatomy.layout import Layout
 from devmon.cost import Cost
 from devmon.errors import InstrumentError
 from devmon.sampling.by_chain import ByChain
+from devmon.sampling.center import Sampled
 from devmon.sampling.components.chains import sweep
 from devmon.sampling.components.masks import KINDS, components_of
 from devmon.sampling.data import as_examples
@@ -33,7 +34,7 @@ class _Components:
 
 
 @dataclass(frozen=True)
-class RestrictedLLC(ByChain, Settings, _Components):
+class RestrictedLLC(ByChain, Sampled, Settings, _Components):
     """Loss traces of chains that move one component alone, from which its λ̂ is derived: all components in one sweep.
 
     The weight-refined LLC of Wang et al. 2024 (2410.02984): the traces of component c are those of
@@ -90,11 +91,9 @@ class RestrictedLLC(ByChain, Settings, _Components):
         runs = len(self.components) * (1 + self.null)
         met = (self.draws + self.burn_in) * self.steps_per_draw * self.chains * self.batch_size
         varied = met * (runs + self.control_variate)
-        return Cost(
-            forwards=varied + met + (examples.n if self.control_variate else min(examples.n, met)),
-            backwards=varied + (examples.n if self.control_variate else 0),
-            positions=examples.positions(),
-        )
+        whole = self.of_gradient(examples.n)
+        seen = max(min(examples.n, met), whole)
+        return Cost(forwards=varied + met + seen, backwards=varied + whole, positions=examples.positions())
 
     def _traces(self, snapshot: Snapshot, chains: Sequence[int]) -> xr.Dataset:
         who, examples = type(self).__name__, as_examples(self.data)
@@ -107,7 +106,8 @@ class RestrictedLLC(ByChain, Settings, _Components):
             seed=snapshot.seed,
             who=who,
         )
-        found = sweep(snapshot.model, self.loss, examples, components, blocks, self, seed=snapshot.seed, chains=chains)
+        which: dict[str, Any] = {"seed": snapshot.seed, "chains": chains, "memo": snapshot.memo}
+        found = sweep(snapshot.model, self.loss, examples, components, blocks, self, **which)
         names = [component.name for component in components]
         traced, each = ("component", "chain", "draw"), "component"
         # What differs between components is kept as it differs, in float32: the minibatch's own loss is common to all.

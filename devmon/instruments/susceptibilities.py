@@ -16,6 +16,7 @@ from devmon.analysis.derive.verdicts import accepted
 from devmon.cost import Cost
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
+from devmon.sampling.center import Sampled
 from devmon.sampling.data import as_examples
 from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.losses import Loss, next_token_loss
@@ -45,7 +46,7 @@ class _Of:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Susceptibilities(Settings, _Of):
+class Susceptibilities(Sampled, Settings, _Of):
     """How λ̂ of a component would answer to more of one token in the data: χ = −nβ² Cov[L(w) − L(w*), ℓ(w) − L(w)].
 
     Under the law exp(−nβ L(w) − (gamma/2)‖w − w*‖²) in which one component moves and all else rests; L is the mean loss
@@ -127,15 +128,17 @@ class Susceptibilities(Settings, _Of):
         return joined.sel(component=list(self._masks))
 
     def cost(self) -> Cost:
-        """The steps of the chains, and a forward pass of all that is scored at each draw, for each component."""
+        """The steps of the chains, and a forward pass of all that is scored at each draw, for each component; once for
+        all what is known at w*, which other watches share (`at_center`)."""
         data, sets = as_examples(self.data), self._sets()
         steps = (self.draws + self.burn_in) * self.steps_per_draw * self.chains * self.batch_size
         scored = sum(each.examples.n for each in sets.values())
-        passes = self.draws * self.chains + 1 + (2 * 2 * self.nulls)
+        passes = self.draws * self.chains + (2 * 2 * self.nulls)
         twice = 2 if self.control_variate else 1
-        count = len(self._masks)
-        forwards = count * (twice * steps + passes * scored + min(data.n, steps))
-        return Cost(forwards=forwards, backwards=count * twice * steps, positions=data.positions())
+        count, whole = len(self._masks), self.of_gradient(data.n)
+        left = min(data.n, max(steps, whole)) - whole
+        forwards = count * (twice * steps + passes * scored + left) + scored + whole
+        return Cost(forwards=forwards, backwards=count * twice * steps + whole, positions=data.positions())
 
     def row_bytes(self) -> int:
         """Bytes of the numbers of a row at most, known before anything runs: what `budget` allows and what is fixed."""
@@ -144,6 +147,10 @@ class Susceptibilities(Settings, _Of):
         replicates = 4 * units * batches_of(units, self.draws)
         fixed = 8 * (4 + probes * (3 + 3 * len(NULLS)) + self.top) + 4 * self.top + replicates * probes
         return self.budget + components * fixed
+
+    @property
+    def runs(self) -> int:
+        return len(self._masks)
 
     @cached_property
     def _masks(self) -> dict[str, Any]:
@@ -170,7 +177,7 @@ class Susceptibilities(Settings, _Of):
     def _component(self, snapshot: Snapshot, mask: Mask | None, sets: dict[str, Scored]) -> dict[str, Any]:
         """All that is known of one component, as arrays over (probe,), (token,), (rank,)."""
         model, seed = snapshot.model, snapshot.seed
-        excess = Excess(sets, range(self.chains), self.draws, self.burn_in)
+        excess = Excess(sets, range(self.chains), self.draws, self.burn_in, memo=snapshot.memo)
         moment = SecondMoment(mask, self.nulls, self.burn_in, self.chains * self.draws, seed)
 
         def probe(network: torch.nn.Module, chain: int, draw: int) -> None:
@@ -181,7 +188,8 @@ class Susceptibilities(Settings, _Of):
         # The chains, with everything scored on the way; in a pair of mirrored chains the loss is known once, not twice.
         settings = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
         settings = replace(settings, mask=mask, examples=0)
-        traces = sample(model, self.loss, self.data, settings, seed=seed, probe=probe, mirrored=self.mirrored)
+        how: dict[str, Any] = {"probe": probe, "mirrored": self.mirrored, "memo": snapshot.memo}
+        traces = sample(model, self.loss, self.data, settings, seed=seed, **how)
         health = llc(traces.coarsen(chain=2).mean() if self.mirrored else traces)
         nbeta = float(traces.attrs["nbeta"])
         answers = self._answers(excess, nbeta, self.mirrored)

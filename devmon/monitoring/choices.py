@@ -21,7 +21,13 @@ AGAIN = 1.5
 
 
 def chosen(
-    trajectory: Trajectory, name: str, instrument: Choosing, step: int, model: torch.nn.Module, seed: int
+    trajectory: Trajectory,
+    name: str,
+    instrument: Choosing,
+    step: int,
+    model: torch.nn.Module,
+    seed: int,
+    memo: dict[Any, Any],
 ) -> dict[str, Any]:
     """The record of the run's choice for the watch `name`, made now where there is none yet.
 
@@ -34,7 +40,9 @@ def chosen(
         raise InstrumentError(f"lr and gamma could not be chosen at step {tried}: tried again from {AGAIN * tried:.0f}")
     try:
         with isolated(), guarded(model):
-            made = instrument.choose([private_copy(model)], seed)
+            # What it finds at the weights is there for those that measure at this step.
+            known: dict[str, Any] = {"memo": memo} if hasattr(instrument, "at_center") else {}
+            made = instrument.choose([private_copy(model)], seed, **known)
     except InstrumentError:
         keep(trajectory, "choosing", name, step)
         raise

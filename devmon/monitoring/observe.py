@@ -87,7 +87,7 @@ def observe(
             # What it leaves open is chosen by rank 0, once for the run; where that cannot be done yet there is no row.
             instrument, record = watch.instrument, None
             if isinstance(instrument, Choosing) and not instrument.settled:
-                record = ranks.first(book.chosen, watch.name, instrument, step, model, seeds[watch.name])
+                record = ranks.first(book.chosen, watch.name, instrument, step, model, seeds[watch.name], memo)
                 if record is None:
                     continue
                 instrument = instrument.settle(record)
@@ -183,7 +183,7 @@ def _measure(
     def part() -> xr.Dataset | None:
         with isolated(), guarded(model):
             share = instrument.share(ranks.rank, ranks.size)
-            return None if share is None else share(Snapshot(step, twin, seed))
+            return None if share is None else share(Snapshot(step, twin, seed, memo))
 
     with isolated():
         twin = ranks.agree(private_copy, model)
@@ -231,12 +231,12 @@ class Book:
         return weights, seeds
 
     def chosen(
-        self, name: str, instrument: Choosing, step: int, model: torch.nn.Module, seed: int
+        self, name: str, instrument: Choosing, step: int, model: torch.nn.Module, seed: int, memo: dict[Any, Any]
     ) -> dict[str, Any] | None:
         """The record of what was chosen for this watch, or None where that cannot be done at these weights."""
         assert self.trajectory is not None
         try:
-            return chosen(self.trajectory, name, instrument, step, model, seed)
+            return chosen(self.trajectory, name, instrument, step, model, seed, memo)
         except InstrumentError as error:
             self.fail(name, step, error, warn=False)
         return None

@@ -11,6 +11,7 @@ from torch import nn
 
 from devmon.sampling.choosing.decisions import length, localisation, noise, step_size, variates
 from devmon.sampling.choosing.extrapolation import Fit
+from devmon.sampling.choosing.noise import noise_bias
 from devmon.sampling.choosing.plan import Plan
 from devmon.sampling.choosing.spectrum import spectrum
 from devmon.sampling.choosing.trials import Trials, heated
@@ -23,7 +24,6 @@ from devmon.sampling.constants import (
     POWER_ROUNDS,
     PROBES,
 )
-from devmon.sampling.curvature import noise_bias
 from devmon.sampling.data import as_examples
 from devmon.sampling.losses import Loss
 from devmon.sampling.traces import Settings

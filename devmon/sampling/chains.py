@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from devmon.errors import InstrumentError
+from devmon.sampling.center import Center, Memo, around
 from devmon.sampling.data import Examples
 from devmon.sampling.evaluators import Evaluator, Looped, Stacked
-from devmon.sampling.flat import Flat, gradient_at_center, score_at_center
+from devmon.sampling.flat import Flat
 from devmon.sampling.group import Group, OnDraw, Traces
 from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.losses import Loss
@@ -35,13 +36,15 @@ def run_chains(
     autocast: torch.dtype | None = None,
     mask: Mask | None = None,
     on_draw: Sequence[OnDraw] = (),
+    memo: Memo | None = None,
 ) -> tuple[Traces, int, float]:
     """The traces of the chains numbered `chains`, the number of parameters sampled, and the trace of the covariance of
     a minibatch's gradient at w* (loss²/weight², 0 where a batch is all data).
 
     A chain's noise and batches follow from the schedule's seed and its own number, so any split over calls, groups or
     ranks gives the same traces up to rounding. Each on_draw(model, chain, draw) sees the weights at the start of a
-    draw. Raises InstrumentError for a batch size that the data do not allow and a loss that is not finite at w*.
+    draw. In `memo` runs at the same weights leave what they found there for each other. Raises InstrumentError for a
+    batch size that the data do not allow and a loss that is not finite at w*.
     """
     if schedule.batch_size > examples.n or schedule.batch_size < 1:
         raise InstrumentError(f"batch_size must be from 1 to the {examples.n} examples, got {schedule.batch_size}")
@@ -49,22 +52,16 @@ def run_chains(
     where = None if mask is None else mask.vector(flat.names, flat.shapes, flat.at_center[0])
     examples = examples.to(flat.device, dtype, most_for_examples(flat.device))
     batches = {stream: schedule.batches(stream, examples.n).to(flat.device) for stream in schedule.streams(chains)}
-    # What is needed at w*, once for all chains: the gradient, over the whole data for control variates and otherwise
-    # over as many examples as one chain meets, the same on every rank; and the losses of all that some chain meets.
-    index = schedule.for_gradient(examples.n).to(flat.device)
-    met = torch.zeros(examples.n, dtype=torch.bool, device=flat.device)
-    for order in batches.values():
-        met[order.flatten()] = True
 
-    def at_center(plan: Plan) -> tuple[Tensor, Tensor, float]:
-        table, full, spread = gradient_at_center(flat, examples, index, schedule.batch_size, plan.micro, where)
-        if len(left := (met & table.isnan()).nonzero().flatten()):
-            table[left] = score_at_center(flat, examples, left, plan.micro)[left]
-        return table, full, spread
+    # What is needed at w*, once for all chains.
+    def at_center(plan: Plan) -> Center:
+        return around(model, flat, examples, schedule, batches.values(), plan.micro, where, memo)
 
     plan = first_plan(flat, examples, schedule, sampler, len(chains))
-    (table, full, spread), alone = _within_memory(at_center, replace(plan, size=1, stacked=False))
-    plan = replace(plan, micro=alone.micro)
+    center, by_one = _within_memory(at_center, replace(plan, size=1, stacked=False))
+    table, full, spread = center.losses, center.gradient, center.spread()
+    del center  # and with it the variance, unless it is kept for others
+    plan = replace(plan, micro=by_one.micro)
     flat.release()
 
     def run(plan: Plan) -> Traces:

@@ -11,6 +11,7 @@ from torch import nn
 from devmon.analysis.derive.llc import llc
 from devmon.analysis.derive.verdicts import accepted
 from devmon.errors import InstrumentError
+from devmon.sampling.center import Memo
 from devmon.sampling.choosing.spectrum import largest_curvature
 from devmon.sampling.constants import CHOICE_MARGIN, CHOICE_NOISE, CHOICE_RELAXATIONS, CHOICE_ROUNDS, CHOICE_TRIAL
 from devmon.sampling.data import as_examples
@@ -19,7 +20,14 @@ from devmon.sampling.traces import Settings, sample
 
 
 def choose(
-    models: Sequence[nn.Module], loss: Loss, data: Any, start: Settings, *, seed: int = 0, later: bool = True
+    models: Sequence[nn.Module],
+    loss: Loss,
+    data: Any,
+    start: Settings,
+    *,
+    seed: int = 0,
+    later: bool = True,
+    memo: Memo | None = None,
 ) -> tuple[Settings, str]:
     """`start` with nbeta, lr, gamma, kernel and control variates chosen to suit all of `models`, and the reasons.
 
@@ -29,7 +37,8 @@ def choose(
     gamma) steps. So λ̂ is sound and equilibrated, and localised: for a smaller gamma, at more steps, there is
     `devmon.sampling.calibrate`. A short trial is made at each of the models; where minibatch noise may add more than a
     twentieth to λ̂, another with control variates. It costs the curvature (12 gradients of 512 examples or more) and at
-    most as many gradients as an estimate. Raises InstrumentError where a trial fails, as where w* is no minimum.
+    most as many gradients as an estimate. `memo` is that of `sample`, for a single model.
+    Raises InstrumentError where a trial fails, as where w* is no minimum.
     """
     examples = as_examples(data)
     nbeta = start.nbeta_for(examples.n)
@@ -49,9 +58,15 @@ def choose(
         "examples": 0,
         "nbeta": nbeta,
     }
+    # Both trials of a model begin where its estimate will.
+    memos = [memo if memo is not None and len(models) == 1 else {} for _ in models]
     for variates in (start.control_variate, True):
         settings = replace(settings, control_variate=variates)
-        results = [llc(sample(model, loss, examples, replace(settings, **trial), seed=seed)) for model in models]
+        of_trial = replace(settings, **trial)
+        results = [
+            llc(sample(model, loss, examples, of_trial, seed=seed, memo=each))
+            for model, each in zip(models, memos, strict=True)
+        ]
         if not any(result["noise_bias"] > CHOICE_NOISE * abs(result["llc"]) for result in results):
             break
         reasons += " Minibatch noise would add to λ̂: control variates."

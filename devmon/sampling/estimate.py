@@ -14,8 +14,8 @@ from devmon.analysis.derive.errors import Z
 from devmon.analysis.derive.llc import llc
 from devmon.analysis.derive.verdicts import LOCALISED
 from devmon.sampling.calibration import calibrate
+from devmon.sampling.choosing.noise import noise_bias
 from devmon.sampling.constants import NOISE_MATTERS
-from devmon.sampling.curvature import noise_bias
 from devmon.sampling.data import as_examples
 from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.losses import Loss

@@ -43,7 +43,7 @@ class Flat:
         *,
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.loss, self.dtype, self.autocast = loss, dtype, autocast
+        self.loss, self.dtype, self.autocast, self.whole = loss, dtype, autocast, names is None
         self._held: Sequence[Tensor] | None = None
         # The twin shares the memory of all parameters: deepcopy finds each of them copied already.
         shared = {id(p): nn.Parameter(_memory(p), p.requires_grad) for p in model.parameters()}
@@ -210,46 +210,12 @@ def score_at_center(flat: Flat, examples: Examples, index: Tensor, batch_size: i
         losses = flat.losses(examples.batch(part))
         check_losses(losses, len(part))
         table[part] = losses.to(torch.float64)
-    _check_finite(table[index])
+    check_finite(table[index])
     return table
 
 
-def gradient_at_center(
-    flat: Flat, examples: Examples, index: Tensor, batch_size: int, micro: int, where: Tensor | None = None
-) -> tuple[Tensor, Tensor, float]:
-    """Losses at w* of the examples `index` (k,) as a float64 table (n,) with NaN elsewhere, the gradient (parameter,)
-    of their mean, and the trace of the covariance of single examples' gradients; both are 0 where `where` is False.
-
-    Examples go through in passes of `micro`. The parts of `batch_size` that they are summed in are disjoint
-    minibatches: how they spread is the noise of one, and Σ_b |b| ‖g_b − g‖² over them has the mean
-    (parts − 1) trace(Cov). Raises InstrumentError when the loss has another shape than (batch,) or is not finite at w*.
-    """
-    table = torch.full((examples.n,), torch.nan, dtype=torch.float64, device=index.device)
-    mean = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
-    squares = torch.zeros((), dtype=torch.float64, device=flat.device)
-    done = 0
-
-    def take(number: int | None, gradient: Tensor | None) -> None:
-        # Welford's running mean and sum of squares, each part with the weight of its examples.
-        for block, within in flat.blocks(number):
-            slope = torch.zeros_like(mean[block]) if gradient is None else gradient[0, within]
-            if where is not None:
-                slope = slope * where[block]
-            away = slope - mean[block]
-            mean[block].add_(away, alpha=len(part) / (done + len(part)))
-            squares.add_(torch.linalg.vecdot(away, away), alpha=done * len(part) / (done + len(part)))
-
-    flat.hold(flat.center_parts())
-    parts = index.split(min(batch_size, max(1, len(index) // 2)))
-    for part in parts:
-        losses = flat.in_parts(examples.batch, part, micro, take)
-        table[part] = losses.to(torch.float64)
-        done += len(part)
-    _check_finite(table[index])
-    return table, mean, float(squares) / max(len(parts) - 1, 1)
-
-
-def _check_finite(losses: Tensor) -> None:
+def check_finite(losses: Tensor) -> None:
+    """Raises InstrumentError for losses at w* that are not finite."""
     bad = int((~torch.isfinite(losses)).sum())
     if bad:
         raise InstrumentError(

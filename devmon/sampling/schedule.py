@@ -49,8 +49,8 @@ class Schedule:
 
     def for_gradient(self, n: int) -> Tensor:
         """The examples of the gradient at w*, in an order that makes every part of them a minibatch: all of them for
-        control variates, otherwise as many as one chain meets at most."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "gradient"))
+        control variates, otherwise as many as one chain meets at most. The same whatever the seed: runs share it."""
+        generator = torch.Generator().manual_seed(derive_seed(0, "gradient"))
         most = n if self.control_variate else self.draws * self.steps_per_draw * self.batch_size
         return torch.randperm(n, generator=generator)[:most]
 

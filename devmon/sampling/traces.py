@@ -16,6 +16,7 @@ from torch import nn
 
 from devmon.errors import InstrumentError
 from devmon.sampling.acceptance import Proposal
+from devmon.sampling.center import Memo
 from devmon.sampling.chains import run_chains
 from devmon.sampling.constants import PRECISION_SHARE, PRECISION_STEPS
 from devmon.sampling.data import Examples, as_examples, map_tree
@@ -106,6 +107,16 @@ class Settings:
             return n / math.log(max(n, 2))
         return float(self.nbeta[0]) if isinstance(self.nbeta, Sequence) else self.nbeta
 
+    @property
+    def runs(self) -> int:
+        """How many runs of chains begin at the weights: one a rung, and one for a trial where settings are open."""
+        return (len(self.nbeta) if isinstance(self.nbeta, Sequence) else 1) + (self.lr is None)
+
+    def of_gradient(self, n: int) -> int:
+        """Examples, of n, whose gradient is taken at w*."""
+        met = (self.draws + self.burn_in) * self.steps_per_draw * self.batch_size
+        return n if self.control_variate else min(n, met)
+
     def copies(self) -> float:
         """Float32 copies of the sampled parameters that one chain at a time holds at most, beside the model and blocks.
 
@@ -144,13 +155,15 @@ def sample(
     group: int | None = None,
     probe: OnDraw | None = None,
     mirrored: bool = False,
+    memo: Memo | None = None,
 ) -> xr.Dataset:
     """The stored traces (chain, draw) of `settings`, burn-in included; see `devmon.instruments.LLC`.
 
     `chains` picks some of the chains (a rank's share); `stacked` and `group` choose how they are run, not the numbers.
     `probe(model, chain, draw)` sees the weights at the start of each draw. `mirrored` gives chains 2k and 2k + 1
-    opposite noise: each has the law, and what is odd in w − w* cancels in their mean. A kernel given as an object
-    brings its own lr, nbeta, gamma and prior, which then stand in the attrs. Raises InstrumentError for settings that
+    opposite noise: each has the law, and what is odd in w − w* cancels in their mean. In `memo` runs at the same
+    weights leave what they found there for each other (`Snapshot.memo`). A kernel given as an object brings its own
+    lr, nbeta, gamma and prior, which then stand in the attrs. Raises InstrumentError for settings that
     cannot be run and a loss that is not finite at w*.
     """
     examples = as_examples(data)
@@ -170,7 +183,8 @@ def sample(
     mask = as_mask(settings.mask, model)
     followed = Followed(examples, loss, settings, numbers, seed) if settings.examples else None
     on_draw = [call for call in (probe, followed) if call is not None]
-    run = partial(run_chains, model, loss, examples, kernel, chains=numbers, dtype=dtype, mask=mask)
+    memo = {} if memo is None and nbetas else memo
+    run = partial(run_chains, model, loss, examples, kernel, chains=numbers, dtype=dtype, mask=mask, memo=memo)
     low = None if settings.precision == "float32" else torch.bfloat16
     traces, sampled, noise = run(schedule=schedule, autocast=low, on_draw=on_draw)
     # On a quadratic (lr nbeta / 2)² Cov joins the noise lr of a step of SGLD, and λ̂ feels it where curvature ≫ gamma.
@@ -204,7 +218,8 @@ def sample(
     for nbeta in nbetas:
         lr_below = lr_of_rung(lr, attrs["nbeta"], nbeta, gamma)
         rung = replace(settings, nbeta=nbeta, lr=lr_below, examples=0, acceptance=False)
-        rungs.append(sample(model, loss, examples, rung, seed=seed, chains=numbers, stacked=stacked, group=group))
+        how: dict[str, Any] = {"stacked": stacked, "group": group, "memo": memo}
+        rungs.append(sample(model, loss, examples, rung, seed=seed, chains=numbers, **how))
     return with_rungs(dataset, rungs, reach(model, loss, examples, settings, mask, seed=seed))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from devmon.analysis import llc
 from devmon.errors import InstrumentError
 from devmon.sampling import Settings, calibrate, classification_loss, estimate_llc, regression_loss, sample
-from devmon.sampling.curvature import noise_bias
+from devmon.sampling.choosing.noise import noise_bias
 from devmon.testing import exact
 
 

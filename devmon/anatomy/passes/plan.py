@@ -20,10 +20,13 @@ from devmon.snapshot import Snapshot
 class Plan:
     """The reads of all instruments of a step: those of one group share passes, made when the first is asked for.
 
-    An instrument whose reads are planned has a method `reads() -> list[Read]`, and asks for them with `read`.
+    An instrument whose reads are planned has a method `reads() -> list[Read]`, and asks for them with `read`. `runs`
+    counts those of chains that begin at the weights (`devmon.sampling.center`), of all instruments.
     """
 
     def __init__(self, instruments: Iterable[Any]) -> None:
+        instruments = list(instruments)
+        self.runs = sum(getattr(instrument, "runs", 0) for instrument in instruments)
         self.waiting: dict[tuple[int, int], Read] = {}
         self.made: dict[tuple[int, int], list[Any] | Exception] = {}
         for instrument in instruments:

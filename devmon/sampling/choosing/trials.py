@@ -12,6 +12,7 @@ from torch import nn
 
 from devmon.analysis.derive.errors import mean_and_error, paired_batches
 from devmon.analysis.derive.llc import llc, scaled_excess
+from devmon.sampling.center import Memo
 from devmon.sampling.constants import (
     AT_REST,
     BUDGET,
@@ -93,6 +94,7 @@ class Trials:
         self.control_variate = start.control_variate  # of the estimate to come, and so what that costs
         self._at: dict[Point, list[Trial]] = {}
         self._rows: list[dict[str, Any]] = []
+        self._memos: list[Memo] = [{} for _ in models]  # of what is the same at w* for all points
 
     @property
     def budget(self) -> float:
@@ -148,7 +150,8 @@ class Trials:
             control_variate=point.control_variate,
             batch_size=self.start.batch_size if point.batch_size is None else point.batch_size,
         )
-        traces = sample(self.models[number], self.loss, self.examples, settings, seed=self.seed)
+        memo = self._memos[number]
+        traces = sample(self.models[number], self.loss, self.examples, settings, seed=self.seed, memo=memo)
         trial = Trial(traces, llc(traces))
         if point.batch_size is None:
             row = {"model": number, "lr": point.lr, "gamma": point.gamma, "steps_per_draw": point.steps_per_draw}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from devmon.sampling.center import Memo
 from devmon.sampling.components.masks import Component
 from devmon.sampling.components.passes import Passes, Plan
 from devmon.sampling.components.variants import Kept, Variants
@@ -55,19 +56,20 @@ def sweep(
     *,
     seed: int = 0,
     chains: Sequence[int] | None = None,
+    memo: Memo | None = None,
 ) -> Sweep:
     """The traces that `sample` with the mask of each component gives, up to rounding.
 
     Components that begin at one block are run together: what enters that block is computed once a minibatch, the
     gradient at w* of control variates too, and a pass goes on from there with many components and chains as its batch.
     A trial compares this with the model as it is; where they differ, or where the model cannot be run so, the
-    component is run alone. Raises InstrumentError as `sample` does.
+    component is run alone. `memo` is that of `sample`. Raises InstrumentError as `sample` does.
     """
     settings, kernel = with_kernel(settings, examples.n)
     numbers = list(range(settings.chains)) if chains is None else list(chains)
     schedule = settings.schedule(seed)
     dtype = torch.float64 if settings.float64 else torch.float32
-    plan = Plan.of(model, loss, examples, components, kernel, schedule, numbers, dtype)
+    plan = Plan.of(model, loss, examples, components, kernel, schedule, numbers, dtype, memo)
     private = copy.deepcopy(model).to(dtype).eval()
     paths = {module: path for path, module in model.named_modules()}
     twins = [private.get_submodule(paths[block]) for block in blocks]
@@ -91,9 +93,9 @@ def sweep(
     shared = [component.name in sums for component in components]
     for component in components:
         if component.name not in sums:
-            alone = sample(
-                model, loss, examples, replace(settings, mask=component.mask), seed=seed, chains=numbers
-            ).transpose("chain", "draw")
+            masked = replace(settings, mask=component.mask)
+            alone = sample(model, loss, examples, masked, seed=seed, chains=numbers, memo=memo)
+            alone = alone.transpose("chain", "draw")
             traces = {name: torch.as_tensor(alone[name].values) for name in alone.data_vars}
             excess, square = traces["loss"] - traces["baseline"], traces["distance"] ** 2
             linear = traces.get("linear", torch.zeros_like(excess))

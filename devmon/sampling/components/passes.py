@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from devmon.sampling.center import Memo, around
 from devmon.sampling.components.masks import Component
 from devmon.sampling.components.variants import Kept, Variants
 from devmon.sampling.data import Examples
-from devmon.sampling.flat import Flat, gradient_at_center, score_at_center
+from devmon.sampling.flat import Flat
 from devmon.sampling.kernels.sampler import Sampler
 from devmon.sampling.losses import Loss
 from devmon.sampling.schedule import Schedule
@@ -25,7 +26,7 @@ AT_ONCE = {"cpu": 4096, "cuda": 2**18}
 @dataclass(frozen=True)
 class Plan:
     """What all components have in common: data, minibatches by step (step, chain or 1, batch), and losses at w*,
-    float64 (n,); `full` is the gradient at w* by the name of a parameter, with control variates."""
+    float64 (n,); `full` is the gradient at w* by the name of a parameter."""
 
     examples: Examples
     kernel: Sampler
@@ -48,6 +49,7 @@ class Plan:
         schedule: Schedule,
         chains: Sequence[int],
         dtype: torch.dtype,
+        memo: Memo | None = None,
     ) -> Plan:
         names = {name for component in components for name in component.mask.names}
         flat = Flat(model, loss, dtype, sorted(names))
@@ -55,19 +57,11 @@ class Plan:
         examples = examples.to(device, dtype)
         streams = schedule.streams(chains)
         index = torch.stack([schedule.batches(stream, examples.n) for stream in streams], 1).to(device)
-        full: Mapping[str, Tensor] = {}
-        if schedule.control_variate:
-            everything = torch.arange(examples.n, device=device)
-            table, gradient, _ = gradient_at_center(
-                flat, examples, everything, schedule.batch_size, schedule.batch_size
-            )
-            full = dict(zip(flat.names, flat.parts(gradient), strict=True))
-        else:
-            met = torch.zeros(examples.n, dtype=torch.bool, device=device)
-            met[index.flatten()] = True
-            table = score_at_center(flat, examples, met.nonzero().flatten(), schedule.batch_size)
-        center = dict(zip(flat.names, flat.parts(flat.center.clone()), strict=True))
-        return cls(examples, kernel, schedule, chains, index, table, center, full, examples.positions())
+        found = around(model, flat, examples, schedule, [index], schedule.batch_size, memo=memo)
+        center, full = (
+            dict(zip(flat.names, flat.parts(vector), strict=True)) for vector in (flat.center.clone(), found.gradient)
+        )
+        return cls(examples, kernel, schedule, chains, index, found.losses, center, full, examples.positions())
 
     def baseline(self) -> Tensor:
         """(chain, draw), on the CPU."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from devmon.anatomy.variants.outputs import answer
 from devmon.errors import InstrumentError
+from devmon.sampling.center import Memo, content, known, named
 from devmon.sampling.data import Examples, map_tree
 from devmon.sampling.losses import outputs
 
@@ -38,6 +39,14 @@ class Scored:
     examples: Examples
     loss: ItemLoss
     size: int
+
+    def at_center(self, model: nn.Module, memo: Memo | None) -> np.ndarray:
+        """Those of a model at w*, which runs at the same weights leave in `memo` for each other."""
+        if memo is None:
+            return self(model)
+        dtype = next(model.parameters()).dtype
+        key = ("items", content(self.examples.tree), named(self.loss), self.size, str(dtype))
+        return known(memo, key, lambda: self(model))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> np.ndarray:
@@ -71,8 +80,9 @@ class Excess:
         draws: int,
         burn_in: int,
         start: Mapping[str, np.ndarray] | None = None,
+        memo: Memo | None = None,
     ) -> None:
-        self.sets, self.draws, self.burn_in = sets, draws, burn_in
+        self.sets, self.draws, self.burn_in, self.memo = sets, draws, burn_in, memo
         self.rows = {chain: row for row, chain in enumerate(chains)}
         self.start: dict[str, np.ndarray] = dict(start or {})
         self.items = {name: np.flatnonzero(~np.isnan(losses)) for name, losses in self.start.items()}
@@ -80,7 +90,7 @@ class Excess:
 
     def __call__(self, model: nn.Module, chain: int, draw: int) -> None:
         if not self.start:
-            self.start = {name: scored(model) for name, scored in self.sets.items()}
+            self.start = {name: scored.at_center(model, self.memo) for name, scored in self.sets.items()}
             self.items = {name: np.flatnonzero(~np.isnan(losses)) for name, losses in self.start.items()}
         if draw < self.burn_in:
             return

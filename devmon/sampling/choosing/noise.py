@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from devmon.sampling.center import measure
 from devmon.sampling.constants import NOISE_BATCHES
 from devmon.sampling.data import as_examples
-from devmon.sampling.flat import Flat, gradient_at_center
+from devmon.sampling.flat import Flat
 from devmon.sampling.losses import Loss, check_losses
 from devmon.sampling.masks import as_mask
 from devmon.sampling.traces import Settings
@@ -42,7 +43,7 @@ def noise_bias(
     first = index[: settings.batch_size]
     check_losses(flat.losses(examples.batch(first)), len(first))
     size = min(settings.batch_size, -(-len(index) // batches))
-    trace = gradient_at_center(flat, examples, index, size, size, where)[2] / settings.batch_size
+    trace = measure(flat, examples, index, size, size, where).spread() / settings.batch_size
     trace *= 1 - settings.batch_size / examples.n
     size = flat.numel if where is None else int(where.sum())
     return settings.lr_and_gamma[0] * settings.nbeta_for(examples.n) ** 2 * trace / 8 / (size / 2)

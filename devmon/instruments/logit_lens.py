@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,11 @@ from torch import Tensor
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.passes import Read, Seen, chunks, log_softmax, read
 from devmon.anatomy.sites import Site
-from devmon.anatomy.vocabulary import LOGITS, PRODUCT, few_enough
+from devmon.anatomy.vocabulary import LOGITS, PRODUCT, few_enough, products
 from devmon.cost import GPT2_SMALL, Cost, Shape, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
-from devmon.errors import InstrumentError
+from devmon.errors import DataError, InstrumentError
 from devmon.snapshot import Snapshot
 
 CHECKED = 8  # places at which the lens of the last layer is compared with the model
@@ -28,13 +28,14 @@ CHECKED = 8  # places at which the lens of the last layer is compared with the m
 class LogitLens(ByContent):
     """Final norm and unembedding applied to the residual stream after each layer (nostalgebraist 2020; 2303.08112).
 
-    `tokens` (batch, pos) are read at all positions but the last of each sequence, which has no next token. The
-    coordinate `depth` counts the layers that have run: 0 is the embedding, L the whole model. All means are over
-    positions, `_se` over sequences; p is the model's distribution of the next token, q the lens's. The direct effect of
-    a head on a logit goes through its own `W_O`, a norm between attention and stream where there is one, the final norm
-    with the scale it has, and the unembedding, before any cap; it is taken less its mean over all logits. Summed over
-    heads, MLPs, biases and embedding it is the centred logit (Elhage et al. 2021). The nulls are predictions that do
-    not read the context.
+    `tokens` (batch, pos) are read at all positions but the last of each sequence, which has no next token; with
+    `sequences`, the lens is applied to the first so many of them alone, while the pass is still that of all `tokens`,
+    which other instruments share: each depth is a product with the whole vocabulary. The coordinate `depth` counts the
+    layers that have run: 0 is the embedding, L the whole model. All means are over positions, `_se` over sequences; p
+    is the model's distribution of the next token, q the lens's. The direct effect of a head on a logit goes through its
+    own `W_O`, a norm between attention and stream where there is one, the final norm with the scale it has, and the
+    unembedding, before any cap; it is taken less its mean over all logits. Summed over heads, MLPs, biases and
+    embedding it is the centred logit (Elhage et al. 2021). The nulls are predictions that do not read the context.
 
     - `kl` (depth), nats: KL(p ‖ q); 0 up to rounding at depth L, where the lens is the model. Null: `kl_constant`.
     - `kl_se` (depth), nats: its standard error.
@@ -67,24 +68,29 @@ class LogitLens(ByContent):
     Pitfalls: a lens that reads little may be a stream in other coordinates, not a stream without the information
     (TunedLens); early in training the lens means little at all; a direct effect is not a total effect. Raises
     InstrumentError for a model whose unembedding does not read the stream right after the final norm (encoders,
-    post-norm), or in which the lens of the last layer is not the model.
+    post-norm), or in which the lens of the last layer is not the model; DataError for `sequences` that there are not.
     """
 
     tokens: Tensor
     layout: Layout | None = None
     batch_size: int = 32
+    sequences: int | None = field(default=None, metadata={"identity": "if changed"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", probe_tokens(self.tokens, "LogitLens"))
+        if self.sequences is not None and not 1 <= self.sequences <= len(self.tokens):
+            raise DataError(
+                f"LogitLens needs sequences from 1 to the {len(self.tokens)} of its tokens, got {self.sequences}"
+            )
 
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
         """One pass, and for each layer one more unembedding."""
-        sequences, positions = self.tokens.shape
-        depths = sequences * positions * shape.layers
+        (sequences, positions), lensed = self.tokens.shape, len(self._lensed)
+        depths = lensed * positions * shape.layers
         direct = 2 * depths * shape.d_model**2
         # of one block of places the logits at one depth, and the model's probabilities where they are few
-        block = min(4 * PRODUCT * shape.vocab, LOGITS // 5, 4 * sequences * positions * shape.vocab)
-        softmaxes = depths * (2 if few_enough(block) else 3) // 3 + 2 * sequences * positions
+        block = min(4 * PRODUCT * shape.vocab, LOGITS // 5, 4 * lensed * positions * shape.vocab)
+        softmaxes = depths * (2 if few_enough(block) else 3) // 3 + (sequences + lensed) * positions
         whole = Cost(sequences, positions=positions, products=depths, softmaxes=softmaxes, operations=direct)
         return replace(whole, trials=trials(positions, 1), held=block * (2 if few_enough(block) else 1))
 
@@ -94,32 +100,46 @@ class LogitLens(ByContent):
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         Anatomy.of(snapshot, self.layout, type(self).__name__).need_sum()
-        [parts] = read(snapshot, self)
+        [found] = read(snapshot, self)
+        parts = [part for part in found if part is not None]
         whole = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-        constant = _constant(whole.pop("mean"), whole.pop("negentropy"), whole.pop("best"), self.tokens)
+        constant = _constant(whole.pop("mean"), whole.pop("negentropy"), whole.pop("best"), self._lensed)
         sums = {name: values.numpy() for name, values in (whole | constant).items()}
         effects = sums.pop("effects")
         return _dataset(sums, effects, self.tokens.shape[1] - 1)
 
-    def _sums(self, seen: Seen) -> dict[str, Tensor]:
-        states = [seen.sites["resid_pre", 0], *(seen.sites["resid_post", i] for i in range(seen.anatomy.layers))]
-        return _lens(seen, states) | {"effects": _direct(seen, states[-1][:, :-1], self.tokens)}
+    @property
+    def _lensed(self) -> Tensor:
+        """The tokens that the lens is applied to."""
+        return self.tokens[: self.sequences]
+
+    def _sums(self, seen: Seen) -> dict[str, Tensor] | None:
+        """Of one minibatch; None of one that has none of the sequences."""
+        tokens = self._lensed[seen.rows]
+        if not len(tokens):
+            return None
+        sites = [("resid_pre", 0), *(("resid_post", i) for i in range(seen.anatomy.layers))]
+        states = [seen.sites[site][: len(tokens)] for site in sites]
+        lens = _lens(seen, states, tokens)
+        return lens | {"effects": _direct(seen, states[-1][:, :-1], tokens, self._lensed)}
 
 
-def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
-    """Of one minibatch, from the states (batch, pos, d) at each depth: sums over positions, (batch, depth) and
-    (batch,), with the sums of the model's probabilities, "mean" (batch, vocab), and its tokens, "best" (batch, pos)."""
-    (batch, length), log_ps, last = seen.inputs.shape, seen.log_p.flatten(0, 1), len(stream) - 1
+def _lens(seen: Seen, stream: list[Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """Of the first `tokens` (batch, pos) of a minibatch, from their states (batch, pos, d) at each depth: sums over
+    positions, (batch, depth) and (batch,), with the sums of the model's probabilities, "mean" (batch, vocab), and its
+    tokens, "best" (batch, pos)."""
+    (batch, length), last = tokens.shape, len(stream) - 1
+    log_ps, preferred = seen.log_p[:batch].flatten(0, 1), seen.best[:batch]
     _refuse_other(seen, stream[-1].flatten(0, 1)[:CHECKED], log_ps[:CHECKED])
     # the last position of a sequence, which has no next token, is worked out too, and left out of the sums
-    target, best = (values.flatten().to(log_ps.device) for values in (seen.inputs.roll(-1, 1), seen.best))
-    before = F.pad(seen.best[:, :-1].roll(1, 1), (0, 1)).flatten()  # what the model prefers at the place before
+    target, best = (values.flatten().to(log_ps.device) for values in (tokens.roll(-1, 1), preferred))
+    before = F.pad(preferred[:, :-1].roll(1, 1), (0, 1)).flatten()  # what the model prefers at the place before
     kl, loss, same, other = torch.zeros(4, last + 1, batch * length, dtype=torch.float64, device=log_ps.device)
     negentropy = torch.zeros_like(kl[0])
     mean = torch.zeros(batch, log_ps.shape[1], dtype=log_ps.dtype, device=log_ps.device)
 
     # some places at a time, at every depth: no more than their logits are held
-    for block in seen.products():
+    for block in products(len(log_ps), log_ps.shape[1], log_ps.element_size()):
         model = log_ps[block].exp() if few_enough(log_ps[block].nbytes) else None  # else again at each depth
         for depth in range(last, -1, -1):  # at the last the lens is the model
             scores = log_ps[block] if depth == last else _unembedded(seen.anatomy, stream[depth].flatten(0, 1)[block])
@@ -145,7 +165,7 @@ def _lens(seen: Seen, stream: list[Tensor]) -> dict[str, Tensor]:
     sums = {name: values.sum(-1).T for name, values in (("kl", kl), ("loss", loss), ("agreement", same))}
     sums |= {"prediction_depth": settled.sum(-1), "prediction_depth_shifted": shifted.sum(-1)}
     sums |= {"negentropy": negentropy.reshape(places)[0, :, :-1].sum(-1)}
-    return sums | {"mean": mean, "best": seen.best[:, :-1]}
+    return sums | {"mean": mean, "best": preferred[:, :-1]}
 
 
 def _add_by_sequence(total: Tensor, p: Tensor, start: int, length: int) -> None:
@@ -177,18 +197,19 @@ def _refuse_other(seen: Seen, state: Tensor, log_p: Tensor) -> None:
         )
 
 
-def _direct(seen: Seen, last: Tensor, tokens: Tensor) -> Tensor:
-    """Direct effects summed over positions, (batch, layer, head, 2): on the right token, and on a random one. `last` is
-    the last layer's output (batch, pos, d) where there is a next token."""
+def _direct(seen: Seen, last: Tensor, tokens: Tensor, probe: Tensor) -> Tensor:
+    """Direct effects summed over positions, (batch, layer, head, 2): on the right token, and on a random one of the
+    `probe`. `last` is the last layer's output (batch, pos, d) of `tokens` where there is a next token."""
     anatomy, norm = seen.anatomy, seen.anatomy.final_norm
     unembed, mean = anatomy.W_U.T, anatomy.W_U.mean(1)  # (vocab, d), (d,)
-    often = torch.bincount(tokens[:, 1:].flatten(), minlength=len(unembed)).to(unembed)
-    target = seen.inputs[:, 1:].to(unembed.device)
+    often = torch.bincount(probe[:, 1:].flatten(), minlength=len(unembed)).to(unembed)
+    target = tokens[:, 1:].to(unembed.device)
     # what a head writes is linear in the logits once the scales of the norms are frozen: directions are pulled back
     right, random = norm.pulled(unembed[target] - mean), norm.pulled(often / often.sum() @ unembed - mean)
     scale, effects = norm.scale(last), []
     for layer in range(anatomy.layers):
-        z, w_o, end = seen.sites["z", layer][:, :-1], anatomy.W_O(layer), anatomy.end_norm(layer, "attention")
+        z, w_o = seen.sites["z", layer][: len(tokens), :-1], anatomy.W_O(layer)
+        end = anatomy.end_norm(layer, "attention")
         whole = scale
         if end.normalises:
             whole = scale * end.scale(torch.einsum("bphe,hed->bpd", z, w_o) + anatomy.bias(layer, "out"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from devmon.data import clustered_mean, random_tokens
-from devmon.errors import InstrumentError
+from devmon.errors import DataError, InstrumentError
 from devmon.instruments.logit_lens import LogitLens
 from devmon.snapshot import Snapshot
 from devmon.testing import AttentionOnly, Bigram, InstrumentContract, even, induction
@@ -193,6 +193,22 @@ def test_minibatches_do_not_change_the_numbers() -> None:
     whole, parts = measure(model, tokens), measure(model, tokens, batch_size=3)
     for name in whole.data_vars:
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7])
+def test_some_sequences_give_what_they_give_alone(count: int) -> None:
+    """The lens of the first sequences, while all of the tokens pass: those of a second minibatch may have none."""
+    model, tokens = random_model(0), random_tokens(VOCAB, 7, 24)
+    some, alone = measure(model, tokens, sequences=count, batch_size=4), measure(model, tokens[:count])
+    for name in alone.data_vars:
+        np.testing.assert_allclose(some[name], alone[name], rtol=1e-9, atol=1e-12, err_msg=name)
+    assert list(some.data_vars) == list(alone.data_vars)
+
+
+def test_sequences_that_there_are_not_are_refused() -> None:
+    for count in (0, 8):
+        with pytest.raises(DataError, match=rf"^LogitLens needs sequences from 1 to the 7 of its tokens, got {count}"):
+            LogitLens(random_tokens(VOCAB, 7, 24), sequences=count)
 
 
 @pytest.mark.parametrize("name", ["bert", "esm"])

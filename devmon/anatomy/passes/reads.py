@@ -15,7 +15,7 @@ from devmon.anatomy.anatomy import Anatomy
 from devmon.anatomy.forward import logits, original, scores_in
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.sites import Reads, Site
-from devmon.anatomy.vocabulary import chunks, log_softmax_, products
+from devmon.anatomy.vocabulary import chunks, log_softmax_
 from devmon.errors import DataError, InstrumentError
 
 TOGETHER = 32  # inputs that pass at once, where an instrument does not ask for fewer: only equal numbers share a pass
@@ -171,13 +171,5 @@ class Seen:
 
     def chunks(self) -> Iterator[slice]:
         """Slices of the places of `log_p.flatten(0, 1)`, each small enough to work on copies of it."""
-        return chunks(*_size(self.log_p))
-
-    def products(self) -> Iterator[slice]:
-        """Larger slices of them, each large enough for a product with the unembedding."""
-        return products(*_size(self.log_p))
-
-
-def _size(log_p: Tensor) -> tuple[int, int, int]:
-    """Places, tokens of the vocabulary, bytes of each."""
-    return log_p.shape[:2].numel(), log_p.shape[2], log_p.element_size()
+        log_p = self.log_p
+        return chunks(log_p.shape[:2].numel(), log_p.shape[2], log_p.element_size())

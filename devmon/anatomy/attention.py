@@ -31,10 +31,11 @@ def layer_patterns(model: nn.Module, tokens: Tensor, who: str = "layer_patterns"
     attend (convolutions, state spaces) count too.
 
     Seen are `F.scaled_dot_product_attention` (the pattern is computed again from its arguments), softmax over the
-    keys of a (batch, head, pos, pos) tensor, and `nn.MultiheadAttention`; patterns over other lengths, as in
-    cross-attention, are left out. Hugging Face models with other kernels run with eager attention meanwhile. Nothing
-    the model computes is changed. Half precision is raised to float32, other dtypes are kept. Raises InstrumentError
-    where no pattern is seen, or where they are of an encoder and a decoder.
+    keys of a (batch, head, pos, pos) tensor or of a causal (batch · head, pos, pos) one, and `nn.MultiheadAttention`.
+    A learned sink, a last column without a place, is left out of the pattern, whose rows then sum to less than 1;
+    patterns over other lengths, as in cross-attention, are left out whole. Hugging Face models with other kernels run
+    with eager attention meanwhile. Nothing the model computes is changed. Half precision is raised to float32, other
+    dtypes are kept. Raises InstrumentError where no pattern is seen, or where they are of an encoder and a decoder.
     """
     with shown_patterns(model, tokens) as seen:
         forward(model, tokens, who)
@@ -135,12 +136,30 @@ class Patterns(TorchFunctionMode):
                     "F.scaled_dot_product_attention in the model"
                 )
 
-        # Attention that is written out: four dimensions tell it from a softmax over the vocabulary.
-        elif func in SOFTMAX and output.ndim == 4:
+        # Attention that is written out.
+        elif func in SOFTMAX and output.ndim in (3, 4):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            if dim in (-1, 3) and (new := self.meet(output)) is not None:
-                return new
+            if dim in (-1, output.ndim - 1) and (keys := _keys(output)):
+                new = self.meet(output[..., :keys])
+                return output if new is None else torch.cat([new, output[..., keys:]], -1)
         return output
+
+
+def _keys(weights: Tensor) -> int:
+    """How many columns of a softmax (…, q, k) are places that are attended to, 0 where it is no attention.
+
+    Four dimensions tell attention from a softmax over the vocabulary. Of three, (batch · head, q, k), it has to be
+    causal. A column more than there are queries, which the first place attends to as no later one, is a sink without a
+    value (GPT-OSS, `attn = softmax(cat([scores, sinks], -1))[..., :-1]`).
+    """
+    queries, keys = weights.shape[-2:]
+    if keys == queries + 1 and queries > 1 and _is_causal(weights[..., :-1]) and bool((weights[..., 0, -1] > 0).all()):
+        return queries
+    return keys if weights.ndim == 4 or (keys == queries > 1 and _is_causal(weights)) else 0
+
+
+def _is_causal(weights: Tensor) -> bool:
+    return not bool(weights.triu(1).any())
 
 
 def _pattern(

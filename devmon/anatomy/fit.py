@@ -14,7 +14,7 @@ from devmon.anatomy.forward import logits, unwatched
 from devmon.anatomy.layout import FUNCTIONAL
 from devmon.anatomy.parts import Parts
 from devmon.anatomy.sites import LayerSite, Reads
-from devmon.anatomy.taps import Taps
+from devmon.anatomy.taps import Taps, heads_of
 from devmon.errors import InstrumentError
 
 TOKENS = 8  # of the sequence that a layout is tried on: enough places to tell queries from keys
@@ -42,7 +42,15 @@ def try_layout(parts: Parts, inputs: Any = None, alone: bool = True) -> bool:
                 unwatched(module, given, parts.layout)
             except Exception:
                 continue
-            _Fit(parts, module, given).check()
+            try:
+                _Fit(parts, module, given).check()
+            except (RuntimeError, ValueError, IndexError, AttributeError) as error:  # of shapes that are others
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise InstrumentError(
+                    f"{parts.who}: the layout of {type(parts.model).__name__} names parts that do not fit together "
+                    f"({error}): leave this instrument out, or declare another `anatomy = Layout(...)`"
+                ) from error
             return True
     return False
 
@@ -91,13 +99,14 @@ class _Fit:
         layers = range(parts.layers)
         sites = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_post", *mlp_site(parts))
         output, reads = self._run({(name, layer) for name in sites for layer in layers}, {})
-        seen = all(("pattern", layer) in reads for layer in layers)
-        if not seen and self.counts:
+        self._check_order(reads["resid_pre", 0])
+        seen = {layer for layer in layers if ("pattern", layer) in reads}  # a kernel may hide those of some layers
+        if len(seen) < parts.layers and self.counts - {parts.heads}:
             counts = ", ".join(map(str, sorted(self.counts)))
             self._refuse(f"its patterns are of {counts} heads, the layout says {parts.heads}", f"heads={counts}")
         for layer in layers:
-            self._check_layer(layer, reads, seen)
-        if seen:
+            self._check_layer(layer, reads, layer in seen)
+        if len(seen) == parts.layers:
             self._check_queries(reads)
 
         # The logits, where the unembedding reads the stream; other heads stand on their own.
@@ -113,6 +122,15 @@ class _Fit:
                     f"norm and unembedding of its last stream are not its logits (off by {off:.0%})",
                     f"norm={layout.norm!r}, unembed={layout.unembed!r}, cap={layout.cap!r}, or direct=False",
                 )
+
+    def _check_order(self, stream: Tensor) -> None:
+        """The stream is (batch, pos, d), its places those of the tokens."""
+        given = tuple(self.given.shape) if isinstance(self.given, Tensor) and self.given.ndim == 2 else ()
+        if stream.ndim != 3:
+            self._refuse(f"its stream is {tuple(stream.shape)}", "enter, leave; several streams have no layout")
+        if tuple(stream.shape[:2]) == given[::-1] != given:
+            flipped = not self.parts.layout.batch_first
+            self._refuse(f"its stream is {tuple(stream.shape)} of {given} tokens", f"batch_first={flipped}")
 
     def _check_layer(self, layer: int, reads: Reads, seen: bool) -> None:
         parts, layout = self.parts, self.parts.layout
@@ -213,7 +231,7 @@ class _Fit:
 
         def meet(pattern: Tensor) -> Tensor | None:
             if taps.layer >= 0 and pattern.shape[-1] == pattern.shape[-2] == taps.shape[1]:
-                self.counts.add(pattern.shape[-3])
+                self.counts.add(heads_of(pattern, taps.shape[0]))
             return taps.pattern(pattern)
 
         def enter(layer: int) -> Any:

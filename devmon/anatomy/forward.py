@@ -18,6 +18,8 @@ from devmon.anatomy.vocabulary import chunks, log_softmax
 from devmon.errors import InstrumentError
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "block_size")  # in configs, first there
+# What torch says of inputs that are not what a module takes. Errors of the device and its memory pass as they are.
+OTHER_SHAPE = ("dtype", "Input type", "size", "shape", "dimension", "channels", "not implemented for", "scalar type")
 SEES_AHEAD = 1e-5  # of the change that later tokens make at their own places: 0 where kernels are the same, 1e-7 where
 # experts see other batches, 1e-3 and more in encoders at their initialisation
 
@@ -78,7 +80,10 @@ def forward(model: nn.Module, inputs: Any, who: str, *, grad: bool = False, layo
             f"{who}: {name} cannot look up tokens 0..{int(inputs.max())} at {inputs.shape[1]} positions ({error}): "
             "lower vocab_size or length, or give tokens of this model"
         ) from error
-    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        said, of_torch = str(error), isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
+        if of_torch and ("memory" in said or not any(word in said for word in OTHER_SHAPE)):
+            raise
         given = "its keyword arguments" if isinstance(inputs, Mapping) else f"one tensor {tuple(inputs.shape)}"
         raise InstrumentError(
             f"{who}: {name} does not run on {given} alone ({type(error).__name__}: {error}): hand over a part of it "

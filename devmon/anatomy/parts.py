@@ -46,7 +46,7 @@ class Parts:
         self.blocks = self.layout.layers(self.body)
         self.projections: dict[nn.MultiheadAttention, Projection] = {}  # of built-in attention that a layout names
         self.layers = len(self.blocks)
-        self.parallel = bool(self._setting(self.layout.parallel))
+        self.parallel = bool(self._setting(self.layout.parallel, False))
 
         # Sizes are those of the weights, not of a config, which families spell differently: heads side by side are
         # what `out` reads, and what a fused map or `key` writes more than that belongs to keys and values.

@@ -71,11 +71,12 @@ class Taps:
     def pattern(self, pattern: Tensor) -> Tensor | None:
         """What `Patterns` does with an attention pattern: the pattern to use instead, or None."""
         # The first of a layer with its number of heads: softmaxes over other things may follow or come before.
-        key = ("pattern", self.layer)
-        square = pattern.shape[-2:] == (self.shape[1], self.shape[1])
-        if key in self.fired or pattern.shape[-3] != self.parts.heads or not square:
+        key, given = ("pattern", self.layer), pattern.shape
+        square = given[-2:] == (self.shape[1], self.shape[1])
+        if key in self.fired or not square or heads_of(pattern, self.shape[0]) != self.parts.heads:
             return None
-        return self._meet(key, pattern)
+        new = self._meet(key, pattern.view(-1, self.parts.heads, *given[-2:]) if pattern.ndim == 3 else pattern)
+        return None if new is None else new.reshape(given)
 
     def refuse_missing(self) -> None:
         """Raises InstrumentError where a site was not reached: its hook did not fire, which would go unseen."""
@@ -199,9 +200,14 @@ class Taps:
         return hook
 
 
+def heads_of(pattern: Tensor, batch: int) -> int:
+    """The heads of a pattern (batch, head, q, k) or (batch · head, q, k)."""
+    return pattern.shape[-3] if pattern.ndim > 3 else len(pattern) // max(batch, 1)
+
+
 def _first(output: Any) -> Tensor:
     """What a module returns, or the first of what it returns."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _in_place_of(output: Any, new: Tensor | None) -> Any:
@@ -209,4 +215,4 @@ def _in_place_of(output: Any, new: Tensor | None) -> Any:
     if new is None:
         return None
     new = new.reshape(_first(output).shape)
-    return (new, *output[1:]) if isinstance(output, tuple) else new
+    return type(output)((new, *output[1:])) if isinstance(output, tuple | list) else new

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from devmon.anatomy import attention_patterns, logits, residual_stream, stack_heads
-from devmon.anatomy.attention import _pattern
+from devmon.anatomy.attention import Patterns, _pattern
 from devmon.errors import InstrumentError
 from tests.support.attention_models import BATCH, LENGTH, VOCAB, Attention, Small, hugging_face, tokens
 
@@ -160,6 +160,54 @@ def test_a_softmax_over_something_else_is_no_pattern() -> None:
             return state.softmax(-1)  # (batch, pos, vocab)
 
     assert len(attention_patterns(Experts("sdpa", "F.softmax"), tokens())) == 2
+
+
+class Written(nn.Module):
+    """Attention that is written out over (batch · head, pos, pos), `heads` of them, with a column for a sink."""
+
+    def __init__(self, heads: int, sink: bool, causal: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed, self.maps, self.heads = nn.Embedding(VOCAB, 8), nn.Linear(8, 24), heads
+        self.sink, self.causal = nn.Parameter(torch.ones(heads)) if sink else None, causal
+        self.blocks = nn.ModuleList([nn.Identity()])
+        self.seen: Tensor
+
+    def forward(self, batch: Tensor) -> Tensor:
+        size = 8 // self.heads
+        q, k, v = (
+            part.unflatten(-1, (self.heads, size)).transpose(1, 2).flatten(0, 1)
+            for part in self.maps(self.embed(batch)).chunk(3, -1)
+        )
+        scores = 3 * q @ k.transpose(1, 2)
+        if self.causal:
+            scores = scores + torch.full(scores.shape[1:], -torch.inf).triu(1)
+        if self.sink is not None:
+            column = self.sink.repeat(len(batch))[:, None, None].expand(-1, batch.shape[1], 1)
+            scores = torch.cat([scores, column], -1)
+        self.seen = scores.softmax(-1)[..., : batch.shape[1]]
+        state = (self.seen @ v).unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
+        return self.blocks[0](state)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("sink", [False, True])
+def test_patterns_of_three_dimensions_and_of_attention_with_a_sink(heads: int, sink: bool) -> None:
+    model = Written(heads, sink)
+    [pattern] = attention_patterns(model, tokens())
+    torch.testing.assert_close(pattern, model.seen.detach().unflatten(0, (BATCH, heads)))
+    assert bool((pattern.sum(-1) < 0.999).all()) == sink
+
+    # What is put in its place is what is read, and what the sink gets stays.
+    even = torch.full((BATCH, heads, LENGTH, LENGTH), 0.25)
+    with Patterns.of(model, lambda seen: even.reshape(seen.shape)):
+        model(tokens())
+    torch.testing.assert_close(model.seen, even.flatten(0, 1))
+
+
+def test_a_square_softmax_that_sees_ahead_is_no_pattern_without_a_dimension_of_heads() -> None:
+    with pytest.raises(InstrumentError, match="shows none"):
+        attention_patterns(Written(2, sink=False, causal=False), tokens())
 
 
 def test_layers_of_unequal_heads_are_filled_with_nan() -> None:

@@ -195,6 +195,31 @@ def test_families_that_no_layout_describes_are_refused(name: str) -> None:
         Composition()(Snapshot(0, family(name)))
 
 
+def test_places_are_not_taken_for_sequences() -> None:
+    with pytest.raises(InstrumentError, match=r"its stream is \(8, 1, 32\) of \(1, 8\) tokens.*batch_first=True"):
+        Anatomy(Nano(), replace(RIGHT, batch_first=False))
+
+
+def test_a_stream_of_several_is_refused() -> None:
+    class Several(Block):
+        def forward(self, x: Tensor) -> Tensor:  # (stream, batch, pos, d), of which the first is read
+            return x + (super().forward(x[0]) - x[0])
+
+    class Many(Nano):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h = nn.ModuleList([Several(1.0), Several(1.0)])
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = torch.stack([self.wte(tokens), 2 * self.wte(tokens)])
+            for block in self.h:
+                x = block(x)
+            return self.head(self.ln_f(x.mean(0)))
+
+    with pytest.raises(InstrumentError, match=r"its stream is \(2, 1, 8, 32\).*several streams have no layout"):
+        Anatomy(Many(), RIGHT)
+
+
 def test_of_two_towers_the_one_that_writes_the_logits_is_read() -> None:
     model = family("llava")
     anatomy = Anatomy(model)

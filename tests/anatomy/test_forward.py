@@ -124,6 +124,30 @@ def untrained(name: str) -> Any:
         return KINDS.get(name, transformers.AutoModelForCausalLM).from_config(config).eval()
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Linear(8, 4), "same dtype|dtype"),  # numbers, given tokens
+        (nn.Conv2d(3, 4, 2), "Input type|size|dimension"),  # images
+        (nn.Sequential(nn.Embedding(VOCAB, 8), nn.Linear(16, 4)), "shapes cannot be multiplied"),
+    ],
+)
+def test_a_model_of_other_inputs_is_refused_in_a_sentence(model: nn.Module, said: str) -> None:
+    with pytest.raises(InstrumentError, match=f"Loss: .* does not run on one tensor .*({said}).*hand over a part"):
+        forward(model, tokens(), "Loss")
+
+
+def test_errors_of_memory_and_of_the_device_pass_as_they_are() -> None:
+    class Fails(nn.Module):
+        def forward(self, batch: Tensor) -> Tensor:
+            raise RuntimeError(self.said)
+
+    model: Any = Fails()
+    for model.said in ("CUDA out of memory. Tried to allocate 2 GiB, size 3", "CUBLAS_STATUS_EXECUTION_FAILED"):
+        with pytest.raises(RuntimeError, match=model.said.split(".")[0]):
+            forward(model, tokens(), "Loss")
+
+
 def test_positions_beyond_the_trained_range_are_told() -> None:
     given = torch.randint(3, 23, (1, 40), generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="Loss: LlamaForCausalLM was made for 32 positions, these are 40"):

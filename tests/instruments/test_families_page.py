@@ -16,8 +16,8 @@ from tests.anatomy.test_anatomy_sites import VOCAB
 from tests.instruments.test_instruments_families import INSTRUMENTS, TEXT, model_of, of_images
 
 NAMES = list(dict.fromkeys(case.name for case in INSTRUMENTS))
-# Of what the standard preset leaves out: nothing, patterns, heads in a stream that is not a sum, nearly all.
-PRESET = ("gemma2", "gpt_oss", "granite", "bart")
+# Of what the standard preset leaves out: nothing, with sinks too; heads in a stream that is not a sum, nearly all.
+PRESET = ("gemma2", "gpt_oss", "granite", "longformer", "bart")
 QUICK = ("ProbeLoss", "PreviousTokenHeads", "Composition", "HeadSpectra", "WeightStatistics", "Sketch")
 
 

@@ -76,7 +76,7 @@ class _Layer:
             assert out.given is not None
             assert out.gave is not None
             width, heads = out.given.shape[-1], self.stack.heads
-            if width % heads or out.gave.shape[-1] != self.before.shape[-1]:
+            if width % heads or out.gave.shape != self.before.shape:
                 continue
             size = width // heads
             for call in reversed(early):

@@ -15,6 +15,7 @@ from devmon.anatomy.attention import Patterns
 from devmon.anatomy.fit import TOKENS
 from devmon.anatomy.forward import original, uncompiled
 from devmon.anatomy.layout import Adapter
+from devmon.anatomy.taps import heads_of
 from devmon.anatomy.variants.builtin import Opened, Projection, can_open
 from devmon.errors import InstrumentError
 
@@ -126,9 +127,11 @@ def _inputs(model: nn.Module, inputs: Any) -> Iterator[Tensor]:
     sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
     if sizes:
         most = min(sizes)
-        # Some models take one length alone: that of a table of positions.
+        # Tables of few rows are of kinds of tokens, not of places; never as many places as sequences, so that the two
+        # are told apart. Some models take one length alone: that of a table of positions.
         tables = {p.shape[-2] for p in model.parameters() if p.ndim in (2, 3) and TOKENS < p.shape[-2] <= LONGEST}
-        for length in (min(TOKENS, most), 2, *sorted(tables)):
+        places_known = min((size for size in sizes if size > BATCH + 1), default=TOKENS)
+        for length in (min(TOKENS, places_known), BATCH + 1, *sorted(tables)):
             places = torch.arange(BATCH * length).view(BATCH, length)
             yield ((7 * places + 3) % most).to(device)
         return
@@ -183,7 +186,8 @@ def _record(traced: Trace, run: Any) -> None:
 
     def meet(pattern: Tensor) -> None:
         nonlocal clock
-        traced.attentions.append(Attention(clock, pattern.shape[-3], tuple(call.path for call in active)))
+        heads = heads_of(pattern, len(traced.inputs))
+        traced.attentions.append(Attention(clock, heads, tuple(call.path for call in active)))
         clock += 1
 
     # Built-in attention runs through its projection, which goes by the path of the attention.

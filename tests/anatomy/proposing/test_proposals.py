@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as T
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -157,6 +158,29 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(nn.functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", ["megatron-bert", "openai-gpt", "xglm"])
+def test_families_without_a_layout(kind: str) -> None:
+    """A table of two kinds of tokens, blocks that return lists, and attention of (batch · head, pos, pos)."""
+    small = {"vocab_size": 23, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    configs: dict[str, Callable[[], Any]] = {
+        "megatron-bert": lambda: T.MegatronBertConfig(**sizes, **small),
+        "openai-gpt": lambda: T.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=23),
+        "xglm": lambda: T.XGLMConfig(
+            d_model=32, num_layers=2, attention_heads=4, ffn_dim=48, vocab_size=23, scale_embedding=False
+        ),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = C.shaken(T.AutoModelForCausalLM.from_config(configs[kind]()))
+    layout = anatomy_of(model).layout
+    assert layout is not None
+    assert layout.batch_first
+    assert layout.post_norm == (kind == "openai-gpt")
+    whole, rebuilt = Anatomy(model, layout).rebuild(TOKENS % 23)
+    torch.testing.assert_close(whole, rebuilt, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stack_with_convolutions_between() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +76,8 @@ class Starts:
     """Passes that start at a layer, with the stream that enters it: no layer below is run.
 
     `works` says whether they give what whole passes give, as tried on the first of `tokens` (batch, pos) after a
-    pass of another: they do not where a layer hands on more than its stream, or keeps what later layers read.
+    pass of another: they do not where a layer hands on more than its stream, or keeps what later layers read. The layer
+    may be that after the last: then only the final norm and the unembedding run.
     """
 
     def __init__(self, anatomy: Anatomy, tokens: Tensor) -> None:
@@ -86,9 +87,12 @@ class Starts:
             with suppress(Exception), torch.no_grad():
                 self.works = self._try(tokens)
 
+    def at(self, layer: int, state: Tensor) -> AbstractContextManager[None]:
+        """Passes inside start at `layer` with `state` (batch, pos, d); where that does not work they are whole."""
+        return self._at(layer, state) if self.works and layer else nullcontext()
+
     @contextmanager
-    def at(self, layer: int, state: Tensor) -> Iterator[None]:
-        """Passes inside start at `layer` with `state` (batch, pos, d)."""
+    def _at(self, layer: int, state: Tensor) -> Iterator[None]:
         below = [block for block in self.anatomy.blocks[:layer] if block in self.tupled]
         before = [vars(block).get("forward") for block in below]
         try:
@@ -101,6 +105,8 @@ class Starts:
                 vars(block).pop("forward") if forward is None else vars(block).update(forward=forward)
 
     def _try(self, tokens: Tensor) -> bool:
+        end = ("resid_post", self.anatomy.layers - 1)
+
         # What each block returns: its stream, or a tuple that begins with it and holds no other tensor.
         def look(module: nn.Module, args: Any, output: Any) -> None:
             rest = output[1:] if isinstance(output, tuple) else ()
@@ -109,17 +115,19 @@ class Starts:
 
         handles = [block.register_forward_hook(look) for block in self.anatomy.blocks]
         try:
-            whole, reads = self.anatomy.run(tokens[:1], ["resid_pre"], last=True)
+            whole, reads = self.anatomy.run(tokens[:1], ["resid_pre", end], last=True)
         finally:
             for handle in handles:
                 handle.remove()
         if len(self.tupled) < self.anatomy.layers:
             return False
-        # What layers keep is now that of others: of all below the last, and then still of the first.
+        # What layers keep is now that of others: of all, of all below the last, and then still of the first.
         self.anatomy.run(tokens[1:2], last=True)
+        states = {self.anatomy.layers: reads[end]}
+        states |= {layer: reads["resid_pre", layer] for layer in (self.anatomy.layers - 1, 1)}
         same = []
-        for layer in (self.anatomy.layers - 1, 1):
-            with self.at(layer, reads["resid_pre", layer]):
+        for layer, state in states.items():
+            with self._at(layer, state):
                 same.append(torch.equal(self.anatomy.run(tokens[:1], last=True)[0], whole))
         return all(same)
 

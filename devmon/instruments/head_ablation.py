@@ -14,9 +14,9 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import Anatomy, Layout, activations, next_token
-from devmon.anatomy.patching import check_heads
+from devmon.anatomy.patching import Starts, check_heads
 from devmon.anatomy.sites import Site, Write
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, Cost, Shape
 from devmon.data import ByContent, RepeatProbe, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.repeats import OnRepeats
 from devmon.data.rows import Rows
@@ -70,9 +70,10 @@ class HeadAblation(ByContent, OnRepeats):
 
     A head whose loss others make up for (self-repair, McGrath et al. 2307.15771) shows less than it does. A group
     chosen by attention may hold heads that attend and do nothing. A group chosen by threshold grows with training:
-    changes of `size` make steps in the rest; `top` or `heads` keep it fixed. Cost: 4 + `groups` passes of half of the
-    probe. Raises InstrumentError for heads that the model lacks, for a group that takes all heads of a layer, and for
-    models without attention patterns or a known layout, DataError for settings that cannot be used.
+    changes of `size` make steps in the rest; `top` or `heads` keep it fixed. Cost: a pass of the probe, and
+    1 + `groups` of half of it from the lowest layer of the group on. Raises InstrumentError for heads that the model
+    lacks, for a group that takes all heads of a layer, and for models without attention patterns or a known layout,
+    DataError for settings that cannot be used.
     """
 
     heads: Heads | None = None
@@ -103,11 +104,21 @@ class HeadAblation(ByContent, OnRepeats):
                 raise DataError(f"HeadAblation needs at least 3 sequences of tokens, got {len(tokens)}")
             object.__setattr__(self, "tokens", tokens)
 
-    def cost(self) -> Cost:
-        half = self.sequences // 2
-        forwards = half * (self.heads is None) + (self.sequences - half) * (3 + self.groups)
-        text = 0 if self.tokens is None else self.tokens.numel() * (3 + self.groups)
-        return Cost(forwards=forwards + math.ceil(text / self.length), positions=self.length)
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        """A pass of the half that chooses and one of the other, which starts at the first layer of the group for each
+        ablation: in the middle, where the group is not known, and where random groups are as many as asked for."""
+        half, layers = self.sequences // 2, shape.layers
+        start = (layers - 1) / 2 if self.heads is None else min(layer for layer, _ in self.heads)
+        measured = (self.sequences - half) * self.length
+        text = 0 if self.tokens is None else self.tokens.numel()
+        runs = (1 + self.groups) * (measured + text)
+        return Cost(
+            half * (self.heads is None) + math.ceil((measured + text) / self.length),
+            positions=self.length,
+            products=runs + measured + text,
+            softmaxes=runs + measured + text,
+            operations=(1 - start / layers) * runs * shape.weights,
+        )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who, probe, half = type(self).__name__, self._repeats, self.sequences // 2
@@ -224,8 +235,11 @@ class HeadAblation(ByContent, OnRepeats):
         """Nats (group, batch, pos - 1) of the next token, with each group of heads ablated."""
         who = type(self).__name__
         layers = sorted({layer for group in groups for layer, _ in group})
-        sites = [("z", layer) for layer in layers]
-        _, reads = activations(snapshot, tokens, sites, who, self.layout, self.batch_size)  # before any head is swapped
+        anatomy = Anatomy.of(snapshot, self.layout, who)
+        # before any head is swapped: the heads, and the streams that enter the first of their layers and leave the last
+        end = ("resid_post", anatomy.layers - 1)
+        sites: list[Site] = [*(("z", layer) for layer in layers), ("resid_pre", layers[0]), end]
+        _, reads = activations(snapshot, tokens, sites, who, self.layout, self.batch_size)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "HeadAblation", "donors"))
         order = torch.randperm(len(tokens), generator=generator)
         donor = torch.empty_like(order)
@@ -234,15 +248,21 @@ class HeadAblation(ByContent, OnRepeats):
         for layer in layers:
             z = reads["z", layer]
             stand_in[layer] = z[donor] if self.how == "resample" else (z.sum(0) - z) / (len(z) - 1)
-        anatomy = Anatomy.of(snapshot, self.layout, who)
-        return np.stack([np.concatenate(list(self._run(anatomy, tokens, group, stand_in))) for group in groups])
+        starts = Starts(anatomy, tokens)
+        states = {True: (layers[0], reads["resid_pre", layers[0]]), False: (anatomy.layers, reads[end])}
+        runs = (self._run(starts, tokens, group, stand_in, *states[bool(group)]) for group in groups)
+        return np.stack([np.concatenate(list(run)) for run in runs])
 
-    def _run(self, anatomy: Anatomy, tokens: Tensor, group: Heads, stand_in: dict[int, Tensor]) -> Iterator[np.ndarray]:
+    def _run(
+        self, starts: Starts, tokens: Tensor, group: Heads, stand_in: dict[int, Tensor], start: int, state: Tensor
+    ) -> Iterator[np.ndarray]:
+        """Nats (batch, pos - 1) of a minibatch, in passes from the layer `start` on, which `state` enters."""
+        anatomy = starts.anatomy
         for rows in minibatches(len(tokens), self.batch_size):
             write: dict[Site, Write] = {}
             for layer in {layer for layer, _ in group}:
                 write["z", layer] = _swap(stand_in[layer][rows], [head for at, head in group if at == layer])
-            with anatomy.tapped([], write):
+            with starts.at(start, state[rows]), anatomy.tapped([], write):
                 yield next_token(anatomy.model, tokens[rows], anatomy.who, check=False)[0].numpy()
 
 

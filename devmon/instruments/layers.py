@@ -13,8 +13,9 @@ from torch import Tensor
 
 from devmon.analysis.derive.representation import similarity
 from devmon.anatomy import Anatomy, Layout, activations, next_token
+from devmon.anatomy.patching import Starts
 from devmon.anatomy.sites import Site, Write
-from devmon.cost import GPT2_SMALL, Cost, Shape
+from devmon.cost import DRAWN, GPT2_SMALL, Cost, Shape
 from devmon.data import ByContent, clustered_groups, clustered_mean, minibatches, probe_tokens
 from devmon.data.rows import Rows
 from devmon.data.shares import NO_SIGNAL, share, share_groups
@@ -86,10 +87,19 @@ class LayerRoles(ByContent):
             )
 
     def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
-        """Four passes a layer, and two."""
-        sequences, positions = self.tokens.shape
-        passes = 2 + 4 * shape.layers
-        return Cost(passes * sequences, positions=positions, softmaxes=passes * sequences * positions)
+        """One pass, and four a layer that start there, or at the next: half of a pass and its unembedding."""
+        (sequences, positions), layers = self.tokens.shape, shape.layers
+        places, passes = sequences * positions, 1 + 4 * layers
+        # of L layers the passes run L, L - 1, … for a part, L - 1, L - 2, … for the layer and for the noise
+        run = layers * (layers + 1) + layers * (layers - 1)
+        drawn = layers * places * shape.d_model
+        return Cost(
+            sequences,
+            positions=positions,
+            products=passes * places,
+            softmaxes=passes * places,
+            operations=run / layers * places * shape.weights + DRAWN * drawn / 2,
+        )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         who = type(self).__name__
@@ -98,29 +108,47 @@ class LayerRoles(ByContent):
         sites: tuple[Site, ...] = (("resid_pre", 0), "resid_post")
         _, reads = activations(snapshot, self.tokens, sites, who, self.layout, self.batch_size)
         stream = torch.stack([reads["resid_pre", 0], *reads.stack("resid_post")])
-        plain = self._loss(anatomy, {})
+        starts = Starts(anatomy, self.tokens)
+        plain = self._loss(starts, anatomy.layers, stream[-1], {})
         parts = [part for part in PARTS if part != "mlp" or anatomy.has_mlp]
         effects: dict[str, list[np.ndarray]] = {part: [] for part in (*parts, "random")}
+        silent = starts.works and self._silent(anatomy)
         for layer in range(anatomy.layers):
+            before, after = stream[layer], stream[layer + 1]
             for part in parts:
-                written = [site for site in PARTS[part] if site == "attn_out" or anatomy.has_mlp]
-                dropped = self._loss(anatomy, {(site, layer): torch.zeros_like for site in written})
+                writes: dict[Site, Write] = {(site, layer): torch.zeros_like for site in self._written(anatomy, part)}
+                # a layer that writes nothing hands on what it was given, so it need not run
+                skipped = part == "layer" and silent
+                dropped = self._loss(starts, layer + skipped, before, {} if skipped else writes)
                 effects[part].append(dropped - plain)
-            effects["random"].append(self._loss(anatomy, {}, layer, stream) - plain)
+            effects["random"].append(self._loss(starts, layer + 1, after, {}, before) - plain)
         drops = {part: np.stack(each, 1) for part, each in effects.items()}  # sums (sequence, layer)
         return _dataset(drops, plain, self.tokens.shape[1] - 1, *self._likeness(stream))
 
+    def _written(self, anatomy: Anatomy, part: str) -> list[str]:
+        return [site for site in PARTS[part] if site == "attn_out" or anatomy.has_mlp]
+
+    def _silent(self, anatomy: Anatomy) -> bool:
+        """Whether the stream leaves layers as it entered them, bit for bit, where their parts write nothing."""
+        writes: dict[Site, Write] = dict.fromkeys(self._written(anatomy, "layer"), torch.zeros_like)
+        _, reads = anatomy.run(self.tokens[:1], ["resid_pre", "resid_post"], writes, last=True)
+        return all(
+            torch.equal(reads["resid_pre", layer], reads["resid_post", layer]) for layer in range(anatomy.layers)
+        )
+
     def _loss(
-        self, anatomy: Anatomy, writes: dict[Site, Write], noisy: int | None = None, stream: Tensor | None = None
+        self, starts: Starts, layer: int, state: Tensor, writes: dict[Site, Write], moved: Tensor | None = None
     ) -> np.ndarray:
-        """Nats summed over places, (sequence,), with some sites written, or with noise after the layer `noisy`."""
-        nats = []
+        """Nats summed over places, (sequence,), of passes from `layer` on, which `state` enters, with some sites
+        written, or with noise in that state as large as the step to it from the state `moved`."""
+        nats, anatomy = [], starts.anatomy
         for rows in minibatches(len(self.tokens), self.batch_size):
-            if noisy is not None:
-                assert stream is not None
-                noise = self._noise(stream[noisy, rows], stream[noisy + 1, rows], rows, noisy)
-                writes = {("resid_post", noisy): partial(torch.add, noise)}
-            with anatomy.tapped((), writes):
+            enters = state[rows]
+            if moved is not None:
+                noise = self._noise(moved[rows], enters, rows, layer - 1)
+                enters, writes = enters + noise, {("resid_post", layer - 1): partial(torch.add, noise)}
+                writes = {} if starts.works else writes
+            with starts.at(layer, enters), anatomy.tapped((), writes):
                 nats.append(next_token(anatomy.model, self.tokens[rows], type(self).__name__, check=False)[0].sum(1))
         return torch.cat(nats).numpy()
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.patching import Starts, run_patched
+from devmon.instruments.head_ablation import HeadAblation
+from devmon.instruments.layers import LayerRoles
+from devmon.snapshot import Snapshot
 from tests.anatomy.families import family
 
 TOKENS = torch.randint(20, (6, 9), generator=torch.Generator().manual_seed(0))
@@ -73,3 +76,20 @@ def test_a_model_whose_layers_keep_what_later_ones_read_is_run_whole() -> None:
     layout = Layout(blocks="blocks", query="q", key="k", value="v", out="o", heads=2, embed="embed", direct=False)
     assert Starts(Anatomy(Keeps(False)), TOKENS).works
     assert not Starts(Anatomy(Keeps(True), layout), TOKENS).works
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "instrument",
+    [
+        LayerRoles(TOKENS, places=24, permutations=1),
+        HeadAblation(20, 6, 9, heads=((1, 0),), groups=2, how="mean", tokens=TOKENS),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_what_an_instrument_finds_is_the_same_where_no_pass_may_start_at_a_layer(
+    name: str, instrument: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = instrument(Snapshot(0, family(name)))
+    monkeypatch.setattr(Starts, "_try", lambda self, tokens: False)
+    assert found.equals(instrument(Snapshot(0, family(name))))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from devmon.anatomy import Anatomy
+from devmon.cost import Shape
 from devmon.data import random_tokens, repeats
 from devmon.data.shares import share, signal
 from devmon.errors import DataError, InstrumentError
@@ -251,21 +253,25 @@ def test_every_family(name: str) -> None:
     assert int(chosen["in_group"].sum()) >= 1
 
 
-def test_the_cost_is_what_is_passed() -> None:
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_cost_is_what_is_passed_from_the_layer_of_the_group_on(layer: int) -> None:
     model, passed = random_model(0), 0
+    anatomy = Anatomy(model)
 
     def count(module: nn.Module, args: tuple[Tensor]) -> None:
         nonlocal passed
-        passed += args[0].numel()
+        passed += args[0].shape[0] * args[0].shape[1] if len(args[0]) > 1 else 0  # trials are of one sequence
 
-    model.register_forward_pre_hook(count)
+    for each in range(anatomy.layers):
+        anatomy.module(each, "out").register_forward_pre_hook(count)
     for instrument in (
-        HeadAblation(VOCAB, 8, 32, groups=2, top=1),
-        HeadAblation(VOCAB, 8, 32, groups=2, heads=((0, 0),), tokens=random_tokens(VOCAB, 4, 16)),
+        HeadAblation(VOCAB, 8, 32, groups=2, heads=((layer, 0),)),
+        HeadAblation(VOCAB, 8, 32, groups=2, heads=((layer, 0),), tokens=random_tokens(VOCAB, 4, 32)),
     ):
         passed = 0
         instrument(snapshot(model))
-        assert passed == instrument.cost().work
+        cost = instrument.cost(Shape(layers=anatomy.layers, weights=1))
+        assert passed == anatomy.layers * (cost.work + cost.operations)
 
 
 class TestHeadAblation(InstrumentContract):

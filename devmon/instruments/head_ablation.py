@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,15 +108,14 @@ class HeadAblation(ByContent, OnRepeats):
         """A pass of the half that chooses and one of the other, which starts at the first layer of the group for each
         ablation: in the middle, where the group is not known, and where random groups are as many as asked for."""
         half, layers = self.sequences // 2, shape.layers
-        start = (layers - 1) / 2 if self.heads is None else min(layer for layer, _ in self.heads)
-        measured = (self.sequences - half) * self.length
-        text = 0 if self.tokens is None else self.tokens.numel()
-        runs = (1 + self.groups) * (measured + text)
+        start = (layers - 1) / 2 if self.heads is None else self.heads[0][0]
+        places = (self.sequences - half) * self.length + (0 if self.tokens is None else self.tokens.numel())
+        runs = (1 + self.groups) * places
         return Cost(
-            half * (self.heads is None) + math.ceil((measured + text) / self.length),
+            half * (self.heads is None) + math.ceil(places / self.length),
             positions=self.length,
-            products=runs + measured + text,
-            softmaxes=runs + measured + text,
+            products=runs + places,
+            softmaxes=runs + places,
             operations=(1 - start / layers) * runs * shape.weights,
         )
 
@@ -235,7 +234,7 @@ class HeadAblation(ByContent, OnRepeats):
         """Nats (group, batch, pos - 1) of the next token, with each group of heads ablated."""
         who = type(self).__name__
         layers = sorted({layer for group in groups for layer, _ in group})
-        anatomy = Anatomy.of(snapshot, self.layout, who)
+        starts = Starts(anatomy := Anatomy.of(snapshot, self.layout, who), tokens)
         # before any head is swapped: the heads, and the streams that enter the first of their layers and leave the last
         end = ("resid_post", anatomy.layers - 1)
         sites: list[Site] = [*(("z", layer) for layer in layers), ("resid_pre", layers[0]), end]
@@ -248,22 +247,21 @@ class HeadAblation(ByContent, OnRepeats):
         for layer in layers:
             z = reads["z", layer]
             stand_in[layer] = z[donor] if self.how == "resample" else (z.sum(0) - z) / (len(z) - 1)
-        starts = Starts(anatomy, tokens)
-        states = {True: (layers[0], reads["resid_pre", layers[0]]), False: (anatomy.layers, reads[end])}
-        runs = (self._run(starts, tokens, group, stand_in, *states[bool(group)]) for group in groups)
-        return np.stack([np.concatenate(list(run)) for run in runs])
+        enters = {True: (layers[0], reads["resid_pre", layers[0]]), False: (anatomy.layers, reads[end])}
+        return np.stack([self._run(starts, tokens, group, stand_in, *enters[bool(group)]) for group in groups])
 
     def _run(
         self, starts: Starts, tokens: Tensor, group: Heads, stand_in: dict[int, Tensor], start: int, state: Tensor
-    ) -> Iterator[np.ndarray]:
-        """Nats (batch, pos - 1) of a minibatch, in passes from the layer `start` on, which `state` enters."""
-        anatomy = starts.anatomy
+    ) -> np.ndarray:
+        """Nats (batch, pos - 1), in passes from the layer `start` on, which `state` enters."""
+        nats, anatomy = [], starts.anatomy
         for rows in minibatches(len(tokens), self.batch_size):
             write: dict[Site, Write] = {}
             for layer in {layer for layer, _ in group}:
                 write["z", layer] = _swap(stand_in[layer][rows], [head for at, head in group if at == layer])
             with starts.at(start, state[rows]), anatomy.tapped([], write):
-                yield next_token(anatomy.model, tokens[rows], anatomy.who, check=False)[0].numpy()
+                nats.append(next_token(anatomy.model, tokens[rows], anatomy.who, check=False)[0])
+        return torch.cat(nats).numpy()
 
 
 def prefix_matching(anatomy: Anatomy, probe: RepeatProbe, rows: slice, batch_size: int) -> np.ndarray:

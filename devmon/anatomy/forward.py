@@ -166,7 +166,7 @@ def next_token(
     flat = scores.flatten(0, 1)
     nats = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
     hits = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    for at in chunks(len(flat), flat.shape[1], flat.element_size()):
+    for at in chunks(flat):
         goal = target[at].clamp(max=flat.shape[1] - 1)
         nats[at] = -log_softmax(flat[at]).gather(-1, goal[:, None])[:, 0].double()
         hits[at] = flat[at].argmax(-1) == goal

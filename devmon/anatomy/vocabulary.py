@@ -21,9 +21,9 @@ PRODUCT = 512
 CHUNK = 2**23
 
 
-def products(places: int, vocab: int, element: int = 4) -> Iterator[slice]:
-    """Slices that cover `places`, each good for a product with the unembedding."""
-    return _slices(places, min(PRODUCT, LOGITS // 5 // max(vocab * element, 1)))
+def products(scores: Tensor) -> Iterator[slice]:
+    """Slices that cover the places of logits (place, vocab), each good for a product with the unembedding."""
+    return _slices(len(scores), min(PRODUCT, LOGITS // 5 // max(scores.shape[1] * scores.element_size(), 1)))
 
 
 def few_enough(size: int) -> bool:
@@ -31,9 +31,11 @@ def few_enough(size: int) -> bool:
     return size <= LOGITS // 16
 
 
-def chunks(places: int, vocab: int, element: int = 4) -> Iterator[slice]:
-    """Slices that cover `places`, each with about `CHUNK` bytes of logits over `vocab` tokens."""
-    return _slices(places, CHUNK // max(vocab * element, 1))
+def chunks(scores: Tensor) -> Iterator[slice]:
+    """Slices that cover the places of logits (place, vocab), each with about `CHUNK` bytes of them; on a GPU, which has
+    no such cache and waits for every start of a kernel, with a fifth of `LOGITS`."""
+    size = CHUNK if scores.device.type == "cpu" else LOGITS // 5
+    return _slices(len(scores), size // max(scores.shape[1] * scores.element_size(), 1))
 
 
 def _slices(places: int, size: int) -> Iterator[slice]:
@@ -57,6 +59,6 @@ def log_softmax_(model: nn.Module, scores: Tensor) -> Tensor:
 
     # a chunk at a time: log_softmax takes as much memory again as what it is given
     flat, given = result.view(-1, result.shape[-1]), scores.reshape(-1, scores.shape[-1])
-    for at in chunks(len(flat), flat.shape[1], flat.element_size()):
+    for at in chunks(flat):
         flat[at] = log_softmax(given[at])
     return result

@@ -139,11 +139,11 @@ def _lens(seen: Seen, stream: list[Tensor], tokens: Tensor) -> dict[str, Tensor]
     mean = torch.zeros(batch, log_ps.shape[1], dtype=log_ps.dtype, device=log_ps.device)
 
     # some places at a time, at every depth: no more than their logits are held
-    for block in products(len(log_ps), log_ps.shape[1], log_ps.element_size()):
+    for block in products(log_ps):
         model = log_ps[block].exp() if few_enough(log_ps[block].nbytes) else None  # else again at each depth
         for depth in range(last, -1, -1):  # at the last the lens is the model
             scores = log_ps[block] if depth == last else _unembedded(seen.anatomy, stream[depth].flatten(0, 1)[block])
-            for at in chunks(len(scores), scores.shape[1], scores.element_size()):
+            for at in chunks(scores):
                 here = slice(block.start + at.start, block.start + at.stop)
                 log_q = scores[at] if depth == last else log_softmax(scores[at])
                 p = log_ps[here].exp() if model is None else model[at]
@@ -177,8 +177,10 @@ def _add_by_sequence(total: Tensor, p: Tensor, start: int, length: int) -> None:
 
 def _prefers(log_q: Tensor, token: Tensor) -> Tensor:
     """Whether the first token with the largest log-probability (place, vocab) is this one, (place,)."""
+    if log_q.device.type != "cpu":
+        return (log_q.argmax(-1) == token).double()  # no slower there, and nothing waits for it
     top = log_q.gather(-1, token[:, None])[:, 0] == log_q.amax(-1)
-    where = top.nonzero()[:, 0]  # of several as large, argmax takes the first; it takes much longer than amax
+    where = top.nonzero()[:, 0]  # of several as large, argmax takes the first; it takes much longer than amax here
     top[where] = log_q[where].argmax(-1) == token[where]
     return top.double()
 

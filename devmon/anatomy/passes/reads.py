@@ -171,5 +171,4 @@ class Seen:
 
     def chunks(self) -> Iterator[slice]:
         """Slices of the places of `log_p.flatten(0, 1)`, each small enough to work on copies of it."""
-        log_p = self.log_p
-        return chunks(log_p.shape[:2].numel(), log_p.shape[2], log_p.element_size())
+        return chunks(self.log_p.flatten(0, 1))

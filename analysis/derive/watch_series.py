@@ -87,11 +87,15 @@ def followed(dataset: xr.Dataset) -> list[str]:
     """The variables that are followed: `attrs["headline"]`, else every float scalar that is no error or reference."""
     named = dataset.attrs.get("headline")
     if named is None:
-        scalars = [str(v) for v in dataset.data_vars if dataset[v].dims == ("step",) and dataset[v].dtype.kind == "f"]
+        arrays = {str(v): dataset.variables[v] for v in dataset.data_vars}
+        scalars = [v for v, array in arrays.items() if array.dims == ("step",) and array.dtype.kind == "f"]
         return [v for v in scalars if not v.endswith("_se") and not is_reference(v)]
     if isinstance(named, str):  # one name, or a list that was stored as JSON text
         named = json.loads(named) if named.startswith("[") else [named]
-    return [str(v) for v in named if v in dataset.data_vars and "step" in dataset[v].dims and _numeric(dataset[v])]
+    numbers = {
+        str(v): "step" in dataset.variables[v].dims and _numeric(dataset.variables[v]) for v in dataset.data_vars
+    }
+    return [str(v) for v in named if numbers.get(v)]
 
 
 def is_reference(variable: str) -> bool:
@@ -99,7 +103,7 @@ def is_reference(variable: str) -> bool:
     return variable in _REFERENCES or variable.startswith("control_") or variable.endswith("_reference")
 
 
-def units_of(array: xr.DataArray) -> str:
+def units_of(array: xr.DataArray | xr.Variable) -> str:
     """The units for an axis or a table; empty where there are none ("1" says so)."""
     units = str(array.attrs.get("units", ""))
     return "" if units == "1" else units
@@ -140,13 +144,14 @@ def _component_series(name: str, derived: xr.Dataset) -> list[Series]:
 def _plain_series(name: str, dataset: xr.Dataset, each: bool) -> list[Series]:
     series = []
     for variable in followed(dataset):
+        if dataset.variables[variable].ndim == 1:
+            series.append(_scalar(name, dataset, variable))
+            continue
         array = dataset[variable].transpose("step", ...)
         error = _beside(dataset.get(f"{variable}_se"), array.dims)
         groups = _beside(dataset.get(f"{variable}_replicates"), ("replicate", *array.dims))
         rejected = _rejected(dataset, array)
-        if array.ndim == 1:
-            series.append(_series(f"{name}/{variable}", array, error, groups, rejected))
-        elif array[0].size > 0:
+        if array[0].size > 0:
             series.append(_series(f"{name}/{variable} max", *_largest(array, error, groups, rejected)))
             if each and array[0].size <= MAX_ELEMENTS:
                 labels, values = zip(*elements(array), strict=True)
@@ -159,6 +164,17 @@ def _plain_series(name: str, dataset: xr.Dataset, each: bool) -> list[Series]:
     return series
 
 
+def _scalar(name: str, dataset: xr.Dataset, variable: str) -> Series:
+    """The series of one number a step, read without coordinates: to make these takes longer than all the rest."""
+    known, values = dataset.variables, dataset.variables[variable]
+    error = _beside(known.get(f"{variable}_se"), values.dims)
+    groups = _beside(known.get(f"{variable}_replicates"), ("replicate", *values.dims))
+    usable, refused = known.get("accepted"), None
+    if usable is not None and set(usable.dims) <= set(values.dims):
+        refused = np.broadcast_to(usable.values == 0, values.shape)
+    return _series(f"{name}/{variable}", values, error, groups, refused, dataset["step"].values)
+
+
 def _rejected(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray | None:
     """Where `accepted`, over some of the dimensions of an array, is 0: the chains were not healthy there."""
     if "accepted" not in dataset or not set(dataset["accepted"].dims) <= set(array.dims):
@@ -166,17 +182,18 @@ def _rejected(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray | None:
     return (dataset["accepted"] == 0).broadcast_like(array).transpose(*array.dims)
 
 
-def _beside(array: xr.DataArray | None, dims: tuple[Hashable, ...]) -> xr.DataArray | None:
+def _beside(array: Any, dims: tuple[Hashable, ...]) -> Any:
     """The array in this order of dimensions, or None where it has others."""
     return array.transpose(*dims) if array is not None and set(array.dims) == set(dims) else None
 
 
 def _series(
     name: str,
-    values: xr.DataArray,
-    se: xr.DataArray | None,
-    groups: xr.DataArray | None,
+    values: xr.DataArray | xr.Variable,
+    se: xr.DataArray | xr.Variable | None,
+    groups: xr.DataArray | xr.Variable | None,
     refused: xr.DataArray | np.ndarray | None = None,
+    steps: np.ndarray | None = None,
 ) -> Series:
     numbers, rejected = _floats(values), None if refused is None else np.asarray(refused, dtype=bool)
     error, by_group = (None if part is None else _floats(part) for part in (se, groups))
@@ -188,7 +205,7 @@ def _series(
     infinite = np.isinf(numbers)
     if infinite.any():
         rejected = infinite if rejected is None else rejected | infinite
-    steps = np.asarray(values["step"].values, dtype=np.int64)
+    steps = np.asarray(values["step"].values if steps is None else steps, dtype=np.int64)
     smallest = float(values.attrs.get("smallest_change", 0.0))
     return Series(name, steps, numbers, error, units_of(values), rejected, smallest, by_group)
 
@@ -205,9 +222,9 @@ def _largest(array: xr.DataArray, *parts: xr.DataArray | None) -> tuple[Any, ...
     return chosen, *of_best
 
 
-def _floats(array: xr.DataArray) -> np.ndarray:
+def _floats(array: xr.DataArray | xr.Variable) -> np.ndarray:
     return np.asarray(array.values, dtype=np.float64)
 
 
-def _numeric(array: xr.DataArray) -> bool:
+def _numeric(array: xr.Variable) -> bool:
     return array.dtype.kind in "fiub"

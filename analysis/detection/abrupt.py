@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtr  # the distribution of t: its tails are those of scipy.stats.t, without the checks
 
 from devmon.analysis.detection.constants import DRAWS
@@ -27,6 +28,20 @@ def lags(n: int) -> list[int]:
 def surprise(values: Array, lag: int, part: slice = slice(None)) -> Array:
     """(..., n - lag) -log tail probability of each change over `lag` places, or of `part` of them, against the others
     that do not touch it."""
+    return _surprise(*_against_others(values, lag, part), lag)
+
+
+def largest_surprise(values: Array, lag: int) -> Array:
+    """(...,) the largest `surprise` of all changes over `lag` places: of those with as many others, that of the
+    largest t."""
+    t, others = _against_others(values, lag, slice(None))
+    order = np.argsort(others, kind="stable")
+    first = np.flatnonzero(np.diff(others[order], prepend=-1))
+    return _surprise(np.maximum.reduceat(t[..., order], first, axis=-1), others[order][first], lag).max(-1)
+
+
+def _against_others(values: Array, lag: int, part: slice) -> tuple[Array, NDArray[np.int64]]:
+    """t of each change over `lag` places, and how many others there are that do not touch it."""
     change = np.square(values[..., lag:] - values[..., :-lag])
     count = change.shape[-1]
     total = np.concatenate([np.zeros((*change.shape[:-1], 1)), np.cumsum(change, axis=-1)], axis=-1)
@@ -35,7 +50,10 @@ def surprise(values: Array, lag: int, part: slice = slice(None)) -> Array:
     stop = np.minimum(place + lag, count)
     others = count - (stop - start)
     elsewhere = np.maximum(total[..., -1:] - (total[..., stop] - total[..., start]), 1e-30)
-    t = np.sqrt(change[..., part] * np.maximum(others, 1) / elsewhere)
+    return np.sqrt(change[..., part] * np.maximum(others, 1) / elsewhere), others
+
+
+def _surprise(t: Array, others: NDArray[np.int64], lag: int) -> Array:
     return np.where(others > 0, -np.log(stdtr(np.maximum(others / lag, 1), -t)), 0.0)
 
 
@@ -49,7 +67,7 @@ def nulls(n: int) -> tuple[Array, ...]:
         for i in range(1, n):
             drift[:, i] += phi * drift[:, i - 1]
         series = drift + white * rng.standard_normal((DRAWS, n))
-        families.append(np.sort(np.max([surprise(series, lag).max(-1) for lag in lags(n)], axis=0)))
+        families.append(np.sort(np.max([largest_surprise(series, lag) for lag in lags(n)], axis=0)))
     return tuple(families)
 
 

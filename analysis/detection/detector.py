@@ -219,9 +219,11 @@ class Search:
         if found:
             return tuple(p_value(one.evidence, self.null) for one in found)
         low, high = 0, len(self.null) - 1
+        both = self.windows.both_signs(self.statistics, order)
         while high - low > 1:  # the highest of the simulated nulls beyond which there still is an extremum
             middle = (low + high) // 2
-            inside = bool(self.windows.extrema(self.statistics, order, float(self.null[middle])))
+            level = float(self.null[middle])
+            inside = level < both and bool(self.windows.extrema(self.statistics, order, level))
             low, high = (middle, high) if inside else (low, middle)
         return (float(1 - low / len(self.null)),)
 

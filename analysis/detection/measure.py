@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from devmon.analysis.detection.abrupt import abruptness
@@ -35,9 +37,9 @@ class Ruler:
         # place and size with their intervals, then the span
         steps = np.sort(self._back(self._places(link)))
         tail = (1 - self.level) / 2
-        low, high = (float(q) for q in np.quantile(steps, [tail, 1 - tail]))
+        low, high, *quantiles = between(steps, (tail, 1 - tail, *np.arange(1, 100) / 100))
         step = float(np.clip(self._back(link.place), low, high))
-        small, large = (float(q) for q in np.quantile(self._sizes(k, link), [tail, 1 - tail]))
+        small, large = between(np.sort(self._sizes(k, link)), (tail, 1 - tail))
         size = float(link.size * self.scale)
         ends = bump or (link.span if link.role != "turn" else None)
         if link.role == "rise":
@@ -53,7 +55,7 @@ class Ruler:
         event = Event(
             kind, step, (low, high), size, (min(small, size), max(large, size)), width, span,
             p_value(link.of.evidence, self.null), None, inside >= 3, note, self.name,
-            tuple(float(q) for q in np.quantile(steps, np.arange(1, 100) / 100)), p_abrupt,
+            tuple(quantiles), p_abrupt,
             p_abrupt is not None and p_abrupt <= self.alpha and self._lasts(k, link, inside),
         )  # fmt: skip
         return event, steps
@@ -153,6 +155,11 @@ class Ruler:
 
     def _back(self, x: float | Array) -> Array:
         return np.maximum(10.0 ** np.asarray(x) - self.first, 0.0)
+
+
+def between(ordered: Array, shares: Sequence[float]) -> list[float]:
+    """Quantiles of sorted values, those of `np.quantile` in a tenth of its time."""
+    return np.interp(np.asarray(shares) * (len(ordered) - 1), np.arange(len(ordered)), ordered).tolist()
 
 
 def steps_to_add(steps: Array, start: float, end: float) -> str:

@@ -73,21 +73,20 @@ class NoiseModel:
         steps = np.tri(m, m - 1, -1)  # and rises over two and three gaps
         rises = [np.mean([steps[:, k : m - 1 - width + k] for k in range(width + 1)], axis=0) for width in range(3)]
         single = np.hstack([np.eye(m), *rises])
-        shares, parts = np.array(SHARES), []
-        for phi in PHIS:
-            rough = basis.T @ covariance(counts, phi) @ basis
-            inverse = np.linalg.inv(np.linalg.cholesky(rough))
-            against = np.maximum(np.linalg.eigvalsh(inverse @ smooth @ inverse.T), 0)
-            root = np.linalg.cholesky(rough + shares[:, None, None] * smooth)
-            whiten = np.linalg.solve(root, np.broadcast_to(basis.T, (len(shares), d, m)))
-            logdet = 2 * np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
-            free = np.maximum(np.sum(1 / (1 + shares[:, None] * against), axis=1) * windows, 1.5)
-            columns = whiten @ single
-            size = np.sqrt(np.sum(columns**2, axis=1, keepdims=True))
-            odd = columns / np.where(size > 1e-9 * size.max(), size, np.inf)
-            parts.append((whiten, logdet, odd, student.isf(TAIL, free) / student.isf(TAIL, d * windows)))
-        whiten, logdet, odd, wider = (np.array(part) for part in zip(*parts, strict=True))
-        return whiten, logdet, odd, wider
+        # for all correlations at once: (phi, d, d) of the noise, (phi, share, d, d) of both
+        shares = np.array(SHARES)[:, None, None]
+        rough = basis.T @ np.array([covariance(counts, phi) for phi in PHIS]) @ basis
+        inverse = np.linalg.inv(np.linalg.cholesky(rough))
+        against = np.maximum(np.linalg.eigvalsh(inverse @ smooth @ inverse.swapaxes(1, 2)), 0)
+        root = np.linalg.cholesky(rough[:, None] + shares * smooth)
+        whiten = np.linalg.solve(root, np.broadcast_to(basis.T, (*root.shape[:2], d, m)))
+        logdet = 2 * np.log(np.diagonal(root, axis1=2, axis2=3)).sum(2)
+        free = np.maximum(np.sum(1 / (1 + shares[:, 0] * against[:, None]), axis=2) * windows, 1.5)
+        columns = whiten @ single
+        size = np.sqrt(np.sum(columns**2, axis=2, keepdims=True))
+        largest = size.max(axis=(1, 2, 3), keepdims=True)
+        odd = columns / np.where(size > 1e-9 * largest, size, np.inf)
+        return whiten, logdet, odd, student.isf(TAIL, free) / student.isf(TAIL, d * windows)
 
     def fit(self, values: Array, phi: float | None = None, *, alone: bool = False) -> tuple[Array, Array]:
         """Log likelihood (phi, series) and noise sd (phi, places, series) of `values` (places, series); of one `phi`

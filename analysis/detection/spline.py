@@ -20,7 +20,7 @@ from devmon.analysis.series import Array
 
 class Places:
     """What splines on the same places of a window have in common: GRID places `x` and `at` these, on a window of length
-    1 parabolas and kernels, and the kernel without what a parabola has of it."""
+    1 parabolas and kernels, and of the kernel without what a parabola has of it the lower triangle, `bent`."""
 
     def __init__(self, x: Array) -> None:
         u, at = (x - x[0]) / np.ptp(x), np.linspace(0, 1, GRID)
@@ -30,7 +30,7 @@ class Places:
         self.kernel, self.kernel_at = _kernel(u, u), _kernel(at, u)
         self.free, self.free_at = FREE * parabola @ parabola.T, FREE * parabola_at @ parabola.T
         self.parabola = np.linalg.qr(parabola)[0]
-        self.bent = _without(self.parabola, self.kernel)
+        self.bent = np.tril(_without(self.parabola, self.kernel))
 
 
 @lru_cache(maxsize=512)  # windows: those of the curves of a run, which most series share; 30 kB each, at most 350
@@ -63,8 +63,9 @@ class Spline:
         flat = np.linalg.qr(dtrtrs(self.root, places.parabola, lower=1)[0])[0]
         z = dtrtrs(self.root, self.values, lower=1)[0]
         z = z - flat @ (flat.T @ z)
-        kernel = dsygst(places.bent, self.root, lower=1)[0]
-        kernel = _without(flat, np.tril(kernel) + np.tril(kernel, -1).T)
+        half = dsygst(places.bent, self.root, lower=1)[0]
+        half.flat[:: n + 1] /= 2
+        kernel = _without(flat, half + half.T)
         # in a basis that begins with z, A is tridiagonal; so one pass gives log |1 + power A| and z'(1 + power A)^-1 z
         # of all powers: the last pivot is that of z
         bordered = np.zeros((n + 1, n + 1))
@@ -87,7 +88,7 @@ class Spline:
         places, part = self.places, slice(start, stop)
         across = self.power * places.kernel_at[part] + places.free_at[part]
         gain = dgetrs(*self.factor, across.T, trans=1)[0].T
-        again = gain @ np.tril(self.root) @ _normal(self.seed, len(self.values))
+        again = gain @ self.root @ _normal(self.seed, len(self.values))
         return self.mean[part, None] + self.scale * again
 
     def slopes(self, start: int = 0, stop: int = GRID) -> Array:

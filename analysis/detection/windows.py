@@ -122,6 +122,12 @@ class Windows:
             self._nulls[key] = np.sort(np.concatenate(both))
         return self._nulls[key]
 
+    def both_signs(self, statistics: Array, order: int) -> float:
+        """The level up to which windows of both signs are beyond it and their penalty; above it is no extremum."""
+        mine = self.order == order
+        excess = (sign * statistics[mine] - self.penalty[mine] for sign in (1, -1))
+        return min(float(one.max()) for one in excess)
+
     def extrema(self, statistics: Array, order: int, threshold: float) -> list[Extremum]:
         """The extrema between windows of alternating sign beyond `threshold` and their penalty, from left to right."""
         # the windows beyond the threshold, and of these the earliest of each sign in turn

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from devmon.analysis.detection.events import Event
 from devmon.analysis.detection.results import Detection
@@ -49,10 +51,10 @@ def lags(detection: Detection, reference: Event | None) -> list[Lag]:
     """Every other sure event against `reference` (see `reference_event`), run-level series first, each by its lag."""
     if reference is None:
         return []
-    rows = []
+    rows, place = [], detection.posterior(reference)
     for event in detection.events:
         if event is not reference and event.sure:
-            lag = lead_lag(detection.posterior(reference), detection.posterior(event))
+            lag = lead_lag(place, detection.posterior(event))
             settled = event.resolved and reference.resolved and not lag.interval[0] <= 0 <= lag.interval[1]
             rows.append(Lag(event, lag.lag, lag.interval, 1 - lag.first, settled))
     return sorted(rows, key=lambda row: (not run_level(row.event.series), row.steps))
@@ -68,11 +70,12 @@ def lead_lag(a: Event | tuple[Array, Array], b: Event | tuple[Array, Array], lev
     levels = [tail, 0.5, 1 - tail]
     if (u == u[0]).all() and (v == v[0]).all():
         # pairs of equal weight need not be sorted: three places of the order, and how many are on either side of 0
-        each = np.full(len(lags), v[0] * u[0])
-        places = np.minimum(np.searchsorted(np.cumsum(each), levels), len(lags) - 1)
+        each = float(v[0] * u[0])
+        places = _places(each, len(lags), tuple(levels))
         low, middle, high = (float(lag) for lag in np.partition(lags, places)[places])
-        counts = [np.count_nonzero(lags < 0), np.count_nonzero(lags == 0), np.count_nonzero(lags > 0)]
-        first = float(np.clip(np.sum(each * np.repeat([0.0, 0.5, 1.0], counts)), 0, 1))
+        after = np.count_nonzero(lags > 0)
+        ties = len(lags) - after - np.count_nonzero(lags < 0)
+        first = float(min(each * (after + 0.5 * ties), 1.0))
         return LeadLag(middle, (low, high), first)
 
     weights = np.multiply.outer(v, u).ravel()
@@ -84,6 +87,12 @@ def lead_lag(a: Event | tuple[Array, Array], b: Event | tuple[Array, Array], lev
     low, middle, high = (float(lag) for lag in lags[places])
     first = float(np.clip(np.sum(weights[order] * ((lags > 0) + 0.5 * (lags == 0))), 0, 1))
     return LeadLag(middle, (low, high), first)
+
+
+@lru_cache(maxsize=64)  # one for each pair of numbers of draws, of which almost all are DRAWS
+def _places(each: float, count: int, levels: tuple[float, ...]) -> NDArray[np.int64]:
+    """Where in the order of `count` pairs of this weight their sum reaches each of the levels."""
+    return np.minimum(np.searchsorted(np.cumsum(np.full(count, each)), levels), count - 1)
 
 
 def _location(item: Event | tuple[Array, Array]) -> tuple[Array, Array]:

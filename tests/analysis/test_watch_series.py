@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import xarray as xr
 
 from devmon.analysis.derive.llc import llc
 from devmon.analysis.derive.verdicts import accepted
-from devmon.analysis.derive.watch_series import series_of
+from devmon.analysis.derive.watch_series import series_of, series_of_watch
 from tests.support.reports import TEN
 from tests.support.synthetic import Run, induction_run, watch
 
@@ -54,3 +55,27 @@ def test_infinite_values_are_rejected_and_not_an_error() -> None:
     (one,) = series_of(Run({"w": watch(TEN, {"x": values}, None, "Mine")}))
     assert one.rejected is not None
     assert np.flatnonzero(one.rejected).tolist() == [3]
+
+
+def test_a_scalar_has_its_errors_groups_and_refusals_as_an_array_of_one_has() -> None:
+    rng = np.random.default_rng(0)
+    parts = {"v": rng.standard_normal(9), "v_se": rng.random(9), "accepted": (np.arange(9) % 3 > 0).astype(float)}
+    groups = rng.standard_normal((9, 4))
+    scalar = xr.Dataset({name: ("step", values) for name, values in parts.items()}, {"step": np.arange(9)})
+    scalar["v_replicates"] = ("step", "replicate"), groups
+    scalar.attrs["headline"] = ["v", "absent"]
+    array = scalar.copy()
+    for name in ("v", "v_se", "v_replicates"):
+        array[name] = scalar[name].expand_dims(head=1, axis=1)
+    (one,), (_, other) = series_of_watch("w", scalar), series_of_watch("w", array)
+    for name in ("steps", "values", "se", "rejected", "replicates"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert one.rejected is not None
+    assert one.rejected.sum() == 3
+    # what has other dimensions stands beside nothing; one flag is that of all steps
+    scalar["v_se"] = "other", np.ones(3)
+    scalar["accepted"] = (), 0.0
+    (bare,) = series_of_watch("w", scalar)
+    assert bare.se is None
+    assert bare.rejected is not None
+    assert bare.rejected.all()

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from devmon.analysis.detection.abrupt import abruptness, surprise
+from devmon.analysis.detection.abrupt import abruptness, largest_surprise, surprise
 from devmon.analysis.detection.axis import averaged, bins, counts
 from devmon.analysis.detection.constants import GRID, PHIS, POWERS
 from devmon.analysis.detection.detector import Detector
+from devmon.analysis.detection.measure import between
 from devmon.analysis.detection.noise import NoiseModel, correlation, covariance, of_replicates, spikes, without_rises
 from devmon.analysis.detection.spline import Spline, _kernel, summit
 from devmon.analysis.detection.windows import Order, Windows, p_value
@@ -215,6 +216,17 @@ def test_a_spline_is_that_of_the_likeliest_of_dense_restricted_likelihoods(n: in
     np.testing.assert_allclose(curve.mean, curve.middle + curve.scale * mean, atol=1e-6)
 
 
+def test_above_the_level_of_both_signs_there_is_no_extremum() -> None:
+    windows, rng = Windows(X, ONES), np.random.default_rng(8)
+    for _ in range(20):
+        found = windows.statistics(rng.standard_normal((len(X), 1)).cumsum(0), np.ones((len(X), 1)), 0.0)[:, 0]
+        for order in Order:
+            level = windows.both_signs(found, order)
+            assert not windows.extrema(found, order, level)
+            beyond = np.abs(found) - windows.penalty >= level
+            assert {-1, 1} == set(np.sign(found[beyond & (windows.order == order)])), "it is the least such level"
+
+
 def test_draws_at_some_places_are_those_of_the_whole_curve() -> None:
     x = np.linspace(0, 1, 30)
     curve = Spline(x, np.sin(4 * x), 0.01 * np.eye(30))
@@ -240,6 +252,18 @@ def test_a_summit_lies_between_the_places_at_which_a_curve_is_drawn() -> None:
 
 
 # abruptness
+
+
+@pytest.mark.parametrize("n", [8, 9, 30, 61])
+def test_the_largest_surprise_is_that_of_all_changes(n: int) -> None:
+    values = np.random.default_rng(n).standard_normal((50, n)).cumsum(1)
+    for lag in (1, 2, n // 3):
+        np.testing.assert_array_equal(largest_surprise(values, lag), surprise(values, lag).max(-1))
+
+
+def test_quantiles_of_sorted_draws_are_those_of_numpy() -> None:
+    draws, shares = np.sort(np.random.default_rng(9).standard_normal(200)), (0.05, 0.5, 0.95, 1.0)
+    np.testing.assert_allclose(between(draws, shares), np.quantile(draws, shares), rtol=1e-13)
 
 
 def test_surprise_compares_a_change_with_those_that_do_not_touch_it() -> None:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 os.environ |= {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+# of what tests start too, and of BLAS: workers fill the cores already, and threads that wait for theirs spin
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import pytest
 import torch

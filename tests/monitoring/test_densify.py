@@ -20,8 +20,7 @@ from devmon import LoopMonitor, Snapshot, StoreError, Trajectory, Watch, every, 
 from devmon.analysis import series_of
 from devmon.callbacks import CheckpointSeries, Monitor, checkpoints
 from devmon.cli.root import app
-from tests.support.full_disk import Disk
-from tests.support.lightning_toys import Norm, train
+from tests.support.lightning_toys import Disk, Norm, train
 from tests.support.loops import Recorder, fit, same, seeded
 from tests.support.loops import train as train_plain
 from tests.support.two_ranks import after, spawn_two

@@ -12,8 +12,7 @@ import torch
 
 from devmon import InstrumentError, LoopMonitor, StoreError, Trajectory, Watch, every
 from devmon.callbacks import CheckpointSeries, Monitor, latest
-from tests.support.full_disk import Disk
-from tests.support.lightning_toys import Norm, train
+from tests.support.lightning_toys import Disk, Norm, train
 from tests.support.loops import LOOPS, FailsAt, fit, messages, same, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*LeafSpec.*", "ignore:.*dataloader.*")

@@ -10,8 +10,7 @@ import pytest
 
 from devmon import Trajectory, Watch, every
 from devmon.callbacks import Monitor
-from tests.support.full_disk import Disk
-from tests.support.lightning_toys import Norm, train
+from tests.support.lightning_toys import Disk, Norm, train
 from tests.support.loops import Recorder
 from tests.support.two_ranks import Divided, after, raised, spawn_two
 

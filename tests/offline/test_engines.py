@@ -17,6 +17,7 @@ from devmon.offline.engines import slurm as slurm_engine
 from devmon.offline.engines.processes import Ended
 from devmon.offline.plan import Plan
 from devmon.offline.study import Progress
+from tests.support.in_process import program
 from tests.support.offline_toys import PLAIN, rows, same
 
 PINNED = (
@@ -39,7 +40,7 @@ def command(*args: object, **environment: str) -> subprocess.CompletedProcess[st
     """`devmon measure` in a process of its own: Ray leaves threads and warnings behind."""
     return subprocess.run(
         [sys.executable, "-m", "devmon.cli", "measure", *map(str, args)], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **environment},
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **environment},
     )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ except Exception as error:
     print("ended", error)
 """)
     ran = subprocess.run([sys.executable, "driver.py"], cwd=plain, capture_output=True, text=True, timeout=600,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"})  # fmt: skip
+                         env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"})  # fmt: skip
     told = ran.stdout + ran.stderr
     assert ran.returncode == 0, told
     assert (plain / "gone").exists(), "no worker was killed"
@@ -79,7 +80,9 @@ except Exception as error:
     assert "5 rows measured: pinned.zarr\ncode 0" in told, told
     assert "refused a task asks for num_gpus=3 and the whole Ray cluster has 2" in told, told
     assert "ended step 4: made for another model" in told, told
-    alone = command(plain / "saved", "--source", f"{script}:study", "--into", plain / "one.zarr")
+    alone = program(
+        "devmon.cli", "measure", plain / "saved", "--source", f"{script}:study", "--into", plain / "one.zarr"
+    )
     assert alone.returncode == 1, alone.stderr
     same(rows(plain / "one.zarr"), rows(plain / "ray.zarr"))
     found = Trajectory(plain / "pinned.zarr", "r")["pinned"]
@@ -99,7 +102,7 @@ def test_an_array_of_jobs_measures_the_whole_and_a_dead_job_is_told(plain: Path)
     assert Trajectory(plain / "jobs.zarr", "r").steps("drawn") == [0, 2, 8, 12]  # jobs: 0, 4, 8, 12; 2, 6, 10
     again = command(*args, plain / "jobs.zarr", *jobs)
     assert "4 rows measured, 1 checkpoints skipped" in again.stdout, again.stdout + again.stderr
-    assert command(*args, plain / "one.zarr").returncode == 1
+    assert program("devmon.cli", "measure", *args, plain / "one.zarr").returncode == 1
     same(rows(plain / "one.zarr"), rows(plain / "jobs.zarr"))
 
 

@@ -12,6 +12,7 @@ from devmon import Trajectory
 from devmon.checkpoints.series import Series
 from devmon.offline.probe_text import read_probe
 from devmon.recipes.pythia import COUNT, LAST, SETTINGS, VOCAB, schedule, shown
+from tests.support.in_process import program
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +25,7 @@ def test_the_checkpoints_are_pythias_in_small() -> None:
 
 def test_the_recipe_in_small_shows_what_it_promises(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "recipes" / "pythia.py"), "--fast", "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     run = Trajectory(tmp_path / "out" / "trajectory.zarr", "r")
@@ -44,10 +45,10 @@ def test_the_recipe_in_small_shows_what_it_promises(tmp_path: Path) -> None:
     probe = read_probe(text, series.tokenizer(), 32, 64, 64)
     assert probe.tokens.shape == (32, 64)
     assert 2 < int(probe.tokens.max()) < VOCAB
-    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    again = program("devmon.recipes.pythia", *command[2:])
     assert again.returncode == 0, again.stderr
     assert again.stdout.count(" 0 to measure") == 2, again.stdout
     assert again.stderr.count("loss 4.") == 0, "trained again"
-    other = subprocess.run([*command, "--seed", "1"], capture_output=True, text=True, env=environment)
+    other = program("devmon.recipes.pythia", *command[2:], "--seed", "1")
     assert other.returncode == 1
     assert "holds another training" in other.stderr

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.in_process import program
 
 
 def check_fast_form(name: str, folder: Path) -> None:
     """It ends well, and its numbers lie within their intervals."""
-    command = [sys.executable, "-m", f"devmon.recipes.{name}", "--fast", "--out", str(folder / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = program(f"devmon.recipes.{name}", "--fast", "--out", folder / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((folder / "run" / "results.json").read_text())
     for one in found["checks"]:

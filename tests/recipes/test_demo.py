@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,13 +14,13 @@ import xarray as xr
 
 from devmon import Trajectory
 from devmon.callbacks import checkpoints
+from tests.support.in_process import program
 
 SHORT = ["--steps", "24", "--draws", "4", "--text"]
 
 
-def devmon(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "devmon.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)  # type: ignore[call-overload,no-any-return]
+def devmon(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return program("devmon.cli", *args, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_show_detect_and_report_read_the_run(run: Path, tmp_path: Path) -> None:
 def test_an_interrupted_run_continues_to_the_same_numbers(run: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "devmon.cli", "demo", *SHORT, str(text), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not {8, 9} & set(checkpoints(out / "checkpoints")) and time.monotonic() < deadline:
         time.sleep(0.05)

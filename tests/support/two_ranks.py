@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import lightning as L
 import numpy as np
@@ -17,9 +18,12 @@ import torch
 import xarray as xr
 
 from devmon import InstrumentError, Snapshot
+from devmon.offline.engines import forkserver
+from devmon.offline.plan import Plan
 from devmon.snapshot import Instrument, weights_digest
 
 LIMIT = 90  # seconds for everything that two processes do
+IMPORTED = [*forkserver.STUDY, "lightning", "devmon.callbacks", "devmon.store.trajectory", "tests.support.two_ranks"]
 
 
 def spawn_two(work: Callable[[int, Path], None], folder: Path) -> None:
@@ -27,7 +31,11 @@ def spawn_two(work: Callable[[int, Path], None], folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(_one_of_two, (work, port, folder), nprocs=2, join=False)
+    with patch.object(forkserver, "STUDY", IMPORTED):  # once for all such tests: two imports take longer than the work
+        forkserver.start(Plan("none", "none", source="none"))
+    context = torch.multiprocessing.start_processes(
+        _one_of_two, (work, port, folder), nprocs=2, join=False, start_method="forkserver"
+    )
     end = time.monotonic() + LIMIT
     try:
         while not context.join(timeout=max(0.1, end - time.monotonic())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, Unpack
@@ -71,6 +72,8 @@ class Monitor(L.Callback):
         self._ranks = SINGLE
         self._takes_part = False
         self._dry = False
+        self._optimizer = options.get("optimizer")  # of the user, where the trainer's are not the ones
+        self._started, self._batches = 0, 0  # the step at which this training began, and the batches since
 
     @property
     def watches(self) -> tuple[Watch, ...]:
@@ -106,15 +109,27 @@ class Monitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._takes_part:
-            if self.loop.optimizer is None:
-                self.loop.optimizer = trainer.optimizers
+            self.loop.optimizer = self._optimizer or trainer.optimizers
+            self._started, self._batches = trainer.global_step, 0
             self.loop.step(trainer.global_step, pl_module)
         elif self._dry and trainer.is_global_zero:
             self.loop.attempt(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._batches += 1
         if self._takes_part:
             self.loop.step(trainer.global_step, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step, batches = trainer.global_step, self._batches
+        if self._takes_part and step == self._started and batches > trainer.accumulate_grad_batches:
+            warnings.warn(
+                f"Lightning counts no step: global_step is {step} after {batches} batches, so nothing "
+                "more is measured. It counts what the optimizers of configure_optimizers do: step those that "
+                "self.optimizers() gives, or use LoopMonitor and count yourself",
+                stacklevel=2,
+            )
+            self._started = -1  # said once
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._takes_part:
@@ -127,6 +142,7 @@ class Monitor(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._ranks.close()
         self._trainer, self._ranks, self._takes_part = None, SINGLE, False
+        self.loop.optimizer = self._optimizer
 
     def _loggers(self) -> list[Any]:
         assert self._trainer is not None

@@ -46,6 +46,7 @@ class TrainerMonitor(TrainerCallback):
         log = partial(_report, log) if isinstance(log, Trainer) else log
         self.loop = LoopMonitor(trajectory, watches, model=model, log=log, ranks=None, **options)
         self._takes_part = False
+        self._optimizer = options.get("optimizer")  # of the user, where the trainer's is not the one
 
     @property
     def watches(self) -> tuple[Watch, ...]:
@@ -69,8 +70,7 @@ class TrainerMonitor(TrainerCallback):
         self._takes_part = state.is_world_process_zero
         if self._takes_part:
             self.loop.open()
-            if self.loop.optimizer is None:
-                self.loop.optimizer = optimizer
+            self.loop.optimizer = self._optimizer or optimizer
             self.loop.step(state.global_step, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -80,6 +80,7 @@ class TrainerMonitor(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._takes_part:
             self.loop.close()
+            self.loop.optimizer = self._optimizer
 
 
 def _report(trainer: Trainer, values: dict[str, float], step: int) -> None:

@@ -92,8 +92,11 @@ class LLC(ByChain, Sampled, Settings, _SampledOn):
 
         `memo` is that of `sample`, for a single model. Raises InstrumentError where it cannot be made there.
         """
-        settings, reasons = choose(models, self.loss, self.data, self, seed=seed, later=later, memo=memo)
-        names = ("nbeta", "lr", "gamma", "sampler", "control_variate")
+        # Of few examples all are a minibatch: nobody who leaves the settings open asked for more.
+        examples = as_examples(self.data).n
+        start = self if self.batch_size <= examples else replace(self, batch_size=examples)
+        settings, reasons = choose(models, self.loss, self.data, start, seed=seed, later=later, memo=memo)
+        names = ("nbeta", "lr", "gamma", "sampler", "control_variate", *(("batch_size",) if start is not self else ()))
         return {"settings": {name: getattr(settings, name) for name in names}, "reasons": reasons}
 
     def settle(self, record: Mapping[str, Any]) -> LLC:

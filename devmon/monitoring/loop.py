@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 import warnings
@@ -143,7 +144,11 @@ class LoopMonitor:
             self._take_back = fold_at_end(self.trajectory)
 
     def step(self, step: int, model: torch.nn.Module) -> None:
-        """Measure what is due at `step`. Raises DevmonError for a step before the last one."""
+        """Measure what is due at `step`. Raises DevmonError for a step before the last one, and for no whole number."""
+        try:
+            step = operator.index(step)  # of NumPy or torch too
+        except TypeError:
+            raise DevmonError(f"a step is a whole number of updates, got {step!r}: give int(step)") from None
         if step == self._seen:
             return
         if step < (self._seen or 0):

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from devmon.store.trajectory import Trajectory
 
@@ -23,7 +24,11 @@ def fold_at_end(trajectory: Trajectory) -> Callable[[], None]:
     """
     number = next(_numbers)
     _unclosed[number] = trajectory, os.getpid()
-    return lambda: _unclosed.pop(number, None) and None
+    return partial(_take_back, number)  # no lambda: a callback that was trained with is copied and pickled
+
+
+def _take_back(number: int) -> None:
+    _unclosed.pop(number, None)
 
 
 def _fold_all() -> None:

@@ -54,6 +54,15 @@ def test_no_settings_are_chosen_where_weights_allow_it_and_kept(tmp_path: Path, 
     assert accepted(llc(rows)["verdict"].values).all()
 
 
+def test_of_few_examples_all_are_a_minibatch() -> None:
+    few = LLC(slopes(n=12, size=0.1), bowl_loss, chains=3, draws=60, burn_in=40, nbeta=50.0)  # 32 by default
+    chosen = few.settle(few.choose([bowl(0.0)], seed=0))
+    assert chosen.batch_size == 12
+    assert accepted(llc(chosen(Snapshot(0, bowl(0.0))))["verdict"].values).all()
+    many = replace(open_llc(), nbeta=50.0)
+    assert "batch_size" not in many.choose([bowl(0.0)], seed=0)["settings"]
+
+
 def test_another_process_goes_on_with_the_same_settings(tmp_path: Path) -> None:
     once, twice = Trajectory(tmp_path / "once.zarr", seed=3), Trajectory(tmp_path / "twice.zarr", seed=3)
     run(once, range(4, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 from collections.abc import Callable
@@ -16,12 +17,12 @@ import torch
 import xarray as xr
 
 from devmon import InstrumentError, LoopMonitor, Snapshot, Trajectory, Watch, every, log_spaced, observe, presets
-from devmon.callbacks import CheckpointSeries, Monitor, checkpoints
-from devmon.errors import DataError, StoreError
+from devmon.callbacks import CheckpointSeries, Monitor, TrainerMonitor, checkpoints
+from devmon.errors import DataError, DevmonError, StoreError
 from devmon.instruments import LLC, Curvature
 from devmon.sampling import regression_loss
 from tests.support.lightning_toys import Net, Norm, train
-from tests.support.loops import FailsAt, fit, messages, same, seeded
+from tests.support.loops import FailsAt, fit, messages, same, seeded, trainer
 from tests.support.loops import train as train_plainly
 from tests.support.models import VOCAB, random_model
 
@@ -226,6 +227,51 @@ def test_monitors_travel_to_the_processes_of_ddp_spawn(tmp_path: Path) -> None:
     assert [s for s in range(200) if s in copied.steps] == [s for s in range(200) if s in steps]
     assert repr(copied.steps) == repr(steps)
     assert pickle.loads(pickle.dumps(CheckpointSeries(tmp_path, every(2, stop=8)))).steps.text == "every(2, stop=8)"
+
+
+@pytest.mark.parametrize("loop", ["lightning", "trainer"])
+def test_what_was_trained_with_is_copied_pickled_and_trained_with_again(tmp_path: Path, loop: str) -> None:
+    monitor: Any = (Monitor if loop == "lightning" else TrainerMonitor)(
+        tmp_path / "a.zarr", [Watch("norm", Norm(), every(4))]
+    )
+    if loop == "lightning":
+        train([monitor], steps=5)
+    else:
+        trainer(tmp_path, [monitor], max_steps=5).train()
+    assert monitor.loop.optimizer is None, "the next training has another"
+    for twin in (copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor))):
+        assert twin.trajectory.steps("norm") == [0, 4]
+    if loop == "lightning":
+        train([monitor], steps=9)
+        assert monitor.trajectory.steps("norm") == [0, 4, 8]
+
+
+def test_a_training_whose_steps_lightning_does_not_count_is_told(tmp_path: Path) -> None:
+    class Manual(Net):
+        own: Any = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[torch.Tensor], number: int) -> None:  # type: ignore[override]
+            self.own = self.own or torch.optim.SGD(self.parameters(), 0.1)
+            super().training_step(batch, number).backward()
+            self.own.step()
+
+    with pytest.warns(UserWarning, match="counts no step: global_step is 0 after 24 batches.*self.optimizers") as told:
+        train([Monitor(tmp_path / "a.zarr", [Watch("norm", Norm(), every(1))])], make=Manual, steps=-1, max_epochs=2)
+    assert sum("counts no step" in str(warning.message) for warning in told) == 1
+
+
+def test_steps_are_whole_numbers_of_any_library(tmp_path: Path) -> None:
+    model = seeded()
+    with LoopMonitor(tmp_path / "run.zarr", [Watch("norm", Norm(), every(1))]) as monitor:
+        for step in (torch.tensor(0), np.int64(1), torch.tensor([2])):
+            monitor.step(step, model)  # type: ignore[arg-type]
+        with pytest.raises(DevmonError, match=r"whole number of updates, got 2\.5"):
+            monitor.step(2.5, model)  # type: ignore[arg-type]
+    assert Trajectory(tmp_path / "run.zarr").steps("norm") == [0, 1, 2]
 
 
 # -- a second training -----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from scipy import stats
 
 from devmon.errors import DataError
 
@@ -55,5 +54,7 @@ def _jaccard(a: set[int], b: set[int]) -> float:
 
 def _chance(k: int, total: int) -> float:
     """E[h / (2k - h)] for h common elements of two random sets of k out of `total`."""
+    from scipy.stats import hypergeom  # takes longer to import than all else that a report needs of scipy
+
     common = np.arange(k + 1)
-    return float((stats.hypergeom.pmf(common, total, k, k) * common / (2 * k - common)).sum())
+    return float((hypergeom.pmf(common, total, k, k) * common / (2 * k - common)).sum())

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from scipy import stats
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
+from scipy.special import chdtrc
 
 from devmon.analysis.derive.errors import mean_and_error, pooled_errors
 from devmon.analysis.derive.llc import llc
@@ -133,7 +131,7 @@ def _groups(derived: xr.Dataset) -> dict[str, xr.DataArray]:
     for i in range(len(values)):
         if good[i].sum() >= 3:
             y, weight = values[i, good[i]], se[i, good[i]] ** -2.0
-            p[i] = stats.chi2.sf((weight * (y - np.average(y, weights=weight)) ** 2).sum(), good[i].sum() - 1)
+            p[i] = chdtrc(good[i].sum() - 1, (weight * (y - np.average(y, weights=weight)) ** 2).sum())
     varies = np.flatnonzero((p < FLAT) & ~random)
     # Two curves are compared where both are accepted.
     apart = np.zeros((len(varies), len(varies)))
@@ -143,6 +141,9 @@ def _groups(derived: xr.Dataset) -> dict[str, xr.DataArray]:
             r = np.corrcoef(values[one, both], values[other, both])[0, 1] if both.sum() >= 3 else np.nan
             apart[a, b] = apart[b, a] = 1 - np.nan_to_num(r)
     if len(varies) > 1:
+        from scipy.cluster.hierarchy import fcluster, linkage  # slow to import, and seldom needed
+        from scipy.spatial.distance import squareform
+
         labels = fcluster(linkage(squareform(apart, checks=False), "complete"), 1 - ALIKE, "distance")
         group[varies] = np.unique(labels, return_inverse=True)[1]
     elif len(varies):

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter1d
 
 from devmon.errors import DataError
 
@@ -141,6 +140,8 @@ def _checked(values: Any, steps: Any) -> tuple[Array, Array]:
 
 def _shape(gram: Array, components: int, smoothing: float, window: int) -> _Shape:
     """What is measured of a path, from the inner products (step, step) of its centred points."""
+    from scipy.ndimage import gaussian_filter1d  # slow to import, for all who read a run without outputs
+
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1], vectors[:, ::-1]
     values = np.where(values > 10 * len(values) * np.finfo(float).eps * values[0], values, 0)  # the rest is rounding

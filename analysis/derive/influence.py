@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from devmon.errors import DataError
 
@@ -39,7 +39,7 @@ def transition_data(dataset: xr.Dataset, before: int, after: int, queries: str |
     )
     change, se = influence[1] - influence[0], np.hypot(*error)
     with np.errstate(invalid="ignore", divide="ignore"):
-        p = np.minimum(1.0, len(change) * 2 * norm.sf(np.abs(change) / se))
+        p = np.minimum(1.0, len(change) * 2 * ndtr(-np.abs(change) / se))
     columns = {
         "loss_change": (sides[1]["example_loss"].values - sides[0]["example_loss"].values, "loss"),
         "influence_before": (influence[0], "1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from scipy.linalg import subspace_angles
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from devmon.errors import DataError
 
@@ -106,8 +106,8 @@ def sign_changes(dataset: xr.Dataset, level: float = 0.05) -> xr.Dataset:
         one = z[:, i, j]
         if not np.isfinite(one).any():
             continue
-        p = float(min(1.0, tries * max(norm.sf(np.nanmax(one)), norm.sf(-np.nanmin(one)))))
-        sure = np.flatnonzero(np.nan_to_num(norm.sf(np.abs(one)), nan=1.0) * tries < level)
+        p = float(min(1.0, tries * max(ndtr(-np.nanmax(one)), ndtr(np.nanmin(one)))))
+        sure = np.flatnonzero(np.nan_to_num(ndtr(-np.abs(one)), nan=1.0) * tries < level)
         pairs = [(a, b) for a, b in zip(sure[:-1], sure[1:], strict=True) if one[a] * one[b] < 0] if p < level else []
         rows += [(steps[a], steps[b], int(np.sign(one[b])), p, str(component), str(probe)) for a, b in pairs]
     rows.sort(key=lambda row: (row[1], row[0]))

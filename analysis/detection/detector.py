@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import chi2, norm
-from scipy.stats import t as student
+from scipy.special import gammaincinv, ndtri, stdtrit
 
 from devmon.analysis.derive.from_anything import accepted
 from devmon.analysis.detection.axis import averaged, bins, counts, log_axis
@@ -154,11 +153,11 @@ class Search:
         usual = np.ones(len(found))
         for order, m in sorted(set(zip(windows.order.tolist(), windows.lengths.tolist(), strict=True))):
             mine = (windows.order == order) & (windows.lengths == m)
-            usual[mine] = np.median(found[mine]) * (count - 1) / chi2.median(count - 1)
+            usual[mine] = np.median(found[mine]) * (count - 1) / chi2_quantile(0.5, count - 1)
         free = 2 * (count - 1)
-        widening = student.isf(TAIL, free) / norm.isf(TAIL)
+        widening = stdtrit(free, TAIL) / ndtri(TAIL)
         # a spread below what chance makes of so few is chance
-        self.wider = 1 / (np.sqrt(np.maximum((found + usual) / 2, chi2.ppf(TAIL, free) / free)) * widening)
+        self.wider = 1 / (np.sqrt(np.maximum((found + usual) / 2, chi2_quantile(TAIL, free) / free)) * widening)
         # the same everywhere: where the curve changes fast, its scatter is no noise
         excess = np.full(len(sd), max(float(np.median(self.curve[1] / sd)), 1.0))
         self.sd = self._bounded(sd, excess, "their replicates tell")
@@ -226,6 +225,11 @@ class Search:
             inside = level < both and bool(self.windows.extrema(self.statistics, order, level))
             low, high = (middle, high) if inside else (low, middle)
         return (float(1 - low / len(self.null)),)
+
+
+def chi2_quantile(share: float, free: int) -> float:
+    """The quantile of chi squared, without scipy.stats, which takes longer to import than a small run to search."""
+    return float(2 * gammaincinv(free / 2, share))
 
 
 def curve_noise(searches: Sequence[Search]) -> None:

@@ -15,7 +15,7 @@ import itertools
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from devmon.analysis.detection.constants import AT_ONCE, CAUTION, EXACT, PHIS, SHARES, SPAN, SPIKE, TAIL, WIDTH
 from devmon.analysis.series import Array
@@ -86,7 +86,7 @@ class NoiseModel:
         size = np.sqrt(np.sum(columns**2, axis=2, keepdims=True))
         largest = size.max(axis=(1, 2, 3), keepdims=True)
         odd = columns / np.where(size > 1e-9 * largest, size, np.inf)
-        return whiten, logdet, odd, student.isf(TAIL, free) / student.isf(TAIL, d * windows)
+        return whiten, logdet, odd, stdtrit(free, TAIL) / stdtrit(d * windows, TAIL)
 
     def fit(self, values: Array, phi: float | None = None, *, alone: bool = False) -> tuple[Array, Array]:
         """Log likelihood (phi, series) and noise sd (phi, places, series) of `values` (places, series); of one `phi`

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.lapack import dgetrf, dgetrs, dpotrf, dpttrf, dsygst, dsytrd, dtrtrs
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from devmon.analysis.detection.constants import DRAWS, FREE, GRID, POWERS, RESOLVED, SPAN
 from devmon.analysis.series import Array
@@ -121,7 +121,7 @@ def trend(
         middle[inside] += share * np.interp(x[inside], curve.x, curve.mean)
         weight[inside] += share
     middle /= weight
-    half = norm.ppf((1 + level) / 2) * np.hypot(sd, RESOLVED)
+    half = ndtri((1 + level) / 2) * np.hypot(sd, RESOLVED)
     return middle - half, middle, middle + half
 
 

@@ -16,8 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import lambertw, stdtr
-from scipy.stats import norm
+from scipy.special import lambertw, ndtr, stdtr
 
 from devmon.analysis.detection.results import Detection
 from devmon.analysis.series import Array, Series
@@ -224,7 +223,7 @@ def _at_most(bound: float, mean: float, sd: float, dof: int | None) -> float:
     if not sd > 0:
         return float(mean <= bound)
     z = (bound - mean) / sd
-    return float(norm.cdf(z) if dof is None else stdtr(dof, z))
+    return float(ndtr(z) if dof is None else stdtr(dof, z))
 
 
 def _with_error(change: Change | None, sd: float | None) -> Change | None:

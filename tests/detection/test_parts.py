@@ -11,7 +11,7 @@ from scipy import stats
 from devmon.analysis.detection.abrupt import abruptness, largest_surprise, surprise
 from devmon.analysis.detection.axis import averaged, bins, counts
 from devmon.analysis.detection.constants import GRID, PHIS, POWERS
-from devmon.analysis.detection.detector import Detector
+from devmon.analysis.detection.detector import Detector, chi2_quantile
 from devmon.analysis.detection.measure import between
 from devmon.analysis.detection.noise import NoiseModel, correlation, covariance, of_replicates, spikes, without_rises
 from devmon.analysis.detection.spline import Spline, _kernel, summit
@@ -249,6 +249,12 @@ def test_a_summit_lies_between_the_places_at_which_a_curve_is_drawn() -> None:
     curves = 3 - (x[:, None] - at) ** 2
     np.testing.assert_allclose(summit(x, curves, curves.argmax(0)), at, atol=1e-9)
     np.testing.assert_allclose(summit(x, -curves, curves.argmax(0)), at, atol=1e-9)
+
+
+def test_chi_squared_without_scipy_stats_is_that_of_scipy_stats() -> None:
+    for free in (1, 7, 14):
+        for share in (0.01, 0.5):
+            assert chi2_quantile(share, free) == pytest.approx(stats.chi2.ppf(share, free), rel=1e-13)
 
 
 # abruptness

@@ -21,6 +21,7 @@ from devmon.monitoring.densify import Densify
 from devmon.monitoring.failures import Failures
 from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.layouts import layout_of
+from devmon.monitoring.long_observations import LongObservations
 from devmon.monitoring.mirror import Mirror
 from devmon.monitoring.observe import attempt, observe, refusal
 from devmon.monitoring.page_updates import PageUpdates
@@ -124,7 +125,9 @@ class LoopMonitor:
             None if live is None else PageUpdates(live),
             self._failures,
             Passed(),
-            None if max_overhead is None else Budget(max_overhead, [watch.name for watch in self.watches], clock),
+            LongObservations(clock)
+            if max_overhead is None
+            else Budget(max_overhead, [watch.name for watch in self.watches], clock),
             None if log is None or log is False else Mirror(log),
             self.densify,
             Updates() if any(getattr(watch.instrument, "needs_update", False) for watch in self.watches) else None,

@@ -107,12 +107,17 @@ def draw_batches(n: int, size: int, count: int, generator: torch.Generator, *, r
     needed = -n * math.log1p(-size / n)
     length = math.ceil(needed + SPARE_SIGMAS * math.sqrt(needed - size) + SPARE_SIGMAS)
     numbers = torch.randint(n, (count, length), generator=generator).numpy()
-    # Sorted by number, then by place in the list, all but the first of equal neighbours are repeats.
-    order = np.sort(numbers * length + np.arange(length, dtype=np.int64), axis=1)
-    value, place = np.divmod(order, length)
+    # Sorted by number, then by place in the list, which lies in the low bits, all but the first of equal neighbours are
+    # repeats.
+    bits = (length - 1).bit_length()
+    kind: type[np.integer[Any]] = np.int32 if n << bits <= 2**31 else np.int64
+    order = (numbers.astype(kind) << bits) | np.arange(length, dtype=kind)
+    order.sort(axis=1)
+    value, later = order >> bits, order[:, 1:]
+    rows, columns = np.nonzero(value[:, 1:] == value[:, :-1])
     first = np.ones((count, length), dtype=bool)
-    np.put_along_axis(first, place, np.diff(value, axis=1, prepend=-1) != 0, axis=1)
-    chosen = first & (np.cumsum(first, axis=1) <= size)
+    first[rows, later[rows, columns] & ((1 << bits) - 1)] = False
+    chosen = first & (np.cumsum(first, axis=1, dtype=np.int32) <= size)
     # Lists that were too short after all are replaced by a permutation; any `size` numbers stand in for it until then.
     short = np.flatnonzero(chosen.sum(1) < size)
     chosen[short] = np.arange(length) < size

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from devmon.sampling.data import Examples
 from devmon.sampling.flat import Flat, Take, widened
-from devmon.sampling.losses import Loss
 
 Score = Callable[[Tensor, Take], Tensor]
 
@@ -66,16 +65,29 @@ class Stacked:
 
     def __init__(self, flat: Flat, examples: Examples, micro: int) -> None:
         self.flat, self.examples, self.micro = flat, examples, micro
-        self.whole = _WithLoss(flat.model, flat.loss)
+        # Where each sampled parameter is held; one that is tied is held in several places.
+        number = {id(parameter): i for i, parameter in enumerate(flat.parameters)}
+        self.places = [
+            (module, name, number[id(parameter)])
+            for module in flat.model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in number
+        ]
 
     def bind(self, values: Sequence[Tensor]) -> Score:
         leaves = [value.detach().requires_grad_() for value in values]
-        names = [f"model.{name}" for name in self.flat.names]
         read = self.examples.reader()
         chains = len(values[0])
 
         def losses_of_chain(parameters: Sequence[Tensor], batch: Any) -> Tensor:
-            return torch.func.functional_call(self.whole, dict(zip(names, parameters, strict=True)), (batch,))
+            held: Any
+            try:
+                for held, name, number in self.places:
+                    held._parameters[name] = parameters[number]
+                return widened(self.flat.loss(self.flat.model, batch))
+            finally:
+                for held, name, number in self.places:
+                    held._parameters[name] = self.flat.parameters[number]
 
         def score(index: Tensor, take: Take) -> Tensor:
             shared = len(index) < chains
@@ -113,12 +125,3 @@ class Stacked:
         except (RuntimeError, UserWarning):
             return False
         return True
-
-
-class _WithLoss(nn.Module):
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return widened(self.loss(self.model, batch))

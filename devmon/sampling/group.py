@@ -85,12 +85,14 @@ class Group:
         at_center = _AtCenter(self, 1 if apart else index.shape[1]) if schedule.control_variate else None
         shape = (len(Accumulator._fields), schedule.draws, len(chains))
         sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        whole = Accumulator(*sums)
+        whole.baseline.copy_(baseline.unflatten(0, (schedule.draws, schedule.steps_per_draw)).sum(1))
         for step in range(schedule.draws * schedule.steps_per_draw):
             draw, within = divmod(step, schedule.steps_per_draw)
+            if within == 0:
+                totals = [Accumulator(*sums[:, draw, part]) for part in parts]
             variate = None
-            for part, lane in zip(parts, lanes, strict=True):
-                total = Accumulator(*sums[:, draw, part])
-                total.baseline.add_(baseline[step, part])
+            for part, lane, total in zip(parts, lanes, totals, strict=True):
                 met = index[step] if schedule.shared_batches else index[step, part]  # one row where chains share it
                 if at_center is not None and (variate is None or not schedule.shared_batches):
                     variate = at_center(met)

@@ -54,7 +54,8 @@ def _against_others(values: Array, lag: int, part: slice) -> tuple[Array, NDArra
 
 
 def _surprise(t: Array, others: NDArray[np.int64], lag: int) -> Array:
-    return np.where(others > 0, -np.log(stdtr(np.maximum(others / lag, 1), -t)), 0.0)
+    tail = np.maximum(stdtr(np.maximum(others / lag, 1), -t), np.finfo(np.float64).tiny)  # 0 where it underflows
+    return np.where(others > 0, -np.log(tail), 0.0)
 
 
 @lru_cache(maxsize=32)

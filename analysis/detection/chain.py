@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from devmon.analysis.detection.constants import FLANK, GRID, RATIO, SHARE, WIDEST
+from devmon.analysis.detection.constants import FLANK, RATIO, SHARE, WIDEST
 from devmon.analysis.detection.spline import Spline, summit
 from devmon.analysis.detection.windows import Extremum, Order
 from devmon.analysis.series import Array
@@ -61,7 +61,7 @@ class Link:
 class Chain:
     """The links that are left of `extrema`."""
 
-    def __init__(self, x: Array, values: Array, spline: Callable[[int, int], Spline], extrema: list[Extremum],
+    def __init__(self, x: Array, values: Array, spline: Callable[[int, int, int, int], Spline], extrema: list[Extremum],
                  smallest: float) -> None:  # fmt: skip
         self.x, self.values, self.spline, self.smallest = x, values, spline, smallest
         self.links = sorted(map(Link, extrema), key=lambda link: link.index)
@@ -77,7 +77,7 @@ class Chain:
             after = max(links[k + 1].index if k + 1 < len(links) else last, link.of.right)
             window = int(np.floor(before)), int(np.ceil(after))
             if window != link.window:
-                link.window, link.curve = window, self.spline(*window)
+                link.window, link.curve = window, self.spline(*window, link.of.left, link.of.right)
                 link.locate(self.x)
         links.sort(key=lambda link: link.x)
         for k, link in enumerate(links):
@@ -103,7 +103,7 @@ class Chain:
         reaches = link.window[0] <= 0 if k < 0 else link.window[1] >= len(self.x) - 1
         if not reaches:
             return float(self.values[0 if k < 0 else -1])
-        return float(link.curve.mean[slice(*ending(k < 0))].mean())
+        return float(link.curve.mean[slice(*ending(link.curve.x, k < 0))].mean())
 
     def around(self, k: int, *roles: Role) -> tuple[int, int]:
         """The nearest links of these roles before and after link k: -1 and their number are the ends of the data."""
@@ -208,12 +208,29 @@ class Chain:
 
     def _stands(self, k: int, link: Link) -> bool:
         width = link.span[1] - link.span[0]
-        beside = [self._beside(k, side) for side in (-1, 1)]
-        away = [abs(other.x - link.x) for other in beside if other is not None and other.role == "turn"]
-        flank = bool(away) and (min(away) < FLANK * width or abs(link.size) < SHARE)
+        flank = False
+        for side, end in zip((-1, 1), link.span, strict=True):
+            other = self._beside(k, side)
+            if other is not None and other.role == "turn":
+                # of a symmetric rise both say the same
+                near = side * (other.x - link.x) < FLANK * width and side * (other.x - end) < (FLANK - 0.5) * width
+                flank |= near or abs(self.level(k - side) - self._from(link, other, side)) < SHARE
         return width <= WIDEST and not flank
 
+    def _from(self, link: Link, turn: Link, side: int) -> float:
+        """The level from which a rise goes on the side of a turn: that of the turn, or where the curve leaves the turn
+        faster than it then rises, that of the flattest place in between."""
+        between = (side * (link.curve.x - link.x) > 0) & (side * (turn.x - link.curve.x) > 0)
+        pace = link.way * link.curve.slope[between]
+        if not len(pace) or pace.max() < RATIO * link.way * link.speed:
+            return turn.value
+        fast = int(pace.argmax())
+        rest = pace[fast:] if side < 0 else pace[: fast + 1]
+        return float(link.curve.mean[between][(fast if side < 0 else 0) + int(rest.argmin())])
 
-def ending(first: bool) -> tuple[int, int]:
-    """Of a curve, the tenth of its length that is its level at an end: its first place, and that after its last."""
-    return (0, GRID // 10) if first else (GRID - GRID // 10, GRID)
+
+def ending(x: Array, first: bool) -> tuple[int, int]:
+    """Of a curve at places x, the tenth of its length that is its level at an end: its first place, and that after its
+    last."""
+    inside = int(np.sum((x - x[0] if first else x[-1] - x) < 0.09 * (x[-1] - x[0])))
+    return (0, inside) if first else (len(x) - inside, len(x))

@@ -42,7 +42,8 @@ SMALLEST = 0.01
 RATIO = 1.5
 # decades over which a rise has half its top speed: between 1.06 (exp(-t)) and 1.53 (1 / (1 + t))
 WIDEST = 1.27
-# distance to a turn, in widths, from which a rise is more than its flank: .63 for a Gaussian, .75 a sine
+# distance to a turn, in widths, from which a rise is more than its flank: .63 for a Gaussian, .75 a sine; from the end
+# of its span .5 less
 FLANK = 0.7
 # of the range: what the flank of a turn must change to be an event of its own
 SHARE = 0.1
@@ -52,8 +53,10 @@ NARROW = 0.6
 # Smoothing, places and sizes (spline.py, measure.py).
 # prior variances of the third derivative over a window of length 1
 POWERS = tuple(10.0**k for k in range(-2, 11))
-# places within a window at which the curve is evaluated
+# places within a window at which the curve is evaluated, and more where its points lie closer together
 GRID = 96
+# points of a window that a spline follows; of more, half lie over all of it and half about the place that is looked at
+MANY = 120
 # draws of a curve, and of each family of drift: the ends of a 90% interval are the 10th draws
 DRAWS = 200
 # prior variance of the parabola within a window, for values of range 1: it is free

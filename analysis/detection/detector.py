@@ -15,7 +15,7 @@ from scipy.special import gammaincinv, ndtri, stdtrit
 from devmon.analysis.derive.from_anything import accepted
 from devmon.analysis.detection.axis import averaged, bins, counts, log_axis
 from devmon.analysis.detection.chain import Chain
-from devmon.analysis.detection.constants import EXACT, FEWEST, PHIS, RATIO, SMALLEST, SPAN, TAIL
+from devmon.analysis.detection.constants import EXACT, FEWEST, MANY, PHIS, RATIO, SMALLEST, SPAN, TAIL
 from devmon.analysis.detection.events import Event, Fit, Noise, Trend, TrendLater
 from devmon.analysis.detection.measure import Ruler
 from devmon.analysis.detection.noise import correlation, of_replicates, spikes, without_rises
@@ -187,22 +187,25 @@ class Search:
             tuple(self.notes), asdict(detector), self.series.name, found, self.smallest * self.scale,
         )  # fmt: skip
 
-    def _curves(self) -> Callable[[int, int], Spline]:
-        """The curve from one place to another, on at least five and at most 120 places, each made once."""
-        splines: dict[tuple[int, int], Spline] = {}
+    def _curves(self) -> Callable[[int, int, int, int], Spline]:
+        """The curve from one place to another, on at least five and at most MANY places, each made once: of more, half
+        lie evenly over all of it and half about what is looked at, between two places within."""
+        splines: dict[bytes, Spline] = {}
         correlations = self.windows.correlations(self.phi)
 
-        def spline(start: int, end: int) -> Spline:
+        def spline(start: int, end: int, left: int, right: int) -> Spline:
             last = len(self.x) - 1
             short = max(0, 4 - (end - start))
             start, end = max(0, start - (short + 1) // 2), min(last, end + (short + 1) // 2)
-            if (start, end) not in splines:
-                j: Any = slice(start, end + 1)
-                if end - start + 1 > 120:
-                    j = np.unique(np.round(np.linspace(start, end, 120)).astype(int))
+            j = np.arange(start, end + 1)
+            if len(j) > MANY:
+                half = MANY // 2
+                near = np.linspace(max(start, left - half // 4), min(end, right + half // 4), half)
+                j = np.unique(np.round(np.append(np.linspace(start, end, half), near)).astype(int))
+            if (key := j.tobytes()) not in splines:
                 noise = correlations[j][:, j] * np.outer(self.sd[j], self.sd[j])
-                splines[start, end] = Spline(self.x[j], self.values[j], noise, self.detector.seed)
-            return splines[start, end]
+                splines[key] = Spline(self.x[j], self.values[j], noise, self.detector.seed)
+            return splines[key]
 
         return spline
 

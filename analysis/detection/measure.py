@@ -88,7 +88,7 @@ class Ruler:
         link = links[end]
         whole = link.window[0] <= 0 if k < 0 else link.window[1] >= len(self.chain.x) - 1
         if whole:
-            return link.curve.draws(*ending(k < 0)).mean(0)
+            return link.curve.draws(*ending(link.curve.x, k < 0)).mean(0)
         return self.chain.values[end] + self.sd[end] * self.rng.standard_normal(DRAWS)
 
     def _sizes(self, k: int, link: Link) -> Array:
@@ -151,7 +151,9 @@ class Ruler:
         """Whether a link is a flank or a foot of the bump at link `top`."""
         peak, width = self.chain.links[top], span[1] - span[0]
         reach = 1.5 if link.role == "rise" else 2.0
-        return abs(link.x - peak.x) <= reach * width and not (link.role == "turn" and link.sign == peak.sign)
+        if link.role == "turn" and (link.sign == peak.sign or abs(link.size) > abs(peak.size)):
+            return False  # a foot from which the curve goes further than the bump is high is a turn of its own
+        return abs(link.x - peak.x) <= reach * width
 
     def _back(self, x: float | Array) -> Array:
         return np.maximum(10.0 ** np.asarray(x) - self.first, 0.0)

@@ -119,7 +119,8 @@ class NoiseModel:
                 size = np.sqrt(np.where(freed > 0, less / (d - 1), rss / d)) * self.wider[i, which, :, None]
                 best = logs.max(1)
                 weights = np.exp(logs - best[:, None])
-                loglik[:, at] += best
+                # where all values are one, as of a saturated accuracy, nothing tells the correlation
+                loglik[:, at] += best * (np.ptp(values[a : a + m, at], axis=0) > 0)
                 sd[:, i, at] = (weights * size).sum(1) / weights.sum(1)
         mixed = _product(self.mix, np.sqrt(sd), width)
         return loglik[:, :series] / self.overlap, mixed[..., :series] ** 2

@@ -19,11 +19,13 @@ from devmon.analysis.series import Array
 
 
 class Places:
-    """What splines on the same places of a window have in common: GRID places `x` and `at` these, on a window of length
-    1 parabolas and kernels, and of the kernel without what a parabola has of it the lower triangle, `bent`."""
+    """What splines on the same places of a window have in common: the `x` at which the curve is looked at, and there,
+    on a window of length 1, parabolas and kernels, and of the kernel without what a parabola has of it the lower
+    triangle, `bent`."""
 
     def __init__(self, x: Array) -> None:
-        u, at = (x - x[0]) / np.ptp(x), np.linspace(0, 1, GRID)
+        u = (x - x[0]) / np.ptp(x)
+        at = _looked_at(u)
         self.x = x[0] + np.ptp(x) * at
         free = min(3, len(x) - 1)
         parabola, parabola_at = (np.vander(2 * t - 1, free, increasing=True) for t in (u, at))
@@ -40,7 +42,7 @@ def places_of(x: bytes) -> Places:
 
 
 class Spline:
-    """f and its slope on GRID places `x` of the window: posterior mean, and DRAWS of it as new noise moves it."""
+    """f and its slope at the places `x` of the window: posterior mean, and DRAWS of it as new noise moves it."""
 
     def __init__(self, x: Array, values: Array, noise: Array, seed: int = 0) -> None:
         self.middle, self.scale, self.seed = float(values.mean()), float(np.ptp(values)) or 1.0, seed
@@ -83,7 +85,7 @@ class Spline:
     def slope(self) -> Array:
         return np.gradient(self.mean, self.x)
 
-    def draws(self, start: int = 0, stop: int = GRID) -> Array:
+    def draws(self, start: int = 0, stop: int | None = None) -> Array:
         """(stop - start, DRAWS) the curve at these places as it would come out with new noise upon it."""
         places, part = self.places, slice(start, stop)
         across = self.power * places.kernel_at[part] + places.free_at[part]
@@ -91,24 +93,27 @@ class Spline:
         again = gain @ self.root @ _normal(self.seed, len(self.values))
         return self.mean[part, None] + self.scale * again
 
-    def slopes(self, start: int = 0, stop: int = GRID) -> Array:
+    def slopes(self, start: int, stop: int) -> Array:
         """(stop - start, DRAWS) the slopes of these curves."""
-        low, high = max(start - 1, 0), min(stop + 1, GRID)
+        low, high = max(start - 1, 0), min(stop + 1, len(self.x))
         return np.gradient(self.draws(low, high), self.x[low:high], axis=0)[start - low : stop - low]
 
 
 def summit(x: Array, curves: Array, at: NDArray[np.int64]) -> Array:
-    """Where each of `curves` (GRID, n), on evenly spaced x, has its extremum beside place `at` (n,): the parabola
-    through three places."""
-    inner, of = np.clip(at, 1, len(x) - 2), np.arange(curves.shape[1])
-    before, here, after = (curves[inner + k, of] for k in (-1, 0, 1))
-    bend = before - 2 * here + after
-    off = 0.5 * (before - after) / np.where(bend == 0, np.inf, bend)
-    return x[0] + np.clip(inner + off, np.maximum(at - 0.5, 0), at + 0.5) * (x[1] - x[0])
+    """Where each of `curves` (x, n) has its extremum beside place `at` (n,): the parabola through three places, no
+    further than halfway to the next."""
+    inner, of, last = np.clip(at, 1, len(x) - 2), np.arange(curves.shape[1]), len(x) - 1
+    # slopes on both sides, of which that of the parabola at the middle is the mean, each weighed by the other gap
+    before, after = x[inner] - x[inner - 1], x[inner + 1] - x[inner]
+    to, on = (curves[inner, of] - curves[inner - 1, of]) / before, (curves[inner + 1, of] - curves[inner, of]) / after
+    bend = on - to
+    off = -0.5 * (to * after + on * before) / np.where(bend == 0, np.inf, bend)
+    low, high = x[at] + x[np.maximum(at - 1, 0)], x[at] + x[np.minimum(at + 1, last)]
+    return np.clip(x[inner] + off, low / 2, high / 2)
 
 
 def trend(
-    x: Array, values: Array, sd: Array, spline: Callable[[int, int], Spline], level: float
+    x: Array, values: Array, sd: Array, spline: Callable[[int, int, int, int], Spline], level: float
 ) -> tuple[Array, Array, Array]:
     """Low, middle and high at each place: splines of SPAN places that overlap by half, blended linearly; the band
     holds the noise of a point."""
@@ -117,12 +122,22 @@ def trend(
     for start in sorted({*range(0, n - length + 1, max(1, length // 2)), n - length}):
         inside = np.arange(start, start + length)
         share = np.minimum(np.arange(length), np.arange(length)[::-1]) + 0.5
-        curve = spline(start, start + length - 1)
+        curve = spline(start, start + length - 1, start, start + length - 1)
         middle[inside] += share * np.interp(x[inside], curve.x, curve.mean)
         weight[inside] += share
     middle /= weight
     half = ndtri((1 + level) / 2) * np.hypot(sd, RESOLVED)
     return middle - half, middle, middle + half
+
+
+def _looked_at(u: Array) -> Array:
+    """GRID evenly spaced places of a window of length 1; where its points `u` lie closer together than half of that, as
+    checkpoints of even step do late on the axis of log step, instead the points and the middles between them."""
+    even = np.linspace(0, 1, GRID)
+    close = np.flatnonzero(np.diff(u) < 0.5 * even[1])
+    gap = np.clip(np.searchsorted(u, even, side="right") - 1, 0, len(u) - 2)  # that each of these lies in
+    own = np.concatenate([u[close], u[close + 1], (u[close] + u[close + 1]) / 2])
+    return np.unique(np.concatenate([even[~np.isin(gap, close)], own]))
 
 
 @lru_cache(maxsize=128)  # one for each number of places in a window

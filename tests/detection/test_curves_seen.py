@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.interpolate import PchipInterpolator
 from scipy.special import erf
 
 from devmon.analysis.detection.detector import Detector
@@ -199,3 +200,53 @@ def test_closed_forms_have_the_events_that_a_reader_names(name: str) -> None:
     assert words == [word for word, _ in expected], told(events)
     for event, (_, step) in zip(events, expected, strict=True):
         assert abs(np.log10((event.step + 1) / (step + 1))) < 0.1, told(events)
+
+
+def steps_every(gap: float, last: float) -> Array:
+    return np.arange(0.0, last + 1, gap)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_saturated_accuracy_tells_nothing_of_the_correlation_of_its_noise(seed: int) -> None:
+    # sparse parity: at chance with its noise, two steps, then exactly 1 for most of the run
+    steps = steps_every(50, 12_000)
+    values = np.select([steps < 1000, steps < 1050, steps < 1350], [0.5, 0.7, 0.875], 1.0)
+    events = events_of(steps, np.where(values < 1, values + noise(seed, len(steps), 0.005), 1.0))
+    assert [event.kind for event in events] == ["jump", "plateau", "jump"], told(events)
+    assert 950 <= events[0].step <= 1100, told(events)
+    assert 1300 <= events[2].step <= 1400, told(events)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_fall_is_no_flank_of_the_last_wiggle_before_it(sign: int) -> None:
+    # in-context regression: no learning, up by 3% and most of it down, then all at once an exponential fall
+    steps = np.unique(np.append(0, np.round(np.geomspace(1, 9000, 120))))
+    drift = np.interp(np.log10(steps + 1), [0, 2.72, 2.84, 4], [1, 1.03, 1.01, 1])
+    fall = np.exp(-np.maximum(steps - 700, 0) / 700)
+    events = events_of(steps, sign * drift * fall + noise(4, len(steps), 0.001))
+    assert [event.kind for event in events] == ["turn", "jump"], told(events)
+    assert 700 <= events[1].step <= 1000, told(events)
+    assert sign * events[1].size == pytest.approx(-1.02, abs=0.03), told(events)
+
+
+def test_the_lowest_place_of_a_curve_is_no_foot_of_the_bump_before_it() -> None:
+    # a weight norm: a bump of 2, beyond it down by 1.5 more to the minimum of all, and up by 8
+    x = np.array([0.0, 0.8, 1.0, 1.25, 2.3])
+    y = np.array([5.0, 5.0, 7.0, 3.5, 11.5])
+    fine = np.linspace(0, 2.3, 116)
+    events = events_of(np.round(100 * 10**fine), PchipInterpolator(x, y)(fine))
+    assert [event.kind for event in events if event.kind == "bump"] == ["bump"], told(events)
+    lows = [event.step for event in events if event.word == "minimum"]
+    assert lows == [pytest.approx(100 * 10**1.25, rel=0.05)], told(events)
+
+
+@pytest.mark.parametrize("where", [510.0, 1010.0, 1950.0])
+def test_late_checkpoints_of_even_step_place_a_fall_between_them(where: float) -> None:
+    # a task forgotten within two checkpoints, at a step where these are closer in log step than the grid of the curve
+    steps = steps_every(20, 4000)
+    values = np.interp(steps, [where - 10, where + 10, where + 30], [0.95, 0.72, 0.0]) + 0.01 * np.sin(steps)
+    events = [event for event in events_of(steps, values) if event.kind == "jump"]
+    assert len(events) == 1, told(events)
+    assert where - 10 <= events[0].step <= where + 30, told(events)
+    assert events[0].interval[0] >= where - 15, told(events)
+    assert events[0].interval[1] <= where + 35, told(events)

@@ -110,7 +110,7 @@ def test_the_story_is_the_reviewed_one(name: str) -> None:
 
 
 QUESTIONS = {
-    "which step": r"At step 640 \[",
+    "which step": r"At step 641 \[",
     "how sure": r"How sure: Very: 5 of 6 watches change together",
     "did λ̂ change": r"λ̂ has a bump of",
     "which head": r"head 1\.2 \(\+0\.7",
@@ -124,9 +124,9 @@ QUESTIONS = {
 
 
 ITSELF = QUESTIONS | {  # of the demo's run, as it was trained
-    "which step": r"At step 769 \[",
+    "which step": r"At step 771 \[",
     "how sure": r"How sure: Very: 4 of 5 watches change together",
-    "which head": r"head 1\.1 \(\+0\.66",
+    "which head": r"head 1\.1 \(\+0\.69",
     "is it in the loss": r"In the loss: No: loss rises smoothly",
     "Type A or B": r"Type A \(probability > 0\.99\)",
     "what came first": r"What came first: Not settled",

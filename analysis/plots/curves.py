@@ -23,6 +23,7 @@ from devmon.analysis.plots.style import (
     Z90,
     axes_on,
     brief,
+    cleared,
     draw_curve,
     draw_legend,
     draw_strips,
@@ -39,6 +40,8 @@ from devmon.analysis.plots.style import (
 if TYPE_CHECKING:
     from devmon.analysis.detection.events import Event
     from devmon.analysis.series import Series
+
+PANEL_HEIGHT = 1.2  # of a series in an overview, inches
 
 
 @styled
@@ -81,12 +84,16 @@ def plot_overview(
     *,
     titles: Mapping[str, str] | None = None,
     ax: Sequence[Axes] | None = None,
+    again: tuple[Figure, list[Axes]] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     """Series stacked on one axis of steps. An event is shaded in its own panel; its line goes through all of them.
 
-    `titles` are those of the panels, by the names of the series.
+    `titles` are those of the panels, by the names of the series. `again` is what an earlier call without `ax` returned,
+    for as many series at the same steps: it is drawn anew.
     """
-    fig, axes = panels_on(ax, len(series), 1.2)
+    if again is not None:
+        cleared(*again, PANEL_HEIGHT)
+    fig, axes = panels_on(ax, len(series), PANEL_HEIGHT) if again is None else again
     shown = {each.name for each in series}
     handles: dict[str, Any] = {}
     for i, (panel, each) in enumerate(zip(axes, series, strict=True)):
@@ -99,7 +106,8 @@ def plot_overview(
             handles.setdefault(str(handle.get_label()).partition(":")[0], handle)
         panel.set_title(brief((titles or {}).get(each.name, each.name), 90), fontsize=9.5, pad=3)
         panel.set_ylabel(brief(each.units, 18), fontsize=8.5)
-        step_axis(panel, np.concatenate([s.steps for s in series]), label=i == len(axes) - 1)
+        if again is None:
+            step_axis(panel, np.concatenate([s.steps for s in series]), label=i == len(axes) - 1)
     for label, handle in handles.items():
         handle.set_label(label)
     if ax is None:

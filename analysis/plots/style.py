@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import AutoLocator, FixedLocator, NullLocator
 
 if TYPE_CHECKING:
     from devmon.analysis.detection.events import Event
@@ -50,6 +50,7 @@ def style() -> Iterator[None]:
         "axes.titlesize": 10.5,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
+        "axes.titley": 1.0,  # where it comes to lie anyway; to look for ticks above it takes a tenth of a drawing
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -196,14 +197,32 @@ def panels_on(axes: Sequence[Axes] | None, count: int, height: float) -> tuple[F
     """
     if axes is not None:
         return figure_of(axes[0]), list(axes)
-    width, inches = 8.6, height * count + MARGINS[1] + MARGINS[3]
-    fig = Figure(figsize=(width, inches))
-    left, bottom, right, top = MARGINS
-    fig.subplots_adjust(left / width, bottom / inches, 1 - right / width, 1 - top / inches, hspace=0.4)
+    fig = Figure()
     made = list(fig.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
-    for ax in made:
-        ax.yaxis.set_label_coords(-0.65 / (width - left - right), 0.5)
+    _lay_out(fig, made, height)
     return fig, made
+
+
+def cleared(fig: Figure, axes: Sequence[Axes], height: float) -> None:
+    """Panels of `panels_on` as they were, without curves and legend: to draw on them again takes half as long as to
+    make new ones."""
+    for artist in [
+        *fig.legends,
+        *(each for ax in axes for each in (*ax.lines, *ax.collections, *ax.patches, *ax.texts)),
+    ]:
+        artist.remove()
+    for ax in axes:
+        ax.yaxis.set_major_locator(AutoLocator())
+    _lay_out(fig, axes, height)
+
+
+def _lay_out(fig: Figure, axes: Sequence[Axes], height: float) -> None:
+    width, inches = 8.6, height * len(axes) + MARGINS[1] + MARGINS[3]
+    left, bottom, right, top = MARGINS
+    fig.set_size_inches(width, inches)
+    fig.subplots_adjust(left / width, bottom / inches, 1 - right / width, 1 - top / inches, hspace=0.4)
+    for ax in axes:
+        ax.yaxis.set_label_coords(-0.65 / (width - left - right), 0.5)
 
 
 def legend_below(fig: Figure, handles: Sequence[Any]) -> None:

@@ -39,6 +39,7 @@ class Page:
 
     folder: Path | None
     names: set[str] = field(default_factory=set)
+    panels: dict[tuple[Any, ...], tuple[Drawing, list[Axes]]] = field(default_factory=dict)  # see `figures.stack`
 
     def add(
         self,

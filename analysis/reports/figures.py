@@ -48,7 +48,9 @@ def stack(
 ) -> Figure:
     """Series one above the other, each panel with a switch."""
     titles = {each.name: called(labels, each.name) for each in chosen}
-    drawing, axes = plots.plot_overview(chosen, sure, titles=titles)
+    # watches are measured at the same steps: their figures are drawn on the panels of one
+    key = (len(chosen), *dict.fromkeys(np.asarray(each.steps).tobytes() for each in chosen))
+    drawing, axes = page.panels[key] = plots.plot_overview(chosen, sure, titles=titles, again=page.panels.get(key))
     where = [curves(ax, [series]) for ax, series in zip(axes, chosen, strict=True)]
     parts = [(titles[series.name], [f"axes_{i}"]) for i, series in enumerate(chosen, 1)] if len(chosen) > 1 else []
     return page.add(name, drawing, caption, numbers_table(chosen), where, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from typing import Any
@@ -44,6 +45,22 @@ def svg(fig: Figure) -> str:
     with plots.style():
         fig.savefig(buffer, format="svg")
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_an_overview_on_the_panels_of_another_is_as_drawn_afresh(missing: bool) -> None:
+    refused = np.arange(len(STEPS)) % 7 == 3
+    values = np.full(len(STEPS), np.nan) if missing else 1e4 * np.sin(STEPS)
+    before = [Series("e/f", STEPS, values, units="nats"), series("g/h", rejected=refused)]
+    after = [series("a/b", se=None), series("c/d", rejected=refused)]
+    marked = [event(series="c/d"), event("turn", series="e/f"), event("plateau", step=90.0, series="a/b")]
+    drawn = plots.plot_overview(before, marked, titles={"e/f": "first"})
+    svg(drawn[0])
+    again = plots.plot_overview(after, marked, titles={"a/b": "second"}, again=drawn)
+    times = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
+    assert times.sub("", svg(again[0])) == times.sub(
+        "", svg(plots.plot_overview(after, marked, titles={"a/b": "second"})[0])
+    )
 
 
 def test_drawing_changes_no_global_setting() -> None:

@@ -1,5 +1,6 @@
 """The other kernels, masks, data forms, and devinterp on our traces."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -229,6 +230,19 @@ def test_batches_are_distinct_uniform_and_independent(n, size):
             [len(set(a) & set(b)) for a, b in zip(batches[:-1].tolist(), batches[1:].tolist(), strict=True)]
         )
         assert overlap == pytest.approx(size**2 / n, rel=0.1, abs=0.05)  # an epoch's batches would not overlap
+
+
+@pytest.mark.parametrize("n, size, spare", [(1000, 20, 6), (10**8, 20, 6), (40, 12, 0)])  # of 64 bits; some too short
+def test_a_batch_is_the_first_different_numbers_of_a_list(n, size, spare, monkeypatch):
+    monkeypatch.setattr("devmon.sampling.data.SPARE_SIGMAS", spare)
+    batches = draw_batches(n, size, 50, torch.Generator().manual_seed(0))
+    generator, needed = torch.Generator().manual_seed(0), -n * math.log1p(-size / n)
+    lists = torch.randint(n, (50, math.ceil(needed + spare * (needed - size) ** 0.5 + spare)), generator=generator)
+    for batch, numbers in zip(batches.tolist(), lists.tolist(), strict=True):
+        different = list(dict.fromkeys(numbers))[:size]
+        if len(different) < size:
+            different = torch.randperm(n, generator=generator)[:size].tolist()
+        assert batch == different
 
 
 # -- devinterp -------------------------------------------------------------------------------------------------------

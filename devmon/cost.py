@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from devmon.anatomy.parts import Parts
+from devmon.anatomy.passes.kept import MOST_KEPT
 from devmon.anatomy.passes.reads import Read
 from devmon.anatomy.vocabulary import CHUNK, LOGITS
 from devmon.errors import DevmonError, InstrumentError
@@ -205,8 +206,13 @@ def memory(instruments: Iterable[Any], shape: Shape, model: nn.Module | None = N
     of theirs are left out, None where all are.
 
     Of a pass: the keys and values that the model returns, what is read of it, and the widest activations or, later, the
-    logits. Of `copies` of the parameters, where the `model` is given, without the activations of the examples.
+    logits. Of `copies` of the parameters, where the `model` is given, without the activations of the examples; where
+    several runs of chains begin at the weights, with what they share there (`devmon.sampling.center`).
     """
+    instruments = list(instruments)
+    copy = 0 if model is None else 4 * sum(p.numel() for p in model.parameters())
+    several = sum(getattr(instrument, "runs", 0) for instrument in instruments) > 1
+    shared = copy if several and 2 * copy <= MOST_KEPT else 0  # the variances; the gradient is among the copies
     groups: dict[object, list[Read]] = {}
     beside: dict[object, int] = {}  # of the instruments that read a group, what they make of it
     peaks = []
@@ -221,10 +227,10 @@ def memory(instruments: Iterable[Any], shape: Shape, model: nn.Module | None = N
         for data in {read.data for read in reads}:
             beside[data] = beside.get(data, 0) + held
         if cost is not None and cost.copies is not None and model is not None:
-            peaks.append(4 * cost.copies * sum(p.numel() for p in model.parameters()))
+            peaks.append(cost.copies * copy + shared)
         elif held and not reads:
             peaks.append(held)
-    peaks += [_of_a_pass(reads, shape, beside[data]) for data, reads in groups.items()]
+    peaks += [_of_a_pass(reads, shape, beside[data]) + 2 * shared for data, reads in groups.items()]
     return int(max(peaks)) if peaks else None
 
 

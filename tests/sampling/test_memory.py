@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from devmon.cost import GPT2_SMALL, memory
 from devmon.errors import InstrumentError
 from devmon.instruments.llc import LLC
 from devmon.monitoring.fingerprint import identity
@@ -22,6 +23,7 @@ from devmon.sampling import (
 )
 from devmon.sampling.constants import BLOCK
 from devmon.sampling.schedule import Schedule
+from devmon.snapshot import Snapshot
 from devmon.testing.memory import peak_bytes
 from tests.support.sampling_toys import net_and_data, run
 
@@ -52,6 +54,17 @@ def test_a_chain_holds_its_position_its_kernel_s_state_and_blocks(wide, kernel, 
     """And the gradient at w*. w* is in the model itself."""
     found = copies(*wide, sampler=kernel)
     assert most - 0.5 < found < most
+
+
+def test_what_several_runs_share_is_a_copy_more_and_is_told(wide):
+    model, data = wide
+    llc = LLC(data, regression_loss, lr=1e-9, chains=1, draws=2, burn_in=0, batch_size=4)
+    snapshot = Snapshot(0, model)
+    found, told = peak_bytes(lambda: [llc(snapshot), llc(snapshot)]), memory([llc, llc], GPT2_SMALL, model)
+    copy = 4 * sum(p.numel() for p in model.parameters())
+    assert 3 < found / copy < 3.4
+    assert found < told < 1.3 * found
+    assert memory([llc], GPT2_SMALL, model) == told - copy
 
 
 def test_micro_batches_control_variates_masks_and_judges_cost_a_copy_each(wide):

@@ -74,7 +74,7 @@ def shown_patterns(
                 "use F.scaled_dot_product_attention, a softmax over (batch, head, pos, pos) or nn.MultiheadAttention "
                 "(flash and flex kernels hide theirs), or leave this instrument out"
             )
-        return by_block(patterns, during, who, type(model).__name__)
+        return by_block(patterns, during, who, type(model).__name__, running.abreast)
 
     with Patterns.of(model, keep), running.watched():
         yield by_layer

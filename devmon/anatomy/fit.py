@@ -115,7 +115,7 @@ class _Fit:
             found = logits(parts.model, self.given, parts.who, output=output)
             rebuilt = rebuilt_logits(parts, reads["resid_post", parts.layers - 1])
             off = _off(rebuilt, found)
-            if off > self.most and layout.logits:  # some return logarithms of probabilities
+            if off > self.most:  # some return logarithms of probabilities
                 off = _off(rebuilt.log_softmax(-1), found.log_softmax(-1))
             if off > self.most:
                 self._refuse(

@@ -196,6 +196,36 @@ BLOOM = replace(
 )
 FALCON = replace(BLOOM, fused="parts", mlp_norm="", parallel=True)
 FALCON_BY_GROUP = replace(BLOOM, attention_norm="ln_attn", mlp_norm="ln_mlp", parallel=True)
+MPT = Layout(
+    blocks="blocks",
+    qkv="attn.Wqkv",
+    out="attn.out_proj",
+    neurons="ffn.down_proj",
+    attention_norm="norm_1",
+    mlp_norm="norm_2",
+    embed="wte",
+    norm="norm_f",
+)
+PERSIMMON = replace(
+    GPT_NEOX,
+    qkv="self_attn.query_key_value",
+    out="self_attn.dense",
+    embed="embed_tokens",
+    parallel=False,
+    norm="final_layernorm",
+)
+CTRL = Layout(
+    blocks="h",
+    query="multi_head_attention.Wq",
+    key="multi_head_attention.Wk",
+    value="multi_head_attention.Wv",
+    out="multi_head_attention.dense",
+    neurons="ffn.2",
+    attention_norm="layernorm1",
+    mlp_norm="layernorm2",
+    embed="w",
+    norm="layernorm",
+)
 STABLELM_PARALLEL = replace(LLAMA, mlp_norm="", parallel=True)
 OPT = replace(
     LLAMA,
@@ -205,6 +235,7 @@ OPT = replace(
     mlp_norm="final_layer_norm",
     norm="final_layer_norm",
 )
+BIOGPT = replace(OPT, norm="layer_norm")
 OPT_POST_NORM = replace(
     OPT,
     attention_norm="",
@@ -288,6 +319,14 @@ LAYOUTS = {
     "qwen3_moe": EXPERTS,
     "olmoe": EXPERTS,
     "stablelm, parallel": STABLELM_PARALLEL,
+    "apertus": replace(LLAMA, attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),
+    "glm4": replace(LLAMA, attention_end="post_self_attn_layernorm", mlp_end="post_mlp_layernorm"),
+    "vaultgemma": replace(LLAMA, mlp_norm="pre_feedforward_layernorm"),
+    "biogpt": BIOGPT,
+    "xglm": BIOGPT,
+    "mpt": MPT,
+    "persimmon": PERSIMMON,
+    "ctrl": CTRL,
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     "gpt_bigcode, by head": GPT_BIGCODE_BY_HEAD,
@@ -296,6 +335,7 @@ LAYOUTS = {
     "bloom": BLOOM,
     "falcon": FALCON,
     "falcon, by group": FALCON_BY_GROUP,
+    "falcon, by group, one norm": replace(FALCON_BY_GROUP, attention_norm="input_layernorm", mlp_norm=""),
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
     "opt, norms after": OPT_POST_NORM,

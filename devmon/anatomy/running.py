@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,12 +22,16 @@ class Call(NamedTuple):
 
 
 class Running:
-    """While entered, `now` are the calls to modules of lists that are under way, outermost first."""
+    """While entered, `now` are the calls to modules of lists that are under way, outermost first; `abreast` are the
+    paths of lists whose modules are given the same tensor one after the other, as a list of heads: no stack of layers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.now: list[Call] = []
         self.calls: Counter[str] = Counter()
+        self.abreast: set[str] = set()
+        self._given: dict[str, Tensor | None] = {}
 
     @contextmanager
     def watched(self) -> Iterator[Running]:
@@ -35,16 +39,21 @@ class Running:
         handles = []
         for path, each in lists:
             for index, child in enumerate(each):
-                handles.append(child.register_forward_pre_hook(self._enter(path, index)))
+                handles.append(child.register_forward_pre_hook(self._enter(path, index), with_kwargs=True))
                 handles.append(child.register_forward_hook(self._leave(path), always_call=True))
         try:
             yield self
         finally:
+            self._given.clear()
             for handle in handles:
                 handle.remove()
 
     def _enter(self, path: str, index: int) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if given is not None and given is self._given.get(path):
+                self.abreast.add(path)
+            self._given[path] = given
             self.now.append(Call(path, index, self.calls[path]))
             self.calls[path] += 1
 
@@ -52,20 +61,28 @@ class Running:
 
     def _leave(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            gave = output[0] if isinstance(output, tuple | list) and output else output
+            if gave is self._given.get(path):  # a block that adds in place, or does nothing
+                self._given[path] = None
             at = max(i for i, call in enumerate(self.now) if call.path == path)
             del self.now[at]
 
         return hook
 
 
-def by_block(patterns: Sequence[Tensor], during: Sequence[Sequence[Call]], who: str, name: str) -> dict[int, Tensor]:
-    """Patterns (batch, head, q, k) by the number of their block, from the calls `during` which each was seen.
+def by_block(
+    patterns: Sequence[Tensor], during: Sequence[Sequence[Call]], who: str, name: str, abreast: Set[str] = frozenset()
+) -> dict[int, Tensor]:
+    """Patterns (batch, head, q, k) by the number of their block, from the calls `during` which each was seen; modules
+    of the lists `abreast` are heads of one block.
 
     A block's number is its index in the list of blocks, or the how many-eth call it is where a block runs more than
     once (ALBERT). What attends several times in one block are heads of one layer, the same pattern once. Without a
     list that all of them lie in, they are numbered as they come. Raises InstrumentError for two stacks of which one
     attends to the other.
     """
+    heads = [tuple(call for call in calls if call.path in abreast) for calls in during]
+    during = [[call for call in calls if call.path not in abreast] for calls in during]
     blocks = _blocks(during)
     if blocks is None:
         # Two lists, and blocks that attend twice: an encoder and a decoder. Else the stack has parts in a row.
@@ -76,14 +93,17 @@ def by_block(patterns: Sequence[Tensor], during: Sequence[Sequence[Call]], who: 
                 f"{who}: {name} attends in several stacks ({', '.join(stacks)}), more than once in a block, as an "
                 "encoder–decoder does: hand over one of them (Monitor(model=...) takes such a path)"
             )
-        return dict(enumerate(patterns))
+        # One block of heads in a list, or each pattern a block.
+        keys = [head[-1].path if head else str(at) for at, head in enumerate(heads)]
+        order = list(dict.fromkeys(keys))
+        blocks = [order.index(key) for key in keys]
 
-    layers: dict[int, list[Tensor]] = {}
-    for number, pattern in zip(blocks, patterns, strict=True):
-        same = layers.setdefault(number, [])
-        if not any(each.shape == pattern.shape and torch.equal(each, pattern) for each in same):
-            same.append(pattern)
-    return {number: torch.cat(layers[number], 1) for number in sorted(layers)}
+    layers: dict[int, list[tuple[Any, Tensor]]] = {}
+    for number, head, pattern in zip(blocks, heads, patterns, strict=True):
+        seen = layers.setdefault(number, [])
+        if not any(h == head and each.shape == pattern.shape and torch.equal(each, pattern) for h, each in seen):
+            seen.append((head, pattern))
+    return {number: torch.cat([pattern for _, pattern in layers[number]], 1) for number in sorted(layers)}
 
 
 def _blocks(during: Sequence[Sequence[Call]]) -> list[int] | None:

@@ -22,6 +22,9 @@ from tests.anatomy.test_anatomy_sites import VOCAB
 from tests.instruments.test_instruments_families import INSTRUMENTS, TEXT, instrument_of, model_of, of_images
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+ALSO = (
+    "apertus", "biogpt", "ctrl", "falcon, by group, one norm", "glm4", "mpt", "persimmon", "vaultgemma", "xglm",
+)  # fmt: skip
 RUNS, REFUSES, FLAT, RAW = "yes", "–", "NaN", "raw error"
 GROUPS = {
     "Language models": [
@@ -58,7 +61,7 @@ def left_out(family: str) -> list[str]:
 def page(outcomes: dict[str, dict[str, str]], preset: dict[str, list[str]]) -> str:
     """The page from outcomes by family and instrument, and what the standard preset has to leave out of each."""
     names = list(dict.fromkeys(case.name for case in INSTRUMENTS))
-    lines = [HEAD]
+    lines = [HEAD.format(also="; ".join(ALSO))]
     for title, families in GROUPS.items():
         lines += [f"## {title}", "", "| family | runs | refused in one line |", "|---|---|---|"]
         for family in families:
@@ -90,6 +93,8 @@ A model of your own is a row of its own: `anatomy = Layout(...)` (`devmon.anatom
 What a layout cannot say is refused: streams that are multiplied, gated or branched (Granite, DiffLlama, Bloom with its
 residual from the norm), and stacks in which some layers do not attend (Qwen3-Next, Jamba, RecurrentGemma, MiniMax).
 Attention, losses and representations of these are read all the same, and `layer` is the index of the block.
+
+Known too, put together in `tests/anatomy/test_known_layouts.py` and without a row here: {also}.
 """
 
 PRESET = """## The standard preset

@@ -83,6 +83,63 @@ def test_families_of_mixed_layers(name: str, layers: list[int]) -> None:
         assert [i for i, kind in enumerate(kinds) if "Attention" in kind] == layers
 
 
+class Head(nn.Module):
+    """One head of a block of heads in a list, with its own maps and no dimension of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.query, self.value = (nn.Linear(8, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).mT / 2
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return scores.masked_fill(later, -torch.inf).softmax(-1) @ self.value(x)
+
+
+class Heads(nn.Module):
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.heads, self.proj, self.in_place = nn.ModuleList([Head() for _ in range(3)]), nn.Linear(12, 8), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = self.proj(torch.cat([head(x) for head in self.heads], -1))
+        return x.add_(added) if self.in_place else x + added
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("even", [False, True])
+def test_heads_in_a_list_are_of_one_layer(layers: int, in_place: bool, even: bool) -> None:
+    model = Stack("a" * layers)
+    model.blocks = nn.ModuleList([Heads(in_place) for _ in range(layers)])
+    if even:  # all heads alike, as at an initialisation of zeros
+        for block in model.blocks:
+            for head in block.heads:
+                nn.init.zeros_(head.query.weight)
+    patterns = layer_patterns(model, TOKENS)
+    assert {layer: pattern.shape for layer, pattern in patterns.items()} == dict.fromkeys(range(layers), (3, 3, 12, 12))
+    if not in_place:
+        first = model.blocks[0].heads[1]
+        state = model.embed(TOKENS)
+        scores = first.query(state) @ first.key(state).mT / 2
+        scores = scores.masked_fill(torch.ones(12, 12, dtype=torch.bool).triu(1), -torch.inf)
+        torch.testing.assert_close(patterns[0][:, 1], scores.softmax(-1).detach())
+
+
+def test_one_block_of_heads_without_a_list_of_blocks() -> None:
+    patterns = layer_patterns(nn.Sequential(nn.Embedding(VOCAB, 8), Heads()), TOKENS)
+    assert [tuple(pattern.shape) for pattern in patterns.values()] == [(3, 3, 12, 12)]
+    bare = Heads()
+    bare.forward = lambda tokens: Heads.forward(bare, F.one_hot(tokens % 8, 8).float())  # type: ignore[method-assign]
+    assert [tuple(pattern.shape) for pattern in layer_patterns(bare, TOKENS).values()] == [(3, 3, 12, 12)]
+
+
+def test_blocks_that_do_nothing_are_no_heads() -> None:
+    model = Stack("aaa")
+    model.blocks.insert(1, nn.Identity())
+    assert list(layer_patterns(model, TOKENS)) == [0, 2, 3]
+
+
 def test_lists_in_lists_and_models_without_any() -> None:
     inner = Stack("ca")
     nested = nn.Sequential(inner.embed, nn.Sequential(*inner.blocks), nn.Sequential(Attention("F.softmax"), Mix()))

@@ -23,5 +23,26 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+LONG = (  # files of minutes or half a minute come first: one that is begun last leaves the other cores idle
+    "recipes/test_recipes_b.py",
+    "offline/test_engines.py",
+    "instruments/test_susceptibilities.py",
+    "docs/test_site.py",
+    "recipes/test_recipes_a.py",
+    "recipes/test_recipes_c.py",
+    "recipes/test_demo.py",
+    "test_readme.py",
+    "sampling/test_calibrate.py",
+    "offline/test_pythia.py",
+    "sampling/test_components.py",
+    "sampling/test_verdicts.py",
+    "callbacks/test_sidecar.py",
+    "recipes/test_features.py",
+    "recipes/test_fine_tuning.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     settle(items)
+    place = {str(Path(__file__).parent / name): k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))

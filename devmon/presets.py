@@ -59,6 +59,8 @@ DICTIONARY, DICTIONARY_BATCH = Training(BatchTopK(8), width=4, steps=1000), 512
 LENSED = 16
 # Frequent n-grams of an order, and as many held-out ones, each read alone: there, a ratio of 1.1 to .06.
 COMMON = 200
+PLACES = 32  # at which positions are embedded in HeadSpectra, its default
+SHOTS = (1, 2, 4, 8)  # examples of FewShot, its default
 EXACT = 64  # heads that patching measures at a step: all of a small model, so that none comes and goes
 
 
@@ -122,12 +124,13 @@ def standard(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[S
     known = _known(shared)
     tokens = unpadded(tokens, known.pad)
     probe = _probe(tokens, known)
-    different = probe | {"length": min(probe["length"], known.count)}  # the probe of copying holds no token twice
+    # the probe of copying holds no token twice, and `bos` besides; no probe is longer than the text
+    different = probe | {"length": min(probe["length"] - (known.bos is not None), known.count)}
     lensed = max(LENSED, len(tokens) // 2)
     steps = log_spaced(shared["count"], shared["last"])
     watches += [
         Watch("composition", Composition(), steps),
-        Watch("spectra", HeadSpectra(), steps),
+        Watch("spectra", HeadSpectra(length=min(PLACES, probe["length"])), steps),
         Watch("copying", CopyingHeads(**different), steps),
         Watch("attribution", ResidualAttribution.repeated(**probe, ablation_prompts=0), steps),
         Watch("lens", LogitLens(tokens, sequences=lensed if lensed < len(tokens) else None), steps),
@@ -155,6 +158,8 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
     drawn = {name: probe[name] for name in ("vocab_size", "bos", "exclude")}
     seldom = log_spaced(max(2, shared["count"] // 3), shared["last"])
 
+    # pairs, a query and its answer after `bos`: as many examples as the text is long enough for
+    shots = tuple(k for k in SHOTS if 2 * k + 2 + (known.bos is not None) <= probe["length"])
     # induction shows in patching long before it is strong: in many prompts, as long as the text allows (a copy and a
     # half after the first token)
     pairs = broken_repeats(**drawn, prompts=PAIRS, period=min(PERIOD, (probe["length"] - 2) * 2 // 3))
@@ -162,7 +167,7 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
         Watch("ablation", HeadAblation(**probe), seldom),
         Watch("patching", ActivationPatching(pairs, exact=EXACT), seldom),
         Watch("circuit", Circuit(pairs), seldom),
-        Watch("few_shot", FewShot(**drawn), seldom),
+        Watch("few_shot", FewShot(**drawn, shots=shots), seldom),
         Watch("layers", LayerRoles(tokens), seldom),
         Watch("tuned_lens", TunedLens(tokens), seldom),
         Watch("curvature", Curvature(tokens, top=3, probes=8, limit=16), seldom),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from devmon import presets
 from devmon.data import random_tokens
@@ -98,9 +99,22 @@ def test_small_vocabularies_have_a_standard_preset() -> None:
     for size in (27, 50, 200):
         tokens = torch.randint(0, size, (12, 64))
         made = {w.name: w.instrument for w in presets.standard(tokens, vocab_size=size, bos=0, last=10)}
-        assert made["copying"].length == min(64, size - 1)
+        assert made["copying"].length == min(64 - 1, size - 1)  # after `bos`
 
 
 def test_few_tokens_still_make_pairs() -> None:
     made = watches(1 + random_tokens(29, 12, 12), vocab_size=30, bos=0)
     assert made["patching"].pairs.clean.shape[1] <= 12
+
+
+@pytest.mark.parametrize(("length", "bos"), [(64, 0), (24, 0), (16, None), (9, 3)])
+def test_no_probe_is_longer_than_the_text(length: int, bos: int | None) -> None:
+    """A model whose positions are those of its text, as the ones that are trained on it: what is drawn fits too."""
+    tokens, corpus = random_tokens(100, 16, length), random_tokens(100, 16, length, seed=1)
+    config = GPT2Config(
+        n_layer=2, n_embd=8, n_head=2, vocab_size=100, n_positions=length, bos_token_id=0, eos_token_id=0
+    )
+    model = Snapshot(0, GPT2LMHeadModel(config).eval())
+    for name, instrument in watches(tokens, vocab_size=100, bos=bos, corpus=corpus).items():
+        if name not in ("patching", "circuit", "curvature"):  # whose probes are the text, or shorter by construction
+            assert instrument(model).sizes, name

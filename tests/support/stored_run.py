@@ -19,6 +19,7 @@ from devmon.instruments import (
     Circuit,
     FunctionVectorHeads,
     FuzzyInduction,
+    HeadSpectra,
     InContextLearning,
     LinearProbe,
     MDLProbe,
@@ -54,7 +55,7 @@ def watches() -> list[Watch]:
     made = [
         watch
         for watch in presets.full(tokens, vocab_size=VOCAB, last=10, count=10, llc=llc, corpus=corpus)
-        if watch.name not in ("patching", "circuit", "function_vectors", "ngrams")
+        if watch.name not in ("patching", "circuit", "function_vectors", "ngrams", "spectra")
     ]
     steps = range(11)
     # what the preset of then held, of probes that it holds no longer
@@ -63,6 +64,7 @@ def watches() -> list[Watch]:
         Watch("patching", ActivationPatching(pairs), steps),
         Watch("circuit", Circuit(pairs), steps),
         Watch("function_vectors", FunctionVectorHeads(tasks_of_then()), steps),
+        Watch("spectra", HeadSpectra(), steps),
         Watch("ngrams", NgramStages(corpus, tokens, VOCAB), steps),
         Watch("fuzzy_induction", FuzzyInduction(order, length=24), steps),
     ]

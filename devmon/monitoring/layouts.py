@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
+from devmon.anatomy.forward import original
 from devmon.anatomy.layout import Layout
 from devmon.anatomy.parts import Parts
+from devmon.anatomy.proposing.propose import fitting
 from devmon.anatomy.variants.outputs import declared
 from devmon.monitoring.fingerprint import describe
+from devmon.monitoring.isolation import isolated, private_copy
+
+
+def remedy(model: nn.Module, said: Iterable[str]) -> str:
+    """The line that gives a model its parts, where what was `said` of it lacks them and it has a layout; "" else."""
+    if declared(model) is not None or not any("Layout(" in text for text in said):
+        return ""
+    with isolated():
+        line = fitting(private_copy(model))
+    name = type(original(model)).__name__
+    return f"{name} has a layout that fits, before the monitor: type(model).anatomy = {line}" if line else ""
 
 
 def layout_of(instrument: Any, model: nn.Module | None, memo: Mapping[Any, Any] | None = None) -> str | None:

@@ -189,7 +189,7 @@ class LoopMonitor:
         """Try every watch on the model and keep nothing, for a training of which nothing is kept. Raises
         `InstrumentError` where some do not fit."""
         if misfits := attempt(0, self.network(model), self.watches, {}, update=Update()):
-            raise refusal(misfits)
+            raise refusal(misfits, self.network(model))
 
     def network(self, model: torch.nn.Module) -> torch.nn.Module:
         """What instruments see of the model that `step` is given."""

@@ -17,7 +17,7 @@ from devmon.errors import DevmonError, IdentityError, InstrumentError
 from devmon.monitoring.choices import chosen, confirm
 from devmon.monitoring.fingerprint import identity
 from devmon.monitoring.isolation import ChangedModelError, guarded, isolated, marks, private_copy
-from devmon.monitoring.layouts import layout_of
+from devmon.monitoring.layouts import layout_of, remedy
 from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.monitoring.wrappers import refuse_absent
 from devmon.snapshot import Choosing, Divisible, Instrument, Snapshot, Update, derive_seed, weights_digest
@@ -106,7 +106,7 @@ def observe(
             appended.append(watch.name)
     misfits |= attempt(step, model, trials, trial_seeds, ranks, memo, update) if trials else {}
     if misfits:
-        raise refusal(misfits)
+        raise refusal(misfits, model)
     return appended
 
 
@@ -137,8 +137,12 @@ def attempt(
     return misfits
 
 
-def refusal(misfits: Mapping[str, DevmonError]) -> DevmonError:
-    """One error for all watches that do not fit."""
+def refusal(misfits: Mapping[str, DevmonError], model: torch.nn.Module) -> DevmonError:
+    """One error for all watches that do not fit the model, with the layout that it could declare."""
+    with suppress(InstrumentError):  # a model that cannot be copied was refused for that
+        if line := remedy(model, map(str, misfits.values())):
+            last = list(misfits)[-1]
+            misfits = {**misfits, last: InstrumentError(f"{misfits[last]}. {line}")}
     if len(misfits) == 1:
         return next(iter(misfits.values()))
     said = "; ".join(f"{name}: {error}" for name, error in misfits.items())

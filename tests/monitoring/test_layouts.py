@@ -13,10 +13,12 @@ from torch import Tensor
 
 from devmon import IdentityError, InstrumentError, LoopMonitor, Trajectory, Watch, every, observe
 from devmon.anatomy import Layout
-from devmon.instruments import Composition, WeightStatistics
+from devmon.instruments import Composition, HeadSpectra, WeightStatistics
 from devmon.monitoring.fingerprint import identity
+from devmon.monitoring.layouts import remedy
 from devmon.offline.plan import Plan
 from devmon.offline.study import Study
+from tests.anatomy.families import family
 from tests.anatomy.test_fit import RIGHT, Nano
 
 HALVED = replace(RIGHT, heads=2)  # of a model of 4 heads: it goes unseen where the model cannot be tried
@@ -182,3 +184,31 @@ def test_rows_of_which_no_layout_was_recorded_go_on(tmp_path: Path) -> None:
     train(run, RIGHT, range(1, 3))
     assert heads(run.path) == {0: 4, 1: 4, 2: 4}
     assert "heads=4" in run["composition"].attrs["model_layout"]
+
+
+@pytest.mark.parametrize("names", [("heads",), ("heads", "weights", "roles")])
+def test_a_model_without_a_layout_is_refused_with_the_line_that_fits(tmp_path: Path, names: tuple[str, ...]) -> None:
+    instruments = {"heads": Composition(draws=DRAWS), "weights": WeightStatistics(), "roles": HeadSpectra(sample=8)}
+    watches = [Watch(name, instruments[name], every(1)) for name in names]
+    model: Any = Nano()
+    said = r"Nano has a layout that fits.*type\(model\)\.anatomy = "
+    with (
+        LoopMonitor(tmp_path / "refused.zarr", watches) as monitor,
+        pytest.raises(InstrumentError, match=said) as refused,
+    ):
+        monitor.step(0, model)
+    line = str(refused.value).rpartition("type(model).anatomy = ")[2].partition(")")[0] + ")"
+    model.anatomy = eval(line, {"Layout": Layout})
+    assert model.anatomy == RIGHT
+    with LoopMonitor(tmp_path / "run.zarr", watches, strict=True) as monitor:
+        monitor.step(0, model)
+    run = Trajectory(tmp_path / "run.zarr")
+    assert [run.steps(name) for name in names] == [[0]] * len(names)
+
+
+def test_no_line_is_said_where_none_helps() -> None:
+    nothing = "does not know where the parts are: anatomy = Layout(...)"
+    assert remedy(family("granite"), [nothing]) == ""  # a stream that is multiplied
+    assert remedy(family("jamba"), [nothing]) == ""  # a stack of other blocks too
+    assert remedy(Nano(), ["needs logits"]) == ""  # another fault
+    assert "Layout(" in remedy(Nano(), [nothing])

@@ -21,6 +21,7 @@ from devmon.anatomy.residual import find_blocks
 from devmon.errors import InstrumentError
 
 MOST = 400  # layouts that are tried: a fused map has 36 orders, three maps 6, and a block few linear maps
+LIKELY = 40  # of these, where nobody asked: the usual orders come first, and a model is refused within seconds
 SAID = {
     "declared": "its own declaration: tried, it gives what the model computes",
     "known": "of a known family, nothing to declare: tried, it gives what the model computes",
@@ -150,6 +151,19 @@ def corrected(model: nn.Module, layout: Layout, inputs: Any = None) -> str:
     return "" if was == now else f"one that does: anatomy = {now}"
 
 
+def fitting(model: nn.Module) -> str:
+    """The declaration of a model that declares none, "" where none of the likeliest fits, or where its stream would
+    still not be a sum that is unembedded."""
+    try:
+        traced = trace(model)
+        found, _, _ = _proposed(traced, LIKELY)
+    except Exception:  # a remedy is looked for, and what goes wrong with the model is told already
+        return ""
+    if found is None or found.post_norm or found.hybrid or not found.direct or not found.unembed:
+        return ""
+    return spell(found, traced.adapter_text)
+
+
 def _stated(model: nn.Module, traced: Trace, who: str) -> tuple[Layout, str] | None:
     """The layout that a model declares or has of its family, where it fits."""
     declares = any(isinstance(getattr(module, "anatomy", None), Layout) for module in model.modules())
@@ -165,12 +179,12 @@ def _stated(model: nn.Module, traced: Trace, who: str) -> tuple[Layout, str] | N
     return None
 
 
-def _proposed(traced: Trace) -> tuple[Layout | None, str, tuple[tuple[Layout, str], ...]]:
+def _proposed(traced: Trace, most: int = MOST) -> tuple[Layout | None, str, tuple[tuple[Layout, str], ...]]:
     """The first of the guesses that fits, and those that did not."""
     refused: list[tuple[Layout, str]] = []
     seen: set[str] = set()
     for layout in (layout for stack in find_stacks(traced) for layout in guesses(traced, stack)):
-        if (text := spell(layout, traced.adapter_text)) in seen or len(seen) >= MOST:
+        if (text := spell(layout, traced.adapter_text)) in seen or len(seen) >= most:
             continue
         seen.add(text)
         try:

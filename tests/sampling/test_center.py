@@ -89,11 +89,11 @@ def test_a_mask_takes_its_part_of_what_was_left_for_all(
     monkeypatch.setattr("devmon.sampling.flat.BLOCK", blocks)
     model, data = line()
     schedule, examples = Schedule(draws=2, batch_size=8, control_variate=True), as_examples(data)
-    where = torch.tensor([True, False, True, False, False, True]) if masked else None
     memo: center.Memo = {}
     center.around(model, Flat(model, regression_loss), examples, schedule, [], 8, memo=memo)
-    for names in (["weight"], ["weight", "bias"]):
-        mask = where if where is None or len(names) == 1 else torch.cat([where, torch.tensor([True, False])])
+    masks = {"weight": torch.tensor([True, False, True, False, False, True]), "bias": torch.tensor([True, False])}
+    for names in (["weight"], ["bias"], ["weight", "bias"]):
+        mask = torch.cat([masks[name] for name in names]) if masked else None
         flat = [Flat(model, regression_loss, names=names) for _ in range(2)]
         one = center.around(model, flat[0], examples, schedule, [], 8, mask)
         with gradients() as counts:

@@ -41,6 +41,7 @@ class _Pass:
     mlp: dict[int, Tensor] = field(default_factory=dict)
     stream: dict[int, Tensor] = field(default_factory=dict)
     received: dict[Group, Tensor] = field(default_factory=dict)
+    more: dict[int, Tensor] = field(default_factory=dict)  # (head, batch, pos, d): what others' heads write more
     fired: set[Group] = field(default_factory=set)
 
 
@@ -303,23 +304,25 @@ class Edges:
     def _replaced(self, ran: _Pass, streams: Tensor, cut: Tensor, other: Sent) -> Tensor:
         """Streams (batch, pos, receiver, d), and along the edges of `cut` (sender, receiver) what `other` has more."""
         # Only differences are added: along edges that are not cut nothing is computed again, and nothing rounded. Later
-        # senders, whose edges do not exist, have no cut.
+        # senders, whose edges do not exist, have no cut. What heads write more is worked out once for all receivers.
         assert ran.embed is not None
         streams = streams + (other.embed - ran.embed)[:, :, None] * cut[0, :, None]
         at = 1
         for layer in range(self.anatomy.layers):
             heads = cut[at : at + self.anatomy.heads]
             if bool(heads.any()):
-                more = torch.einsum("bphd,hr->bprd", self._heads(layer, other.z[layer] - ran.z[layer]), heads)
+                if layer not in ran.more:
+                    ran.more[layer] = self._heads(layer, other.z[layer] - ran.z[layer]).permute(2, 0, 1, 3).contiguous()
+                more = torch.tensordot(heads.T, ran.more[layer], 1).permute(1, 2, 0, 3)
                 end = self._end(layer)
                 if end is not None:
                     whole = self._attention(layer, ran.z[layer])[:, :, None]
                     more = end(whole + more) - end(whole)
-                streams = streams + more
+                streams += more
             at += self.anatomy.heads
             if self.has_mlp:
                 if bool(cut[at].any()):
-                    streams = streams + (other.mlp[layer] - ran.mlp[layer])[:, :, None] * cut[at, :, None]
+                    streams += (other.mlp[layer] - ran.mlp[layer])[:, :, None] * cut[at, :, None]
                 at += 1
         return streams
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -258,7 +257,8 @@ class ActivationPatching(ByContent):
     ) -> dict[str, np.ndarray]:
         """Shares of the signal times the signal, (prompt, *site), and the realism of what restores, (*site); NaN for
         the sites that are not chosen."""
-        shape = self._shape(anatomy, kind)
+        # a share of no signal is NaN, so that nothing is patched for it but what the gauge asks
+        shape, there = self._shape(anatomy, kind), signal(runs.whole)[2]
         effects = {name: np.full((len(runs.whole), *shape), np.nan) for name in SHARE_LABELS}
         realism = {name: np.full(shape, np.nan) for name in REALISM}
         for at in chosen:
@@ -270,6 +270,8 @@ class ActivationPatching(ByContent):
             effects["restored"][every] = restored - runs.corrupt_end
             realism["norm_ratio"][at], realism["quantile"][at] = runs.gauge(at[0], state)
 
+            if not there:
+                continue
             broken, _ = self._run(starts, runs, "clean", site, index, runs.corrupt[site])
             effects["broken"][every] = runs.clean_end - broken
 
@@ -287,9 +289,9 @@ class ActivationPatching(ByContent):
         """LD (batch,), and the stream (batch, d) at the last position after a layer, with a site of it patched."""
         tokens, differences, states, layer = getattr(self.pairs, base), [], [], site[1]
         # the layers below give what they give without the patch
-        before = getattr(runs, base)["resid_post", layer - 1] if starts.works and layer else None
+        before = getattr(runs, base)["resid_pre", layer]
         for rows in self._batches():
-            with nullcontext() if before is None else starts.at(layer, before[rows]):
+            with starts.at(layer, before[rows]):
                 patch, after = (site, index, source[rows]), ("resid_post", layer)
                 output, reads = run_patched(starts.anatomy, tokens[rows], [patch], [after], last=True)
             differences.append(self._difference(output, rows))

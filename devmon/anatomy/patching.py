@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from devmon.anatomy.anatomy import Anatomy
+from devmon.anatomy.realism import Gauge
 from devmon.anatomy.sites import LayerSite, Reads, Site, Write
+from devmon.data.probe import minibatches
+from devmon.data.prompt_pairs import PromptPairs
 from devmon.errors import InstrumentError
 
 Index = tuple[Any, ...]  # of a site's tensor (batch, pos, …)
@@ -132,6 +135,49 @@ class Starts:
         return all(same)
 
 
+class Runs(NamedTuple):
+    """Both prompts of every pair as they are: what the sites hold, the logit difference (prompt,), its slopes at the
+    sites where what is "restored" starts (corrupt), and where what is "broken" does (clean), and how real states are.
+    """
+
+    clean: Reads
+    corrupt: Reads
+    clean_end: np.ndarray
+    corrupt_end: np.ndarray
+    slopes: dict[str, Mapping[LayerSite, Tensor]]
+    gauge: Gauge
+
+    @property
+    def whole(self) -> np.ndarray:
+        return self.clean_end - self.corrupt_end
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, pairs: PromptPairs, sites: Sequence[str], batch_size: int) -> Runs:
+        """Of all pairs, with the slopes at `sites`; what is unembedded is the last place alone."""
+        read, batches = (
+            [*sites, "q", "k", "v", "pattern", "resid_post"],
+            list(minibatches(len(pairs.clean), batch_size)),
+        )
+        ends, reads, steep = list[np.ndarray](), list[Reads](), list[Mapping[LayerSite, Tensor]]()
+        for tokens in (pairs.clean, pairs.corrupt):
+            ran = [anatomy.run(tokens[rows], read, last=True) for rows in batches]
+            differences = [
+                logit_difference(output, pairs.answer[rows], pairs.foil[rows], anatomy.who).cpu().numpy()
+                for rows, (output, _) in zip(batches, ran, strict=True)
+            ]
+            ends.append(np.concatenate(differences))
+            reads.append(Reads(_joined([part for _, part in ran])))
+            at = [slopes(anatomy, tokens[rows], pairs.answer[rows], pairs.foil[rows], sites) for rows in batches]
+            steep.append(_joined(at))
+        # denoising starts from the corrupt prompt, noising from the clean one
+        starts = {"restored": steep[1], "broken": steep[0]}
+        return cls(*reads, *ends, starts, Gauge.fit(reads[0].stack("resid_post")[:, :, -1]))
+
+
+def _joined(parts: Sequence[Mapping[LayerSite, Tensor]]) -> dict[LayerSite, Tensor]:
+    return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
+
+
 def slopes(
     anatomy: Anatomy, tokens: Tensor, answer: Tensor, foil: Tensor, sites: Sequence[Site]
 ) -> Mapping[tuple[str, int], Tensor]:
@@ -141,7 +187,7 @@ def slopes(
     """
     # The batch is summed: no sequence reads another, so each slope is that of its own difference.
     with torch.enable_grad():
-        output, reads = anatomy.run(tokens, sites, grad=True)
+        output, reads = anatomy.run(tokens, sites, grad=True, last=True)
         total = logit_difference(output, answer, foil, anatomy.who).sum()
         gradients = torch.autograd.grad(total, list(reads.values()), allow_unused=True)
     return {
@@ -179,7 +225,7 @@ def attributed_reads(
             write: dict[Site, Write] = {}
             for layer in range(anatomy.layers):
                 write[part, layer], write["z", layer] = source[part, layer][rows], own["z", layer][rows]
-            _, reads = anatomy.run(tokens[rows], ["pattern"], write)
+            _, reads = anatomy.run(tokens[rows], ["pattern"], write, last=True)
             for layer in range(anatomy.layers):
                 moved = reads["pattern", layer] - own["pattern", layer][rows]
                 changes[part].append(_attend(moved, own["v", layer][rows]))

@@ -15,7 +15,7 @@ from torch import Tensor
 from devmon.anatomy import Layout
 from devmon.anatomy.edges import Edges, Sent
 from devmon.anatomy.patching import logit_difference
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, SWEEP, Cost, Shape
 from devmon.data import ByContent, clustered_groups, minibatches
 from devmon.data.prompt_pairs import PromptPairs
 from devmon.data.rows import Rows
@@ -97,14 +97,19 @@ class Circuit(ByContent):
                 f"{self.random} and {len(self.pairs.clean)}"
             )
 
-    def cost(self) -> Cost:
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        """With a signal: without one no circuit is run, and what ranks the edges is left."""
         count, length = self.pairs.clean.shape
         half = count // 2
         circuits = (len(self.shares) - 1) * (1 + self.random) + len(self._heavy) * RANKINGS
+        # every head has streams of its own: added up from those below, normalised, read
+        streams = 3 * shape.heads * shape.d_model * SWEEP * (2 + shape.layers / 2) * shape.layers
+        own = 3 * half * self.steps + (count - half) * circuits
         return Cost(
             forwards=half * (2 + self.steps) + (count - half) * (2 + circuits),
             backwards=half * self.steps,
             positions=length,
+            operations=own * length * streams,
         )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,12 @@ class Curvature:
       > 0.
     - `effective_rank_se`, 1: trace_se / largest eigenvalue.
 
-    Up to 64 parameters H is assembled and all is exact. Beyond, a snapshot takes 100 to 200 products, each some four
-    gradients of L in cost, about 30 vectors in float64 on the CPU, and the graph of one minibatch for two backward
-    passes. Attention is decomposed, because fused attention has no second derivative. Raises InstrumentError for
-    settings that cannot be run, a loss or second derivatives that are not finite, operations without a second
-    derivative, and products that are not symmetric, which is how custom kernels show that are silent about it.
+    Up to 64 parameters H is assembled and all is exact. Beyond, a snapshot takes 100 to 200 products, half of that with
+    tolerance=1e-2, each some four gradients of L in cost, about 30 vectors in float64 on the CPU, and the graph of one
+    minibatch for two backward passes. Attention is decomposed, because fused attention has no second derivative.
+    Raises InstrumentError for settings that cannot be run, a loss or second derivatives that are not finite, operations
+    without a second derivative, and products that are not symmetric, which is how custom kernels show that are silent
+    about it.
 
     >>> import torch
     >>> from devmon.sampling import regression_loss
@@ -132,9 +134,11 @@ class Curvature:
         return result.dataset(rank=np.arange(1, self.top + 1))
 
     def cost(self) -> Cost:
-        """Of 100 Hessian products by Lanczos and one a probe, each two backward passes through one forward pass."""
+        """Of Hessian products, each two backward passes through one forward pass: two searches of 20 and the norm, as
+        many again for a tolerance of 1e-4, and one for each of `top` and of the probes."""
         examples = _first(as_examples(self.data), self.limit)
-        products = (100 + self.probes) * examples.n
+        searched = 48 + 24 * max(0.0, math.log10(1e-2 / self.tolerance))
+        products = (round(searched) + self.top + self.probes) * examples.n
         return Cost(forwards=products, backwards=2 * products, positions=examples.positions())
 
     def _check(self) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
-from devmon.anatomy import Anatomy, Layout, Reads, activations
+from devmon.anatomy import Anatomy, Layout
 from devmon.anatomy.edges import Edges
 from devmon.anatomy.patching import (
     SITE_KINDS,
     Index,
+    Runs,
     SiteKind,
     Starts,
     attributed,
@@ -24,10 +25,8 @@ from devmon.anatomy.patching import (
     largest,
     logit_difference,
     run_patched,
-    slopes,
 )
-from devmon.anatomy.realism import Gauge
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, Cost, Shape
 from devmon.data import ByContent, clustered_groups, minibatches
 from devmon.data.prompt_pairs import PromptPairs
 from devmon.data.rows import Rows
@@ -145,8 +144,8 @@ class ActivationPatching(ByContent):
       prompt. Null: 0.
     - `path_restored_se` (path), share: its standard error.
 
-    Cost: at most 3 passes of all prompts, from the layer on where that gives the same, for each of `exact` sites of a
-    kind and of `heads`, 1 for each path, 9 more, 2 of them back. Raises InstrumentError for models whose parts or
+    Cost: 3 passes of all prompts (1 without a signal), from the layer on where that gives the same, for each of `exact`
+    sites of a kind and of `heads`, 1 for each path, 8 more and 2 back. Raises InstrumentError for models whose parts or
     `heads` are not known or whose vocabulary is too small, DataError for settings.
     """
 
@@ -164,10 +163,21 @@ class ActivationPatching(ByContent):
         if any(part not in ("q", "k", "v") for _, _, part, _, _ in self.paths):
             raise DataError(f'ActivationPatching needs paths (layer, head, "q", layer, head), got {self.paths}')
 
-    def cost(self) -> Cost:
-        count, length = self.pairs.clean.shape
-        passes = 8 + 9 * self.exact + 3 * len(self.heads) + (1 + len(self.paths) if self.paths else 0)
-        return Cost(passes * count, 2 * count, positions=length, unembedded=(passes + 8 * length) * count)
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
+        """Of a model with MLPs and a signal: without a signal a third of the patched passes is made."""
+        (count, length), layers = self.pairs.clean.shape, shape.layers
+        among = (layers * length, 0), (layers * shape.heads, len(self.heads)), (layers, 0)
+        sites = sum(min(self.exact + given, most) for most, given in among)
+        # a pass with a site patched starts at its layer: half of all layers and one half
+        patched = 3 * sites * (layers + 1) / 2 / layers
+        passes = 8 + (1 + len(self.paths) if self.paths else 0)
+        return Cost(
+            passes * count,
+            2 * count,
+            positions=length,
+            unembedded=(passes + 4 + 3 * sites) * count,
+            operations=patched * count * length * shape.weights + 6 * shape.patterns(count, length),
+        )
 
     def __call__(self, snapshot: Snapshot) -> xr.Dataset:
         pairs = self.pairs
@@ -175,7 +185,8 @@ class ActivationPatching(ByContent):
         anatomy.need_causal(pairs.clean)
         kinds = {name: kind for name, kind in SITE_KINDS.items() if name != "mlp" or anatomy.has_mlp}
         check_heads(anatomy, self.heads)
-        runs, starts = self._unpatched(snapshot, anatomy, kinds.values()), Starts(anatomy, pairs.clean)
+        sites = [kind.site for kind in kinds.values()]
+        runs, starts = Runs.of(anatomy, pairs, sites, self.batch_size), Starts(anatomy, pairs.clean)
         rows = Rows(headline=["signal", "z_restored"], error="standard error over prompts")
         self._put_unpatched(rows, anatomy, runs)
 
@@ -210,21 +221,7 @@ class ActivationPatching(ByContent):
             coords["path"] = np.array(list(arrows), dtype=object)
         return rows.dataset(**coords)
 
-    def _unpatched(self, snapshot: Snapshot, anatomy: Anatomy, kinds: Iterable[SiteKind]) -> _Runs:
-        """Both prompts of every pair as they are: outputs, what the sites hold, and the slopes of LD there."""
-        pairs, sites = self.pairs, [kind.site for kind in kinds]
-        read, who = [*sites, *READS, "pattern", "resid_post"], type(self).__name__
-        (clean_output, clean), (corrupt_output, corrupt) = (
-            activations(snapshot, tokens, read, who, self.layout, self.batch_size)
-            for tokens in (pairs.clean, pairs.corrupt)
-        )
-        # denoising starts from the corrupt prompt, noising from the clean one
-        restored, broken = (self._slopes(anatomy, tokens, sites) for tokens in (pairs.corrupt, pairs.clean))
-        differences = self._difference(clean_output), self._difference(corrupt_output)
-        gauge = Gauge.fit(clean.stack("resid_post")[:, :, -1])
-        return _Runs(clean, corrupt, *differences, {"restored": restored, "broken": broken}, gauge)
-
-    def _put_unpatched(self, rows: Rows, anatomy: Anatomy, runs: _Runs) -> None:
+    def _put_unpatched(self, rows: Rows, anatomy: Anatomy, runs: Runs) -> None:
         mean, se, there = signal(runs.whole)
         if not there:
             rows.attrs["below_floor"] = "the signal is not above 3 of its standard errors: no shares of it"
@@ -245,15 +242,8 @@ class ActivationPatching(ByContent):
     def _batches(self) -> Iterator[slice]:
         return minibatches(len(self.pairs.clean), self.batch_size)
 
-    def _slopes(self, anatomy: Anatomy, tokens: Tensor, sites: list[str]) -> dict[tuple[str, int], Tensor]:
-        parts = [
-            slopes(anatomy, tokens[rows], self.pairs.answer[rows], self.pairs.foil[rows], sites)
-            for rows in self._batches()
-        ]
-        return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
-
     def _patch(
-        self, anatomy: Anatomy, kind: SiteKind, runs: _Runs, chosen: list[tuple[int, ...]], starts: Starts
+        self, anatomy: Anatomy, kind: SiteKind, runs: Runs, chosen: list[tuple[int, ...]], starts: Starts
     ) -> dict[str, np.ndarray]:
         """Shares of the signal times the signal, (prompt, *site), and the realism of what restores, (*site); NaN for
         the sites that are not chosen."""
@@ -284,7 +274,7 @@ class ActivationPatching(ByContent):
         return tuple(sizes[dim] for dim in kind.dims)
 
     def _run(
-        self, starts: Starts, runs: _Runs, base: str, site: tuple[str, int], index: Index, source: Tensor
+        self, starts: Starts, runs: Runs, base: str, site: tuple[str, int], index: Index, source: Tensor
     ) -> tuple[np.ndarray, Tensor]:
         """LD (batch,), and the stream (batch, d) at the last position after a layer, with a site of it patched."""
         tokens, differences, states, layer = getattr(self.pairs, base), [], [], site[1]
@@ -298,7 +288,7 @@ class ActivationPatching(ByContent):
             states.append(reads[after][:, -1])
         return np.concatenate(differences), torch.cat(states)
 
-    def _along_paths(self, snapshot: Snapshot, runs: _Runs) -> np.ndarray:
+    def _along_paths(self, snapshot: Snapshot, runs: Runs) -> np.ndarray:
         """What each path restores, (prompt, path): all that is read is of the corrupt prompt but for one edge."""
         edges = Edges(snapshot.model, self.layout, type(self).__name__)
         restored = np.zeros((len(runs.whole), len(self.paths)))
@@ -310,22 +300,6 @@ class ActivationPatching(ByContent):
                 output = edges.cut(self.pairs.corrupt[rows], cut, clean)
                 restored[rows, i] = self._difference(output, rows) - runs.corrupt_end[rows]
         return restored
-
-
-class _Runs(NamedTuple):
-    """Both prompts of every pair as they are: what the sites hold, LD (prompt,), and the slopes of LD at the sites
-    where what is "restored" starts (corrupt), and where what is "broken" does (clean)."""
-
-    clean: Reads
-    corrupt: Reads
-    clean_end: np.ndarray
-    corrupt_end: np.ndarray
-    slopes: dict[str, dict[tuple[str, int], Tensor]]
-    gauge: Gauge
-
-    @property
-    def whole(self) -> np.ndarray:
-        return self.clean_end - self.corrupt_end
 
 
 def _put_kind(

@@ -242,6 +242,15 @@ def test_the_cost_is_what_is_passed() -> None:
     assert passed == cost.forwards * cost.positions
     assert cost.backwards == 2 * 4
 
+    # without a signal there is nothing to be a share of, and no circuit is run
+    pairs, turned = instrument.pairs, torch.arange(8) % 2 == 0
+    answer, foil = (torch.where(turned, *each) for each in ((pairs.answer, pairs.foil), (pairs.foil, pairs.answer)))
+    passed = 0
+    found = replace(instrument, pairs=replace(pairs, answer=answer, foil=foil))(snapshot(model))
+    assert np.isnan(found["faithfulness"]).all()
+    assert np.isfinite(found["score"]).any()
+    assert passed == (4 * (2 + 2) + 4 * 2) * cost.positions
+
 
 def test_overlap_of_circuits_over_steps() -> None:
     numbers = np.array([[1, 2, 3, 4], [3, 2, 1, 9], [5, 6, 7, 8], [4, 3, 2, 1]])

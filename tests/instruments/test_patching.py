@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from devmon.anatomy import Anatomy
 from devmon.anatomy.patching import logit_difference, run_patched, slopes
 from devmon.anatomy.realism import Gauge
+from devmon.cost import Shape
 from devmon.data.prompt_pairs import PromptPairs, broken_repeats
 from devmon.errors import DataError, InstrumentError
 from devmon.instruments.patching import ActivationPatching
@@ -274,20 +275,32 @@ def test_what_cannot_be_measured_is_told() -> None:
         ActivationPatching(pairs)(snapshot(nn.Linear(2, 2)))
 
 
-def test_the_cost_is_an_upper_bound_that_is_met() -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_the_cost_is_what_is_passed_from_the_layers_of_the_sites_on(told: bool) -> None:
+    """All sites of all layers, with a signal, and without one, where a share of it is asked of no pass."""
     model, passed = family("gpt2"), 0
-    model.register_forward_pre_hook(lambda module, args: _add(args[0].numel()))
+    anatomy = Anatomy(model)
 
-    def _add(count: int) -> None:
+    def count(module: nn.Module, args: tuple[Tensor]) -> None:
         nonlocal passed
-        passed += count
+        passed += args[0].shape[0] * args[0].shape[1] if len(args[0]) > 1 else 0  # trials are of one prompt
 
-    instrument = ActivationPatching(telling(model, VOCAB), exact=2, paths=((0, 1, "v", 1, 1),), heads=((0, 0),))
-    passed = 0
-    instrument(snapshot(model))
-    cost = instrument.cost()
-    tried = 4 * cost.positions  # whether passes may start at a layer: four passes of one prompt
-    assert passed == cost.forwards * cost.positions + tried
+    pairs = telling(model, VOCAB)
+    if not told:
+        turned = torch.arange(len(pairs.clean)) % 2 == 0
+        answer, foil = (torch.where(turned, *each) for each in ((pairs.answer, pairs.foil), (pairs.foil, pairs.answer)))
+        pairs = replace(pairs, answer=answer, foil=foil)
+    for layer in range(anatomy.layers):
+        anatomy.module(layer, "out").register_forward_pre_hook(count)
+    instrument = ActivationPatching(pairs, exact=100, heads=((0, 0),))
+    found = instrument(snapshot(model))
+    assert np.isfinite(found["z_restored"]).all() == told
+    assert np.isfinite(found["z_norm_ratio"]).all()
+    shape = Shape(layers=anatomy.layers, heads=anatomy.heads, d_model=anatomy.d_model, weights=1)
+    cost = instrument.cost(shape)
+    whole = cost.forwards * cost.positions
+    patched = cost.operations - 6 * shape.patterns(*pairs.clean.shape)
+    assert passed == round(anatomy.layers * (whole + patched / (1 if told else 3)))
 
 
 PAIRS = telling(random_model(0), 40)

@@ -3,7 +3,8 @@
     python benchmarks/instruments.py [--model small|gpt2] [--vocab 5000] [--sequences 32] [--length 64]
         [--preset standard] [--rounds 3] [--device cpu] [--memory] [--together] [--json PATH]
 
-`small` has 6 layers of d = 256, `gpt2` is of the size of GPT-2 small; both are random. Every watch of the preset (the
+`small` has 6 layers of d = 256, `gpt2` is of the size of GPT-2 small; both are random but for a planted induction
+head. Every watch of the preset (the
 LLC apart) is measured alone, then all of them in one `observe`, with its copies of the model and its rows. In forward
 passes of the same `sequences` × `length` tokens, medians over rounds of the time of this process; `told` is what
 `cost` says, and `worst` the largest of measured over told, or told over measured. With `--together` only all in one
@@ -36,7 +37,36 @@ def build(size: str, vocab: int, device: str) -> torch.nn.Module:
     config = transformers.GPT2Config(**SIZES[size], vocab_size=vocab, bos_token_id=None, eos_token_id=None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(config).to(device).eval()
+        net = transformers.GPT2LMHeadModel(config)
+    plant_induction(net)
+    return net.to(device).eval()
+
+
+def plant_induction(net: torch.nn.Module) -> None:
+    """A head of layer 0 that copies the token before, and one of the middle layer that looks for the current token
+    among these copies and repeats what stands there: without a signal to explain, patching and circuits stop early."""
+    model = net.transformer
+    d, size = model.config.n_embd, model.config.n_embd // model.config.n_head
+    place, token, before = (slice(i * size, (i + 1) * size) for i in range(3))
+    rate, one = 10 ** -torch.linspace(0, 1.5, size // 2), torch.eye(size)
+    angle = torch.arange(len(model.wpe.weight))[:, None] * rate
+    cos, sin = rate.cos().diag(), rate.sin().diag()
+    back = torch.cat([torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)])  # turns a place into the one before
+    with torch.no_grad():
+        model.wte.weight *= 4
+        model.wte.weight[:, place] = 0
+        model.wpe.weight[:, place] = 0.3 * torch.cat([angle.sin(), angle.cos()], 1)
+        model.wpe.weight[:, token] = 0
+        for layer, asks, shows, writes, turn, gain in (
+            (0, place, place, before, back, 1.0),
+            (model.config.n_layer // 2, token, before, token, one, 3.0),
+        ):
+            reads, out = model.h[layer].attn.c_attn.weight, model.h[layer].attn.c_proj.weight
+            for at, source, weight in ((0, asks, 20 * turn), (d, shows, one), (2 * d, token, one)):
+                reads[:, at : at + size] = 0
+                reads[source, at : at + size] = weight
+            out[:size] = 0
+            out[:size, writes] = gain * one
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:

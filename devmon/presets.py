@@ -49,9 +49,10 @@ from devmon.instruments import (
 from devmon.watch import Watch, log_spaced
 
 COUNT = 60  # observations of a run, in the tiers above `economy`
-# Prompts of patching and circuits, and the tokens of their first copy: while induction emerges, 128 prompts of 20 show
-# its effect at 6.0 standard errors where 32 of 8 show it at 2.4, below the 3 that a share needs.
-PAIRS, PERIOD = 128, 20
+# Prompts of patching and circuits, and the tokens of their first copy: while induction emerges, 96 prompts of 8 show
+# its effect at 4.2 standard errors, as 64 of 20 do with half as many tokens more;
+# 32 of 8 show it at 2.4, below the 3 of a share.
+PAIRS, PERIOD = 96, 8
 # Of a dictionary at each of a tenth of the steps: 4 times the width, 8 latents a place, half a million places.
 DICTIONARY, DICTIONARY_BATCH = Training(BatchTopK(8), width=4, steps=1000), 512
 # The lens is applied to half of the probe batch, 16 sequences at least: each depth is a product with the vocabulary. On
@@ -61,7 +62,10 @@ LENSED = 16
 COMMON = 200
 PLACES = 32  # at which positions are embedded in HeadSpectra, its default
 SHOTS = (1, 2, 4, 8)  # examples of FewShot, its default
-EXACT = 64  # heads that patching measures at a step: all of a small model, so that none comes and goes
+EXACT = 6  # sites of a kind that patching measures at a step; attribution has all of them, and chooses
+# Of circuits: the shares that carry the area, and one draw of random edges, with an error of its own.
+CIRCUIT: dict[str, Any] = {"shares": (0.005, 0.02, 0.1, 0.3, 1.0), "steps": 3, "random": 1}
+GROUPS = 8  # of random heads beside those ablated: all there are of a single head among eight
 
 
 class Shared(TypedDict, total=False):
@@ -144,11 +148,14 @@ def standard(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[S
 def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Shared]) -> list[Watch]:
     """`standard`, and what causes what: ablation, patching, circuits, function vectors, layer roles, tuned lens.
 
-    These take hundreds of passes, so they are made at a third of the steps. Tasks and token maps have to be ones that
-    text teaches: with a `tokenizer` they are inflections of its common words. Without one, or with few words, tasks are
-    symbol maps that only the prompt shows, which induction answers and no function vector, and there is no
-    fuzzy_induction. More watches: ablation, patching, circuit, function_vectors, few_shot, layers, tuned_lens,
-    fuzzy_induction, curvature.
+    About 50 forward passes of the probe batch more at a fifth of the steps, and 45 (circuit, tuned lens) at a twelfth:
+    over a run two and a half times `standard`, the LLC apart (`devmon cost` tells it for a model). With an `llc` the
+    curvature stands beside it at a twelfth of the steps, some 200 passes each.
+
+    Tasks and token maps have to be ones that text teaches: with a `tokenizer` they are inflections of its common words.
+    Without one, or with few words, tasks are symbol maps that only the prompt shows, which induction answers and no
+    function vector, and there is no fuzzy_induction. More watches: ablation, patching, circuit, function_vectors,
+    few_shot, layers, tuned_lens, fuzzy_induction; curvature with an `llc`.
     """
     shared.setdefault("count", COUNT)
     watches = standard(tokens, corpus=corpus, **shared)
@@ -156,7 +163,7 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
     tokens = unpadded(tokens, known.pad)
     probe = _probe(tokens, known)
     drawn = {name: probe[name] for name in ("vocab_size", "bos", "exclude")}
-    seldom = log_spaced(max(2, shared["count"] // 3), shared["last"])
+    seldom, rarely = (log_spaced(max(2, shared["count"] // each), shared["last"]) for each in (5, 12))
 
     # pairs, a query and its answer after `bos`: as many examples as the text is long enough for
     shots = tuple(k for k in SHOTS if 2 * k + 2 + (known.bos is not None) <= probe["length"])
@@ -164,14 +171,15 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
     # half after the first token)
     pairs = broken_repeats(**drawn, prompts=PAIRS, period=min(PERIOD, (probe["length"] - 2) * 2 // 3))
     watches += [
-        Watch("ablation", HeadAblation(**probe), seldom),
+        Watch("ablation", HeadAblation(**probe, groups=GROUPS), seldom),
         Watch("patching", ActivationPatching(pairs, exact=EXACT), seldom),
-        Watch("circuit", Circuit(pairs), seldom),
+        Watch("circuit", Circuit(pairs, **CIRCUIT), rarely),
         Watch("few_shot", FewShot(**drawn, shots=shots), seldom),
-        Watch("layers", LayerRoles(tokens), seldom),
-        Watch("tuned_lens", TunedLens(tokens), seldom),
-        Watch("curvature", Curvature(tokens, top=3, probes=8, limit=16), seldom),
+        Watch("layers", LayerRoles(tokens[: max(len(tokens) // 2, 8)]), seldom),
+        Watch("tuned_lens", TunedLens(tokens, steps=8), rarely),
     ]
+    if shared.get("llc") is not None:
+        watches.append(Watch("curvature", Curvature(tokens, top=3, probes=4, limit=16, tolerance=1e-2), rarely))
     mapped = {name: probe[name] for name in ("length", "bos", "exclude")}
     try:
         if tokenizer is None:
@@ -179,8 +187,8 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
         tasks, fuzzy = word_tasks(tokenizer, bos=known.bos), FuzzyInduction(case_map(tokenizer), **mapped)
     except DataError:
         tasks = symbol_tasks(**drawn, shots=3, symbols=5, query="shown", plain=True)
-        return [*watches, Watch("function_vectors", FunctionVectorHeads(tasks), seldom)]
-    watches.append(Watch("function_vectors", FunctionVectorHeads(tasks), seldom))
+        return [*watches, Watch("function_vectors", FunctionVectorHeads(tasks, exact=EXACT), seldom)]
+    watches.append(Watch("function_vectors", FunctionVectorHeads(tasks, exact=EXACT), seldom))
     return [*watches, Watch("fuzzy_induction", fuzzy, seldom)]
 
 

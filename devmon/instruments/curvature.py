@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, aslinearoperator, eigsh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from devmon.cost import Cost
+from devmon.cost import GPT2_SMALL, SWEEP, Cost, Shape
 from devmon.data.rows import Rows
 from devmon.errors import InstrumentError
 from devmon.sampling.data import Examples, as_examples, map_tree
@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 
 MAX_DENSE = 64  # parameters up to which the whole Hessian costs no more products than Lanczos would need
 RESTARTS = 30  # of Lanczos, about 15 products each with the default `top`: with fewer, close eigenvalues become NaN
+LANCZOS = 20  # vectors that ARPACK keeps: its work beside the products grows with them
 POWER_STEPS = 6  # products, to know the norm of the Hessian within a small factor
 MAX_SKEW = 0.05  # of that norm, between uᵀHv and vᵀHu: float32 rounding is far below it
 SEEDED = "rng" in inspect.signature(eigsh).parameters  # since SciPy 1.17; before, ARPACK kept a stream of its own
@@ -133,13 +134,16 @@ class Curvature:
         result.put("effective_rank", (), rank, rank_se, label, units="1", error="that of the trace")
         return result.dataset(rank=np.arange(1, self.top + 1))
 
-    def cost(self) -> Cost:
+    def cost(self, shape: Shape = GPT2_SMALL) -> Cost:
         """Of Hessian products, each two backward passes through one forward pass: two searches of 20 and the norm, as
-        many again for a tolerance of 1e-4, and one for each of `top` and of the probes."""
+        many again for a tolerance of 1e-4, and one for each of `top` and of the probes. A search keeps its vectors
+        apart from 20 others, twice, in float64."""
         examples = _first(as_examples(self.data), self.limit)
-        searched = 48 + 24 * max(0.0, math.log10(1e-2 / self.tolerance))
-        products = (round(searched) + self.top + self.probes) * examples.n
-        return Cost(forwards=products, backwards=2 * products, positions=examples.positions())
+        searched = round(48 + 24 * max(0.0, math.log10(1e-2 / self.tolerance)))
+        products = (searched + self.top + self.probes) * examples.n
+        size = shape.weights + shape.readout * (1 if shape.tied else 2)
+        apart = searched * 2 * LANCZOS * size * SWEEP
+        return Cost(products, 2 * products, positions=examples.positions(), operations=apart)
 
     def _check(self) -> None:
         for name, least in (("top", 1), ("probes", 2), ("limit", 1), ("batch_size", 1)):

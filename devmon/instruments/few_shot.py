@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,9 +130,12 @@ class FewShot(ByContent):
         }
 
     def cost(self) -> Cost:
-        """Of prompts as long as that with the most examples; shorter ones are less."""
-        prompt = self._prompt(self._examples(self.shots[-1]))
-        return Cost(forwards=(1 + 2 * len(self.shots)) * len(prompt), positions=prompt.shape[1])
+        """In prompts as long as that with the most examples, two for each k and the query alone."""
+        examples = self._examples(self.shots[-1])
+        each, (prompts, longest) = examples.shape[2], self._prompt(examples).shape
+        start = longest - (1 + self.shots[-1]) * each
+        tokens = prompts * (start + each + 2 * sum(start + (1 + k) * each for k in self.shots))
+        return Cost(forwards=math.ceil(tokens / longest), positions=longest)
 
     @property
     def _allowed(self) -> Tensor:

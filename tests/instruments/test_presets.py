@@ -13,6 +13,7 @@ from devmon import presets
 from devmon.data import random_tokens
 from devmon.data.words import case_map
 from devmon.errors import DataError
+from devmon.instruments import LLC
 from devmon.snapshot import Snapshot
 from devmon.testing import induction
 from devmon.testing.handbuilt_tasks import relational_induction
@@ -30,13 +31,24 @@ def test_full_sees_induction_wherever_induction_shows() -> None:
     made = watches(1 + random_tokens(39, 12, LENGTH), vocab_size=40, bos=0)
     model = Snapshot(0, induction(40, LENGTH).eval())
     assert "fuzzy_induction" not in made, "no map that text teaches is known without a tokenizer"
-    assert made["patching"].pairs.clean.shape == (128, 1 + 20 + 11)
+    assert made["patching"].pairs.clean.shape == (96, 1 + 8 + 5)
     for name, variable in (("few_shot", "map_gain"), ("function_vectors", "gain")):
         found = made[name](model)
         value, error = (found[f"{variable}{end}"].values for end in ("", "_se"))
         assert (value > 1).all(), (name, value)
         assert (value > 3 * error).all(), name
     assert made["circuit"].pairs == made["patching"].pairs
+
+
+def test_full_measures_what_is_dear_seldom_and_the_curvature_beside_the_llc() -> None:
+    tokens = random_tokens(40, 12, LENGTH)
+    made = {watch.name: watch for watch in presets.full(tokens, vocab_size=40, last=20_000)}
+    often = {name: sum(step in watch.steps for step in range(20_001)) for name, watch in made.items()}
+    assert often["loss"] > 4 * often["patching"] > 8 * often["circuit"] > 40
+    assert often["circuit"] == often["tuned_lens"]
+    assert "curvature" not in made
+    with_llc = presets.full(tokens, vocab_size=40, last=20_000, llc=LLC(tokens))
+    assert [watch.name for watch in with_llc if watch.name not in made] == ["llc", "curvature"]
 
 
 def test_full_finds_a_head_that_follows_the_words_of_a_tokenizer() -> None:

@@ -171,7 +171,8 @@ class Runs(NamedTuple):
             steep.append(_joined(at))
         # denoising starts from the corrupt prompt, noising from the clean one
         starts = {"restored": steep[1], "broken": steep[0]}
-        return cls(*reads, *ends, starts, Gauge.fit(reads[0].stack("resid_post")[:, :, -1]))
+        gauge = Gauge.fit(reads[0].stack("resid_post")[:, :, -1])
+        return cls(reads[0], reads[1], ends[0], ends[1], starts, gauge)
 
 
 def _joined(parts: Sequence[Mapping[LayerSite, Tensor]]) -> dict[LayerSite, Tensor]:

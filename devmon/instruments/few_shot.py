@@ -11,7 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from devmon.anatomy import predictions
-from devmon.cost import Cost
+from devmon.cost import Cost, trials
 from devmon.data import ByContent, clustered_groups, clustered_mean, probe_tokens
 from devmon.data.rows import Rows
 from devmon.errors import DataError
@@ -135,7 +135,8 @@ class FewShot(ByContent):
         each, (prompts, longest) = examples.shape[2], self._prompt(examples).shape
         start = longest - (1 + self.shots[-1]) * each
         tokens = prompts * (start + each + 2 * sum(start + (1 + k) * each for k in self.shots))
-        return Cost(forwards=math.ceil(tokens / longest), positions=longest)
+        tried = (1 + 2 * len(self.shots)) * trials(longest, 2, layout=False)  # whether places see later ones
+        return Cost(forwards=math.ceil(tokens / longest), positions=longest, softmaxes=tokens, trials=tried)
 
     @property
     def _allowed(self) -> Tensor:

@@ -7,7 +7,8 @@
 head. Every watch of the preset (the
 LLC apart) is measured alone, then all of them in one `observe`, with its copies of the model and its rows. In forward
 passes of the same `sequences` × `length` tokens, medians over rounds of the time of this process; `told` is what
-`cost` says, and `worst` the largest of measured over told, or told over measured. With `--together` only all in one
+`cost` says, `worst` the largest of measured over told, or told over measured, and `run` what the watches take at the
+steps of the preset. With `--together` only all in one
 observation. With `--memory` the most bytes that tensors take at once beside the model, counted, and told likewise.
 """
 
@@ -30,6 +31,7 @@ from devmon import Snapshot, Trajectory, Watch, cost, observe, presets
 from devmon.cost import Shape, cost_of, estimates
 from devmon.testing.memory import peak_bytes
 
+LAST = 20_000  # steps of the run by whose schedule watches are weighed
 SIZES = {"small": {"n_layer": 6, "n_embd": 256, "n_head": 8}, "gpt2": {}}
 
 
@@ -96,13 +98,15 @@ def main() -> None:
     tokens = torch.randint(args.vocab, (args.sequences, args.length), generator=generator)
     corpus = torch.randint(args.vocab, (256, args.length), generator=generator)
     options = {} if args.preset == "economy" else {"corpus": corpus}
-    watches = getattr(presets, args.preset)(tokens, vocab_size=args.vocab, last=1000, **options)
-    watches = [Watch(watch.name, watch.instrument, range(10**6)) for watch in watches]
+    preset = getattr(presets, args.preset)(tokens, vocab_size=args.vocab, last=LAST, **options)
+    watches = [Watch(watch.name, watch.instrument, range(10**6)) for watch in preset]
     net = build(args.model, args.vocab, args.device)
     found: dict[str, Any] = {"options": vars(args) | {"json": None}}
     found["memory_bytes" if args.memory else "forwards"] = (
         memory(net, watches) if args.memory else times(net, watches, tokens, args)
     )
+    if not (args.memory or args.together):
+        found["run"] = over_a_run(net, preset, found["forwards"]["measured"], tokens.numel())
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu, one thread"
     found["machine"] = {"platform": platform.platform(), "torch": torch.__version__, "device": device}
     print(json.dumps(found, indent=1))
@@ -124,7 +128,7 @@ def memory(net: torch.nn.Module, watches: list[Watch]) -> dict[str, Any]:
 
 
 def times(net: torch.nn.Module, watches: list[Watch], tokens: torch.Tensor, args: argparse.Namespace) -> Any:
-    moved, shape = tokens.to(args.device), Shape.of(net)
+    moved = tokens.to(args.device)
 
     def one_pass() -> None:
         with torch.no_grad():
@@ -144,12 +148,30 @@ def times(net: torch.nn.Module, watches: list[Watch], tokens: torch.Tensor, args
             rounds.append(row | {"seconds of a forward pass": base})
             print(json.dumps(rounds[-1]), flush=True)
     measured = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+    return compared(net, watches, measured, tokens)
+
+
+def compared(
+    net: torch.nn.Module, watches: list[Watch], measured: dict[str, float], tokens: torch.Tensor
+) -> dict[str, Any]:
+    """What was measured beside what `cost` says."""
+    shape = Shape.of(net)
     costs = {watch.name: cost_of(watch.instrument, shape) for watch in watches}
     told = {name: each.tokens(shape) / tokens.numel() for name, each in costs.items() if each is not None}
     saved = sum(e.saved / e.observations for e in estimates(watches, 0, net)) / tokens.numel()
     told["all together"] = sum(told.values()) - saved
     ratio = {name: measured[name] / told[name] for name in told if name in measured}
     return {"measured": measured, "told": told, "worst": max(max(r, 1 / r) for r in ratio.values()), "ratio": ratio}
+
+
+def over_a_run(net: torch.nn.Module, watches: list[Watch], measured: dict[str, float], places: int) -> dict[str, Any]:
+    """Forward passes up to step LAST at the steps of the preset, less those that watches share, and these over the
+    passes of the watches at all of its steps, which for `full` are those of `standard`."""
+    told = estimates(watches, LAST, net)
+    often = {e.name: e.observations for e in told}
+    each = {e.name: e.observations * measured[e.name] - e.saved / places for e in told}
+    usual = sum(passes for name, passes in each.items() if often[name] == max(often.values()))
+    return {"observations": often, "passes": sum(each.values()), "over standard": sum(each.values()) / usual}
 
 
 if __name__ == "__main__":

@@ -17,20 +17,36 @@ from devmon.instruments import (
     LLC,
     ActivationPatching,
     Circuit,
+    Curvature,
     FunctionVectorHeads,
     FuzzyInduction,
+    HeadAblation,
     HeadSpectra,
     InContextLearning,
+    LayerRoles,
     LinearProbe,
     MDLProbe,
     NgramStages,
     Polysemanticity,
     Superposition,
+    TunedLens,
 )
 from devmon.sampling import next_token_loss
 
 STORED = Path(__file__).parents[1] / "stored" / "version_0_1.zarr"
 VOCAB, STEPS = 48, (0, 1, 4)
+# Watches of the full preset with other settings than then.
+OTHERS = {
+    "ablation",
+    "patching",
+    "circuit",
+    "layers",
+    "tuned_lens",
+    "curvature",
+    "function_vectors",
+    "ngrams",
+    "spectra",
+}
 
 
 def model(step: int) -> torch.nn.Module:
@@ -55,12 +71,16 @@ def watches() -> list[Watch]:
     made = [
         watch
         for watch in presets.full(tokens, vocab_size=VOCAB, last=10, count=10, llc=llc, corpus=corpus)
-        if watch.name not in ("patching", "circuit", "function_vectors", "ngrams", "spectra")
+        if watch.name not in OTHERS
     ]
     steps = range(11)
-    # what the preset of then held, of probes that it holds no longer
+    # what the preset of then held, of probes and settings that it holds no longer
     pairs, order = broken_repeats(VOCAB, period=8), torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
     made += [
+        Watch("ablation", HeadAblation(VOCAB, length=24), steps),
+        Watch("layers", LayerRoles(tokens), steps),
+        Watch("tuned_lens", TunedLens(tokens), steps),
+        Watch("curvature", Curvature(tokens, top=3, probes=8, limit=16), steps),
         Watch("patching", ActivationPatching(pairs), steps),
         Watch("circuit", Circuit(pairs), steps),
         Watch("function_vectors", FunctionVectorHeads(tasks_of_then()), steps),

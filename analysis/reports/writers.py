@@ -161,7 +161,11 @@ def _figures(blocks: list[Any]) -> list[Figure]:
 
 def _script_json(value: Any) -> Markup:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    form: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+    try:
+        text = json.dumps(value, **form)
+    except ValueError:  # NaN or infinity somewhere: to look for them takes longer than all else
+        text = json.dumps(_finite(value), **form)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)

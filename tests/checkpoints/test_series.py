@@ -99,7 +99,7 @@ def test_the_next_checkpoint_is_read_ahead_and_no_more_than_that(
     taken = []
     for n, (step, found) in enumerate(Series.open(tmp_path).stream(range(6))):
         for _ in range(2 if n == 0 else n < 5):
-            assert more.acquire(timeout=5), f"nothing is read ahead of step {step}"
+            assert more.acquire(timeout=60), f"nothing is read ahead of step {step}"
         taken.append((step, type(found).__name__))
         assert started == list(range(min(n + 2, 6))), f"at {step}"
     assert taken == [(s, "DataError" if s == 3 else "Checkpoint") for s in range(6)]

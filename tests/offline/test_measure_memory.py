@@ -45,7 +45,7 @@ def test_while_one_is_measured_only_the_next_is_in_memory(
         return found
 
     def counting(self: Study, step: int, *args: Any) -> None:
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         while len(alive) < min(self.steps.index(step) + 2, len(self.steps)) and time.monotonic() < until:
             time.sleep(0.001)
         counted.append(sum(one() is not None for one in alive))

@@ -36,7 +36,7 @@ def start(code: str, *words: object) -> subprocess.Popen[str]:
 def finish(*processes: subprocess.Popen[str]) -> list[str]:
     out = []
     for process in processes:
-        said, error = process.communicate(timeout=60)
+        said, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
         out.append(said)
     return out

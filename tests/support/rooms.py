@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -34,7 +35,8 @@ def modules() -> dict[str, Path]:
     return named
 
 
-def imports(path: Path, *, top_level: bool = False) -> set[str]:
+@cache
+def imports(path: Path, *, top_level: bool = False) -> frozenset[str]:
     """Names of imported modules, anywhere in the file (or at its top level only), but for those under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
     unseen = {
@@ -49,7 +51,7 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif id(node) not in unseen and isinstance(node, ast.ImportFrom):
             names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def arrows(known: Mapping[str, Path]) -> dict[str, set[str]]:

@@ -22,7 +22,7 @@ from devmon.offline.engines import forkserver
 from devmon.offline.plan import Plan
 from devmon.snapshot import Instrument, weights_digest
 
-LIMIT = 90  # seconds for everything that two processes do
+LIMIT = 240  # seconds for everything that two processes do, on a machine that does much else
 IMPORTED = [*forkserver.STUDY, "lightning", "devmon.callbacks", "devmon.store.trajectory", "tests.support.two_ranks"]
 
 

@@ -8,6 +8,10 @@ FEWEST = 8
 # places; more points are averaged in bins of equal width in log step (2^k bins a decade), see axis.py
 MOST = 400
 
+# last value over the third quartile from which a series has diverged: float32 keeps 7 digits, and a figure of such a
+# value shows nothing else
+DIVERGED = 1e6
+
 # The noise (noise.py).
 # places of a window in which the noise has one size: long enough to tell correlation from a smooth curve
 SPAN = 24

@@ -18,7 +18,7 @@ from devmon.analysis.detection.chain import Chain
 from devmon.analysis.detection.constants import EXACT, FEWEST, MANY, PHIS, RATIO, SMALLEST, SPAN, TAIL
 from devmon.analysis.detection.events import Event, Fit, Noise, Trend, TrendLater
 from devmon.analysis.detection.measure import Ruler
-from devmon.analysis.detection.noise import correlation, of_replicates, spikes, without_rises
+from devmon.analysis.detection.noise import before_divergence, correlation, of_replicates, spikes, without_rises
 from devmon.analysis.detection.spline import Spline, trend
 from devmon.analysis.detection.windows import Extremum, Order, Windows, p_value, windows_of
 from devmon.analysis.series import Array, Series, checked, checked_replicates, floored
@@ -76,6 +76,13 @@ class Detector:
             return Fit("SAMPLER REJECTED", notes=(note, *notes), settings=settings, series=series.name)
         if len(t) < total:
             notes.append(f"{total - len(t)} of {total} points are NaN: skipped")
+            if not refused and ends_early(np.asarray(series.values, dtype=np.float64)):
+                notes.append(f"no finite value after step {t[-1]:g}")
+        # a run that diverges: beside its last values nothing else is seen
+        if (end := before_divergence(y)) < len(y):
+            notes.append(f"diverges from step {t[end]:g} on, to {y[-1]:.2g}: searched up to there")
+            t, y, se = t[:end], y[:end], None if se is None else se[:end]
+            replicates = None if replicates is None else replicates[:, :end]
         if len(t) < FEWEST:
             note = f"{len(t)} finite points, at least {FEWEST} are needed: measure more checkpoints"
             return Fit("UNRESOLVED", notes=(note, *notes), settings=settings, series=series.name)
@@ -88,6 +95,13 @@ class Detector:
             notes.append(f"left out as isolated spikes: steps {', '.join(f'{step:g}' for step in t[odd])}")
             t, y = t[~odd], y[~odd]
         return Search(self, series, t, y, se, replicates, notes)
+
+
+def ends_early(values: Array) -> bool:
+    """Whether values are missing at the end, more than two and more than ever in between."""
+    there = np.flatnonzero(np.isfinite(values))
+    gaps = np.diff(there, prepend=-1) - 1
+    return len(values) - 1 - int(there[-1]) > max(2, int(gaps.max()))
 
 
 class Search:

@@ -17,7 +17,19 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from devmon.analysis.detection.constants import AT_ONCE, CAUTION, EXACT, PHIS, SHARES, SPAN, SPIKE, TAIL, WIDTH
+from devmon.analysis.detection.constants import (
+    AT_ONCE,
+    CAUTION,
+    DIVERGED,
+    EXACT,
+    PHIS,
+    SHARES,
+    SMALLEST,
+    SPAN,
+    SPIKE,
+    TAIL,
+    WIDTH,
+)
 from devmon.analysis.series import Array
 
 
@@ -189,3 +201,11 @@ def spikes(values: Array) -> NDArray[np.bool_]:
         scale = 1.4826 * np.median(np.abs(np.diff(near))) / np.sqrt(2)
         found[i] = away[i - 2] > SPIKE * scale + EXACT * np.ptp(values)
     return found
+
+
+def before_divergence(values: Array) -> int:
+    """How many values there are before those at the end, fewer than a quarter of all, that grow beyond all measure."""
+    usual = float(np.quantile(np.abs(values), 0.75))
+    if not abs(values[-1]) > DIVERGED * usual > 0:
+        return len(values)
+    return int(np.flatnonzero(np.abs(values) <= usual / SMALLEST)[-1]) + 1

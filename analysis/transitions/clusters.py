@@ -15,6 +15,7 @@ import numpy as np
 
 from devmon.analysis.detection.events import Event, Fit, meet
 from devmon.analysis.series import run_level
+from devmon.analysis.transitions.schedule import is_rate
 from devmon.analysis.wording import count, step
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Transition:
 
 
 def transitions(detection: Detection, kinds: Collection[str] = ("jump",)) -> list[Transition]:
-    """Clusters of sure run-level events of these `kinds`, in the order of their steps; at most one is `main`.
+    """Clusters of sure run-level events of these `kinds`, in the order of their steps; at most one is `main`. Those of
+    the learning rate are the schedule's, and in none.
 
     Jumps and bumps must be abrupt. Beginning with the best located event, another joins it when the 90% interval of
     each meets the extent of the other. The extent of a jump is its interval together with its t10-t90 span: two rises
@@ -76,7 +78,7 @@ def transitions(detection: Detection, kinds: Collection[str] = ("jump",)) -> lis
     without them.
     """
     sure = sorted(
-        (event for event in detection.events if event.sure and run_level(event.series)),
+        (e for e in detection.events if e.sure and run_level(e.series) and not is_rate(e.series)),
         key=lambda event: (np.log((event.interval[1] + 1) / (event.interval[0] + 1)), event.step, event.series),
     )
     left = [e for e in sure if e.kind in kinds and (e.abrupt or e.kind not in CHANGES)]
@@ -148,7 +150,8 @@ def _counts(event: Event, fit: Fit | None) -> float:
 
 def _ranked(clusters: list[Transition], fits: Mapping[str, Fit]) -> list[Transition]:
     """The clusters, of which that with the highest score is the main one if it is high enough."""
-    searched = {watch_of(name) for name, fit in fits.items() if fit.outcome in ("EVENTS", "NO EVENT")}
+    found = ("EVENTS", "NO EVENT")
+    searched = {watch_of(name) for name, fit in fits.items() if fit.outcome in found and not is_rate(name)}
     best = max(clusters, key=lambda change: (change.score, len(change.events)), default=None)
     # to a tenth: a watch that changes by .95 of its range has changed
     if best is None or round(best.score, 1) < min(HALF * len(searched), ENOUGH):

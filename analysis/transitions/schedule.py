@@ -19,7 +19,7 @@ from devmon.errors import DataError
 
 ABRUPT = 0.3  # share by which slopes on two sides differ at a kink: |b - a| / (|a| + |b|)
 RESET = 0.4  # change of log learning rate from one checkpoint to the next that may be a reset (a factor 1.5)
-RATES = ("learning_rate", "lr")  # variables that hold the schedule
+RATES = ("learning_rate", "lr")  # variables that hold the schedule; loggers add the optimizer's name after a hyphen
 STEEP = 5.0  # a reset is this many times as large as the changes beside it
 
 
@@ -80,10 +80,10 @@ def schedule_check(
 
 
 def schedule_of(run: RunData, series: Sequence[Series]) -> Series | list[float] | None:
-    """The learning rates that a run holds (a series called …/learning_rate or …/lr), else the steps that its settings
-    tell: `warm_up`, the end of the warm-up, and `kinks`, others at which the rate bends or jumps."""
+    """The learning rates that a run holds (a series called …/learning_rate, …/lr or lr-SGD), else the steps that its
+    settings tell: `warm_up`, the end of the warm-up, and `kinks`, others at which the rate bends or jumps."""
     for each in series:
-        if each.name.rpartition("/")[2] in RATES and len(each.steps) >= 6:
+        if is_rate(each.name) and np.isfinite(each.values).sum() >= 6:
             return each
     settings = run.attrs.get("settings")
     if not isinstance(settings, Mapping):
@@ -91,6 +91,25 @@ def schedule_of(run: RunData, series: Sequence[Series]) -> Series | list[float] 
     kinks = settings.get("kinks")
     steps = [settings.get("warm_up"), *(kinks if isinstance(kinks, list | tuple) else [])]
     return [float(step) for step in steps if isinstance(step, int | float) and step > 0] or None
+
+
+def is_rate(series: str) -> bool:
+    """Whether a series is the schedule by its name, and so a setting and nothing that the model does."""
+    return any(part.partition("-")[0] in RATES for part in series.lower().split("/"))
+
+
+def told_beside(events: Iterable[Event], series: Sequence[Series], most: int = 4) -> list[str]:
+    """In words the sure events that meet a kink of the learning rate among `series`, the `most` telling ones."""
+    rates = next((each for each in series if is_rate(each.name)), None)
+    steps = [float(s) for each in series for s in each.steps]
+    if rates is None or max(steps) <= min(steps):
+        return []
+    try:
+        rows = schedule_check([e for e in events if e.sure], rates, min(steps), max(steps)).rows
+    except DataError:  # learning rates that cannot be read say nothing
+        return []
+    met = sorted((row for row in rows if row.kinks), key=lambda row: row.chance)[:most]
+    return [f"the {row.event.word} of {row.event.series} at step {row.event.step:.0f} {row.note}" for row in met]
 
 
 def kinks_of(schedule: Series) -> tuple[Kink, ...]:

@@ -64,9 +64,14 @@ def detect(
     from devmon.analysis.reports.prose.run_words import one_set_of_weights
     from devmon.analysis.run import same_weights
     from devmon.analysis.transitions.clusters import headline, main_first, transitions
+    from devmon.analysis.transitions.schedule import is_rate, told_beside
 
     source = run if Path(run).is_file() else open_run(run)
-    searched = [s for s in series_in(source) if (all_heads or "[" not in s.name)]
+    every = series_in(source)
+    # the learning rate is what is done to the model: it is told beside the events, and is no series of theirs
+    searched = [s for s in every if (all_heads or "[" not in s.name) and not is_rate(s.name)]
+    if not searched:
+        raise DevmonError("there is nothing to search beside the learning rate: give a log with another column")
     if series:
         known = ", ".join(s.name for s in searched)
         searched = [s for s in searched if any(part in s.name for part in series)]
@@ -84,8 +89,12 @@ def detect(
     else:
         if words := headline(changes):
             typer.echo(f"{words[0].upper()}{words[1:]}.")
-        for note in dict.fromkeys(note for each in searched for note in each.notes):
-            named = [each.name for each in searched if note in each.notes]
+        for words in told_beside(detection.events, every):
+            typer.echo(safe(f"{words[0].upper()}{words[1:]}."))
+        # what was done to the rows, but for blank cells, which are usual in a log
+        done = {each.name: (*each.notes, *detection.fits[each.name].notes) for each in searched}
+        for note in dict.fromkeys(note for notes in done.values() for note in notes if "are NaN" not in note):
+            named = [name for name, notes in done.items() if note in notes]
             more = f" and {len(named) - 4} more" if len(named) > 4 else ""
             typer.echo(safe(f"{', '.join(named[:4])}{more}: {note}."))
         if shared:

@@ -17,6 +17,7 @@ from devmon.analysis.detection.detector import Detector
 from devmon.analysis.detection.search import detect
 from devmon.analysis.runs.replay import replay
 from devmon.analysis.series import Series
+from devmon.analysis.transitions.clusters import transitions
 from devmon.cli.root import app
 from devmon.errors import DataError
 
@@ -211,3 +212,41 @@ def test_the_terminal_says_what_was_done_to_the_rows(tmp_path: Path) -> None:
     many = resumed[["step"]].assign(**dict.fromkeys("abcdefg", resumed["value"]))
     said = CliRunner().invoke(app, ["detect", str(write(tmp_path, many)), "--nulls", "19"]).output
     assert "a, b, c, d and 3 more: the log goes back" in said
+
+
+@pytest.mark.parametrize("column", ["lr", "train/learning_rate", "lr-SGD"])
+def test_the_learning_rate_is_told_beside_the_events_and_is_none_of_them(tmp_path: Path, column: str) -> None:
+    # the loss falls where the rate drops at step 500, and nowhere else
+    steps = np.arange(10.0, 1001, 10)
+    noise = 0.01 * np.random.default_rng(5).standard_normal(len(steps))
+    table = pd.DataFrame({"step": steps, column: np.where(steps < 500, 0.1, 0.01)})
+    table["loss"] = np.where(steps < 500, 1.0, 0.5) + noise
+    said = CliRunner().invoke(app, ["detect", str(write(tmp_path, table)), "--nulls", "99"]).output
+    assert "1 series, 1 tests" in said, said
+    assert said.startswith("No main transition, but 1 minor event, at about step 495."), said
+    assert "of loss at step 49" in said, said
+    assert "may come from the learning-rate schedule: reset at step 500 (by chance" in said, said
+    alone = CliRunner().invoke(app, ["detect", str(write(tmp_path, table[["step", column]]))])
+    assert "nothing to search beside the learning rate" in str(alone.exception), alone.output
+    clusters = transitions(detect(table, QUICK))
+    assert [[event.series for event in cluster.events] for cluster in clusters] == [["loss"]]
+
+
+@pytest.mark.parametrize("last", [3, 10])
+def test_a_run_that_diverges_is_searched_up_to_there_which_is_told(tmp_path: Path, last: int) -> None:
+    # a loss of 2 that falls to .2 at step 200, then grows a thousandfold a row, to infinity
+    loss = np.append(2 - 0.18 * rise(), [*(0.3 * 1e3 ** np.arange(1.0, last + 1)), *[np.inf] * 4])
+    steps = np.append(STEPS, STEPS[-1] + 10.0 * np.arange(1, last + 5))
+    path = write(tmp_path, pd.DataFrame({"step": steps, "loss": loss}))
+    fit = detect(path, QUICK).fits["loss"]
+    assert [event.kind for event in fit.events()] == ["jump"]
+    assert fit.events()[0].size == pytest.approx(-1.8, abs=0.2)
+    said = CliRunner().invoke(app, ["detect", str(path), "--nulls", "59"]).output
+    assert f"diverges from step {steps[len(STEPS)]:g} on" in said
+    assert f"no finite value after step {steps[-5]:g}" in said
+
+
+def test_a_large_rise_is_no_divergence(tmp_path: Path) -> None:
+    rates = 10 ** (1 + 0.8 * rise())  # eight decades, to a level that lasts
+    path = write(tmp_path, pd.DataFrame({"step": STEPS, "count": rates}))
+    assert not [note for note in detect(path, QUICK).fits["count"].notes if "diverges" in note]

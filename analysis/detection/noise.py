@@ -205,6 +205,8 @@ def spikes(values: Array) -> NDArray[np.bool_]:
 
 def before_divergence(values: Array) -> int:
     """How many values there are before those at the end, fewer than a quarter of all, that grow beyond all measure."""
+    if not len(values):
+        return 0
     usual = float(np.quantile(np.abs(values), 0.75))
     if not abs(values[-1]) > DIVERGED * usual > 0:
         return len(values)

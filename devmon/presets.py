@@ -62,7 +62,7 @@ LENSED = 16
 COMMON = 200
 PLACES = 32  # at which positions are embedded in HeadSpectra, its default
 SHOTS = (1, 2, 4, 8)  # examples of FewShot, its default
-EXACT = 6  # sites of a kind that patching measures at a step; attribution has all of them, and chooses
+EXACT = 16  # sites of a kind that patching measures at a step: all heads of a small model; attribution has all sites
 # Of circuits: the shares that carry the area, and one draw of random edges, with an error of its own.
 CIRCUIT: dict[str, Any] = {"shares": (0.005, 0.02, 0.1, 0.3, 1.0), "steps": 3, "random": 1}
 GROUPS = 8  # of random heads beside those ablated: all there are of a single head among eight
@@ -148,9 +148,9 @@ def standard(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[S
 def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Shared]) -> list[Watch]:
     """`standard`, and what causes what: ablation, patching, circuits, function vectors, layer roles, tuned lens.
 
-    About 50 forward passes of the probe batch more at a fifth of the steps, and 45 (circuit, tuned lens) at a twelfth:
-    over a run two and a half times `standard`, the LLC apart (`devmon cost` tells it for a model). With an `llc` the
-    curvature stands beside it at a twelfth of the steps, some 200 passes each.
+    About 80 forward passes of the probe batch more at a fifth of the steps, and 45 (circuit, tuned lens) at an eighth,
+    the fewest in which an event can be found: over a run some three times `standard`, the LLC apart (`devmon cost`
+    tells it for a model). With an `llc` the curvature stands beside it at an eighth of the steps, some 200 passes each.
 
     Tasks and token maps have to be ones that text teaches: with a `tokenizer` they are inflections of its common words.
     Without one, or with few words, tasks are symbol maps that only the prompt shows, which induction answers and no
@@ -163,7 +163,7 @@ def full(tokens: Tensor, *, corpus: Tensor | None = None, **shared: Unpack[Share
     tokens = unpadded(tokens, known.pad)
     probe = _probe(tokens, known)
     drawn = {name: probe[name] for name in ("vocab_size", "bos", "exclude")}
-    seldom, rarely = (log_spaced(max(2, shared["count"] // each), shared["last"]) for each in (5, 12))
+    seldom, rarely = (log_spaced(max(2, shared["count"] // each), shared["last"]) for each in (5, 8))
 
     # pairs, a query and its answer after `bos`: as many examples as the text is long enough for
     shots = tuple(k for k in SHOTS if 2 * k + 2 + (known.bos is not None) <= probe["length"])

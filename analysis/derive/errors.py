@@ -111,8 +111,10 @@ def _pooled(values: np.ndarray) -> tuple[float, float]:
     known = 1 / (1 / memory.dof + (memory.time + 1 / memory.time) / (2 * chains * draws))
     factor = 1.0
     if chains > 1:
-        # Each step counts alike, and steps of common noise as fewer than they are.
-        ratio, of_means = float(np.mean(between / explained)), (chains - 1) * memory.looks
+        # Each step at which draws vary counts alike, and steps of common noise as fewer than they are.
+        varied = explained > 0
+        ratio = float(np.mean(between[varied] / explained[varied])) if varied.any() else 1.0
+        of_means = (chains - 1) * memory.looks
         if ratio > fdtri(of_means, known, 0.99):
             factor, known = ratio, of_means
     widen = stdtrit(known, 0.5 + LEVEL / 2) / Z

@@ -146,3 +146,16 @@ def test_covariance_where_a_draw_is_infinite_or_nothing_changes() -> None:
     same = np.repeat(run(1, np.random.default_rng(13))[:1], 3, axis=0)
     matrix = covariance(same)
     assert matrix == pytest.approx(np.full((3, 3), pooled_errors(same)[0][0] ** 2))
+
+
+def test_a_step_at_which_nothing_varies_says_nothing_of_the_others() -> None:
+    """Two checkpoints of the same weights have a change of exactly 0."""
+    values = np.random.default_rng(0).normal(size=(8, 4, 100)).cumsum(2)
+    still = values.copy()
+    still[3] = 1.5
+    with np.errstate(all="raise"):
+        se, dof = pooled_errors(still)
+    others, other_dof = pooled_errors(np.delete(values, 3, 0))
+    assert se[3] == 0
+    np.testing.assert_allclose(np.delete(se, 3), others, rtol=1e-9)
+    np.testing.assert_allclose(np.delete(dof, 3), other_dof, rtol=0.2)

@@ -81,16 +81,22 @@ def schedule_check(
 
 def schedule_of(run: RunData, series: Sequence[Series]) -> Series | list[float] | None:
     """The learning rates that a run holds (a series called …/learning_rate, …/lr or lr-SGD), else the steps that its
-    settings tell: `warm_up`, the end of the warm-up, and `kinks`, others at which the rate bends or jumps."""
+    settings tell: `warm_up`, the end of the warm-up, and `kinks`, others at which the rate bends or jumps; else the
+    rates that a monitor saw (`attrs["rates"]`)."""
     for each in series:
         if is_rate(each.name) and np.isfinite(each.values).sum() >= 6:
             return each
-    settings = run.attrs.get("settings")
-    if not isinstance(settings, Mapping):
+    settings, seen = run.attrs.get("settings"), run.attrs.get("rates")
+    if isinstance(settings, Mapping):
+        kinks = settings.get("kinks")
+        steps = [settings.get("warm_up"), *(kinks if isinstance(kinks, list | tuple) else [])]
+        told = [float(step) for step in steps if isinstance(step, int | float) and step > 0]
+        if told:
+            return told
+    if not isinstance(seen, Mapping) or len(seen) < 6:
         return None
-    kinks = settings.get("kinks")
-    steps = [settings.get("warm_up"), *(kinks if isinstance(kinks, list | tuple) else [])]
-    return [float(step) for step in steps if isinstance(step, int | float) and step > 0] or None
+    rates = sorted((int(step), float(rate)) for step, rate in seen.items())
+    return Series("learning rate", *np.array(rates, dtype=float).T)
 
 
 def is_rate(series: str) -> bool:

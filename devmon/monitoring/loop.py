@@ -28,7 +28,7 @@ from devmon.monitoring.page_updates import PageUpdates
 from devmon.monitoring.passed import Passed
 from devmon.monitoring.ranks import SINGLE, Ranks
 from devmon.monitoring.unclosed import fold_at_end
-from devmon.monitoring.updates import Updates
+from devmon.monitoring.updates import Rates, Updates
 from devmon.snapshot import Update, weights_digest
 from devmon.store.trajectory import Trajectory
 from devmon.watch import Watch, unique_names
@@ -83,9 +83,9 @@ class LoopMonitor:
       is looked at 24 times at most.
     - `live`: an .html file that is made again while training goes on, by a process of its own (`LivePage`); open it in
       a browser and it loads itself again. Its events and alarms are provisional. When training ends, the last is made.
-    - `optimizer`: the optimizer of the loop, or several, for instruments that look at its updates
-      (`GradientStatistics`); `Monitor` and `TrainerMonitor` know it. Copies of weights, gradients and second moments
-      are kept from a due update to its measurement.
+    - `optimizer`: the optimizer of the loop, or several, for its learning rates, which say whether an event is the
+      schedule's, and for instruments that look at its updates (`GradientStatistics`); `Monitor` and `TrainerMonitor`
+      know it. Copies of weights, gradients and second moments are kept from a due update to its measurement.
     - `companions`: your own (see `Companion`), beside those that the options stand for.
     - `ranks`: of several processes with the same weights, one has a monitor; or all have, with the same `ranks`, and
       measure together (`devmon.callbacks.FabricMonitor`). None: `open` tells them later, before the first step.
@@ -130,6 +130,7 @@ class LoopMonitor:
             else Budget(max_overhead, [watch.name for watch in self.watches], clock),
             None if log is None or log is False else Mirror(log),
             self.densify,
+            Rates(),
             Updates() if any(getattr(watch.instrument, "needs_update", False) for watch in self.watches) else None,
         ]
         self.optimizer = optimizer
@@ -312,3 +313,6 @@ def resume(trajectory: Trajectory, watches: Iterable[Watch], step: int, model: t
         kept = {name: [s for s in steps if s <= step] for name, steps in listed.items()}
         if kept != listed:
             trajectory.record(**{key: kept})
+    rates = trajectory.attrs.get("rates", {})
+    if (before := {at: rate for at, rate in rates.items() if int(at) <= step}) != rates:
+        trajectory.record(rates=before)

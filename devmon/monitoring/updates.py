@@ -1,9 +1,10 @@
-"""`Updates`: what an optimizer did at a due step, kept for the instruments that ask for it."""
+"""What a monitor sees of the optimizer: its learning rates, and its updates for the instruments that ask for them."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,19 @@ from devmon.monitoring.wrappers import unwrapped
 from devmon.snapshot import Update
 
 SECOND = ("exp_avg_sq", "v")  # what optimizers call their second moments: torch's, and others'
+
+
+class Rates(Companion):
+    """The learning rate of the optimizer's first group after each observation, in the trajectory's `attrs["rates"]`
+    (step to rate): a report asks whether an event is the schedule's (`devmon.analysis.transitions.schedule`)."""
+
+    def after(self, step: int) -> None:
+        if self.monitor.trajectory is None:
+            return
+        with suppress(DevmonError, OSError):  # what is no optimizer is told by who needs it, and so is a full disk
+            for group in (group for each in _optimizers(self.monitor.optimizer) for group in each.param_groups):
+                self.monitor.trajectory.note("rates", str(step), float(group["lr"]))
+                return
 
 
 class Updates(Companion):

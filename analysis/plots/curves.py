@@ -83,8 +83,8 @@ def plot_overview(
     events: Sequence[Event] = (),
     *,
     titles: Mapping[str, str] | None = None,
-    ax: Sequence[Axes] | None = None,
     again: tuple[Figure, list[Axes]] | None = None,
+    ax: Sequence[Axes] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     """Series stacked on one axis of steps. An event is shaded in its own panel; its line goes through all of them.
 

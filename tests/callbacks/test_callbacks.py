@@ -169,4 +169,4 @@ def test_the_one_line_forms_hand_the_options_on(tmp_path: Path) -> None:
     assert (watch.name, watch.steps, watch.instrument.vocab_size) == ("induction", {7}, 5)
     assert (monitor.model, monitor.loop.strict) == ("net", True)
     kinds = {type(companion).__name__ for companion in monitor.loop.companions}
-    assert kinds == {"Failures", "Mirror", "Budget", "Densify", "PageUpdates", "Passed"}
+    assert kinds == {"Failures", "Mirror", "Budget", "Densify", "PageUpdates", "Passed", "Rates"}

@@ -28,7 +28,8 @@ class Rates(Companion):
             return
         with suppress(DevmonError, OSError):  # what is no optimizer is told by who needs it, and so is a full disk
             for group in (group for each in _optimizers(self.monitor.optimizer) for group in each.param_groups):
-                self.monitor.trajectory.note("rates", str(step), float(group["lr"]))
+                if isinstance(rate := group.get("lr"), int | float | torch.Tensor):  # Adafactor may have none
+                    self.monitor.trajectory.note("rates", str(step), float(rate))
                 return
 
 

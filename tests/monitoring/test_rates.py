@@ -50,3 +50,16 @@ def test_without_an_optimizer_nothing_is_known(tmp_path: Path) -> None:
     run = trained(tmp_path / "run.zarr", range(LAST + 1), told=False)
     assert "rates" not in run.attrs
     assert schedule_of(run, []) is None
+
+
+def test_an_optimizer_without_a_rate_trains_on(tmp_path: Path) -> None:
+    """As Adafactor with a step of its own, whose rate is None."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    with LoopMonitor(tmp_path / "run.zarr", [Watch("norm", Norm(), every(1))], optimizer=optimizer) as monitor:
+        for step in range(3):
+            monitor.step(step, model)
+    run = Trajectory(tmp_path / "run.zarr", "r")
+    assert run.steps("norm") == [0, 1, 2]
+    assert "rates" not in run.attrs

@@ -10,7 +10,7 @@ drift of every layer (debiased CKA) and the local learning coefficient of what i
 Labels of every batch are redrawn at random with probability 0.1; loss is the average over that, so that its least value
 is known: 0.50 nats, the entropy of a redrawn label.
 
-Cost: `--fast` 20 s on one core; by default, with twice the steps, about a minute. Not worth a GPU.
+Cost: `--fast` 35 s on one core; by default, with twice the steps, about a minute. Not worth a GPU.
 
 Expect: held-out accuracy at the end of `plateau` above .85 (a linear model has .93 to .95, a support vector machine
 .99); no event of `plateau` laid to a drop that it does not have; drop and control equal before the drop, and after it a

@@ -14,7 +14,7 @@ plateau of the error at step 113 [88, 136], and LR2 as its jump at step 321 [311
 16, eight pairs make up the 16 tokens: 16 pairs would let ridge regression reach .93, eight let it reach 1.658.
 
 Cost: 8 to 14 minutes on one core (stages LR1 and LR2), λ̂ by a kernel with momentum. `--full`: 500 000 steps and the
-published λ̂ (10 chains of 6000 draws of batch 1024, at about 50 steps), for a GPU; not run yet. `--fast`: 20 seconds,
+published λ̂ (10 chains of 6000 draws of batch 1024, at about 50 steps), for a GPU; not run yet. `--fast`: 30 seconds,
 checked.
 Writes OUT/trajectory.zarr, OUT/report.html, OUT/figures/, OUT/results.json. The same command goes on with an
 interrupted run.

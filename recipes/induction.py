@@ -10,7 +10,7 @@ characters):
 - the restricted local learning coefficient of each head, the weights of all others held (Wang et al. 2024,
   arXiv:2410.02984): heads are clustered by the curves of it alone, and the clusters compared with what the heads do.
 
-Cost: `--fast`, one seed, a context of 32 characters, no control: 20 s on one core. By default six seeds and the control
+Cost: `--fast`, one seed, a context of 32 characters, no control: 50 s on one core. By default six seeds and the control
 take a quarter of an hour on one core. Not worth a GPU.
 
 Expect: best prefix matching under .1 at step 100 and above .5 at the end; the group found carries more than half of the
